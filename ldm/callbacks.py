@@ -1,0 +1,136 @@
+"""What happens beside training: saving, resuming, pictures in the log folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ldm.data.images import make_grid, to_pil
+
+logger = logging.getLogger(__name__)
+
+
+class SaveLast(pl.Callback):
+    """Keep `last.ckpt`: what is trained, the optimizer and the step; enough to resume exactly.
+
+    Saves every `every_n_train_steps`, at the end, on Ctrl-C and other exceptions, and on SIGUSR1 where the
+    platform has it. A file is written beside the old one and then renamed, so it is never half written.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
+        self.path = Path(dirpath) / "last.ckpt"
+        self.every_n_train_steps = every_n_train_steps
+        self._requested = False
+        self._saved_step = -1
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if hasattr(signal, "SIGUSR1"):
+            signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "_requested", True))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if self._requested or trainer.global_step % self.every_n_train_steps == 0:
+            self._requested = False
+            self.save(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.save(trainer, module)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        # between two steps the state is consistent; an exception in the first step leaves nothing to save
+        if trainer.global_step > 0 and isinstance(exception, KeyboardInterrupt):
+            self.save(trainer, module)
+            logger.info("Interrupted at step %d; saved %s", trainer.global_step, self.path)
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.global_step == self._saved_step:
+            return  # accumulation: the same step comes several times
+        self._saved_step = trainer.global_step
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, self.path)
+            if hasattr(module, "save_embeddings"):
+                module.save_embeddings(self.path.with_name("embeddings.safetensors"))
+
+
+class EmbeddingSaver(pl.Callback):
+    """Keep `embeddings_gs-N.safetensors` every `every_n_train_steps`, to compare what later steps changed."""
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
+        self.dirpath = Path(dirpath)
+        self.every_n_train_steps = every_n_train_steps
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        path = self.dirpath / f"embeddings_gs-{step}.safetensors"
+        if trainer.is_global_zero and step and step % self.every_n_train_steps == 0 and not path.exists():
+            module.save_embeddings(path)
+
+
+class ImageLogger(pl.Callback):
+    """Write `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.jpg` every `batch_frequency` steps.
+
+    The pictures come from the module's `log_images(batch, split=…, **log_images_kwargs)`:
+    {key: (N, 3, H, W) in [-1, 1]}.
+
+    Args:
+        increase_log_steps: also log at steps 1, 2, 4, 8, … below `batch_frequency`.
+    """
+
+    ignored_keys = {
+        "rescale": "pictures are always brought from [-1, 1] to 0..255",
+        "clamp": "pictures are always clamped",
+        "log_on_batch_idx": "steps are counted by the optimizer",
+    }
+
+    def __init__(
+        self,
+        batch_frequency: int,
+        max_images: int = 4,
+        increase_log_steps: bool = True,
+        disabled: bool = False,
+        log_first_step: bool = False,
+        log_images_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.batch_frequency = batch_frequency
+        self.max_images = max_images
+        self.disabled = disabled
+        self.log_images_kwargs = dict(log_images_kwargs or {})
+        doubling = [2**i for i in range(batch_frequency.bit_length()) if 2**i < batch_frequency]
+        self.extra_steps = set(doubling if increase_log_steps else []) | ({1} if log_first_step else set())
+        self._last_step = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step % self.batch_frequency == 0 or step in self.extra_steps
+        if due and step > 0 and step != self._last_step:
+            self._last_step = step
+            self.write(trainer, module, batch, batch_idx, "train")
+
+    def write(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, split: str) -> None:
+        if self.disabled or not trainer.is_global_zero or not hasattr(module, "log_images"):
+            return
+        was_training = module.training
+        module.eval()
+        with torch.no_grad():
+            pictures = module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
+        module.train(was_training)
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "images" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        where = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx + 1:06}"
+        for key, tensor in pictures.items():
+            self._save(tensor[: self.max_images], folder / f"{key}_{where}.jpg")
+
+    @staticmethod
+    def _save(pictures: Tensor, path: Path) -> None:
+        make_grid([to_pil(picture.float().cpu()) for picture in pictures]).save(path, quality=95)

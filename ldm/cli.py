@@ -1,0 +1,160 @@
+"""The flags of `main.py`. Imports nothing heavy, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+
+EPILOG = """\
+examples:
+  learn from the pictures of a folder, on Stable Diffusion v1.4:
+    python main.py --base configs/stable-diffusion/v1-finetune.yaml -t \\
+        --actual_resume models/sd/sd-v1-4.ckpt -n my_run --gpus 0, --data_root path/to/pictures
+  go on with an interrupted run:
+    python main.py -r logs/pictures2026-01-01T12-00-00_my_run -t
+  change any value of the configuration:
+    python main.py --base CFG -t ... model.params.prospect_stages=4
+"""
+
+# Flags handed to the Lightning trainer as they are: name -> type of the value.
+TRAINER_FLAGS: dict[str, type] = {
+    "max_steps": int,
+    "min_steps": int,
+    "max_epochs": int,
+    "min_epochs": int,
+    "max_time": str,
+    "accumulate_grad_batches": int,
+    "gradient_clip_val": float,
+    "precision": str,
+    "accelerator": str,
+    "strategy": str,
+    "devices": str,
+    "num_nodes": int,
+    "limit_train_batches": float,
+    "limit_val_batches": float,
+    "val_check_interval": float,
+    "check_val_every_n_epoch": int,
+    "num_sanity_val_steps": int,
+    "log_every_n_steps": int,
+    "enable_progress_bar": bool,
+    "benchmark": bool,
+    "deterministic": bool,
+    "detect_anomaly": bool,
+    "fast_dev_run": bool,
+    "profiler": str,
+}
+OVERRIDE = re.compile(r"^[A-Za-z_][\w.\[\]-]*=")
+
+
+def boolean(text: str) -> bool:
+    """`true`/`false` and their usual spellings."""
+    lowered = text.lower()
+    if lowered in ("yes", "true", "t", "y", "1"):
+        return True
+    if lowered in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"main.py: error: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="main.py",
+        description="Learn stage embeddings from pictures, or train the parts of a latent diffusion model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def flag(group: argparse._ArgumentGroup, *names: str, **options: object) -> None:
+        long = names[-1]
+        spellings = [long, "--" + long[2:].replace("_", "-")]  # both --data_root and --data-root
+        group.add_argument(*names[:-1], *dict.fromkeys(spellings), **options)
+
+    switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+
+    run = parser.add_argument_group("what to run")
+    flag(run, "-b", "--base", nargs="*", default=[], metavar="YAML", help="configurations, merged left to right")
+    flag(run, "-t", "--train", default=False, help="train (without it, only the set-up is checked)", **switch)
+    flag(run, "-r", "--resume", metavar="DIR|CKPT", help="go on with the run in this log folder")
+    flag(run, "-s", "--seed", type=int, default=23, help="seed of everything random (23)")
+    flag(run, "--no_test", default=False, help="accepted; no configuration here has a test set", **switch)
+    flag(run, "-d", "--debug", default=False, help="show the whole trace of an error", **switch)
+
+    data = parser.add_argument_group("model and pictures")
+    flag(data, "--actual_resume", metavar="CKPT", help="base model: .ckpt, .safetensors or a diffusers folder")
+    flag(data, "--data_root", metavar="DIR", help="folder with the pictures to learn from")
+    flag(data, "--embedding_manager_ckpt", metavar="FILE", help="start from these learned embeddings")
+    flag(data, "--placeholder_tokens", nargs="+", metavar="TOKEN", help="the token that is learned ('*')")
+    flag(data, "--init_word", metavar="WORD", help="word(s) whose embedding the learning starts from")
+
+    logs = parser.add_argument_group("log folder: <logdir>/<data folder><time>_<name><postfix>")
+    flag(logs, "-n", "--name", help="name of the run")
+    flag(logs, "-f", "--postfix", default="", help="appended to the name")
+    flag(logs, "-l", "--logdir", default="logs", help="where log folders are made (logs)")
+    flag(logs, "-p", "--project", metavar="DIR", help="log into exactly this folder")
+    flag(logs, "--datadir_in_name", default=True, help="begin the name with the data folder's (true)", **switch)
+
+    trainer = parser.add_argument_group("trainer (handed to pytorch_lightning.Trainer)")
+    flag(trainer, "--gpus", metavar="0,1,", help="CUDA devices by number; translated to accelerator and devices")
+    help_lr = "multiply the learning rate by batch size, devices and accumulation (true)"
+    flag(trainer, "--scale_lr", default=True, help=help_lr, **switch)
+    for name, kind in TRAINER_FLAGS.items():
+        options = dict(switch, default=None) if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+        flag(trainer, f"--{name}", **options)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; `options.overrides` holds the dot-list, `options.trainer` the trainer flags that were given.
+
+    Exits with code 2 and one sentence on an unknown flag or a bad value.
+    """
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    # `--base a.yaml key=value`: the list of files would swallow the override
+    options.overrides = [text for text in options.base if OVERRIDE.match(text)]
+    options.base = [text for text in options.base if not OVERRIDE.match(text)]
+    known = [name for action in parser._actions for name in action.option_strings]
+    for text in rest:
+        if OVERRIDE.match(text):
+            options.overrides.append(text)
+            continue
+        close = difflib.get_close_matches(text.split("=")[0], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see --help; values of the configuration are key=value"
+        parser.error(f"unknown argument '{text}'; {hint}")
+    options.trainer = {name: getattr(options, name) for name in TRAINER_FLAGS if getattr(options, name) is not None}
+    if options.name and options.resume:
+        parser.error("-n/--name and -r/--resume exclude each other; a resumed run keeps its folder")
+    if not options.base and not options.resume:
+        parser.error("a configuration is needed: --base configs/stable-diffusion/v1-finetune.yaml (or -r LOGDIR)")
+    return options
+
+
+def translate_gpus(gpus: str | None) -> list[int] | None:
+    """`0,` -> [0], `0,1` -> [0, 1], a bare count `2` -> [0, 1]; None and '' -> None.
+
+    Raises:
+        ValueError: not a list of device numbers.
+    """
+    if not gpus:
+        return None
+    parts = [part for part in gpus.split(",") if part.strip()]
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        raise ValueError(f"--gpus takes device numbers such as '0,' or '0,1', not '{gpus}'.") from None
+    return list(range(numbers[0])) if "," not in gpus else numbers
+
+
+def complain(message: str) -> int:
+    """Print one error sentence; returns the exit code 2."""
+    sys.stderr.write(f"main.py: error: {message}\n")
+    return 2

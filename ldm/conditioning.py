@@ -1,0 +1,183 @@
+"""What the U-Net is told: a prompt as a function of the timestep.
+
+A prompt is never "a tensor" here. It is a `Conditioning`; `at(t)` gives the `Context` that one U-Net call reads.
+Timesteps with the same `bucket` share one context: a plain prompt has one bucket, ProSpect has S.
+
+Shapes: B batch, S stages, L tokens, D width of the text transformer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.schedule import stage_of
+
+
+class Context(NamedTuple):
+    """Keys' and values' input of cross-attention: (B, L, D), or (16, B, L, D), one for each attention layer.
+
+    `v` is the same object as `k` unless a method splits them.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Context:
+        return cls(tensor, tensor)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """(k, v), each (B, L, D), for cross-attention layer `index` in order of execution."""
+        return (self.k, self.v) if self.k.ndim == 3 else (self.k[index], self.v[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Context:
+        k = function(self.k)
+        return Context(k, k if self.v is self.k else function(self.v))
+
+    @staticmethod
+    def cat(*parts: Context) -> Context:
+        """Join along the batch; a part without layers is repeated for the layers of the others.
+
+        Raises:
+            ValueError: the parts differ in the number of tokens or in width.
+        """
+        shapes = {tuple(part.k.shape[-2:]) for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"Contexts of different (tokens, width) cannot be joined: {sorted(shapes)}.")
+        layers = max((part.k.shape[0] for part in parts if part.k.ndim == 4), default=0)
+
+        def join(tensors: Sequence[Tensor]) -> Tensor:
+            if layers:
+                tensors = [x if x.ndim == 4 else x.expand(layers, *x.shape) for x in tensors]
+            return torch.cat(list(tensors), dim=-3)
+
+        k = join([part.k for part in parts])
+        shared = all(part.v is part.k for part in parts)
+        return Context(k, k if shared else join([part.v for part in parts]))
+
+
+class Conditioning:
+    """A batch of prompts over time, with `num_buckets` distinct contexts.
+
+    Args:
+        encode: bucket (int) -> Context of the whole batch. Called once per bucket and remembered.
+        batch_size: B.
+        num_buckets: number of equal parts that the T timesteps are cut into; 1 for a plain prompt.
+    """
+
+    def __init__(
+        self, encode: Callable[[int], Context], batch_size: int, num_buckets: int = 1, num_timesteps: int = 1000
+    ) -> None:
+        self._encode = encode
+        self.batch_size = batch_size
+        self.num_buckets = num_buckets
+        self.num_timesteps = num_timesteps
+        self._memo: dict[int, Context] = {}
+
+    def bucket(self, t: int | Tensor) -> int | Tensor:
+        """The part of time that raw DDPM timestep t (int or (B,)) lies in; equal bucket, equal context."""
+        return stage_of(t, self.num_buckets, self.num_timesteps)
+
+    def of_bucket(self, bucket: int) -> Context:
+        if bucket not in self._memo:
+            self._memo[bucket] = self._encode(bucket)
+        return self._memo[bucket]
+
+    def at(self, t: int | Tensor) -> Context:
+        """The context at timestep t: an int for the whole batch, or (B,) with one timestep for each sample."""
+        if isinstance(t, int) or self.num_buckets == 1:
+            return self.of_bucket(int(self.bucket(t)) if isinstance(t, int) else 0)
+        buckets = self.bucket(t).tolist()
+        if len(buckets) != self.batch_size:
+            raise ValueError(f"{len(buckets)} timesteps were given for {self.batch_size} prompts.")
+        if len(set(buckets)) == 1:
+            return self.of_bucket(buckets[0])
+        samples = [self.of_bucket(b).map(lambda x, i=i: x[..., i : i + 1, :, :]) for i, b in enumerate(buckets)]
+        return Context.cat(*samples)
+
+    def stages(self) -> list[Tensor]:
+        """The keys' input of every bucket, entry 0 = end of generation: S tensors (B, L, D)."""
+        return [self.of_bucket(bucket).k for bucket in range(self.num_buckets)]
+
+    def repeat(self, times: int) -> Conditioning:
+        """The same prompts for a batch `times` as large."""
+        if times == 1:
+            return self
+        return Conditioning(
+            lambda bucket: self.of_bucket(bucket).map(lambda x: torch.cat([x] * times, dim=-3)),
+            self.batch_size * times,
+            self.num_buckets,
+            self.num_timesteps,
+        )
+
+
+def as_conditioning(
+    cond: Conditioning | Context | Tensor | Sequence[Tensor], num_timesteps: int = 1000
+) -> Conditioning:
+    """A `Conditioning` from what LDM code passes around: a tensor (B, L, D), or a list of S of them.
+
+    Raises:
+        TypeError, ValueError: something else, or tensors of different shapes.
+    """
+    if isinstance(cond, Conditioning):
+        return cond
+    if isinstance(cond, Context):
+        return Conditioning(lambda _: cond, cond.k.shape[-3], 1, num_timesteps)
+    if isinstance(cond, Tensor):
+        if cond.ndim != 3:
+            raise ValueError(f"A conditioning tensor must be (B, L, D), not {tuple(cond.shape)}.")
+        return as_conditioning(Context.of(cond), num_timesteps)
+    if isinstance(cond, Sequence) and cond and all(isinstance(x, Tensor) and x.ndim == 3 for x in cond):
+        if len({x.shape for x in cond}) > 1:
+            raise ValueError(f"The stages' tensors differ in shape: {[tuple(x.shape) for x in cond]}.")
+        return Conditioning(lambda stage: Context.of(cond[stage]), cond[0].shape[0], len(cond), num_timesteps)
+    raise TypeError(f"Conditioning must be a tensor (B, L, D) or a list of them, not {type(cond).__name__}.")
+
+
+class PromptConditioning(Conditioning):
+    """Prompts as token slots (S, B, L), encoded when a timestep asks for them.
+
+    While gradients are wanted, only the rows that a batch needs are encoded: one for each sample, whatever S is.
+    Otherwise all distinct rows are encoded in one batch at the first use, and remembered.
+
+    Args:
+        encode_slots: slots (N, L) -> contexts (N, L, D).
+    """
+
+    def __init__(self, slots: Tensor, encode_slots: Callable[[Tensor], Tensor], num_timesteps: int = 1000) -> None:
+        constant = bool((slots == slots[:1]).all())
+        self.slots = slots[:1] if constant else slots
+        super().__init__(
+            lambda stage: Context.of(self._contexts(stage)), slots.shape[1], len(self.slots), num_timesteps
+        )
+        self._encode_slots = encode_slots
+        self._distinct: tuple[Tensor, Tensor] | None = None
+
+    def at(self, t: int | Tensor) -> Context:
+        if torch.is_grad_enabled():
+            return Context.of(self._encode_slots(self._rows(t)))
+        return super().at(t)
+
+    def of_bucket(self, bucket: int) -> Context:
+        # with gradients nothing is remembered: the learned vectors change from step to step
+        return self._encode(bucket) if torch.is_grad_enabled() else super().of_bucket(bucket)
+
+    def _rows(self, t: int | Tensor) -> Tensor:
+        """The slots (B, L) that the batch needs at timestep t, an int or (B,)."""
+        stage = self.bucket(t) if self.num_buckets > 1 else 0
+        if isinstance(stage, int):
+            return self.slots[stage]
+        return self.slots[stage.to(self.slots.device), torch.arange(self.batch_size, device=self.slots.device)]
+
+    def _contexts(self, stage: int) -> Tensor:
+        if torch.is_grad_enabled():
+            return self._encode_slots(self.slots[stage])
+        if self._distinct is None:
+            distinct, place = torch.unique(self.slots.flatten(0, 1), dim=0, return_inverse=True)
+            self._distinct = self._encode_slots(distinct), place.unflatten(0, self.slots.shape[:2])
+        contexts, place = self._distinct
+        return contexts[place[stage]]

@@ -1,0 +1,97 @@
+"""Data sets from a configuration, read in an order that a resumed run can take up again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldm.util import instantiate_from_config
+
+
+class RunningSampler(Sampler[int]):
+    """Running sample numbers of this process, from where the run stands to the end of the epoch.
+
+    Sample n of the run is the same picture with the same randomness whatever the epoch, the number of
+    processes or the number of interruptions. Global batch b holds the numbers b·W·B … (b+1)·W·B - 1 of W
+    processes with B samples each; process r reads the r-th B of them.
+
+    Args:
+        samples_per_epoch: length of the data set.
+        position: returns how many global batches the run has consumed.
+    """
+
+    def __init__(
+        self, samples_per_epoch: int, batch_size: int, position: Callable[[], int], rank: int = 0, world: int = 1
+    ) -> None:
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.position = position
+        self.batches_per_epoch = max(1, samples_per_epoch // (batch_size * world))
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.position()
+        last = (first // self.batches_per_epoch + 1) * self.batches_per_epoch
+        for batch in range(first, last):
+            start = (batch * self.world + self.rank) * self.batch_size
+            yield from range(start, start + self.batch_size)
+
+
+class DataModuleFromConfig(pl.LightningDataModule):
+    """`train`, `validation` and `test` data sets as the YAML files name them, batched.
+
+    Data sets that hold their pictures in memory (`in_memory = True`) are read in this process: worker processes
+    would only copy.
+    """
+
+    ignored_keys = {"wrap": "data sets here are indexed by running sample numbers"}
+
+    def __init__(
+        self,
+        batch_size: int,
+        train: Mapping[str, Any] | None = None,
+        validation: Mapping[str, Any] | None = None,
+        test: Mapping[str, Any] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        configs = {"train": train, "validation": validation, "test": test}
+        self.datasets: dict[str, Dataset] = {k: instantiate_from_config(c) for k, c in configs.items() if c}
+
+    def _loader(self, split: str, sampler: Sampler[int] | None = None) -> DataLoader | list:
+        if split not in self.datasets:
+            return []
+        dataset = self.datasets[split]
+        workers = 0 if getattr(dataset, "in_memory", False) else self.num_workers
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        sampler = RunningSampler(
+            samples_per_epoch=len(self.datasets["train"]),
+            batch_size=self.batch_size,
+            position=lambda: trainer.global_step * trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader | list:
+        return self._loader("test")

@@ -1,0 +1,206 @@
+"""The user's few pictures of one concept, as training samples whose caption is the placeholder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data.images import bytes_to_tensor, check_fit, fit, is_picture, open_image
+
+logger = logging.getLogger(__name__)
+
+SETS = ("train", "validation", "val", "test")
+# Folders of up to this many pictures are read at once, so that a damaged file shows before a model is loaded.
+READ_AHEAD = 64
+CACHE_BYTES = 2**30
+LISTED = 10
+
+# Each random draw has its own number, so that no two of them ever share a stream.
+ORDER, FLIP = 1, 2
+
+
+class PersonalizedBase(Dataset):
+    """All pictures of a folder (or one picture file), in the order of their names.
+
+    Samples are numbered on without end: sample n >= 0 belongs to epoch n // num_pictures, and an epoch shows
+    every picture once, in an order drawn from (seed, epoch). Whether sample n is mirrored is drawn from
+    (seed, n). There is no other state, so sample n is the same in every process and after every interruption.
+
+    Args:
+        data_root: a folder with pictures, or one picture. Hidden files, sub-folders and what Pillow cannot
+            identify are skipped, with one logged line.
+        size: side of the square pictures in pixels; None leaves them as they are.
+        repeats: number of epochs that make up the length of the training set.
+        interpolation: linear, bilinear, bicubic or lanczos.
+        flip_p: probability that a training sample is mirrored; samples of the other sets never are. Use 0 for
+            pictures with writing or a left and a right.
+        set: "train", or "validation", "val", "test".
+        placeholder_token: the caption of every sample.
+        center_crop: the reference's way to say `resize="crop"`.
+        resize: "squash", "crop" or "pad", see `ldm.data.images.fit`.
+        seed: of the order and of the mirroring.
+        per_image_tokens, mixing_prob, coarse_class_text: of the reference's YAML files; accepted, not used;
+            there too the caption is always the placeholder.
+
+    Attributes:
+        num_pictures: number of pictures.
+        paths: their files, in order.
+        with_images: set to False, samples come without "image".
+
+    Raises:
+        ValueError: there is no such folder, it holds no picture, a picture is damaged (`ImageError`), or a
+            setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        data_root: str | Path,
+        size: int | None = None,
+        repeats: int = 100,
+        interpolation: str = "bicubic",
+        flip_p: float = 0.5,
+        set: str = "train",
+        placeholder_token: str = "*",
+        per_image_tokens: bool = False,
+        center_crop: bool = False,
+        mixing_prob: float = 0.25,
+        coarse_class_text: str | None = None,
+        resize: str = "squash",
+        seed: int = 23,
+    ) -> None:
+        if center_crop and resize == "pad":
+            raise ValueError("center_crop: true means resize: crop; leave it out for resize: pad.")
+        if set not in SETS:
+            raise ValueError(f"Unknown set '{set}'; known: {', '.join(SETS)}.")
+        if not 0 <= flip_p <= 1:
+            raise ValueError(f"flip_p is a probability between 0 and 1, not {flip_p}.")
+        if repeats < 1 or seed < 0:
+            raise ValueError(f"repeats must be at least 1 and seed at least 0, not {repeats} and {seed}.")
+        self.size, self.repeats, self.interpolation = size, repeats, interpolation
+        self.resize = "crop" if center_crop else resize
+        check_fit(*((1, 1) if size is None else (size, size)), self.resize, interpolation)
+        self.is_training = set == "train"
+        self.flip_p = flip_p if self.is_training else 0.0
+        self.placeholder_token, self.seed = placeholder_token, seed
+        self.with_images = True
+        unused = {
+            "per_image_tokens": per_image_tokens,
+            "mixing_prob": mixing_prob != 0.25,
+            "coarse_class_text": coarse_class_text,
+        }
+        if names := ", ".join(name for name, is_set in unused.items() if is_set):
+            logger.info("PersonalizedBase: accepted and not used: %s (a caption is the placeholder)", names)
+        self.paths = find_pictures(data_root)
+        self.num_pictures = len(self.paths)
+        self._cache: dict[int, Tensor] = {}
+        self._cached_bytes = 0
+        self._epoch: tuple[int, np.ndarray] | None = None
+        if self.in_memory:
+            for i in range(self.num_pictures):
+                self._bytes(i)
+
+    @property
+    def flips(self) -> bool:
+        """Whether samples may be mirrored."""
+        return self.flip_p > 0
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all pictures have been read, so that worker processes would not help."""
+        return self.num_pictures <= READ_AHEAD
+
+    def picture(self, i: int, flipped: bool = False) -> Tensor:
+        """Picture i of `paths`, float32 (3, size, size) in [-1, 1], mirrored left to right where asked."""
+        if not 0 <= i < self.num_pictures:
+            raise IndexError(f"picture numbers run from 0 to {self.num_pictures - 1}, got {i}")
+        picture = bytes_to_tensor(self._bytes(i))
+        return picture.flip(-1) if flipped else picture
+
+    def _bytes(self, i: int) -> Tensor:
+        """Picture i as uint8 (3, H, W), from memory as far as there is room."""
+        if i in self._cache:
+            return self._cache[i]
+        image = open_image(self.paths[i])
+        if self.size is not None:
+            image = fit(image, self.size, self.size, self.resize, self.interpolation)
+        values = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        if self._cached_bytes + values.numel() <= CACHE_BYTES:
+            self._cache[i] = values
+            self._cached_bytes += values.numel()
+        return values
+
+    def picture_number(self, n: int) -> int:
+        """The picture that sample n shows."""
+        if n < 0:
+            raise IndexError(f"sample number {n} is negative")
+        epoch, place = divmod(n, self.num_pictures)
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng((self.seed, epoch, ORDER)).permutation(self.num_pictures)
+            self._epoch = epoch, order
+        return int(self._epoch[1][place])
+
+    def is_flipped(self, n: int) -> bool:
+        """Whether sample n is mirrored."""
+        return self.flips and bool(np.random.default_rng((self.seed, n, FLIP)).random() < self.flip_p)
+
+    def __len__(self) -> int:
+        return self.num_pictures * (self.repeats if self.is_training else 1)
+
+    def __iter__(self) -> Iterator[dict[str, object]]:
+        """The samples 0 … len - 1; without it, a loop over the data set would have no end."""
+        return (self[n] for n in range(len(self)))
+
+    def __getitem__(self, n: int) -> dict[str, object]:
+        """Sample n >= 0, also beyond the length.
+
+        Returns:
+            image float32 (H, W, 3) in [-1, 1] (left out when `with_images` is False), caption, picture (its
+            number), flipped, sample (n).
+        """
+        i, flipped = self.picture_number(n), self.is_flipped(n)
+        sample: dict[str, object] = {
+            "caption": self.placeholder_token,
+            "picture": i,
+            "flipped": flipped,
+            "sample": n,
+        }
+        if self.with_images:
+            sample["image"] = self.picture(i, flipped).permute(1, 2, 0).contiguous()
+        return sample
+
+
+def find_pictures(data_root: str | Path) -> list[Path]:
+    """The picture files of a folder by name, or the one picture that `data_root` is.
+
+    Raises:
+        ValueError: nothing is there, or no picture.
+    """
+    root = Path(data_root).expanduser()
+    if root.is_file():
+        if not is_picture(root):
+            raise ValueError(
+                f"data_root '{root}' is a file, but no picture that Pillow can read; give a folder with "
+                "pictures, or one PNG or JPEG file."
+            )
+        return [root]
+    if not root.is_dir():
+        raise ValueError(f"There is no data_root '{root}'; give a folder with pictures (--data_root DIR).")
+    # By the name's text, so that the order is the same on every operating system.
+    entries = sorted(root.iterdir(), key=lambda path: path.name)
+    pictures = [p for p in entries if not p.name.startswith(".") and p.is_file() and is_picture(p)]
+    skipped = [p.name for p in entries if p not in pictures]
+    names = ", ".join(skipped[:LISTED])
+    if len(skipped) > LISTED:
+        names += f" and {len(skipped) - LISTED} more"
+    if not pictures:
+        found = f"only {names}" if skipped else "it is empty"
+        raise ValueError(f"There is no picture in data_root '{root}' ({found}); put PNG or JPEG files there.")
+    if skipped:
+        logger.warning("Skipped in '%s', as they are no pictures: %s", root, names)
+    return pictures

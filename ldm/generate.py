@@ -1,0 +1,237 @@
+"""Pictures in, pictures out: load a model, generate and edit with stage-wise prompts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ldm.config import instantiate_from_config, load_config
+from ldm.data.images import fit, make_grid, open_image, to_pil, to_tensor
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
+from ldm.util import pick_device
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.prompts import Words
+
+logger = logging.getLogger(__name__)
+
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler}
+PNG_KEY = "prospect"  # name of the PNG text chunk that holds the parameters
+
+
+def load_model_from_config(
+    config: DictConfig | str | Path,
+    ckpt: str | Path,
+    verbose: bool = False,
+    device: str | torch.device | None = None,
+    dtype: str = "float32",
+) -> LatentDiffusion:
+    """A frozen model for generating, on `device` (by default CUDA, else MPS, else the CPU).
+
+    A configuration for learning can be given as well; nothing is learned then, concepts are loaded.
+
+    Args:
+        config: path of a YAML file, or what OmegaConf read from one.
+        ckpt: base model: .ckpt, .safetensors or a diffusers folder.
+        dtype: float32, float16 or bfloat16; the precision of the weights.
+
+    Raises:
+        ConfigError, CheckpointError, ValueError: with one sentence that says what to mend.
+    """
+    config = load_config(config) if isinstance(config, (str, Path)) else config.copy()
+    OmegaConf.update(config, "model.params.ckpt_path", str(ckpt))
+    OmegaConf.update(config, "model.params.frozen_dtype", dtype)
+    personalization = config.model.params.get("personalization_config")
+    if personalization is not None:
+        OmegaConf.update(personalization, "params.initializer_words", None)
+    model = instantiate_from_config(config.model, config.get("allow_targets", ()))
+    if verbose:
+        parameters = sum(p.numel() for p in model.parameters())
+        logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
+    return model.to(pick_device(device)).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def main(
+    prompt: str = "",
+    content_dir: str | Path | Image.Image | None = None,
+    ddim_steps: int = 50,
+    strength: float = 0.5,
+    ddim_eta: float = 0.0,
+    n_iter: int = 1,
+    C: int = 4,
+    f: int = 8,
+    n_rows: int = 0,
+    scale: float = 10.0,
+    model: LatentDiffusion | None = None,
+    seed: int = 42,
+    prospect_words: Words | None = None,
+    n_samples: int = 1,
+    height: int = 512,
+    width: int = 512,
+    *,
+    sampler: str = "ddim",
+    resize: str = "crop",
+    concepts: Mapping[str, str | Path] | None = None,
+    legacy_word_tokens: bool = False,
+    callback: Callback | None = None,
+    progress: bool = True,
+) -> Image.Image:
+    """Generate a picture, or edit one. Several pictures come as a grid.
+
+    Picture i of n_iter · n_samples has the seed `seed + i`; it is the same picture when it is made alone.
+
+    Args:
+        prompt: text; a `*` in it stands for the learned concept, or for the entries of `prospect_words`.
+        content_dir: picture (a file, or one that is open) to edit; None generates from noise.
+        ddim_steps: sampling steps, 1..1000.
+        strength: how much of the content picture is given up, 0 (nothing) to 1 (all); editing only.
+        ddim_eta: 0 is deterministic DDIM, 1 is as random as DDPM.
+        n_iter, n_samples: batches, and pictures in a batch.
+        C, f: accepted because the reference's calls give them; the model knows its own.
+        n_rows: pictures in a row of the grid; 0 for as square as possible.
+        scale: guidance scale; 1 is no guidance.
+        model: from `load_model_from_config`.
+        prospect_words: one entry for each stage, entry 0 = end of generation; see `ldm.prompts`.
+        height, width: pixels; multiples of 64 for Stable Diffusion.
+        sampler: ddim or plms.
+        resize: how the content picture is brought to width x height: crop, pad or squash.
+        concepts: {placeholder: embedding file}, loaded before generating.
+        callback: called after each step with (step, timestep, latents, predicted latents).
+        progress: show a bar over the steps.
+
+    Returns:
+        RGB picture; `info['prospect']` holds what is needed to make it again (see `save_picture`).
+
+    Raises:
+        ValueError: an argument out of range, with the nearest usable value.
+    """
+    if model is None:
+        raise ValueError("main() needs model=…; make one with load_model_from_config(config, checkpoint).")
+    check_arguments(model, ddim_steps, strength, n_iter, n_samples, scale, height, width, sampler)
+    if concepts:
+        model.embedding_manager.load(concepts)
+    cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
+    uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
+    door = SAMPLERS[sampler](model)
+    door.make_schedule(ddim_num_steps=ddim_steps, ddim_eta=ddim_eta, verbose=False)
+    posterior = None
+    if content_dir is not None:
+        picture = content_dir if isinstance(content_dir, Image.Image) else open_image(content_dir)
+        image = to_tensor(fit(picture, width, height, resize)).unsqueeze(0)
+        posterior = model.encode_first_stage(image)
+    # as in the reference: the picture is noised to this entry of the schedule and denoised from the one below
+    steps = ddim_steps if posterior is None else int(strength * ddim_steps)
+
+    pictures: list[Image.Image] = []
+    with tqdm(total=n_iter * steps, desc="sampling", disable=not progress, leave=False) as bar:
+
+        def report(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+            bar.update()
+            if callback is not None:
+                callback(step, t, x, x_0)
+
+        for iteration in range(n_iter):
+            generators = seeded_generators([seed + iteration * n_samples + i for i in range(n_samples)])
+            factor = model.first_stage_model.downsampling
+            shape = (n_samples, model.channels, height // factor, width // factor)
+            if posterior is None:
+                x = draw_noise(generators, shape, model.device)
+            else:
+                posterior_noise = draw_noise(generators, shape, model.device)
+                x = model.get_first_stage_encoding(posterior, posterior_noise).expand(shape)
+                if steps:
+                    level = torch.full((n_samples,), steps, device=model.device)
+                    x = door.stochastic_encode(x, level, noise=draw_noise(generators, shape, model.device))
+            latents = door.decode(x, cond, steps, scale, uncond, generators, report)
+            pictures += [to_pil(picture) for picture in model.decode_first_stage(latents)]
+
+    result = pictures[0] if len(pictures) == 1 else make_grid(pictures, n_rows or None)
+    result.info[PNG_KEY] = json.dumps(
+        {
+            "prompt": prompt,
+            "prospect_words": None if prospect_words is None else list(prospect_words),
+            "content_dir": None if content_dir is None else str(getattr(content_dir, "filename", content_dir)),
+            **dict(ddim_steps=ddim_steps, strength=strength, ddim_eta=ddim_eta, scale=scale, seed=seed),
+            **dict(n_iter=n_iter, n_samples=n_samples, n_rows=n_rows, height=height, width=width),
+            **dict(sampler=sampler, resize=resize, legacy_word_tokens=legacy_word_tokens),
+            "concepts": concept_sources(model),
+            "base_model": model.base_model.get("base_model"),
+        },
+        default=int,  # NumPy's integers among the prospect_words
+    )
+    return result
+
+
+def check_arguments(
+    model: LatentDiffusion,
+    steps: int,
+    strength: float,
+    n_iter: int,
+    n_samples: int,
+    scale: float,
+    height_px: int,
+    width_px: int,
+    sampler: str,
+) -> None:
+    """Raise `ValueError`, with the remedy, for what `main` cannot do."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"Unknown sampler '{sampler}'; there are {', '.join(SAMPLERS)}.")
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength must be in 0..1, not {strength}: 0 keeps the content picture, 1 gives it up.")
+    if n_iter < 1 or n_samples < 1:
+        raise ValueError(f"n_iter and n_samples must be at least 1, not {n_iter} and {n_samples}.")
+    if not 1 <= steps <= model.num_timesteps:
+        raise ValueError(f"ddim_steps must be in 1..{model.num_timesteps}, not {steps}.")
+    if not scale >= 0:
+        raise ValueError(f"scale must not be negative, but is {scale}; 1 means no guidance.")
+    unit = size_unit(model)
+    for name, size in (("height", height_px), ("width", width_px)):
+        if size < unit or size % unit:
+            nearest = max(unit, round(size / unit) * unit)
+            raise ValueError(f"{name} must be a multiple of {unit} for this model, not {size}; nearest: {nearest}.")
+
+
+def size_unit(model: LatentDiffusion) -> int:
+    """What height and width, in pixels, must be multiples of: 64 for Stable Diffusion v1."""
+    return model.first_stage_model.downsampling * model.model.diffusion_model.downsampling
+
+
+def concept_sources(model: LatentDiffusion) -> dict[str, str]:
+    """Placeholder -> name of the file it was loaded from."""
+    manager = model.embedding_manager
+    return {} if manager is None else dict(manager.sources)
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`."""
+    info = PngInfo()
+    if PNG_KEY in picture.info:
+        info.add_itxt(PNG_KEY, picture.info[PNG_KEY])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, pnginfo=info)
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """The parameters that `save_picture` wrote into a PNG.
+
+    Raises:
+        ValueError: the picture has none.
+    """
+    with Image.open(path) as picture:
+        if PNG_KEY not in picture.info:
+            raise ValueError(f"'{path}' has no ProSpect parameters; only PNG files saved by this program do.")
+        return json.loads(picture.info[PNG_KEY])

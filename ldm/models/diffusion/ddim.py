@@ -1,0 +1,48 @@
+"""DDIM (Song et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.sampling import Callback, Denoiser, NoiseSource, Sampler
+
+
+@torch.no_grad()
+def ddim(
+    denoise: Denoiser,
+    x: Tensor,
+    timesteps: Sequence[int],
+    alphas: Sequence[float],
+    alphas_prev: Sequence[float],
+    sigmas: Sequence[float],
+    noise: NoiseSource | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Denoise x (B, C, H, W) from the last entry of the schedule to the first (eq. 12).
+
+    Args:
+        timesteps, alphas, alphas_prev, sigmas: increasing schedule, S entries each (`ldm.schedule`).
+        noise: gives the noise of a step; needed where sigmas are not 0.
+    """
+    total = len(timesteps)
+    for step, i in enumerate(reversed(range(total))):
+        t, a, a_prev, sigma = int(timesteps[i]), float(alphas[i]), float(alphas_prev[i]), float(sigmas[i])
+        eps = denoise(x, t)
+        x_0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        x = a_prev**0.5 * x_0 + (1 - a_prev - sigma**2) ** 0.5 * eps
+        if sigma > 0:
+            x = x + sigma * noise()
+        if callback is not None:
+            callback(step, t, x, x_0)
+    return x
+
+
+class DDIMSampler(Sampler):
+    """LDM's door to `ddim`."""
+
+    def run(self, denoise: Denoiser, x: Tensor, steps: int, noise: NoiseSource, callback: Callback | None) -> Tensor:
+        schedule = (self.ddim_timesteps, self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas)
+        return ddim(denoise, x, *(values[:steps] for values in schedule), noise, callback)

@@ -1,0 +1,443 @@
+"""Latent diffusion (Rombach et al. 2022): the frozen model, its training loss, and what is trained.
+
+With a `personalization_config` only the embedding manager is trained, against the frozen model (ProSpect,
+Zhang et al. 2023). Without one the U-Net is trained from scratch, with the text transformer if
+`cond_stage_trainable`.
+
+Shapes: B batch, C latent channels, H W latent height and width, L tokens, D width of the text transformer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.checkpoint import file_hash, load_weights, read_state_dict
+from ldm.conditioning import Conditioning, Context, PromptConditioning, as_conditioning
+from ldm.models.autoencoder import DiagonalGaussianDistribution, cosine_to_zero
+from ldm.models.diffusion.latents import LatentCache
+from ldm.prompts import PromptReader, Words
+from ldm.schedule import make_betas, schedule_buffers, vlb_weights
+from ldm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
+
+Cond = Conditioning | Context | Tensor | Sequence[Tensor]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class DiffusionWrapper(nn.Module):
+    """Only adds the level `diffusion_model` of the checkpoint's key names."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.diffusion_model = unet
+
+
+class LatentDiffusion(pl.LightningModule):
+    """Parameters as in the reference's YAML, and these:
+
+    Args:
+        parameterization: what the U-Net predicts, `eps` (Stable Diffusion v1) or `v` (Salimans and Ho 2022).
+        ckpt_path: base model (.ckpt, .safetensors, diffusers folder). None: random weights.
+        first_stage_ckpt, cond_stage_ckpt: for training from scratch, the runs that trained these parts.
+        standardize_latents: training from scratch: fold into the first stage what gives its latents mean 0 and
+            standard deviation 1 in every channel (LDM's `scale_by_std`, but for each channel).
+        embedding_manager_ckpt: concept to start from, or to generate with.
+        frozen_dtype: float32, float16 or bfloat16, the precision in which frozen weights are held and used.
+        channels_last: memory format of the convolutions' weights.
+        cache_latents: encode every picture once (posterior moments, for each flip); the posterior is still
+            sampled in every step.
+        balanced_loss: training from scratch: divide the loss by its running mean at that noise level.
+
+    Raises:
+        ValueError: an unknown choice, or parts that do not fit each other.
+    """
+
+    ignored_keys = {
+        "num_timesteps_cond": "there is one conditioning for all timesteps, chosen by stage",
+        "log_every_t": "samplers report every step through a callback",
+        "conditioning_key": "conditioning is always cross-attention",
+        "monitor": "the last checkpoint is kept",
+        "use_ema": "averaged weights come from the callback pytorch_lightning.callbacks.EMAWeightAveraging",
+        "scheduler_config": "the learning rate is constant when embeddings are learned",
+        "unfreeze_model": "frozen weights stay frozen",
+        "model_lr": "frozen weights stay frozen",
+        "image_size": "latents of any size are taken",
+    }
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any],
+        personalization_config: Mapping[str, Any] | None = None,
+        linear_start: float = 0.00085,
+        linear_end: float = 0.0120,
+        timesteps: int = 1000,
+        channels: int = 4,
+        scale_factor: float = 0.18215,
+        prospect_stages: int = 10,
+        first_stage_key: str = "image",
+        cond_stage_key: str = "caption",
+        cond_stage_trainable: bool = False,
+        embedding_reg_weight: float = 0.0,
+        parameterization: str = "eps",
+        ckpt_path: str | None = None,
+        first_stage_ckpt: str | None = None,
+        cond_stage_ckpt: str | None = None,
+        standardize_latents: bool = False,
+        embedding_manager_ckpt: str | None = None,
+        frozen_dtype: str = "float32",
+        channels_last: bool = False,
+        cache_latents: bool = True,
+        balanced_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        if parameterization not in ("eps", "v"):
+            raise ValueError(f"parameterization must be 'eps' or 'v', not '{parameterization}'.")
+        if frozen_dtype not in DTYPES:
+            raise ValueError(f"frozen_dtype must be one of {', '.join(DTYPES)}, not '{frozen_dtype}'.")
+        self.parameterization = parameterization
+        self.num_timesteps = timesteps
+        self.channels = channels
+        self.scale_factor = scale_factor
+        self.num_stages = prospect_stages
+        self.image_key, self.caption_key = first_stage_key, cond_stage_key
+        self.cond_stage_trainable = cond_stage_trainable and personalization_config is None
+        self.embedding_reg_weight = embedding_reg_weight
+        self.cache_latents = cache_latents
+        self.standardize_latents = standardize_latents
+        self.learning_rate = 1e-4
+        self.seed = 23
+        self.base_model: dict[str, str] = {}
+        self._latents: LatentCache | None = None
+
+        betas = make_betas(linear_start, linear_end, timesteps)
+        for name, buffer in schedule_buffers(betas).items():
+            self.register_buffer(name, buffer)
+        self.register_buffer("lvlb_weights", vlb_weights(betas), persistent=False)
+        self.balance = LossBalance() if balanced_loss else None
+
+        # with a checkpoint the weights are built without memory and then taken from the file
+        with torch.device("meta") if ckpt_path else contextlib.nullcontext():
+            self.model = DiffusionWrapper(instantiate_from_config(unet_config))
+            self.first_stage_model = instantiate_from_config(first_stage_config)
+            self.cond_stage_model = instantiate_from_config(cond_stage_config)
+        if ckpt_path:
+            self.init_from_ckpt(ckpt_path, DTYPES[frozen_dtype])
+        if first_stage_ckpt:
+            load_weights(self.first_stage_model, read_state_dict(first_stage_ckpt), first_stage_ckpt)
+        if cond_stage_ckpt:
+            prefix = "cond_stage_model."
+            state = read_state_dict(cond_stage_ckpt)
+            state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+            load_weights(self.cond_stage_model, state, cond_stage_ckpt)
+        self._freeze(self.first_stage_model)
+        if personalization_config is not None:
+            self._freeze(self.model)
+        if not self.cond_stage_trainable:
+            self._freeze(self.cond_stage_model)
+        frozen = [m for m in (self.model, self.first_stage_model, self.cond_stage_model) if is_frozen(m)]
+        for module in frozen:
+            module.to(DTYPES[frozen_dtype])
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+            self.first_stage_model.to(memory_format=torch.channels_last)
+
+        self.embedding_manager = None
+        if personalization_config is not None:
+            self.embedding_manager = instantiate_from_config(
+                personalization_config, embedder=self.cond_stage_model, num_stages=prospect_stages
+            )
+            if embedding_manager_ckpt:
+                self.embedding_manager.load(embedding_manager_ckpt)
+
+    @staticmethod
+    def _freeze(module: nn.Module) -> None:
+        module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        super().train(mode)
+        for module in (self.model, self.first_stage_model, self.cond_stage_model):
+            if is_frozen(module):
+                module.eval()
+        return self
+
+    def init_from_ckpt(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Take the weights of a base model; see `ldm.checkpoint` for formats and errors."""
+        load_weights(self, read_state_dict(path, dtype), path)
+        self.base_model = {"base_model": Path(path).name}
+        self._base_path = Path(path)
+
+    # --- prompts -----------------------------------------------------------------------------------------------
+
+    def get_learned_conditioning(
+        self,
+        prompts: str | Sequence[str],
+        prospect_words: Words | None = None,
+        legacy_word_tokens: bool = False,
+    ) -> Conditioning:
+        """A batch of prompts, each with the same `prospect_words` (S entries; see `ldm.prompts`).
+
+        Raises:
+            ValueError: `prospect_words` of the wrong length or with a wrong entry.
+        """
+        manager = self.embedding_manager
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoder = self.cond_stage_model
+        rows = manager.rows() if manager is not None else {}
+        reader = PromptReader(encoder.tokenizer, rows, self.num_stages, encoder.max_length)
+        slots = reader.read(prompts, prospect_words, legacy_word_tokens).to(self.device)
+
+        def encode(slots: Tensor) -> Tensor:
+            return encoder(slots, manager.vectors() if manager is not None and bool(rows) else None)
+
+        return PromptConditioning(slots, encode, self.num_timesteps)
+
+    # --- first stage -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_first_stage(self, images: Tensor) -> DiagonalGaussianDistribution | Tensor:
+        """Pictures (B, 3, 8H, 8W) in [-1, 1] to the posterior of their latents."""
+        dtype = next(self.first_stage_model.parameters()).dtype
+        posterior = self.first_stage_model.encode(images.to(self.device, dtype))
+        if isinstance(posterior, DiagonalGaussianDistribution):
+            return DiagonalGaussianDistribution(posterior.parameters.float())
+        return posterior.float()
+
+    def get_first_stage_encoding(
+        self, posterior: DiagonalGaussianDistribution | Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """Scaled latents (B, C, H, W): a sample of the posterior, by `noise` (B, C, H, W) if it is given."""
+        if isinstance(posterior, DiagonalGaussianDistribution):
+            posterior = posterior.sample(noise)
+        return self.scale_factor * posterior
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, C, H, W) to pictures (B, 3, 8H, 8W), about [-1, 1], not clamped; float32."""
+        dtype = next(self.first_stage_model.parameters()).dtype
+        return self.first_stage_model.decode((z / self.scale_factor).to(self.device, dtype)).float()
+
+    # --- diffusion ---------------------------------------------------------------------------------------------
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Latents noised to timesteps t (B,): sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε (Ho et al. 2020, eq. 4)."""
+        return at(self.sqrt_alphas_cumprod, t) * x_start + at(self.sqrt_one_minus_alphas_cumprod, t) * noise
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What the U-Net predicts, float32 (B, C, H, W), for latents at raw timesteps t (B,)."""
+        context = as_conditioning(cond, self.num_timesteps).at(t)
+        return self.model.diffusion_model(x_noisy, t, context)
+
+    def to_eps(self, prediction: Tensor, x_noisy: Tensor, t: Tensor) -> Tensor:
+        """The predicted noise, whatever the parameterization (v: Salimans and Ho 2022, appendix D)."""
+        if self.parameterization == "eps":
+            return prediction
+        return at(self.sqrt_alphas_cumprod, t) * prediction + at(self.sqrt_one_minus_alphas_cumprod, t) * x_noisy
+
+    def p_losses(
+        self, x_start: Tensor, cond: Cond, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss and what is logged of it.
+
+        Args:
+            x_start: scaled latents (B, C, H, W).
+            t: raw timesteps (B,) long.
+            noise: standard normal (B, C, H, W).
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_noisy = self.q_sample(x_start, t, noise)
+        prediction = self.apply_model(x_noisy, t, cond)
+        target = noise
+        if self.parameterization == "v":
+            target = at(self.sqrt_alphas_cumprod, t) * noise - at(self.sqrt_one_minus_alphas_cumprod, t) * x_start
+        per_sample = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+        prefix = "train" if self.training else "val"
+        parts = {
+            f"{prefix}/loss_simple": per_sample.mean(),
+            f"{prefix}/loss_vlb": (self.lvlb_weights[t] * per_sample).mean(),
+        }
+        if self.balance is not None and self.training:
+            per_sample = self.balance(per_sample, t / self.num_timesteps)
+        loss = per_sample.mean()
+        if self.embedding_reg_weight > 0 and self.embedding_manager is not None:
+            regulariser = self.embedding_manager.distance_to_initial()
+            parts[f"{prefix}/loss_emb_reg"] = regulariser
+            loss = loss + self.embedding_reg_weight * regulariser
+        parts[f"{prefix}/loss"] = loss
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        if not self.cache_latents:
+            return
+        datasets = getattr(self.trainer.datamodule, "datasets", {})
+        if "train" in datasets and hasattr(datasets["train"], "num_pictures"):
+            self._latents = LatentCache(self, datasets["train"])
+            if self.standardize_latents and self.trainer.ckpt_path is None:
+                self._latents.standardize(self.first_stage_model)
+
+    def _draw(self, batch: Mapping[str, Any], x_start_shape: torch.Size, split: str) -> dict[str, Tensor]:
+        """Timesteps and noises of a batch: a function of the seed and each sample's running number only."""
+        draws = []
+        for number in batch["sample"].tolist():
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, number, split == "val"))
+            draws.append(
+                (
+                    torch.randint(0, self.num_timesteps, (), generator=generator),
+                    torch.randn(x_start_shape, generator=generator),
+                    torch.randn(x_start_shape, generator=generator),
+                )
+            )
+        t, posterior_noise, noise = (torch.stack(column).to(self.device) for column in zip(*draws, strict=True))
+        return {"t": t, "posterior_noise": posterior_noise, "noise": noise}
+
+    def posterior(self, batch: Mapping[str, Any]) -> DiagonalGaussianDistribution | Tensor:
+        """The posterior of a batch's latents, from the cache or from the first stage."""
+        if self.image_key in batch:
+            return self.encode_first_stage(batch[self.image_key].permute(0, 3, 1, 2))
+        return self._latents.posterior(batch["picture"], batch["flipped"])
+
+    def shared_step(self, batch: Mapping[str, Any], split: str) -> tuple[Tensor, dict[str, Tensor]]:
+        posterior = self.posterior(batch)
+        shape = (posterior.mean if isinstance(posterior, DiagonalGaussianDistribution) else posterior).shape[1:]
+        draw = self._draw(batch, shape, split)
+        z = self.get_first_stage_encoding(posterior, draw["posterior_noise"])
+        cond = self.get_learned_conditioning(batch[self.caption_key])
+        return self.p_losses(z, cond, draw["t"], draw["noise"])
+
+    def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
+        # dropout takes no generator; seeding by the sample makes it, too, the same in a resumed run
+        torch.manual_seed(mix_seed(self.seed, int(batch["sample"][0])))
+        loss, parts = self.shared_step(batch, "train")
+        self.log_dict(parts, prog_bar=False, batch_size=len(batch["sample"]))
+        self.log("train/loss_simple", parts["train/loss_simple"], prog_bar=True, logger=False)
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping[str, Any], _: int) -> None:
+        parts = self.shared_step(batch, "val")[1]
+        # there are no averaged weights to compare with: the reference logs the same values under both names
+        parts |= {f"{name}_ema": value for name, value in parts.items()}
+        self.log_dict(parts, batch_size=len(batch["sample"]))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        if self.embedding_manager is not None:
+            return self.embedding_manager.embedding_parameters()
+        text = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable else []
+        return [*self.model.parameters(), *text]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | dict[str, Any]:
+        """AdamW at a constant rate for embeddings; with warm-up and decay to zero for training from scratch."""
+        parameters = self.trainable_parameters()
+        if self.embedding_manager is not None:
+            return torch.optim.AdamW(parameters, lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99))
+        return {"optimizer": optimizer, "lr_scheduler": cosine_to_zero(optimizer, self.trainer)}
+
+    # --- saving ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seed"] = self.seed
+        if self.embedding_manager is not None:
+            kept = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("embedding_manager.")}
+            checkpoint["state_dict"] = kept
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seed = checkpoint.get("seed", self.seed)
+        if self.embedding_manager is not None:
+            self.strict_loading = False  # frozen weights are not in it
+
+    def save_embeddings(self, path: str | Path) -> None:
+        """Write what is learned as an embedding file, with where it came from."""
+        if self.embedding_manager is None:
+            return
+        if self.base_model and "base_model_sha256" not in self.base_model:
+            self.base_model["base_model_sha256"] = file_hash(self._base_path)
+        self.embedding_manager.save(path, step=str(self.trainer.global_step), **self.base_model)
+
+    @contextlib.contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Averaged weights, as LDM code asks for them; a frozen model has only the ones it has."""
+        yield
+
+    @torch.no_grad()
+    def log_images(
+        self, batch: Mapping[str, Any], N: int = 4, split: str = "train", ddim_steps: int = 50, scale: float = 5.0
+    ) -> dict[str, Tensor]:
+        """Pictures to look at during training, (N, 3, H, W) each; samples start from fixed noise."""
+        from ldm.models.diffusion.ddim import DDIMSampler
+
+        z = self.get_first_stage_encoding(as_mode(self.posterior(batch)))[:N]
+        captions = list(batch[self.caption_key])[: len(z)]
+        pictures = {"reconstruction": self.decode_first_stage(z)}
+        if self.image_key in batch:
+            pictures["inputs"] = batch[self.image_key][:N].permute(0, 3, 1, 2)
+        generators = [torch.Generator().manual_seed(mix_seed(self.seed, i)) for i in range(len(z))]
+        x_T = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(self.device)
+        sampler = DDIMSampler(self)
+        cond = self.get_learned_conditioning(captions)
+        uncond = self.get_learned_conditioning([""] * len(z))
+        for name, guidance in {"samples": 1.0, "samples_scaled": scale}.items():
+            latents, _ = sampler.sample(
+                S=ddim_steps,
+                batch_size=len(z),
+                shape=tuple(z.shape[1:]),
+                conditioning=cond,
+                unconditional_guidance_scale=guidance,
+                unconditional_conditioning=uncond,
+                x_T=x_T,
+                verbose=False,
+            )
+            pictures[name] = self.decode_first_stage(latents)
+        return pictures
+
+
+class LossBalance(nn.Module):
+    """Divides losses by their running mean at the same noise level, so that every level counts alike.
+
+    Without it the large errors at low noise drown what is decided at high noise: position and shape.
+    """
+
+    def __init__(self, bins: int = 20, decay: float = 0.98) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("mean", torch.zeros(bins))
+
+    def forward(self, losses: Tensor, time: Tensor) -> Tensor:
+        """losses (B,) at times (B,) in [0, 1) -> balanced losses (B,)."""
+        place = (time * len(self.mean)).long()
+        for bin_, loss in zip(place.tolist(), losses.detach(), strict=True):
+            old = self.mean[bin_]
+            self.mean[bin_] = torch.where(old > 0, self.decay * old + (1 - self.decay) * loss, loss)
+        return losses / self.mean[place].clamp(min=1e-8)
+
+
+def at(values: Tensor, t: Tensor) -> Tensor:
+    """Entries t (B,) of a schedule buffer (T,), shaped (B, 1, 1, 1)."""
+    return values[t].view(-1, 1, 1, 1)
+
+
+def as_mode(posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
+    return posterior.mode() if isinstance(posterior, DiagonalGaussianDistribution) else posterior
+
+
+def is_frozen(module: nn.Module) -> bool:
+    return not any(p.requires_grad for p in module.parameters())
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several non-negative numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

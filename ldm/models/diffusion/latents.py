@@ -1,0 +1,76 @@
+"""Pictures are encoded once: posterior moments for every picture and flip, kept on the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussianDistribution
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+class PictureSet(Protocol):
+    """What a data set offers to be cached; its samples name their `picture` and whether it is `flipped`."""
+
+    num_pictures: int
+    flips: bool
+    with_images: bool
+
+    def picture(self, i: int, flipped: bool = False) -> Tensor: ...
+
+
+class LatentCache:
+    """Posterior moments of all pictures of a data set, which from then on leaves the pictures out of its samples.
+
+    The posterior is still sampled in every step: the same distribution as encoding anew.
+    """
+
+    BATCH = 32
+
+    @torch.no_grad()
+    def __init__(self, model: LatentDiffusion, dataset: PictureSet) -> None:
+        keys = [(i, f) for i in range(dataset.num_pictures) for f in ((False, True) if dataset.flips else (False,))]
+        self._flips = dataset.flips
+        self._is_gaussian = True
+        parts = []
+        for start in tqdm(range(0, len(keys), self.BATCH), desc="encoding pictures", disable=len(keys) < self.BATCH):
+            batch = torch.stack([dataset.picture(i, flipped) for i, flipped in keys[start : start + self.BATCH]])
+            posterior = model.encode_first_stage(batch)
+            self._is_gaussian = isinstance(posterior, DiagonalGaussianDistribution)
+            parts.append(posterior.parameters if self._is_gaussian else posterior)
+        self._moments = torch.cat(parts)
+        dataset.with_images = False
+
+    def posterior(self, pictures: Tensor, flipped: Tensor) -> DiagonalGaussianDistribution | Tensor:
+        """The posterior of pictures (B,), flipped where `flipped` (B,) says so."""
+        rows = pictures * 2 + flipped.long() if self._flips else pictures
+        moments = self._moments[rows.to(self._moments.device)]
+        return DiagonalGaussianDistribution(moments) if self._is_gaussian else moments
+
+    @torch.no_grad()
+    def standardize(self, first_stage: AutoencoderKL) -> None:
+        """Give latents mean 0 and standard deviation 1 in every channel, by changing the 1x1 convolutions of a KL
+        first stage: what it reconstructs stays the same."""
+        mean, logvar = self._moments.chunk(2, dim=1)
+        shift = mean.mean(dim=(0, 2, 3))  # (C,)
+        scale = 1 / mean.std(dim=(0, 2, 3))
+        self._moments = torch.cat(
+            [(mean - per_channel(shift)) * per_channel(scale), logvar + 2 * per_channel(scale).log()], dim=1
+        )
+        encode, decode = first_stage.quant_conv, first_stage.post_quant_conv
+        channels = len(shift)
+        encode.bias[:channels].sub_(shift).mul_(scale)
+        encode.weight[:channels].mul_(scale.view(-1, 1, 1, 1))
+        encode.bias[channels:].add_(2 * scale.log())
+        decode.bias.add_(decode.weight[:, :, 0, 0] @ shift)
+        decode.weight.div_(scale.view(1, -1, 1, 1))
+
+
+def per_channel(channels: Tensor) -> Tensor:
+    """A value for each channel (C,), shaped (1, C, 1, 1)."""
+    return channels.view(1, -1, 1, 1)

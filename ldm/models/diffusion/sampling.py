@@ -1,0 +1,179 @@
+"""What the samplers share: guidance, noise for each picture, and the LDM-named methods of their classes.
+
+A sampler proper is a pure function of a denoiser, a start, and a schedule. Which stage's prompt is read is
+decided here, in the closure around the model, by the timestep of the call.
+
+Shapes: B batch, C latent channels, H W latent height and width, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Context, as_conditioning
+from ldm.schedule import ddim_parameters, ddim_timesteps
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import Cond, LatentDiffusion
+
+Denoiser = Callable[[Tensor, int], Tensor]  # latents (B, C, H, W), raw timestep -> predicted noise (B, C, H, W)
+NoiseSource = Callable[[], Tensor]  # the next standard normal (B, C, H, W)
+Callback = Callable[[int, int, Tensor, Tensor], None]  # step, timestep, x (after the step), predicted x_0
+
+
+def guided(model: LatentDiffusion, cond: Cond, uncond: Cond | None = None, guidance_scale: float = 1.0) -> Denoiser:
+    """The model's noise prediction under classifier-free guidance (Ho and Salimans 2022, eq. 6, with w + 1).
+
+    Both predictions are made in one batch of 2B; at scale 1 only the conditional one is made.
+
+    Raises:
+        ValueError: guidance without an unconditional prompt.
+    """
+    cond = as_conditioning(cond, model.num_timesteps)
+    if guidance_scale != 1.0 and uncond is None:
+        raise ValueError(f"A guidance scale of {guidance_scale} needs unconditional_conditioning (the prompt '').")
+    uncond = None if uncond is None or guidance_scale == 1.0 else as_conditioning(uncond, model.num_timesteps)
+
+    @torch.no_grad()
+    def denoise(x: Tensor, t: int) -> Tensor:
+        if uncond is None:
+            timesteps = torch.full((len(x),), t, device=x.device)
+            return model.to_eps(model.apply_model(x, timesteps, cond), x, timesteps)
+        doubled = torch.cat([x, x])
+        timesteps = torch.full((len(doubled),), t, device=x.device)
+        prediction = model.apply_model(doubled, timesteps, Context.cat(uncond.at(t), cond.at(t)))
+        eps_uncond, eps_cond = model.to_eps(prediction, doubled, timesteps).chunk(2)
+        return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+
+    return denoise
+
+
+def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator on the CPU for each picture: a picture depends neither on its batch nor on the device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(
+    generators: Sequence[torch.Generator] | None, shape: Sequence[int], device: torch.device | str
+) -> Tensor:
+    """Standard normal float32 noise `shape` (B, C, H, W): sample i from generator i, or from global state if None."""
+    if generators is None:
+        return torch.randn(tuple(shape), device=device)
+    return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generators]).to(device)
+
+
+class Sampler:
+    """The attributes and methods of LDM's sampler classes, over the pure functions.
+
+    After `make_schedule`: `ddim_timesteps` (S,) int, and `ddim_alphas`, `ddim_alphas_prev`, `ddim_sigmas`,
+    `ddim_sqrt_one_minus_alphas`, each (S,) float64 on the host.
+    """
+
+    def __init__(self, model: LatentDiffusion, schedule: str = "linear") -> None:
+        self.model = model
+        self.ddpm_num_timesteps = model.num_timesteps
+
+    def make_schedule(
+        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
+    ) -> None:
+        """Evenly spaced timesteps; raises `ValueError` for a number of steps outside 1..T or an eta below 0."""
+        if ddim_discretize != "uniform":
+            raise ValueError(f"Timesteps are spaced 'uniform' here, not '{ddim_discretize}'.")
+        if not ddim_eta >= 0:
+            raise ValueError(f"ddim_eta must not be negative, but is {ddim_eta}.")
+        alphas_cumprod = self.model.alphas_cumprod.double().cpu().numpy()
+        self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps)
+        alphas, alphas_prev, sigmas = ddim_parameters(alphas_cumprod, self.ddim_timesteps, ddim_eta)
+        self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas = alphas, alphas_prev, sigmas
+        self.ddim_sqrt_one_minus_alphas = np.sqrt(1.0 - alphas)
+
+    def run(self, denoise: Denoiser, x: Tensor, steps: int, noise: NoiseSource, callback: Callback | None) -> Tensor:
+        """Denoise x through the last `steps` entries of the schedule."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it steps.")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Cond,
+        callback: Callable[[int], Any] | None = None,
+        img_callback: Callable[[Tensor, int], Any] | None = None,
+        eta: float = 0.0,
+        verbose: bool = True,
+        x_T: Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Cond | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        step_callback: Callback | None = None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Latents (B, C, H, W) after S steps, and the intermediate ones as LDM returns them.
+
+        Args:
+            shape: (C, H, W).
+            callback, img_callback: LDM's hooks, called with the step, and with (predicted x_0, step).
+            step_callback: called with (step, timestep, x, predicted x_0).
+            x_T: start, standard normal (B, C, H, W); drawn from `generators` if None.
+            generators: one for each sample.
+        """
+        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
+        device = self.model.device
+        size = (batch_size, *shape)
+        x = draw_noise(generators, size, device) if x_T is None else x_T.to(device)
+        intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
+
+        def hooks(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+            index = S - 1 - step
+            if index % log_every_t == 0 or index == S - 1:
+                intermediates["x_inter"].append(x)
+                intermediates["pred_x0"].append(x_0)
+            if callback is not None:
+                callback(step)
+            if img_callback is not None:
+                img_callback(x_0, step)
+            if step_callback is not None:
+                step_callback(step, t, x, x_0)
+
+        denoise = guided(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
+        return self.run(denoise, x, S, lambda: draw_noise(generators, size, device), hooks), intermediates
+
+    @torch.no_grad()
+    def stochastic_encode(
+        self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
+    ) -> Tensor:
+        """Noise latents x0 (B, C, H, W) to the level of entries t (B,) of the schedule.
+
+        With `use_original_steps`, t are raw timesteps. An index past the last entry means the last.
+        """
+        noise = torch.randn_like(x0) if noise is None else noise.to(x0)
+        if not use_original_steps:
+            timesteps = torch.as_tensor(self.ddim_timesteps, device=t.device)
+            t = timesteps[t.clamp(max=len(timesteps) - 1)]
+        return self.model.q_sample(x0, t.to(x0.device), noise)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        x_latent: Tensor,
+        cond: Cond,
+        t_start: int,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Cond | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+        step_callback: Callback | None = None,
+    ) -> Tensor:
+        """Denoise through the first `t_start` entries of the schedule, from entry t_start - 1 down to 0.
+
+        As in the reference, latents noised to entry t_start (`stochastic_encode`) are denoised from the entry
+        below it. `t_start` 0 returns them as they are.
+        """
+        denoise = guided(self.model, cond, unconditional_conditioning, unconditional_guidance_scale)
+        noise = lambda: draw_noise(generators, x_latent.shape, x_latent.device)  # noqa: E731
+        return self.run(denoise, x_latent, min(int(t_start), len(self.ddim_timesteps)), noise, step_callback)

@@ -1,0 +1,195 @@
+"""The U-Net of latent diffusion, in the CompVis key layout (Rombach et al. 2022; Dhariwal and Nichol 2021).
+
+Shapes: B batch, C channels, H W latent height and width, E width of the time embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.conditioning import Context
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the time embedding added between them; (B, C_in, H, W) -> (B, C_out, H, W)."""
+
+    def __init__(self, channels: int, out_channels: int, emb_channels: int, groups: int, dropout: float) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Block(nn.ModuleList):
+    """The layers of one `input_blocks` / `middle_block` / `output_blocks` entry, each with what it needs."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """Noise prediction with cross-attention; parameters as in the reference's `unet_config`.
+
+    Args:
+        attention_resolutions: downsampling factors at which attention is used (1 = full latent size).
+        num_heads: heads of every attention layer, each `channels // num_heads` wide.
+        use_checkpoint: recompute activations in the backward pass: less memory, about a third more time. Works
+            with frozen weights.
+        norm_num_groups: groups of every GroupNorm; 32 in Stable Diffusion.
+
+    Raises:
+        ValueError: a width does not fit the number of heads or groups.
+    """
+
+    ignored_keys = {
+        "image_size": "the U-Net takes latents of any size",
+        "use_spatial_transformer": "attention is always the spatial transformer",
+        "legacy": "heads are always `channels // num_heads` wide, which is what `legacy: False` means",
+    }
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        context_dim: int,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        num_heads: int = 8,
+        transformer_depth: int = 1,
+        dropout: float = 0.0,
+        use_checkpoint: bool = False,
+        norm_num_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        widths = [model_channels * m for m in channel_mult]
+        for width in widths:
+            if width % num_heads or width % norm_num_groups:
+                raise ValueError(
+                    f"U-Net width {width} must be a multiple of num_heads={num_heads} and "
+                    f"norm_num_groups={norm_num_groups}."
+                )
+        self.in_channels, self.out_channels, self.context_dim = in_channels, out_channels, context_dim
+        self.model_channels = model_channels
+        self.downsampling = 2 ** (len(channel_mult) - 1)  # what latent height and width must be multiples of
+        self.use_checkpoint = use_checkpoint
+        self.num_attention_layers = 0  # counted below; numbers the layers in order of execution
+        emb = 4 * model_channels
+        groups = norm_num_groups
+
+        def res(c_in: int, c_out: int) -> ResBlock:
+            return ResBlock(c_in, c_out, emb, groups, dropout)
+
+        def attention(channels: int) -> SpatialTransformer:
+            first = self.num_attention_layers
+            self.num_attention_layers += transformer_depth
+            dim_head = channels // num_heads
+            return SpatialTransformer(
+                channels, num_heads, dim_head, transformer_depth, context_dim, first, groups, dropout
+            )
+
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.input_blocks = nn.ModuleList([Block([nn.Conv2d(in_channels, model_channels, 3, padding=1)])])
+        skips = [model_channels]
+        channels = model_channels
+        for level, width in enumerate(widths):
+            attends = 2**level in attention_resolutions
+            for _ in range(num_res_blocks):
+                layers = [res(channels, width)] + ([attention(width)] if attends else [])
+                channels = width
+                self.input_blocks.append(Block(layers))
+                skips.append(channels)
+            if level < len(widths) - 1:
+                self.input_blocks.append(Block([Downsample(channels)]))
+                skips.append(channels)
+
+        self.middle_block = Block([res(channels, channels), attention(channels), res(channels, channels)])
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            attends = 2**level in attention_resolutions
+            for i in range(num_res_blocks + 1):
+                layers = [res(channels + skips.pop(), width)] + ([attention(width)] if attends else [])
+                channels = width
+                if level and i == num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(Block(layers))
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(groups, channels),
+            nn.SiLU(),
+            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out[2].weight.dtype
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Context) -> Tensor:
+        """Prediction (B, C_out, H, W), in float32, for noised latents x (B, C_in, H, W) at timesteps (B,).
+
+        H and W must be multiples of 2^(levels - 1).
+        """
+        dtype = self.dtype
+        h = x.to(dtype)
+        context = context.map(lambda c: c.to(dtype))
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (B, E)
+        skips = []
+        for block in self.input_blocks:
+            h = self._run(block, h, emb, context)
+            skips.append(h)
+        h = self._run(self.middle_block, h, emb, context)
+        for block in self.output_blocks:
+            h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h).float()
+
+    def _run(self, block: Block, h: Tensor, emb: Tensor, context: Context) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, h, emb, context, use_reentrant=False)
+        return block(h, emb, context)

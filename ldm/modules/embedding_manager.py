@@ -1,0 +1,192 @@
+"""The learned tokens: S vectors for a placeholder, one for each stage of denoising (ProSpect, section 4).
+
+Shapes: S stages, D width of the text transformer, R rows of the table of all learned vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.embeddings import Concept, load_concept, save_concept
+from ldm.modules.attention import CrossAttention, FeedForward
+
+if TYPE_CHECKING:
+    from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+
+
+class GeneratorBlock(nn.Module):
+    """The reference's transformer block from the initial word's embedding (1, D) to S vectors (S, D).
+
+    x = e + A1(LN1(e)); x = x + A2(LN2(x), context e); S·D outputs = FF(LN3(x)), without a residual around FF. The
+    sequence has one token, so both softmaxes are 1: only the value and output projections of A1 and A2 matter,
+    and `to_q`, `to_k` and `norm2` exist for the checkpoint's layout. 31,477,248 parameters at S = 10, D = 768.
+    """
+
+    def __init__(self, width: int, num_stages: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.num_stages = num_stages
+        self.attn1 = CrossAttention(width, None, heads, dim_head, dropout)
+        self.ff = FeedForward(width, width * num_stages, dropout)
+        self.attn2 = CrossAttention(width, width, heads, dim_head, dropout)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+
+    def forward(self, initial: Tensor) -> Tensor:
+        e = initial.unsqueeze(0)  # (1, 1, D): a batch of one sequence of one token
+        x = e + self.attn1(self.norm1(e))
+        x = x + self.attn2(self.norm2(x), e)
+        return self.ff(self.norm3(x)).view(self.num_stages, -1)  # (S, D)
+
+
+class EmbeddingManager(nn.Module):
+    """What stands behind the placeholders: a concept that is being learned, and concepts loaded from files.
+
+    Args:
+        embedder: gives the initial word's embedding; not kept.
+        placeholder_strings: placeholders of the concept that is learned; all of them mean the same vectors.
+        initializer_words: word or words whose token embeddings, averaged, the learning starts from. None: nothing
+            is learned here, concepts are loaded.
+        num_stages: S. 1 is Textual Inversion.
+        generator: `block` (the reference's transformer block) or `table` (S free vectors).
+        initial_spread: `table` only: standard deviation of what tells the stages apart at the start, relative to
+            the initial embedding's own.
+    """
+
+    ignored_keys = {
+        "num_vectors_per_token": "the number of stages is model.params.prospect_stages",
+        "per_image_tokens": "one placeholder is learned from all pictures",
+        "progressive_words": "the reference's code for it does nothing",
+        "progressive_counter": "the reference's code for it does nothing",
+    }
+
+    def __init__(
+        self,
+        embedder: FrozenCLIPEmbedder,
+        placeholder_strings: Sequence[str] | str = ("*",),
+        initializer_words: Sequence[str] | str | None = None,
+        num_stages: int = 10,
+        generator: str = "block",
+        dropout: float = 0.1,
+        initial_spread: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_stages < 1:
+            raise ValueError(f"The number of stages must be at least 1, not {num_stages}.")
+        if generator not in ("block", "table"):
+            raise ValueError(f"generator must be 'block' or 'table', not '{generator}'.")
+        self.placeholder_strings = (
+            [placeholder_strings] if isinstance(placeholder_strings, str) else list(placeholder_strings)
+        )
+        words = [initializer_words] if isinstance(initializer_words, str) else list(initializer_words or [])
+        self.initial_word = " ".join(words)
+        self.num_stages = num_stages
+        self.width = embedder.width
+        self.learning = bool(words)
+        self.loaded: dict[str, Concept] = {}
+        self.sources: dict[str, str] = {}  # placeholder -> file, for the record
+        self.attention: GeneratorBlock | None = None
+        self.table: nn.Parameter | None = None
+        self.register_buffer("initial_embeddings", torch.zeros(1, self.width))
+        if not self.learning:
+            return
+        self.initial_embeddings.copy_(initial_embedding(embedder, self.initial_word))
+        if generator == "block":
+            self.attention = GeneratorBlock(self.width, num_stages, dropout=dropout)
+        else:
+            noise = torch.randn(num_stages, self.width) * self.initial_embeddings.std()
+            spread = initial_spread if num_stages > 1 else 0.0
+            self.table = nn.Parameter(self.initial_embeddings + spread * noise)
+
+    def embeddings(self) -> Tensor:
+        """The S vectors of the learned (or, for the first placeholder, loaded) concept: float32 (S, D).
+
+        Raises:
+            ValueError: nothing is learned and nothing is loaded.
+        """
+        if self.placeholder_strings[0] in self.loaded:
+            return self.loaded[self.placeholder_strings[0]].vectors.to(self.initial_embeddings.device)
+        if not self.learning:
+            raise ValueError("No embedding is learned or loaded; call embedding_manager.load(path) first.")
+        return self.attention(self.initial_embeddings) if self.attention is not None else self.table
+
+    def rows(self) -> dict[str, list[int]]:
+        """Placeholder -> its row in `vectors()` for each of the S stages.
+
+        A concept with another number of stages is read by time: stage s takes the concept's stage at the middle
+        of s.
+        """
+        rows: dict[str, list[int]] = {}
+        start = 0
+        if self._trained_placeholders():
+            rows.update(dict.fromkeys(self._trained_placeholders(), list(range(self.num_stages))))
+            start = self.num_stages
+        for placeholder, concept in self.loaded.items():
+            stages = [int((s + 0.5) * concept.num_stages / self.num_stages) for s in range(self.num_stages)]
+            rows[placeholder] = [start + stage for stage in stages]
+            start += concept.num_stages
+        return rows
+
+    def vectors(self) -> Tensor | None:
+        """All learned vectors (R, D), in the order of `rows()`; None when there are none."""
+        parts = [self.embeddings()] if self._trained_placeholders() else []
+        parts += [concept.vectors.to(self.initial_embeddings.device) for concept in self.loaded.values()]
+        return torch.cat(parts) if parts else None
+
+    def _trained_placeholders(self) -> list[str]:
+        return [p for p in self.placeholder_strings if self.learning and p not in self.loaded]
+
+    def load(self, source: str | Path | Concept | Mapping[str, Any]) -> None:
+        """Take concepts from files; see `load_concept` for what can be read.
+
+        Args:
+            source: a file for the first placeholder, or {placeholder: file}. Replaces what was loaded for it.
+
+        Raises:
+            ValueError: a file cannot be used, or was learned for another width.
+        """
+        sources = source if isinstance(source, Mapping) else {self.placeholder_strings[0]: source}
+        concepts = {p: s if isinstance(s, Concept) else load_concept(s, p) for p, s in sources.items()}
+        for placeholder, concept in concepts.items():
+            if concept.width != self.width:
+                raise ValueError(
+                    f"The embedding for '{placeholder}' ({sources[placeholder]}) has width {concept.width}, but this "
+                    f"model's text encoder has width {self.width}: it was learned for another base model."
+                )
+        self.loaded.update(concepts)
+        self.sources.update({p: "" if isinstance(s, Concept) else str(s) for p, s in sources.items()})
+
+    def save(self, path: str | Path, **metadata: str) -> None:
+        """Write the S vectors, without dropout, as an embedding file."""
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            vectors = self.embeddings().detach().float().cpu()
+        self.train(was_training)
+        concept = Concept(vectors, {"init_word": self.initial_word, **metadata})
+        save_concept(concept, path, self.placeholder_strings[0])
+
+    def distance_to_initial(self) -> Tensor:
+        """Mean over stages of the squared distance to the initial word's embedding (Textual Inversion's regulariser)."""
+        return (self.embeddings() - self.initial_embeddings).pow(2).sum(dim=1).mean()
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+
+@torch.no_grad()
+def initial_embedding(embedder: FrozenCLIPEmbedder, words: str) -> Tensor:
+    """Mean (1, D) float32 of the token embeddings of `words`.
+
+    Raises:
+        ValueError: no token is left of the words.
+    """
+    ids = embedder.tokenizer(words, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"The initial word '{words}' has no token; give an ordinary word, such as 'teddy'.")
+    return embedder.token_table[torch.tensor(ids)].float().mean(dim=0, keepdim=True)

@@ -1,0 +1,100 @@
+"""The prompt encoder of Stable Diffusion v1: CLIP's tokenizer and text transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import nearest
+from ldm.modules.encoders.clip import CLIPTextConfig, CLIPTextModel
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+KNOWN_VERSIONS = {"openai/clip-vit-large-patch14": CLIPTextConfig()}
+
+
+class FrozenCLIPEmbedder(nn.Module):
+    """Token ids and learned vectors to contexts; parameters as in the reference's `cond_stage_config`.
+
+    Args:
+        version: name of a known text transformer; with `text_config` any name is accepted.
+        max_length: L, the tokens of a prompt with its two end marks.
+        text_config: sizes, as the fields of `CLIPTextConfig`.
+        tokenizer: folder with `vocab.json` and `merges.txt`; None takes `version` from the hub's cache.
+
+    Raises:
+        ValueError: an unknown version without `text_config`, or more tokens than the transformer has positions.
+    """
+
+    ignored_keys = {"device": "the model follows the device of the trainer or of the sampler"}
+
+    def __init__(
+        self,
+        version: str = "openai/clip-vit-large-patch14",
+        max_length: int = 77,
+        text_config: Mapping[str, Any] | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__()
+        if text_config is None and version not in KNOWN_VERSIONS:
+            raise ValueError(f"Unknown text encoder '{version}'{nearest(version, list(KNOWN_VERSIONS))}.")
+        config = KNOWN_VERSIONS[version] if text_config is None else CLIPTextConfig(**text_config)
+        if max_length > config.max_position_embeddings:
+            raise ValueError(f"max_length {max_length} exceeds the {config.max_position_embeddings} positions.")
+        self.version = version
+        self.max_length = max_length
+        self.tokenizer_folder = tokenizer
+        self.transformer = CLIPTextModel(config)
+
+    @property
+    def width(self) -> int:
+        return self.transformer.config.hidden_size
+
+    @property
+    def token_table(self) -> Tensor:
+        """Token embeddings (vocabulary, D)."""
+        return self.transformer.text_model.token_table
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """CLIP's BPE, opened at the first use; no network is used when the files are on this machine.
+
+        Raises:
+            OSError: the vocabulary is neither in the folder nor in the hub's cache, nor can it be fetched.
+        """
+        from transformers import CLIPTokenizer
+
+        if self.tokenizer_folder is not None:
+            if not (Path(self.tokenizer_folder) / "vocab.json").is_file():
+                raise OSError(f"There is no CLIP vocabulary (vocab.json, merges.txt) in '{self.tokenizer_folder}'.")
+            return CLIPTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+        try:
+            return CLIPTokenizer.from_pretrained(self.version, local_files_only=True)
+        except OSError:
+            pass  # not in the cache yet
+        try:
+            return CLIPTokenizer.from_pretrained(self.version)
+        except OSError as error:
+            raise OSError(
+                f"The tokenizer of '{self.version}' is neither on this machine nor can it be fetched; put vocab.json "
+                "and merges.txt into a folder and name it in cond_stage_config.params.tokenizer."
+            ) from error
+
+    def embed(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """Input embeddings (B, L, D) for slots (B, L): a token id, or -(r + 1) for row r of `vectors` (R, D)."""
+        table = self.token_table
+        inputs = nn.functional.embedding(slots.clamp(min=0), table)
+        if vectors is None:
+            return inputs
+        learned = nn.functional.embedding((-1 - slots).clamp(min=0), vectors.to(table.dtype))
+        return torch.where((slots < 0).unsqueeze(-1), learned, inputs)
+
+    def forward(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """Contexts (B, L, D); see `embed` for the arguments."""
+        return self.transformer.text_model(self.embed(slots, vectors))

@@ -1,0 +1,177 @@
+"""The parts of a training run that `main.py` puts together: folder, configuration, model, trainer."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from ldm.callbacks import EmbeddingSaver, SaveLast
+from ldm.cli import translate_gpus
+from ldm.config import ConfigError, instantiate_from_config, load_config
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SAVE_EVERY = 500
+DEFAULT_CONFIG = {
+    "lightning": {
+        "trainer": {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "enable_model_summary": False},
+    }
+}
+
+
+@dataclass
+class Run:
+    """Where a run logs, and what it resumes from (None for a new run)."""
+
+    folder: Path
+    started: str
+    checkpoint: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def configs(self) -> Path:
+        return self.folder / "configs"
+
+
+def open_run(options: argparse.Namespace) -> Run:
+    """The log folder of a new run (not made yet) or of the run to resume.
+
+    Raises:
+        ValueError: there is nothing to resume at the place given.
+    """
+    now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    if options.resume:
+        path = Path(options.resume)
+        folder = path if path.is_dir() else path.parent.parent
+        checkpoint = folder / "checkpoints" / "last.ckpt" if path.is_dir() else path
+        if not checkpoint.is_file():
+            raise ValueError(f"Nothing to resume: there is no file '{checkpoint}'; -r takes a log folder of main.py.")
+        return Run(folder, now, checkpoint)
+    if options.project:
+        return Run(Path(options.project), now)
+    data = Path(options.data_root).resolve().name if options.data_root and options.datadir_in_name else ""
+    name = options.name or Path(options.base[0]).stem
+    folder = Path(options.logdir) / f"{data}{now}_{name}{options.postfix}"
+    number = 1
+    while folder.exists():  # another run of the same second
+        number += 1
+        folder = folder.with_name(f"{data}{now}_{name}{options.postfix}-{number}")
+    return Run(folder, now)
+
+
+def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
+    """The configurations of the command line (and of the resumed run), with its flags put in."""
+    saved = [sorted(run.configs.glob(f"*-{kind}.yaml"))[-1:] for kind in ("project", "lightning") if run.checkpoint]
+    config = load_config(*sum(saved, []), *options.base, overrides=options.overrides)
+    config = OmegaConf.merge(DEFAULT_CONFIG, config)
+    for section in ("model", "data"):
+        if section not in config:
+            raise ConfigError(f"The configuration has no section '{section}:'; see configs/ for complete ones.")
+    params = config.model.get("params") or {}
+    if options.data_root:
+        for split in ("train", "validation"):
+            if config.data.params.get(split):
+                OmegaConf.update(config, f"data.params.{split}.params.data_root", options.data_root)
+    if options.actual_resume:
+        OmegaConf.update(config, "model.params.ckpt_path", options.actual_resume)
+    manager = "model.params.personalization_config.params"
+    flags = {
+        "--embedding_manager_ckpt": (options.embedding_manager_ckpt, "model.params.embedding_manager_ckpt"),
+        "--placeholder_tokens": (options.placeholder_tokens, f"{manager}.placeholder_strings"),
+        "--init_word": (options.init_word and [options.init_word], f"{manager}.initializer_words"),
+    }
+    for flag, (value, key) in flags.items():
+        if not value:
+            continue
+        if "personalization_config" not in params:
+            raise ConfigError(f"{flag} needs a configuration that learns embeddings (personalization_config).")
+        OmegaConf.update(config, key, value)
+    for name, value in options.trainer.items():
+        OmegaConf.update(config, f"lightning.trainer.{name}", value)
+    return config
+
+
+def choose_devices(trainer: Mapping[str, Any], gpus: str | None) -> dict[str, Any]:
+    """Translate `--gpus 0,` (or `gpus:` in the YAML) into Lightning's accelerator and devices.
+
+    With no usable GPU the run says so once and uses the CPU.
+    """
+    chosen = {key: value for key, value in trainer.items() if key != "gpus"}
+    numbers = translate_gpus(str(gpus) if gpus is not None else None)
+    if numbers is None or "accelerator" in chosen:
+        return chosen
+    if torch.cuda.is_available():
+        return {**chosen, "accelerator": "gpu", "devices": numbers}
+    if torch.backends.mps.is_available():
+        return {**chosen, "accelerator": "mps", "devices": 1}
+    logger.info("No usable GPU here; --gpus %s is answered with the CPU.", gpus)
+    return {**chosen, "accelerator": "cpu", "devices": 1}
+
+
+def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, module: pl.LightningModule) -> pl.Trainer:
+    """The Lightning trainer with loggers (TensorBoard, CSV) and callbacks (saving, pictures, the YAML's own)."""
+    lightning = OmegaConf.to_container(config.lightning, resolve=True)
+    trainer = lightning.get("trainer", {})
+    trainer = choose_devices(trainer, options.gpus or trainer.get("gpus"))
+    devices = str(trainer.get("devices", ""))
+    if devices.isdigit():
+        trainer["devices"] = int(devices)
+    save_every = (lightning.get("modelcheckpoint") or {}).get("params", {}).get("every_n_train_steps")
+    save_every = save_every or DEFAULT_SAVE_EVERY
+    callbacks: list[pl.Callback] = [SaveLast(run.checkpoints, save_every)]
+    if getattr(module, "embedding_manager", None) is not None:
+        callbacks.append(EmbeddingSaver(run.checkpoints, save_every))
+    allowed = config.get("allow_targets", ())
+    for name, callback in (lightning.get("callbacks") or {}).items():
+        if "target" not in callback:
+            raise ConfigError(f"lightning.callbacks.{name} needs a `target:`.")
+        callbacks.append(instantiate_from_config(callback, allowed))
+    tensorboard = TensorBoardLogger(run.folder, name="", version="", sub_dir="tensorboard")
+    csv = CSVLogger(run.folder, name="csv", version=run.started)  # the logger empties a folder it finds
+    return pl.Trainer(
+        default_root_dir=run.folder,
+        logger=[tensorboard, csv],
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        **trainer,
+    )
+
+
+def set_learning_rate(
+    config: DictConfig, module: pl.LightningModule, data: Any, trainer: pl.Trainer, scale: bool
+) -> None:
+    """Give the module its learning rate and log how it came about, in one line."""
+    base = float(config.model.base_learning_rate)
+    if not scale:
+        module.learning_rate = base
+        logger.info("Learning rate %.2e (--scale_lr false)", base)
+        return
+    accumulate, world, batch = trainer.accumulate_grad_batches, trainer.world_size, data.batch_size
+    module.learning_rate = base * accumulate * world * batch
+    logger.info(
+        "Learning rate %.2e = %d (accumulate_grad_batches) x %d (devices) x %d (batch size) x %.2e (base)",
+        *(module.learning_rate, accumulate, world, batch, base),
+    )
+
+
+def save_configs(config: DictConfig, run: Run) -> None:
+    """Write the run's configuration into its folder, as `<time>-project.yaml` and `<time>-lightning.yaml`."""
+    for folder in (run.checkpoints, run.configs):
+        folder.mkdir(parents=True, exist_ok=True)
+    project = OmegaConf.masked_copy(config, [key for key in config if key != "lightning"])
+    OmegaConf.save(project, run.configs / f"{run.started}-project.yaml")
+    lightning = OmegaConf.create({"lightning": config.lightning})
+    OmegaConf.save(lightning, run.configs / f"{run.started}-lightning.yaml")

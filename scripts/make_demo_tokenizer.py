@@ -1,0 +1,77 @@
+"""Write the demo's CLIP-format tokenizer: every word of the rendered world is one token.
+
+python scripts/make_demo_tokenizer.py --out models/demo/tokenizer
+"""
+
+import argparse
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+from ldm.data.world import world_vocabulary
+
+END = "</w>"
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable characters that stand for bytes in CLIP's vocabulary, in its order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+
+
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first, until every word is one token.
+
+    Encoding repeats the merges in the order they were learnt, so no word can break another one's merges.
+    """
+    splits = [[*word[:-1], word[-1] + END] for word in words]
+    merges = []
+    while pairs := Counter(pair for split in splits for pair in pairwise(split)):
+        # Ties are broken by the alphabet, which makes the files reproducible.
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        splits = [merge(split, best) for split in splits]
+    return merges
+
+
+def merge(split: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join every occurrence of the pair, from the left."""
+    merged: list[str] = []
+    for symbol in split:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
+
+
+def write_tokenizer(folder: Path, max_length: int) -> int:
+    """Write vocab.json, merges.txt and tokenizer_config.json; returns the number of tokens."""
+    merges = learn_merges(world_vocabulary())
+    symbols = byte_symbols()
+    tokens = [*symbols, *(symbol + END for symbol in symbols), *map("".join, merges), BOS, EOS]
+    if len(set(tokens)) != len(tokens):
+        raise ValueError("two merges give the same token")
+    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, **special}
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = json.dumps({token: number for number, token in enumerate(tokens)}, ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return len(tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("models/demo/tokenizer"))
+    parser.add_argument("--max-length", type=int, default=32, help="tokens of a prompt, both ends included")
+    args = parser.parse_args()
+    print(f"{write_tokenizer(args.out, args.max_length)} tokens in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

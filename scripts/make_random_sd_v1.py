@@ -1,0 +1,69 @@
+"""Write random weights in the layout of the public Stable Diffusion v1.4 file, for tests and timings.
+
+python scripts/make_random_sd_v1.py --out sd-v1-4.ckpt --dtype float16
+
+The .ckpt is pickled as the public file is, with Lightning's ModelCheckpoint class beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import save_state_dict
+from ldm.schedule import make_betas, schedule_buffers
+
+LAYOUT = Path(__file__).resolve().parents[1] / "tests" / "golden" / "sd_v1_state_dict.json"
+
+
+def random_weights(layout: dict[str, dict], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """A tensor for each key of `layout` ({key: {"shape", "kind"}}): weights in `dtype`, buffers as they are.
+
+    Biases are 0 and norm gains 1; the others are normal with deviation min(0.02, 1/sqrt(fan-in)), so that no
+    layer amplifies and activations stay finite in half precision.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = schedule_buffers(make_betas(0.00085, 0.0120))
+    for key, entry in layout.items():
+        shape = entry["shape"]
+        if key.endswith("position_ids"):
+            state[key] = torch.arange(shape[-1]).expand(shape).clone()
+        elif key.endswith(".bias"):
+            state[key] = torch.zeros(shape, dtype=dtype)
+        elif len(shape) == 1 and entry["kind"] == "param":
+            state[key] = torch.ones(shape, dtype=dtype)
+        elif entry["kind"] == "param":
+            deviation = min(0.02, 1 / math.sqrt(math.prod(shape[1:])))
+            state[key] = torch.empty(shape).normal_(0.0, deviation, generator=generator).to(dtype)
+    return {key: state[key] for key in layout}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("sd-v1-4.ckpt"))
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    parser.add_argument("--format", choices=("ckpt", "safetensors"), default="ckpt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layout", type=Path, default=LAYOUT, help="JSON with the keys, shapes and kinds")
+    options = parser.parse_args(argv)
+
+    layout = json.loads(options.layout.read_text())["state_dict"]
+    state = random_weights(layout, getattr(torch, options.dtype), options.seed)
+    if options.format == "safetensors":
+        save_state_dict(state, options.out)
+    else:
+        from pytorch_lightning.callbacks.model_checkpoint import ModelCheckpoint
+
+        callback = {"monitor": "val/loss_simple_ema", "best_model_score": torch.tensor(0.0)}
+        content = {"epoch": 0, "global_step": 470000, "pytorch-lightning_version": "1.4.2"}
+        torch.save({**content, "callbacks": {ModelCheckpoint: callback}, "state_dict": state}, options.out)
+    print(f"{options.out}: {len(state)} tensors, {options.out.stat().st_size / 1e9:.3f} GB")
+
+
+if __name__ == "__main__":
+    main()

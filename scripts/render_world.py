@@ -1,0 +1,53 @@
+"""Render pictures of the demo's world, with captions.csv beside them.
+
+python scripts/render_world.py --out /tmp/world --count 16 --held-out
+python scripts/render_world.py --out /tmp/star --count 1 --caption-like large,dotted,red,star,centre,white
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.world import attributes_from_words, caption, random_attributes, render
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """Write one picture, float (3, R, R) in [-1, 1]."""
+    pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resolution", type=int, default=64, help="pixels a side")
+    parser.add_argument("--held-out", action="store_true", help="only combinations kept out of training")
+    parser.add_argument("--caption-like", metavar="WORDS", help="one word of every factor, with commas between")
+    parser.add_argument("--name", default="{:05d}", help="file name without ending, {} is the picture's number")
+    args = parser.parse_args()
+    if args.caption_like:
+        if args.held_out:
+            parser.error("--caption-like names the combination: leave --held-out away")
+        attributes = attributes_from_words(args.caption_like.split(",")).expand(args.count, -1)
+    else:
+        attributes = random_attributes(args.count, args.seed, args.held_out)
+    pictures = render(attributes, range(args.seed, args.seed + args.count), args.resolution)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = [args.name.format(number) + ".png" for number in range(args.count)]
+    if len(set(names)) != len(names):
+        parser.error(f"--name {args.name} gives {args.count} pictures the same name: put {{}} in it")
+    for name, picture in zip(names, pictures, strict=True):
+        save_picture(picture, args.out / name)
+    with (args.out / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = zip(names, map(caption, attributes), strict=True)
+        csv.writer(file, lineterminator="\n").writerows([("file", "caption"), *rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The rendered world: pictures, captions, sample numbers, and the tokenizer made for it."""
+
+import os
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data.world import (
+    FACTORS,
+    RenderedWorld,
+    attributes_from_words,
+    caption,
+    is_held_out,
+    random_attributes,
+    render,
+    world_vocabulary,
+)
+
+STAR = attributes_from_words(["large", "striped", "red", "star", "left", "navy"])
+SCRIPT = Path(__file__).parents[2] / "scripts" / "make_demo_tokenizer.py"
+
+
+def test_a_picture_is_the_same_alone_and_in_a_batch():
+    attributes = random_attributes(70, seed=3)
+    batch = render(attributes, range(70))
+    assert batch.shape == (70, 3, 64, 64) and batch.dtype == torch.float32
+    assert batch.min() >= -1 and batch.max() <= 1
+    for n in (0, 1, 17, 69):
+        assert torch.equal(render(attributes[n : n + 1], [n])[0], batch[n])
+    assert torch.equal(render(attributes.flip(0), torch.arange(70).flip(0)), batch.flip(0))
+
+
+def test_seeds_vary_the_picture_a_little():
+    one, two = render(STAR.expand(2, -1), [1, 2])
+    assert 0.005 < (one - two).abs().mean() < 0.2
+
+
+def test_a_larger_resolution_shows_the_same_picture():
+    small = render(STAR[None], [5], resolution=64)
+    large = render(STAR[None], [5], resolution=256)
+    assert (torch.nn.functional.avg_pool2d(large, 4) - small).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_every_value_of_a_factor_changes_the_picture(factor):
+    column, count = list(FACTORS).index(factor), len(FACTORS[factor])
+    rows = STAR.repeat(count, 1)
+    rows[:, column] = torch.arange(count)
+    pictures = render(rows, [7] * count)
+    for a in range(count):
+        for b in range(a):
+            assert (pictures[a] - pictures[b]).abs().mean() > 0.01, (FACTORS[factor][a], FACTORS[factor][b])
+
+
+def test_positions_are_where_the_words_say():
+    rows = STAR.repeat(5, 1)
+    rows[:, 0] = torch.arange(5)
+    pictures = render(rows, range(5))
+    inside = (pictures - pictures[:, :, :1, :1]).abs().sum(1) > 0.3  # the corner shows the background
+    centres = [torch.nonzero(mask).float().mean(0) - 31.5 for mask in inside]
+    for word, (down, right) in zip(FACTORS["position"], centres, strict=True):
+        expected = {"left": (0, -13), "right": (0, 13), "top": (-13, 0), "bottom": (13, 0), "centre": (0, 0)}
+        assert abs(down - expected[word][0]) < 4 and abs(right - expected[word][1]) < 4, word
+
+
+def test_backgrounds_are_lighter_or_darker_than_every_object():
+    weights = torch.tensor([0.2126, 0.7152, 0.0722])[:, None]
+    attributes = random_attributes(400, seed=0)
+    attributes[:, 0] = FACTORS["position"].index("centre")
+    attributes[:, 1] = FACTORS["size"].index("large")
+    pictures = (render(attributes, range(400)) + 1) / 2
+    luminance = [
+        (part.flatten(2) * weights).sum(1) for part in (pictures[:, :, :4], pictures[:, :, 28:36, 28:36])
+    ]
+    background, middle = luminance[0].mean(1), luminance[1]
+    light = attributes[:, -1] < 3
+    assert (background[light] > middle[light].amax(1)).all()
+    assert (background[~light] < middle[~light].amin(1)).all()
+
+
+def test_held_out_triples():
+    sizes = [len(FACTORS[name]) for name in ("shape", "texture", "colour")]
+    triples = torch.cartesian_prod(*map(torch.arange, sizes))
+    rows = torch.zeros(len(triples), len(FACTORS), dtype=torch.long)
+    rows[:, 2:5] = triples
+    held_out = triples[is_held_out(rows)]
+    assert len(triples) == 12 * len(held_out)
+    for column in held_out.unbind(1):
+        assert set(Counter(column.tolist()).values()) == {3}
+
+
+def test_random_attributes():
+    seen, unseen = random_attributes(6000, seed=1), random_attributes(600, seed=1, held_out=True)
+    assert seen.shape == (6000, 6) and unseen.shape == (600, 6)
+    assert not is_held_out(seen).any() and is_held_out(unseen).all()
+    assert torch.equal(seen[:50], random_attributes(50, seed=1))
+    assert not torch.equal(seen[:50], random_attributes(50, seed=2))
+    for column, words in zip(seen.unbind(1), FACTORS.values(), strict=True):
+        share = torch.bincount(column) * len(words) / len(column)
+        assert share.shape == (len(words),) and (share - 1).abs().max() < 0.15
+
+
+def test_full_captions():
+    assert caption(STAR) == "a large striped red star on the left on a navy background"
+    heart = attributes_from_words(["centre", "small", "plain", "grey", "heart", "white"])
+    assert caption(heart) == "a small plain grey heart in the centre on a white background"
+    for position, phrase in {"right": "on the right", "top": "at the top", "bottom": "at the bottom"}.items():
+        row = STAR.clone()
+        row[0] = FACTORS["position"].index(position)
+        assert f"star {phrase} on a" in caption(row)
+
+
+def test_dropped_and_wrong_words():
+    rng = np.random.default_rng(0)
+    assert caption(STAR, rng) == caption(STAR)
+    assert caption(STAR, rng, drop=1) == "a thing"
+    full = set(caption(STAR).split())
+    own = {words[index] for words, index in zip(FACTORS.values(), STAR.tolist(), strict=True)}
+    false = set(caption(STAR, rng, wrong=1).split())
+    assert not own & false and len(false - full) >= len(own)
+    drops = [caption(STAR, rng, drop=0.25) for _ in range(2000)]
+    for word in ("large", "striped", "red", "star", "left", "navy"):
+        assert 0.7 < np.mean([word in text.split() for text in drops]) < 0.8
+    wrongs = [caption(STAR, rng, wrong=0.25) for _ in range(2000)]
+    assert 0.7 < np.mean(["red" in text.split() for text in wrongs]) < 0.8
+
+
+def test_the_vocabulary_covers_every_caption():
+    words = set(world_vocabulary())
+    world = RenderedWorld(500, drop=0.3, wrong=0.3)
+    world.with_images = False
+    assert set(" ".join(world[n]["caption"] for n in range(500)).split()) <= words
+    values = [word for factor in FACTORS.values() for word in factor]
+    assert len(set(values)) == len(values), "a word names two attributes"
+
+
+def test_attributes_from_words_refuses():
+    with pytest.raises(ValueError, match="furry"):
+        attributes_from_words(["furry"])
+    with pytest.raises(ValueError, match="every factor"):
+        attributes_from_words(["large", "striped", "red", "star", "left"])
+    with pytest.raises(ValueError, match="every factor"):
+        attributes_from_words(["large", "striped", "red", "star", "left", "right"])
+
+
+def test_samples():
+    world = RenderedWorld(20, seed=4, resolution=32, repeats=3)
+    assert len(world) == 60 and world.num_pictures == 20 and world.attributes.shape == (20, 6)
+    sample = world[5]
+    assert sample["sample"] == 5 and sample["flipped"] is False
+    assert sample["image"].shape == (32, 32, 3)
+    assert torch.equal(sample["image"].permute(2, 0, 1), world.pictures(range(20))[sample["picture"]])
+    world.with_images = False
+    assert set(world[5]) == {"caption", "picture", "flipped", "sample"}
+
+
+def test_every_epoch_shows_every_picture_in_its_own_order():
+    world = RenderedWorld(50)
+    world.with_images = False
+    orders = [[world[n]["picture"] for n in range(start, start + 50)] for start in (0, 50, 50_000_000)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_a_sample_depends_on_its_number_only():
+    forwards, backwards = RenderedWorld(30, seed=1, wrong=0.5), RenderedWorld(30, seed=1, wrong=0.5)
+    forwards.with_images = backwards.with_images = False
+    numbers = [0, 7, 31, 95, 1234]
+    assert [forwards[n] for n in numbers] == [backwards[n] for n in reversed(numbers)][::-1]
+
+
+def test_share_of_empty_captions():
+    world = RenderedWorld(2000, empty=0.1, drop=0.0)
+    world.with_images = False
+    captions = [world[n]["caption"] for n in range(2000)]
+    assert 0.08 < captions.count("") / 2000 < 0.12
+    assert all(text.endswith("background") for text in captions if text)
+
+
+def test_the_dataset_refuses():
+    with pytest.raises(ValueError, match="probability"):
+        RenderedWorld(10, drop=1.5)
+    with pytest.raises(ValueError, match="size"):
+        RenderedWorld(0)
+    world = RenderedWorld(10)
+    with pytest.raises(ValueError, match="flipped"):
+        world.picture(0, flipped=True)
+    with pytest.raises(IndexError, match="negative"):
+        world[-1]
+    with pytest.raises(IndexError, match="0 to 9"):
+        world.picture(10)
+    with pytest.raises(ValueError, match="need attributes"):
+        render(STAR[None], [1, 2])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    runpy.run_path(str(SCRIPT))["write_tokenizer"](folder, max_length=32)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def test_every_word_is_one_token(tokenizer):
+    for word in [*world_vocabulary(), "*"]:
+        assert tokenizer.tokenize(word) == [word + "</w>"]
+    text = caption(STAR)
+    assert tokenizer.tokenize(text) == [word + "</w>" for word in text.split()]
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_other_text_falls_back_to_bytes(tokenizer):
+    # U+65E5 is the bytes e6 97 a5; "qx" is not in any word.
+    assert tokenizer.tokenize("qx") == ["q", "x</w>"]
+    assert len(tokenizer.tokenize("\u65e5")) == 3
+    assert tokenizer.unk_token not in tokenizer.tokenize("Zürich, 12 \u65e5 ~!")
+
+
+def test_special_tokens_and_length(tokenizer):
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(tokenizer) - 2, len(tokenizer) - 1)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    ids = tokenizer("red " * 50, padding="max_length", truncation=True).input_ids
+    assert len(ids) == tokenizer.model_max_length == 32
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert tokenizer("", padding="max_length").input_ids == [ids[0], *[ids[-1]] * 31]

@@ -1,0 +1,534 @@
+"""Embedding files: what is written comes back bit for bit, every known kind is read, no file runs code."""
+
+import builtins
+import importlib
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept
+from ldm.modules.embedding_manager import GeneratorBlock
+
+WIDTH = 16
+VECTOR = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def error_of(path: Path, key: str | None = None) -> str:
+    """The message of the refusal, which is one line that names the file first and ends like a sentence."""
+    with pytest.raises(EmbeddingError) as caught:
+        load_concept(path, key)
+    message = str(caught.value)
+    assert message.startswith(f"'{path}'") and "\n" not in message and message[-1] in ".?"
+    return message
+
+
+# Our own files
+
+
+@pytest.mark.parametrize("shape", [(10, 768), (1, 768), (3, 5)])
+def test_a_saved_concept_comes_back_bit_for_bit(tmp_path: Path, shape: tuple[int, int]) -> None:
+    vectors, path = torch.randn(shape), tmp_path / "embeddings.safetensors"
+    save_concept(Concept(vectors, {"init_word": "teddy", "step": "600"}), path, "<teddy>")
+    concept = load_concept(path)
+    assert torch.equal(concept.vectors, vectors) and concept.vectors.dtype == torch.float32
+    assert (concept.num_stages, concept.width) == shape
+    assert concept.metadata["init_word"] == "teddy" and concept.metadata["placeholder"] == "<teddy>"
+    save_concept(concept, tmp_path / "again.safetensors", "<teddy>")
+    assert (tmp_path / "again.safetensors").stat().st_size == path.stat().st_size < 32_000
+
+
+def test_the_file_holds_one_tensor_and_describes_itself(tmp_path: Path) -> None:
+    path = tmp_path / "e.safetensors"
+    save_concept(Concept(torch.zeros(10, 8), {"prospect.num_stages": "99", "step": 7}), path)
+    with safe_open(path, "pt") as file:
+        assert list(file.keys()) == ["*"]
+        assert file.metadata() == {
+            "format": "pt",
+            "prospect.version": "1",
+            "prospect.num_stages": "10",
+            "prospect.num_timesteps": "1000",
+            "prospect.order": "0 = low noise (end of generation), S-1 = high noise (start)",
+            "placeholder": "*",
+            "step": "7",
+        }
+
+
+def test_saving_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "e.safetensors"
+    for value in (1.0, 2.0):
+        save_concept(Concept(torch.full((2, 3), value)), path)
+    assert load_concept(path).vectors.unique().tolist() == [2.0]
+    assert os.listdir(tmp_path) == ["e.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_concept_is_a_float32_copy_without_gradient(dtype: torch.dtype) -> None:
+    source = nn.Parameter(torch.ones(2, 3, dtype=dtype))
+    concept = Concept(source)
+    source.data.zero_()
+    assert concept.vectors.dtype == torch.float32 and not concept.vectors.requires_grad
+    assert concept.vectors.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        (torch.tensor([[1.0, float("nan")]]), "NaN"),
+        (torch.tensor([[float("inf"), 1.0]]), "infinite"),
+        (torch.zeros(8), "shape"),
+        (torch.zeros(1, 2, 8), "shape"),
+        (torch.zeros(0, 8), "shape"),
+        (torch.zeros(2, 8, dtype=torch.int64), "int64"),
+    ],
+)
+def test_a_concept_refuses_what_is_no_finite_matrix(vectors: Tensor, words: str) -> None:
+    with pytest.raises(EmbeddingError, match=words):
+        Concept(vectors)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"prospect.num_stages": "9"}, "10 vectors for 9 stages"),
+        ({"prospect.num_stages": "ten"}, "10 vectors for ten stages"),
+        ({"prospect.num_stages": "10", "prospect.version": "2"}, "version 2, not 1"),
+        ({}, "10 consecutive tokens of a prompt, not for 10 stages"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, metadata: dict[str, str], words: str) -> None:
+    save_file({"*": torch.zeros(10, 8)}, tmp_path / "e.safetensors", metadata)
+    assert words in error_of(tmp_path / "e.safetensors")
+
+
+# Other programs' files of one vector
+
+
+def as_safetensors(vectors: Tensor, path: Path) -> None:
+    save_file({"<cat>": vectors}, path, {"format": "pt"})
+
+
+def as_bin(vectors: Tensor, path: Path) -> None:
+    torch.save({"<cat>": vectors}, path)
+
+
+def as_a1111(vectors: Tensor, path: Path) -> None:
+    content = {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": vectors},
+        "name": "cat",
+        "step": 1000,
+        "sd_checkpoint": "abc",
+        "sd_checkpoint_name": None,
+    }
+    torch.save(content, path)
+
+
+def as_old_a1111(vectors: Tensor, path: Path) -> None:
+    content = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def as_rinongal(vectors: Tensor, path: Path) -> None:
+    parameters = nn.ParameterDict({"*": nn.Parameter(vectors)})
+    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": parameters}, path)
+
+
+WRITERS = [as_safetensors, as_bin, as_a1111, as_old_a1111, as_rinongal]
+Writer = Callable[[Tensor, Path], None]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH)])
+def test_one_vector_of_another_program_is_one_stage(
+    tmp_path: Path, write: Writer, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    vectors = VECTOR.to(dtype).reshape(shape)
+    write(vectors, tmp_path / "file")  # no suffix: the content decides
+    for key in (None, "*", "<cat>", "<dog>"):
+        concept = load_concept(tmp_path / "file", key)
+        assert torch.equal(concept.vectors, vectors.float().reshape(1, WIDTH))
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        (torch.zeros(10, WIDTH), "10 consecutive tokens of a prompt, not for 10 stages"),
+        (torch.zeros(1, 1, WIDTH), "(1, 1, 16)"),
+        (torch.tensor(1.0), "shape ()"),
+        (torch.zeros(1, 0), "(1, 0)"),
+        (torch.full((1, WIDTH), float("nan")), "NaN"),
+    ],
+)
+def test_other_shapes_of_another_program_are_refused(
+    tmp_path: Path, write: Writer, vectors: Tensor, words: str
+) -> None:
+    write(vectors, tmp_path / "file")
+    assert words in error_of(tmp_path / "file")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_file_of_several_embeddings_needs_a_name(tmp_path: Path, suffix: str) -> None:
+    path, tensors = tmp_path / f"e.{suffix}", {"<a>": VECTOR, "<b>": VECTOR + 1}
+    save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
+    for key in (None, "*"):
+        assert "2 embeddings (<a>, <b>)" in error_of(path, key)
+    assert torch.equal(load_concept(path, "<b>").vectors, tensors["<b>"].unsqueeze(0))
+
+
+@pytest.mark.parametrize("key", [None, "clip_l"])
+def test_an_embedding_for_stable_diffusion_xl_is_refused(tmp_path: Path, key: str | None) -> None:
+    save_file({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, tmp_path / "xl.safetensors")
+    assert "Stable Diffusion XL (clip_l and clip_g)" in error_of(tmp_path / "xl.safetensors", key)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, "no embedding"),
+        ([VECTOR], "no embedding"),
+        (VECTOR, "no embedding"),
+        ({"string_to_param": None}, "no embedding"),
+        ({"string_to_param": nn.Linear(1, 1)}, "2 embeddings (weight, bias)"),
+        ({"*": "text"}, "no embedding"),
+        ({"*": torch.zeros(1, WIDTH, dtype=torch.int64)}, "int64"),
+        ({"*": torch.eye(WIDTH)[:1].to_sparse()}, "no embedding but"),
+        ({"*": torch.zeros(1, WIDTH, device="meta")}, "no embedding but"),
+        ({"*": torch.zeros(1).expand(1, 10**15)}, "(1, 1000000000000000)"),  # 4 PB from 4 bytes
+    ],
+)
+def test_other_contents_are_refused(tmp_path: Path, content: object, words: str) -> None:
+    torch.save(content, tmp_path / "e.pt")
+    assert words in error_of(tmp_path / "e.pt")
+
+
+# The reference's pickled generator
+
+# Runs without this package. Its classes have the reference's names and layout; the formulas are spelt out.
+REFERENCE = """
+import math, sys, types, torch
+from torch import nn
+
+class CrossAttention(nn.Module):
+    def __init__(self, width, dropout):
+        super().__init__()
+        self.scale, self.heads = 64**-0.5, 8
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(self, name, nn.Linear(width, 512, bias=False))
+        self.to_out = nn.Sequential(nn.Linear(512, width), nn.Dropout(dropout))
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (t.view(t.shape[0], t.shape[1], 8, 64).transpose(1, 2)
+                   for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        weights = (q @ k.transpose(2, 3) * self.scale).softmax(dim=-1)
+        return self.to_out((weights @ v).transpose(1, 2).reshape(*x.shape[:2], 512))
+
+class GEGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.proj = nn.Linear(width, 8 * width)
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * gate * (1 + torch.erf(gate / math.sqrt(2))) / 2
+
+class FeedForward(nn.Module):
+    def __init__(self, width, out, dropout):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width), nn.Dropout(dropout), nn.Linear(4 * width, out))
+    def forward(self, x):
+        return self.net(x)
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width, out, dropout):
+        super().__init__()
+        self.attn1 = CrossAttention(width, dropout)
+        self.ff = FeedForward(width, out, dropout)
+        self.attn2 = CrossAttention(width, dropout)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.checkpoint = True
+    def forward(self, x, context):
+        x = self.attn1(self.norm1(x)) + x
+        x = self.attn2(self.norm2(x), context) + x
+        return self.ff(self.norm3(x))
+
+homes = {"ldm.modules.attention": (CrossAttention, GEGLU, FeedForward),
+         "ldm.modules.embedding_manager": (TransformerBlock,)}
+for name, classes in homes.items():
+    module = sys.modules[name] = types.ModuleType(name)
+    for cls in classes:
+        cls.__module__ = name
+        setattr(module, cls.__name__, cls)
+for name in ("ldm", "ldm.modules"):
+    sys.modules[name] = types.ModuleType(name)
+
+torch.manual_seed(0)
+width, stages = 16, 3
+block = TransformerBlock(width, stages * width, 0.1).train()
+for parameter in block.parameters():
+    nn.init.normal_(parameter, std=0.3)
+initial = nn.Parameter(torch.randn(1, width), requires_grad=False)
+torch.save({"attention": block, "initial_embeddings": initial}, "embeddings_gs-599.pt")
+with torch.no_grad():
+    run = lambda: block(initial.view(1, 1, width), initial.view(1, 1, width))[-1].view(stages, width)
+    torch.save({"dropped": run(), "expected": block.eval() and run()}, "expected.bin")
+"""
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    subprocess.run([sys.executable, "-c", REFERENCE], cwd=folder, check=True, timeout=120)
+    return folder
+
+
+def test_the_references_file_gives_its_vectors_without_dropout(reference: Path) -> None:
+    outputs = torch.load(reference / "expected.bin")
+    concept = load_concept(reference / "embeddings_gs-599.pt")
+    torch.testing.assert_close(concept.vectors, outputs["expected"], rtol=1e-5, atol=1e-5)
+    assert (outputs["dropped"] - outputs["expected"]).abs().max() > 0.1
+    assert torch.equal(load_concept(reference / "embeddings_gs-599.pt", "<any>").vectors, concept.vectors)
+
+
+def test_the_references_file_can_be_saved_as_ours(reference: Path, tmp_path: Path) -> None:
+    concept = load_concept(reference / "embeddings_gs-599.pt")
+    save_concept(concept, tmp_path / "e.safetensors")
+    assert torch.equal(load_concept(tmp_path / "e.safetensors").vectors, concept.vectors)
+    assert concept.num_stages == 3
+
+
+def generator_file(path: Path, stages: int = 2, change: Callable[[dict], object] | None = None) -> Path:
+    """A file of the reference's kind from our own classes, in training mode."""
+    torch.manual_seed(0)
+    content = {"attention": GeneratorBlock(WIDTH, stages), "initial_embeddings": nn.Parameter(VECTOR[None])}
+    if change is not None:
+        change(content)
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("stages", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_generator_of_any_number_of_stages(tmp_path: Path, stages: int, dtype: torch.dtype) -> None:
+    path = generator_file(tmp_path / "e.pt", stages, lambda content: content["attention"].to(dtype))
+    torch.manual_seed(0)
+    block = GeneratorBlock(WIDTH, stages).to(dtype).float().eval()
+    with torch.no_grad():
+        expected = block(VECTOR[None])
+    torch.testing.assert_close(load_concept(path).vectors, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_the_generator_that_no_number_depends_on_are_needed_too(tmp_path: Path) -> None:
+    def drop(content: dict) -> None:
+        del content["attention"].attn1.to_k
+
+    assert "attn1.to_k.weight missing" in error_of(generator_file(tmp_path / "e.pt", change=drop))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("initial_embeddings"), "initial_embeddings is missing"),
+        (lambda c: c.update(initial_embeddings=None), "initial_embeddings is missing"),
+        (lambda c: c.update(initial_embeddings=torch.zeros(10, WIDTH)), "(10, 16), not (1, width)"),
+        (lambda c: c.update(initial_embeddings=torch.zeros(1, 0)), "not ProSpect's generator"),
+        (lambda c: c.update(initial_embeddings=torch.zeros(1, WIDTH + 1)), "not ProSpect's generator"),
+        (lambda c: c.update(attention=None), "not ProSpect's generator"),
+        (lambda c: c.update(attention=VECTOR), "not ProSpect's generator"),
+        (lambda c: c.update(attention=nn.Linear(4, 4)), "not ProSpect's generator"),
+        (lambda c: setattr(c["attention"], "extra", nn.Linear(2, 3)), "extra.bias (3,), extra.weight (3, 2)"),
+        (lambda c: setattr(c["attention"].attn1, "loop", c["attention"]), "not ProSpect's generator"),
+        (lambda c: setattr(c["attention"], "norm3", c["attention"].norm2), "not ProSpect's generator"),
+        (lambda c: setattr(c["attention"].norm1, "weight", nn.Parameter(torch.zeros(()))), "norm1.weight ()"),
+        (lambda c: setattr(c["attention"].attn1.to_q, "weight", nn.Parameter(VECTOR[0])), "to_q.weight ()"),
+        (lambda c: c["attention"].norm3.weight.data.fill_(float("nan")), "NaN"),
+    ],
+)
+def test_another_network_is_refused(tmp_path: Path, change: Callable[[dict], object], words: str) -> None:
+    assert words in error_of(generator_file(tmp_path / "e.pt", change=change))
+
+
+# Files that would run code
+
+
+class Call:
+    """Pickled, it is a call of `function`, which any ordinary unpickler makes."""
+
+    def __init__(self, function: Callable[..., object], *args: object) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+# By the name that the refusal must give; each makes the marker file.
+PAYLOADS: dict[str, Callable[[Path], Call]] = {
+    "system": lambda marker: Call(os.system, f"touch {marker}"),
+    "eval": lambda marker: Call(builtins.eval, f"open('{marker}', 'w').close()"),
+    "exec": lambda marker: Call(builtins.exec, f"open('{marker}', 'w').close()"),
+    "open": lambda marker: Call(builtins.open, str(marker), "w"),
+    "check_call": lambda marker: Call(subprocess.check_call, ["touch", str(marker)]),
+    "Popen": lambda marker: Call(subprocess.Popen, ["touch", str(marker)]),
+    "mkdir": lambda marker: Call(os.mkdir, str(marker)),
+    "torch.serialization.save": lambda marker: Call(torch.save, 1, str(marker)),
+}
+PLACES = {
+    "alone": lambda call: call,
+    "attention": lambda call: {"attention": call, "initial_embeddings": VECTOR[None]},
+    "initial_embeddings": lambda call: {"attention": {}, "initial_embeddings": call},
+    "string_to_param": lambda call: {"string_to_param": {"*": call}},
+    "beside": lambda call: {"note": call, "<cat>": VECTOR},
+}
+SAVERS = {
+    "zip": torch.save,
+    "legacy": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+    "pickle": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)),
+}
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_the_payloads_work_where_nothing_protects(tmp_path: Path, name: str) -> None:
+    result = pickle.loads(pickle.dumps(PAYLOADS[name](tmp_path / "marker")))
+    if isinstance(result, subprocess.Popen):
+        result.wait()
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+@pytest.mark.parametrize("save", SAVERS)
+def test_a_file_that_names_code_is_refused_and_nothing_runs(tmp_path: Path, name: str, save: str) -> None:
+    marker = tmp_path / "marker"
+    for place, content in PLACES.items():
+        path = tmp_path / f"{place}.pt"
+        SAVERS[save](content(PAYLOADS[name](marker)), path)
+        message = error_of(path)
+        assert re.search(rf"it names '([\w.]+\.)?{name}', which was not run", message)
+    assert not marker.exists()
+
+
+def test_newer_pickles_that_name_code_are_refused_too(tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "e.pt"
+    for name in PAYLOADS:
+        for protocol in (0, 1, 3, 4, 5):
+            path.write_bytes(pickle.dumps(PAYLOADS[name](marker), protocol=protocol))
+            error_of(path)
+            torch.save(PAYLOADS[name](marker), path, pickle_protocol=protocol)
+            error_of(path)
+    assert not marker.exists()
+
+
+def zip_file(path: Path, code: bytes) -> Path:
+    """A file of torch around a pickle written by hand."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", code)
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+def test_code_under_the_names_of_modules_becomes_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of modules are let in, so that real and importable functions hide behind some of them here."""
+    marker = tmp_path / "marker"
+    evil = types.ModuleType("ldm.evil")
+    evil.touch = lambda *args: marker.touch()
+    monkeypatch.setitem(sys.modules, "ldm.evil", evil)
+    importlib.import_module("ldm.evil").touch()
+    assert marker.exists()
+    marker.unlink()
+    argument = b"X" + len(f"touch {marker}").to_bytes(4, "little") + f"touch {marker}".encode()
+    for name in (b"ldm.evil\ntouch", b"ldm.util\nos.system", b"torch.nn.modules.module\ntorch.os.system"):
+        called = b"c" + name + b"\n(" + argument + b"tR"
+        for code in (
+            called,  # the call alone
+            b"}X\x09\x00\x00\x00attention" + called + b"s",  # as the generator
+            b"}X\x0f\x00\x00\x00string_to_param" + called + b"s",
+            b"c" + name + b"\n)\x81" + called + b"b",  # as the state of a module
+        ):
+            message = error_of(zip_file(tmp_path / "e.pt", b"\x80\x02" + code + b"."))
+            assert "damaged" not in message, "the pickle is sound, so something else must refuse it"
+    assert not marker.exists()
+
+
+def test_reading_leaves_no_name_allowed(reference: Path) -> None:
+    load_concept(reference / "embeddings_gs-599.pt")
+    allowed = [entry[1] for entry in torch.serialization.get_safe_globals() if isinstance(entry, tuple)]
+    assert not [name for name in allowed if name.startswith(("ldm.", "torch.nn."))]
+
+
+# Broken files
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "embeddings.safetensors").touch()
+    assert "embeddings.safetensors'?" in error_of(tmp_path / "embedings.safetensors")
+    assert error_of(tmp_path / "x").endswith("there is no such file; check the path.")
+    assert "check the path" in error_of(tmp_path / "no" / "such" / "folder.pt")
+    assert "this is a folder" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"hello", "begins with b'hello'"),
+        (b"<!DOCTYPE html><html>", "begins with b'<!DOCTYPE"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "begins with b'version"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "begins with"),
+        (b"PK\x03\x04" + bytes(100), "cut off"),
+        (b"\x80\x02}.", "damaged"),
+        ((2).to_bytes(8, "little") + b"{}", "no embedding"),
+        ((2**62).to_bytes(8, "little") + b"{}", "damaged"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "e.pt").write_bytes(content)
+    assert words in error_of(tmp_path / "e.pt")
+
+
+def samples(folder: Path) -> list[bytes]:
+    save_concept(Concept(torch.randn(3, 4)), folder / "0")
+    for number, write in enumerate(WRITERS, 1):
+        write(VECTOR, folder / str(number))
+    return [(folder / str(number)).read_bytes() for number in range(len(WRITERS) + 1)]
+
+
+def test_no_beginning_of_a_file_is_taken_for_the_whole(tmp_path: Path) -> None:
+    for content in samples(tmp_path):
+        for length in {*range(0, len(content), 1 + len(content) // 60), len(content) - 1}:
+            (tmp_path / "cut").write_bytes(content[:length])
+            error_of(tmp_path / "cut")
+
+
+def test_changed_bytes_end_in_a_concept_or_a_refusal(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    for content in samples(tmp_path):
+        for _ in range(60):
+            changed = bytearray(content)
+            changed[generator.randrange(len(content))] = generator.randrange(256)
+            (tmp_path / "changed").write_bytes(changed)
+            try:
+                assert load_concept(tmp_path / "changed").vectors.isfinite().all()
+            except EmbeddingError as error:
+                assert "\n" not in str(error)
+
+
+def test_loaded_vectors_do_not_change_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "e.safetensors"
+    save_concept(Concept(torch.ones(2, 1024)), path)
+    concept = load_concept(path)
+    with path.open("r+b") as stream:  # in place: the reader maps the file
+        stream.seek(-4096, 2)
+        stream.write(bytes(4096))
+    assert concept.vectors.eq(1).all() and not load_file(path)["*"].eq(1).all()
