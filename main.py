@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 
 from ldm import cli
+
+logger = logging.getLogger("main")
 
 # Names that the reference's YAML files look for here, and where they live.
 _HOMES = {"DataModuleFromConfig": "ldm.data.datamodule", "ImageLogger": "ldm.callbacks"}
@@ -24,7 +27,8 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(_HOMES[name]), name)
 
 
-def train(options) -> None:
+def train(options: argparse.Namespace) -> int:
+    """Run what the options say; returns the exit code."""
     import pytorch_lightning as pl
 
     from ldm import training
@@ -36,29 +40,27 @@ def train(options) -> None:
     allowed = config.get("allow_targets", ())
     data = instantiate_from_config(config.data, allowed)
     module = instantiate_from_config(config.model, allowed)
+    module.seed = options.seed
     trainer = training.build_trainer(config, options, run, module)
     training.set_learning_rate(config, module, data, trainer, options.scale_lr)
     if not options.train:
-        logging.getLogger(__name__).info("Everything is in place; add -t to train.")
-        return
+        logger.info("Everything is in place; add -t to train.")
+        return 0
     training.save_configs(config, run)
-    logging.getLogger(__name__).info("Logging to %s", run.folder)
+    logger.info("Logging to %s", run.folder)
     trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
-    logging.getLogger(__name__).info("Done: %s", run.checkpoints)
+    return training.report(run, trainer)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(argv)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    for noisy in ("pytorch_lightning", "lightning", "lightning.fabric"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    cli.set_up_logging()
     try:
-        train(options)
-    except (ValueError, OSError, ImportError) as error:  # what a user can mend; everything else is a defect
-        if options.debug:
+        return train(options)
+    except Exception as error:
+        if options.debug or not cli.is_mendable(error):
             raise
         return cli.complain(str(error))
-    return 0
 
 
 if __name__ == "__main__":

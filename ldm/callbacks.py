@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,43 +15,59 @@ from torch import Tensor
 
 from ldm.data.images import make_grid, to_pil
 
-logger = logging.getLogger(__name__)
-
 
 class SaveLast(pl.Callback):
     """Keep `last.ckpt`: what is trained, the optimizer and the step; enough to resume exactly.
 
-    Saves every `every_n_train_steps`, at the end, on Ctrl-C and other exceptions, and on SIGUSR1 where the
-    platform has it. A file is written beside the old one and then renamed, so it is never half written.
+    Saves every `every_n_train_steps`, at the end, and on SIGUSR1. Ctrl-C and SIGTERM let the step finish, save and
+    stop; a second Ctrl-C stops at once. Files are written beside the old ones and then renamed, so that they are
+    never half written.
     """
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
         self.path = Path(dirpath) / "last.ckpt"
         self.every_n_train_steps = every_n_train_steps
+        self.stopped_by: int | None = None  # number of the signal that ended the run
         self._requested = False
         self._saved_step = -1
+        self._old_handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if hasattr(signal, "SIGUSR1"):
-            signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "_requested", True))
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may handle signals
+        handlers = {"SIGUSR1": self._request, "SIGINT": self._stop, "SIGTERM": self._stop}
+        for name, handler in handlers.items():
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                number = getattr(signal, name)
+                self._old_handlers[number] = signal.signal(number, handler)
+
+    def _request(self, *_: Any) -> None:
+        self._requested = True
+
+    def _stop(self, number: int, *_: Any) -> None:
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
+        self.stopped_by = number
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        if self._requested or trainer.global_step % self.every_n_train_steps == 0:
+        stop = self.stopped_by is not None
+        if stop:
+            trainer.should_stop = True
+        if stop or self._requested or trainer.global_step % self.every_n_train_steps == 0:
             self._requested = False
             self.save(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.save(trainer, module)
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        # between two steps the state is consistent; an exception in the first step leaves nothing to save
-        if trainer.global_step > 0 and isinstance(exception, KeyboardInterrupt):
-            self.save(trainer, module)
-            logger.info("Interrupted at step %d; saved %s", trainer.global_step, self.path)
-
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.global_step == self._saved_step:
-            return  # accumulation: the same step comes several times
+        if trainer.global_step in (0, self._saved_step):
+            return  # with accumulation the same step comes several times
         self._saved_step = trainer.global_step
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         trainer.save_checkpoint(temporary)
@@ -125,7 +141,7 @@ class ImageLogger(pl.Callback):
         with torch.no_grad():
             pictures = module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
         module.train(was_training)
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "images" / split
+        folder = Path(trainer.default_root_dir) / "images" / split
         folder.mkdir(parents=True, exist_ok=True)
         where = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx + 1:06}"
         for key, tensor in pictures.items():

@@ -275,7 +275,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
                 f"'{path}' holds {what}, which could run code and is not loaded; "
                 "use a .safetensors version of this file, or one from a source that saves tensors only."
             ) from error
-        reason = str(error).strip().partition("\n")[0][:120].rstrip(". ")
+        first_line = re.sub(r"^\[.*?\][ .]*", "", str(error).strip().partition("\n")[0])
+        reason = re.split(r"\.( |$)", first_line)[0][:120] or type(error).__name__
         raise CheckpointError(f"'{path}' is damaged or incomplete ({reason}); download it again.") from error
     if not state:
         raise CheckpointError(f"'{path}' holds no tensors; use a file with model weights.")

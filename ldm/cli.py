@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 EPILOG = """\
@@ -158,3 +160,27 @@ def complain(message: str) -> int:
     """Print one error sentence; returns the exit code 2."""
     sys.stderr.write(f"main.py: error: {message}\n")
     return 2
+
+
+def is_mendable(error: Exception) -> bool:
+    """Whether an error is one that its sentence lets a user mend; anything else is a defect and shows its trace."""
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, (ValueError, OSError, ImportError, MisconfigurationException))
+
+
+def set_up_logging() -> None:
+    """Let the program's own lines through, and quieten libraries that talk about themselves."""
+    import pytorch_lightning  # noqa: F401, sets its own level when it is imported
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    for noisy in ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for message in (
+        ".*is deprecated, use `isinstance",  # inside Lightning
+        ".*module\\(s\\) in eval mode",  # frozen parts are meant to be
+        ".*resuming from a checkpoint that ended before the epoch",  # `RunningSampler` takes the order up
+        ".*does not have many workers",  # pictures are in memory
+        "Total length of `list` across ranks is zero",  # no validation set
+    ):
+        warnings.filterwarnings("ignore", message)

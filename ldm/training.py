@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from ldm.callbacks import EmbeddingSaver, SaveLast
@@ -84,7 +85,10 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     if options.data_root:
         for split in ("train", "validation"):
             if config.data.params.get(split):
-                OmegaConf.update(config, f"data.params.{split}.params.data_root", options.data_root)
+                pictures = {"data_root": options.data_root, "seed": options.seed}
+                if options.placeholder_tokens:
+                    pictures["placeholder_token"] = options.placeholder_tokens[0]
+                OmegaConf.update(config, f"data.params.{split}.params", pictures)
     if options.actual_resume:
         OmegaConf.update(config, "model.params.ckpt_path", options.actual_resume)
     manager = "model.params.personalization_config.params"
@@ -124,7 +128,7 @@ def choose_devices(trainer: Mapping[str, Any], gpus: str | None) -> dict[str, An
 def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, module: pl.LightningModule) -> pl.Trainer:
     """The Lightning trainer with loggers (TensorBoard, CSV) and callbacks (saving, pictures, the YAML's own)."""
     lightning = OmegaConf.to_container(config.lightning, resolve=True)
-    trainer = lightning.get("trainer", {})
+    trainer = lightning.get("trainer") or {}
     trainer = choose_devices(trainer, options.gpus or trainer.get("gpus"))
     devices = str(trainer.get("devices", ""))
     if devices.isdigit():
@@ -132,6 +136,8 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
     save_every = (lightning.get("modelcheckpoint") or {}).get("params", {}).get("every_n_train_steps")
     save_every = save_every or DEFAULT_SAVE_EVERY
     callbacks: list[pl.Callback] = [SaveLast(run.checkpoints, save_every)]
+    if trainer.get("enable_progress_bar", True):
+        callbacks.append(TQDMProgressBar())
     if getattr(module, "embedding_manager", None) is not None:
         callbacks.append(EmbeddingSaver(run.checkpoints, save_every))
     allowed = config.get("allow_targets", ())
@@ -175,3 +181,14 @@ def save_configs(config: DictConfig, run: Run) -> None:
     OmegaConf.save(project, run.configs / f"{run.started}-project.yaml")
     lightning = OmegaConf.create({"lightning": config.lightning})
     OmegaConf.save(lightning, run.configs / f"{run.started}-lightning.yaml")
+
+
+def report(run: Run, trainer: pl.Trainer) -> int:
+    """Say where the results are, or how to go on after an interruption; returns the exit code."""
+    saver = next(callback for callback in trainer.callbacks if isinstance(callback, SaveLast))
+    if saver.stopped_by is not None:
+        logger.info("Stopped and saved at step %d; go on with: main.py -r %s -t", trainer.global_step, run.folder)
+        return 128 + saver.stopped_by
+    results = sorted(path.name for path in run.checkpoints.iterdir())
+    logger.info("Step %d reached; %s: %s", trainer.global_step, run.checkpoints, ", ".join(results))
+    return 0

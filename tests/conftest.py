@@ -1,13 +1,64 @@
-"""Makes `tests/` importable and keeps every test on one thread: recorded numbers come back exactly."""
+"""Makes `tests/` importable, keeps every test on one thread, and builds the tiny model of the golden records."""
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported: OpenMP reads this once, and two spinning threads on a busy machine are far slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import copy  # noqa: E402
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
 import torch  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of the tiny model as a user would write it, with its checkpoint beside it."""
+    from ldm.config import load_config
+    from ldm.util import instantiate_from_config
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = load_config(tiny.CONFIG)
+    text = config.model.params.cond_stage_config.params
+    text.text_config = tiny.TEXT_CONFIG
+    text.tokenizer = str(tiny.TOKENIZER)
+    with torch.device("meta"):
+        sizes = instantiate_from_config(config.model)
+    tiny.write_checkpoint(sizes, folder / "tiny-a.safetensors")
+    config.model.params.ckpt_path = str(folder / "tiny-a.safetensors")
+    OmegaConf.save(config, folder / "tiny-a.yaml")
+    return folder / "tiny-a.yaml"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: Path) -> "LatentDiffusion":
+    """The tiny model in evaluation mode; shared, so a test that changes it puts it back."""
+    from ldm.config import load_config
+    from ldm.util import instantiate_from_config
+
+    model = instantiate_from_config(load_config(tiny_config).model)
+    tiny.fill(model.embedding_manager.attention, tiny.ATTENTION)
+    return model.eval()
+
+
+@pytest.fixture
+def trainable(tiny_model: "LatentDiffusion") -> Iterator["LatentDiffusion"]:
+    """The tiny model with an embedding manager of its own, to be trained; in evaluation mode: no dropout."""
+    shared = tiny_model.embedding_manager
+    tiny_model.embedding_manager = copy.deepcopy(shared)
+    yield tiny_model
+    tiny_model.embedding_manager = shared
+    tiny_model.zero_grad()
+    tiny_model.eval()

@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import nn
 
-ATTENTION = "embedding_manager.attention."
+ATTENTION = tiny.ATTENTION
 
 # A BasicTransformerBlock of width 768 with 8 heads of 64, whose feed-forward layer ends in 10 x 768.
 ATTENTION_SHAPES = {

@@ -15,14 +15,27 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = GOLDEN / "tiny-a.yaml"
 META: dict[str, Any] = json.loads((GOLDEN / "meta.json").read_text(encoding="utf-8"))
+TOKENIZER = GOLDEN / "tokenizer"
+# What `version: tiny-a` stands for in the configuration.
+TEXT_CONFIG = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+UNET, FIRST_STAGE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+ATTENTION = "embedding_manager.attention."
 
-TOKEN_TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+TOKEN_TABLE = f"{TEXT}embeddings.token_embedding.weight"
 EMBEDDING_WIDTH = 768
 
 
@@ -65,6 +78,17 @@ def fill(module: nn.Module, prefix: str, seed: int = 0) -> nn.Module:
         for name, parameter in module.named_parameters():
             parameter.copy_(tiny_tensor(prefix + name, tuple(parameter.shape), seed))
     return module
+
+
+def write_checkpoint(model: nn.Module, path: Path, seed: int = 0) -> None:
+    """Write the weights of U-Net, first stage and text transformer for a model of these sizes (any device)."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    weights = {
+        name: tiny_tensor(name, shape, seed)
+        for name, shape in shapes.items()
+        if name.startswith((UNET, FIRST_STAGE, TEXT))
+    }
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def token_rows(ids: list[int], seed: int = 0) -> Tensor:

@@ -172,7 +172,7 @@ class EmbeddingManager(nn.Module):
         save_concept(concept, path, self.placeholder_strings[0])
 
     def distance_to_initial(self) -> Tensor:
-        """Mean over stages of the squared distance to the initial word's embedding (Textual Inversion's regulariser)."""
+        """Squared distance to the initial word's embedding, mean over stages: Textual Inversion's regulariser."""
         return (self.embeddings() - self.initial_embeddings).pow(2).sum(dim=1).mean()
 
     def embedding_parameters(self) -> list[nn.Parameter]:

@@ -323,7 +323,7 @@ class LatentDiffusion(pl.LightningModule):
         torch.manual_seed(mix_seed(self.seed, int(batch["sample"][0])))
         loss, parts = self.shared_step(batch, "train")
         self.log_dict(parts, prog_bar=False, batch_size=len(batch["sample"]))
-        self.log("train/loss_simple", parts["train/loss_simple"], prog_bar=True, logger=False)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
     @torch.no_grad()

@@ -1,0 +1,43 @@
+"""Pack a model trained from scratch (configs/demo/diffusion.yaml) into one file in the CompVis layout.
+
+    python scripts/pack_model.py logs/…_diffusion models/demo/model.safetensors
+
+The U-Net's averaged weights are taken; what stayed frozen is taken as it is. Half precision by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ldm.checkpoint import save_state_dict
+
+PARTS = ("model.", "first_stage_model.", "cond_stage_model.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="log folder of the run")
+    parser.add_argument("out", type=Path, help="the .safetensors file to write")
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    arguments = parser.parse_args()
+
+    checkpoint = torch.load(arguments.run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    averaged = checkpoint["state_dict"]
+    current = checkpoint.get("current_model_state", averaged)
+    dtype = getattr(torch, arguments.dtype)
+    # averaging starts before the latents are standardised, so only the U-Net's average is meant
+    state = {
+        key: (averaged if key.startswith("model.") else current)[key].to(dtype)
+        for key in current
+        if key.startswith(PARTS)
+    }
+    save_state_dict(state, arguments.out, {"format": "pt", "step": str(checkpoint["global_step"])})
+    size = arguments.out.stat().st_size / 1e6
+    print(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, step {checkpoint['global_step']}")
+
+
+if __name__ == "__main__":
+    main()

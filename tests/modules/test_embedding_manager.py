@@ -1,0 +1,190 @@
+"""The learned vectors: the recorded generator block, the table, initial words, and what changes with training."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from ldm.embeddings import Concept
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.embedding_manager import EmbeddingManager, GeneratorBlock
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+
+RECORDED = tiny.golden("embedding_manager")
+
+
+def small_embedder(width: int = 128) -> FrozenCLIPEmbedder:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 16, "num_hidden_layers": 1}
+    return FrozenCLIPEmbedder("small", text_config=sizes, tokenizer=str(tiny.TOKENIZER))
+
+
+@pytest.fixture(scope="module")
+def embedder() -> FrozenCLIPEmbedder:
+    return small_embedder()
+
+
+def close(ours: torch.Tensor, recorded: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, recorded, rtol=0, atol=1e-4)
+
+
+def test_the_model_of_the_records_is_built_from_its_configuration(tiny_model: LatentDiffusion) -> None:
+    manager = tiny_model.embedding_manager
+    assert [name for name, _ in manager.attention.named_parameters()] == tiny.META["emb_param_names"]
+    found = tiny.checksum(manager.attention, tiny.ATTENTION)
+    assert {k: found[k] for k in ("sha256", "numel")} == {
+        k: tiny.META["checksums"]["emb"][k] for k in ("sha256", "numel")
+    }
+    # "teddy" is one word here: the reference takes its first letter
+    assert torch.equal(manager.initial_embeddings, tiny.token_rows([tiny.META["initializer_token_id"]]))
+
+
+@torch.no_grad()
+def test_the_generator_block(tiny_model: LatentDiffusion) -> None:
+    manager = tiny_model.embedding_manager
+    block = manager.attention
+    e = manager.initial_embeddings.unsqueeze(0)
+    first = block.attn1(block.norm1(e))
+    close(first, RECORDED["attn1_out"])
+    x = first + e
+    close(x, RECORDED["after_attn1"])
+    second = block.attn2(block.norm2(x), e)
+    close(second, RECORDED["attn2_out"])
+    close(second + x, RECORDED["after_attn2"])
+    close(manager.embeddings(), RECORDED["placeholder_embeddings"])
+
+
+@torch.no_grad()
+def test_dropout_only_while_training(trainable: LatentDiffusion) -> None:
+    manager = trainable.embedding_manager
+    for mode in (False, True):
+        trainable.train(mode)
+        first, second = manager.embeddings(), manager.embeddings()
+        assert torch.equal(first, second) != mode
+    rates = [m.p for m in manager.attention.modules() if isinstance(m, torch.nn.Dropout)]
+    assert rates == [0.1] * 3
+
+
+def test_saving_while_training_writes_the_vectors_without_dropout(
+    trainable: LatentDiffusion, tmp_path: Path
+) -> None:
+    manager = trainable.train().embedding_manager
+    manager.save(tmp_path / "e.safetensors", step="600")
+    close(load_file(tmp_path / "e.safetensors")["*"], RECORDED["placeholder_embeddings"])
+    assert manager.training and manager.attention.training
+
+
+@pytest.mark.parametrize("stages", [1, 4, 10, 50])
+@pytest.mark.parametrize("generator", ["block", "table"])
+def test_any_number_of_stages_and_width_128(embedder: FrozenCLIPEmbedder, generator: str, stages: int) -> None:
+    manager = EmbeddingManager(embedder, "*", "teddy", num_stages=stages, generator=generator).eval()
+    vectors = manager.embeddings()
+    assert vectors.shape == (stages, 128) and vectors.dtype == torch.float32
+    assert manager.rows() == {"*": list(range(stages))}
+    assert torch.equal(manager.vectors(), vectors)
+    vectors.sum().backward()
+    assert any(p.grad.abs().max() > 0 for p in manager.embedding_parameters())
+    assert not manager.initial_embeddings.requires_grad
+
+
+def test_the_reference_size_of_the_generator_block() -> None:
+    with torch.device("meta"):
+        block = GeneratorBlock(768, 10)
+    assert sum(p.numel() for p in block.parameters()) == 31_477_248
+
+
+def test_a_table_starts_around_the_initial_embedding(embedder: FrozenCLIPEmbedder) -> None:
+    torch.manual_seed(0)
+    single = EmbeddingManager(embedder, "*", "teddy", num_stages=1, generator="table")
+    assert torch.equal(single.embeddings(), single.initial_embeddings), "Textual Inversion starts at the word itself"
+    for spread in (0.0, 1.0, 3.0):
+        manager = EmbeddingManager(
+            embedder, "*", "teddy", num_stages=50, generator="table", initial_spread=spread
+        )
+        distance = (manager.embeddings() - manager.initial_embeddings).std() / manager.initial_embeddings.std()
+        assert distance.item() == pytest.approx(spread, rel=0.05, abs=1e-6)
+    assert [name for name, _ in manager.named_parameters()] == ["table"]
+
+
+@pytest.mark.parametrize(
+    ("words", "ids"), [("teddy", [11798]), (["teddy"], [11798]), ("blue dog", [1746, 1929]), (["a", "cat"], [320, 2368])]
+)
+def test_initial_words_are_averaged_over_their_tokens(
+    embedder: FrozenCLIPEmbedder, words: str | list[str], ids: list[int]
+) -> None:
+    manager = EmbeddingManager(embedder, "*", words)
+    expected = embedder.token_table[ids].mean(dim=0, keepdim=True)
+    torch.testing.assert_close(manager.initial_embeddings, expected, rtol=0, atol=1e-7)
+    assert manager.initial_word == "".join(words) if isinstance(words, str) else " ".join(words)
+
+
+@pytest.mark.parametrize("words", [" ", ["", " "]])
+def test_an_initial_word_without_tokens_is_refused(embedder: FrozenCLIPEmbedder, words: str | list[str]) -> None:
+    with pytest.raises(ValueError, match="no token"):
+        EmbeddingManager(embedder, "*", words)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"num_stages": 0}, "at least 1, not 0"), ({"generator": "blok"}, "'block' or 'table', not 'blok'")],
+)
+def test_wrong_parameters_are_refused(embedder: FrozenCLIPEmbedder, wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmbeddingManager(embedder, "*", "teddy", **wrong)
+
+
+def test_nothing_learned_and_nothing_loaded(embedder: FrozenCLIPEmbedder) -> None:
+    manager = EmbeddingManager(embedder)
+    assert manager.rows() == {} and manager.vectors() is None and manager.embedding_parameters() == []
+    with pytest.raises(ValueError, match="call embedding_manager.load"):
+        manager.embeddings()
+
+
+def test_loaded_concepts_stand_beside_the_learned_one(embedder: FrozenCLIPEmbedder) -> None:
+    manager = EmbeddingManager(embedder, ["*", "<same>"], "teddy", num_stages=4, generator="table")
+    manager.load({"<cat>": Concept(torch.randn(2, 128)), "<one>": Concept(torch.randn(1, 128))})
+    assert manager.rows() == {
+        "*": [0, 1, 2, 3],
+        "<same>": [0, 1, 2, 3],
+        "<cat>": [4, 4, 5, 5],
+        "<one>": [6, 6, 6, 6],
+    }
+    vectors = manager.vectors()
+    assert torch.equal(vectors[:4], manager.embeddings())
+    assert torch.equal(vectors[4:6], manager.loaded["<cat>"].vectors)
+    assert torch.equal(vectors[6:], manager.loaded["<one>"].vectors)
+
+
+def test_a_loaded_concept_takes_the_first_placeholder(embedder: FrozenCLIPEmbedder) -> None:
+    manager = EmbeddingManager(embedder, "*", "teddy", num_stages=10)
+    concept = Concept(torch.randn(10, 128))
+    manager.load(concept)
+    assert torch.equal(manager.embeddings(), concept.vectors)
+    assert manager.rows() == {"*": list(range(10))} and len(manager.vectors()) == 10
+
+
+@pytest.mark.parametrize(
+    ("stages", "rows"), [(1, [0] * 5), (5, [0, 1, 2, 3, 4]), (10, [1, 3, 5, 7, 9]), (2, [0, 0, 1, 1, 1])]
+)
+def test_a_concept_with_other_stages_is_read_by_time(
+    embedder: FrozenCLIPEmbedder, stages: int, rows: list[int]
+) -> None:
+    manager = EmbeddingManager(embedder, num_stages=5)
+    manager.load(Concept(torch.zeros(stages, 128)))
+    assert manager.rows() == {"*": rows}
+
+
+def test_a_concept_for_another_model_is_refused_whole(embedder: FrozenCLIPEmbedder) -> None:
+    manager = EmbeddingManager(embedder, "*", "teddy")
+    with pytest.raises(ValueError, match="width 768.*width 128.*another base model"):
+        manager.load({"<cat>": Concept(torch.zeros(1, 128)), "*": Concept(torch.zeros(10, 768))})
+    assert manager.loaded == {}
+
+
+def test_distance_to_the_initial_word(embedder: FrozenCLIPEmbedder) -> None:
+    manager = EmbeddingManager(embedder, "*", "teddy", num_stages=3, generator="table")
+    with torch.no_grad():
+        manager.table.copy_(manager.initial_embeddings + torch.tensor([[0.0], [1.0], [2.0]]))
+    assert manager.distance_to_initial().item() == pytest.approx((0 + 1 + 4) * 128 / 3, rel=1e-4)

@@ -1,0 +1,204 @@
+"""The U-Net gives the recorded outputs, inside and out, and its switches change no number."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Context
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules import attention
+from ldm.modules.attention import BasicTransformerBlock, attend
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.util import timestep_embedding
+
+RECORDED = tiny.golden("unet")
+HOOK = "hook.t250."
+# in order of execution; the tiny model has attention in every level, as Stable Diffusion has in three of four
+ATTENTION_PLACES = ["input_blocks.1", "input_blocks.2", "input_blocks.4", "input_blocks.5", "middle_block"] + [
+    f"output_blocks.{i}" for i in range(6)
+]
+
+
+@pytest.fixture
+def unet(tiny_model: LatentDiffusion) -> UNetModel:
+    return tiny_model.model.diffusion_model
+
+
+def run(unet: UNetModel, t: int, name: str = "unet") -> Tensor:
+    return unet(RECORDED["x"], torch.tensor([t]), Context.of(tiny.context(name)))
+
+
+def close(ours: Tensor, recorded: Tensor) -> None:
+    torch.testing.assert_close(ours, recorded, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("t", [0, 1, 250, 981, 999])
+@torch.no_grad()
+def test_output(unet: UNetModel, t: int) -> None:
+    close(run(unet, t), RECORDED[f"out.t{t}"])
+
+
+@torch.no_grad()
+def test_each_sample_has_its_own_timestep_and_context(unet: UNetModel) -> None:
+    context = Context.of(torch.cat([tiny.context("unet"), tiny.context("unet2")]))
+    out = unet(RECORDED["x_batch2"], torch.tensor([700, 3]), context)
+    close(out, RECORDED["out_batch2.t700_3"])
+
+
+@torch.no_grad()
+def test_every_recorded_part(unet: UNetModel) -> None:
+    names = [key.removeprefix(HOOK) for key in RECORDED if key.startswith(HOOK)]
+    assert len(names) == 24
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> object:
+        return unet.get_submodule(name).register_forward_hook(
+            lambda module, args, output: outputs.__setitem__(name, output)
+        )
+
+    handles = [keep(name) for name in names]
+    try:
+        run(unet, 250)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in names:
+        close(outputs[name], RECORDED[HOOK + name])
+
+
+def test_timestep_embedding() -> None:
+    embedding = timestep_embedding(torch.tensor([0, 1, 250, 999]), 32)
+    close(embedding, RECORDED["timestep_embedding.t_0_1_250_999"])
+    assert timestep_embedding(torch.tensor([5]), 33).shape == (1, 33)
+
+
+@pytest.fixture
+def layers(unet: UNetModel) -> dict[int, str]:
+    blocks = {n: m for n, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)}
+    return {module.layer_index: name for name, module in blocks.items()}
+
+
+def test_attention_layers_are_numbered_in_order_of_execution(unet: UNetModel, layers: dict[int, str]) -> None:
+    assert [layers[i].split(".1.transformer_blocks")[0] for i in sorted(layers)] == ATTENTION_PLACES
+    assert unet.num_attention_layers == len(ATTENTION_PLACES)
+
+
+@torch.no_grad()
+def test_a_context_for_each_layer_reaches_that_layer(unet: UNetModel, layers: dict[int, str]) -> None:
+    """Same context in every layer: same output. Another one in layer i: the first change is in layer i."""
+    count = len(ATTENTION_PLACES)
+    plain = run(unet, 250)
+    layered = tiny.context("unet").expand(count, 1, 77, 768).clone()
+    x, t = RECORDED["x"], torch.tensor([250])
+    assert torch.equal(unet(x, t, Context.of(layered)), plain)
+
+    outputs: dict[int, Tensor] = {}
+    handles = [
+        unet.get_submodule(f"{name}.attn2").register_forward_hook(
+            lambda module, args, output, i=i: outputs.__setitem__(i, output)
+        )
+        for i, name in layers.items()
+    ]
+    try:
+        unet(x, t, Context.of(layered))
+        before = dict(outputs)
+        for changed in range(count):
+            other = layered.clone()
+            other[changed] = tiny.context("unet2")
+            unet(x, t, Context.of(other))
+            different = [i for i in range(count) if not torch.equal(outputs[i], before[i])]
+            assert different[0] == changed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def test_keys_and_values_may_differ(unet: UNetModel) -> None:
+    k, v = tiny.context("unet"), tiny.context("unet2")
+    x, t = RECORDED["x"], torch.tensor([250])
+    split = unet(x, t, Context(k, v))
+    block = unet.input_blocks[1][1].transformer_blocks[0].attn2
+    h = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
+    q, keys, values = (p.unflatten(-1, (4, 8)).transpose(1, 2) for p in (block.to_q(h), block.to_k(k), block.to_v(v)))
+    expected = ((q @ keys.mT * 8**-0.5).softmax(-1) @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(block(h, k, v), block.to_out(expected), rtol=1e-5, atol=1e-5)
+    for same in (k, v):
+        assert (split - unet(x, t, Context.of(same))).abs().max() > 1e-2
+
+
+@pytest.fixture
+def recomputing(unet: UNetModel) -> Iterator[UNetModel]:
+    was = unet.use_checkpoint
+    yield unet
+    unet.use_checkpoint = was
+
+
+def test_recomputed_activations_give_the_same_gradients(recomputing: UNetModel) -> None:
+    """With frozen weights, where only the context carries a gradient; and the switch really recomputes."""
+    assert not any(p.requires_grad for p in recomputing.parameters())
+    calls: list[str] = []
+    # before, not after: recomputation stops where the last activation it needs is there
+    handle = recomputing.middle_block.register_forward_pre_hook(lambda *_: calls.append("middle"))
+    gradients = []
+    try:
+        for use in (False, True):
+            recomputing.use_checkpoint = use
+            context = tiny.context("unet").requires_grad_()
+            calls.clear()
+            recomputing(RECORDED["x"], torch.tensor([250]), Context.of(context)).square().sum().backward()
+            gradients.append(context.grad)
+            assert len(calls) == 1 + use
+    finally:
+        handle.remove()
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("shape", [(64, 77), (256, 256), (1, 1)])
+def test_plain_attention_equals_the_fused_one(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 4, n, 8, generator=generator).requires_grad_() for n in (shape[0], shape[1], shape[1])
+    )
+    fused_calls: list[bool] = []
+    fused = attention.F.scaled_dot_product_attention
+
+    def counting(*args: Tensor) -> Tensor:
+        fused_calls.append(True)
+        return fused(*args)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", counting)
+    results = []
+    for limit in (2**20, 0):
+        monkeypatch.setattr(attention, "PLAIN_ATTENTION_PAIRS", limit)
+        out = attend(q, k, v)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        assert len(fused_calls) == (limit == 0)
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_half_precision_weights_give_float32_and_are_close(unet: UNetModel) -> None:
+    half = copy.deepcopy(unet).to(torch.bfloat16)
+    out, expected = run(half, 250), RECORDED["out.t250"]
+    assert out.dtype == torch.float32
+    assert (out - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize(("width", "heads", "groups"), [(48, 4, 32), (32, 5, 32)])
+def test_widths_that_do_not_fit_are_refused(width: int, heads: int, groups: int) -> None:
+    with pytest.raises(ValueError, match=f"width {width} must be a multiple"):
+        UNetModel(4, width, 4, 1, [1], 8, (1,), num_heads=heads, norm_num_groups=groups)
+
+
+def test_a_new_network_starts_as_zero() -> None:
+    unet = UNetModel(4, 32, 4, 1, [1], 8, (1, 2), num_heads=4, transformer_depth=2)
+    out = unet(torch.randn(1, 4, 4, 6), torch.tensor([5]), Context.of(torch.randn(1, 3, 8)))
+    assert out.shape == (1, 4, 4, 6) and out.eq(0).all()
+    assert unet.num_attention_layers == 2 * 4  # one place each in input and middle, two in output; depth 2

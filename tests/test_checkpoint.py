@@ -1,0 +1,740 @@
+"""Checkpoint files: the same tensors from every format, strict loading, and no code from any file."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.checkpoint import (
+    SCHEDULE_BUFFERS,
+    CheckpointError,
+    file_hash,
+    identify,
+    load_weights,
+    read_state_dict,
+    refuse_other_families,
+    save_state_dict,
+)
+from ldm.diffusers_layout import to_compvis
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYOUT = json.loads((ROOT / "tests" / "golden" / "sd_v1_state_dict.json").read_text())["state_dict"]
+WEIGHTS = {key: entry for key, entry in LAYOUT.items() if entry["kind"] == "param"}
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+
+# diffusers' key → CompVis' key, worked out by hand for two levels of one ResNet block each (`folder` below)
+BY_HAND = {
+    "unet": {
+        "conv_in.weight": UNET + "input_blocks.0.0.weight",
+        "time_embedding.linear_2.bias": UNET + "time_embed.2.bias",
+        "down_blocks.0.resnets.0.conv1.weight": UNET + "input_blocks.1.0.in_layers.2.weight",
+        "down_blocks.0.resnets.0.norm2.weight": UNET + "input_blocks.1.0.out_layers.0.weight",
+        "down_blocks.0.attentions.0.proj_in.weight": UNET + "input_blocks.1.1.proj_in.weight",
+        "down_blocks.0.downsamplers.0.conv.bias": UNET + "input_blocks.2.0.op.bias",
+        "down_blocks.1.resnets.0.conv_shortcut.weight": UNET + "input_blocks.3.0.skip_connection.weight",
+        "mid_block.resnets.0.time_emb_proj.weight": UNET + "middle_block.0.emb_layers.1.weight",
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": UNET
+        + "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "mid_block.resnets.1.conv2.bias": UNET + "middle_block.2.out_layers.3.bias",
+        "up_blocks.0.resnets.0.norm1.weight": UNET + "output_blocks.0.0.in_layers.0.weight",
+        "up_blocks.0.resnets.1.norm1.weight": UNET + "output_blocks.1.0.in_layers.0.weight",
+        "up_blocks.0.upsamplers.0.conv.weight": UNET + "output_blocks.1.1.conv.weight",
+        "up_blocks.1.resnets.0.conv1.bias": UNET + "output_blocks.2.0.in_layers.2.bias",
+        "up_blocks.1.attentions.1.norm.bias": UNET + "output_blocks.3.1.norm.bias",
+        "conv_norm_out.weight": UNET + "out.0.weight",
+        "conv_out.bias": UNET + "out.2.bias",
+    },
+    "vae": {
+        "encoder.down_blocks.0.downsamplers.0.conv.weight": VAE + "encoder.down.0.downsample.conv.weight",
+        "encoder.down_blocks.1.resnets.0.conv_shortcut.bias": VAE + "encoder.down.1.block.0.nin_shortcut.bias",
+        "encoder.mid_block.resnets.1.norm1.weight": VAE + "encoder.mid.block_2.norm1.weight",
+        "encoder.mid_block.attentions.0.group_norm.weight": VAE + "encoder.mid.attn_1.norm.weight",
+        "encoder.mid_block.attentions.0.to_q.bias": VAE + "encoder.mid.attn_1.q.bias",
+        "encoder.mid_block.attentions.0.to_k.weight": VAE + "encoder.mid.attn_1.k.weight",
+        "decoder.mid_block.attentions.0.to_v.weight": VAE + "decoder.mid.attn_1.v.weight",
+        "decoder.mid_block.attentions.0.to_out.0.weight": VAE + "decoder.mid.attn_1.proj_out.weight",
+        "decoder.up_blocks.0.resnets.1.conv2.weight": VAE + "decoder.up.1.block.1.conv2.weight",
+        "decoder.up_blocks.0.upsamplers.0.conv.weight": VAE + "decoder.up.1.upsample.conv.weight",
+        "decoder.up_blocks.1.resnets.0.conv1.weight": VAE + "decoder.up.0.block.0.conv1.weight",
+        "decoder.conv_norm_out.bias": VAE + "decoder.norm_out.bias",
+        "quant_conv.weight": VAE + "quant_conv.weight",
+    },
+    "text_encoder": {
+        "embeddings.token_embedding.weight": TEXT + "embeddings.token_embedding.weight",
+        "encoder.layers.1.self_attn.q_proj.bias": TEXT + "encoder.layers.1.self_attn.q_proj.bias",
+        "final_layer_norm.weight": TEXT + "final_layer_norm.weight",
+    },
+}
+
+
+def diffusers_parts(widths: tuple[int, ...], attention: tuple[bool, ...], blocks: int, text: dict, vae: tuple):
+    """The three networks as diffusers and transformers build them."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    down = tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention)
+    up = tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention))
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    return {
+        "unet": UNet2DConditionModel(
+            block_out_channels=widths,
+            layers_per_block=blocks,
+            down_block_types=down,
+            up_block_types=up,
+            cross_attention_dim=text["hidden_size"],
+            attention_head_dim=8,
+            norm_num_groups=min(32, widths[0]),
+        ),
+        "vae": AutoencoderKL(
+            block_out_channels=vae,
+            layers_per_block=blocks,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * len(vae),
+            up_block_types=("UpDecoderBlock2D",) * len(vae),
+            norm_num_groups=min(32, vae[0]),
+        ),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**text, **ids)),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a tiny model, written by the libraries themselves; every tensor is different."""
+    text = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    parts = diffusers_parts((8, 16), (True, False), 1, {**text, "num_attention_heads": 2}, (8, 16))
+    path = tmp_path_factory.mktemp("diffusers")
+    generator = torch.Generator().manual_seed(0)
+    for name, module in parts.items():
+        for parameter in module.parameters():
+            parameter.data.normal_(generator=generator)
+        module.save_pretrained(path / name)
+    (path / "model_index.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def state(folder: Path) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in read_state_dict(folder).items()}
+
+
+def stored(folder: Path, part: str) -> dict[str, Tensor]:
+    return load_file(next((folder / part).glob("*.safetensors")))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+class TinyModel(nn.Module):
+    """A module with the keys and shapes of a state dict, and the extras a real model has beside the weights."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        for key, tensor in state.items():
+            self._put(key, nn.Parameter(torch.zeros(tensor.shape), requires_grad=False))
+        self.register_buffer("betas", torch.full((1000,), 0.5))
+        self._put("embedding_manager.initial_embeddings", nn.Parameter(torch.ones(1, 4)))
+
+    def _put(self, key: str, parameter: nn.Parameter) -> None:
+        module: nn.Module = self
+        *path, name = key.split(".")
+        for step in path:
+            if not hasattr(module, step):
+                module.add_module(step, nn.Module())
+            module = getattr(module, step)
+        module.register_parameter(name, parameter)
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_python(code: str, *arguments: object) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+# --- the formats -------------------------------------------------------------------------------------------------
+
+
+def test_public_size_gives_the_public_names_and_shapes():
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    with torch.device("meta"):
+        text = {**text, "vocab_size": 49408}
+        attention = (True, True, True, False)
+        parts = diffusers_parts((320, 640, 1280, 1280), attention, 2, text, (128, 256, 512, 512))
+    mapped = to_compvis({name: module.state_dict() for name, module in parts.items()})
+    assert {key: list(tensor.shape) for key, tensor in mapped.items()} == {
+        key: entry["shape"] for key, entry in WEIGHTS.items()
+    }
+
+
+@pytest.mark.parametrize("part", BY_HAND)
+def test_folder_gives_each_tensor_its_name(folder: Path, state: dict[str, Tensor], part: str):
+    for theirs, ours in BY_HAND[part].items():
+        source = stored(folder, part)[theirs]
+        assert torch.equal(state[ours].flatten(), source.flatten()), ours
+    attention = [key for key in state if re.search(r"mid\.attn_1\.(q|k|v|proj_out)\.weight", key)]
+    assert len(attention) == 8
+    assert all(state[key].shape == (16, 16, 1, 1) for key in attention)
+
+
+def test_folder_loses_and_invents_nothing(folder: Path, state: dict[str, Tensor]):
+    def fingerprints(tensors):
+        return sorted(hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors)
+
+    parts = [tensor for part in BY_HAND for tensor in stored(folder, part).values()]
+    assert fingerprints(parts) == fingerprints(state.values())
+    assert len(set(fingerprints(parts))) == len(parts)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_ckpt_gives_the_same_tensors(tmp_path: Path, state: dict[str, Tensor], wrapped: bool, legacy: bool):
+    path = tmp_path / "model.ckpt"
+    content = {"state_dict": {**state, "note": "text", "count": 3}, "global_step": 470000} if wrapped else state
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    assert same(read_state_dict(path), state)
+
+
+def test_safetensors_gives_the_same_tensors_under_any_name(tmp_path: Path, state: dict[str, Tensor]):
+    for name in ("model.safetensors", "renamed.ckpt"):
+        save_state_dict(state, tmp_path / name)
+        assert same(read_state_dict(tmp_path / name), state)
+
+
+def test_recompressed_ckpt_is_not_mapped(tmp_path: Path, state: dict[str, Tensor]):
+    torch.save(state, tmp_path / "plain.ckpt")
+    with zipfile.ZipFile(tmp_path / "plain.ckpt") as old, zipfile.ZipFile(tmp_path / "small.ckpt", "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry), zipfile.ZIP_DEFLATED)
+    assert same(read_state_dict(tmp_path / "small.ckpt"), state)
+
+
+def test_folder_of_older_libraries(tmp_path: Path, folder: Path, state: dict[str, Tensor]):
+    """Pickled .bin files, the autoencoder's old attention names, `text_model.` and position_ids."""
+    (tmp_path / "model_index.json").write_text("{}")
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    parts = {part: stored(folder, part) for part in BY_HAND}
+    for new, old in old_names.items():
+        parts["vae"] = {key.replace(f".{new}.", f".{old}."): t for key, t in parts["vae"].items()}
+    parts["text_encoder"] = {f"text_model.{key}": tensor for key, tensor in parts["text_encoder"].items()}
+    position_ids = torch.arange(77)[None]
+    parts["text_encoder"]["text_model.embeddings.position_ids"] = position_ids
+    for part, tensors in parts.items():
+        (tmp_path / part).mkdir()
+        stem = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
+        torch.save(tensors, tmp_path / part / f"{stem}.bin")
+    assert same(read_state_dict(tmp_path), {**state, TEXT + "embeddings.position_ids": position_ids})
+
+
+def test_folder_prefers_full_precision_and_accepts_fp16(tmp_path: Path, folder: Path, state: dict[str, Tensor]):
+    (tmp_path / "model_index.json").write_text("{}")
+    for part in BY_HAND:
+        (tmp_path / part).mkdir()
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        half = {key: tensor.half() for key, tensor in stored(folder, part).items()}
+        save_file(half, tmp_path / part / f"{stem}.fp16.safetensors")
+    assert same(read_state_dict(tmp_path), {key: tensor.half() for key, tensor in state.items()})
+    save_file(stored(folder, "unet"), tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert read_state_dict(tmp_path)[UNET + "out.2.weight"].dtype == torch.float32
+
+
+def test_dtype_casts_floating_tensors_but_not_the_schedule(tmp_path: Path, state: dict[str, Tensor]):
+    extra = {"betas": torch.rand(1000), TEXT + "embeddings.position_ids": torch.arange(77)[None]}
+    for name in ("model.ckpt", "model.safetensors"):
+        path = tmp_path / name
+        torch.save({**state, **extra}, path) if path.suffix == ".ckpt" else save_state_dict({**state, **extra}, path)
+        half = {key: tensor.half() for key, tensor in state.items()}
+        assert same(read_state_dict(path, torch.float16), {**half, **extra})
+        assert same(read_state_dict(path), {**state, **extra})  # the file is as it was
+
+
+# --- no code from files ------------------------------------------------------------------------------------------
+
+
+def test_lightning_class_needs_no_lightning(tmp_path: Path):
+    layout = {"state_dict": {key: {**e, "shape": [min(n, 4) for n in e["shape"]]} for key, e in LAYOUT.items()}}
+    (tmp_path / "layout.json").write_text(json.dumps(layout))
+    script = load_script("make_random_sd_v1")
+    path = tmp_path / "sd-v1-4.ckpt"
+    script.main(["--out", str(path), "--dtype", "float16", "--layout", str(tmp_path / "layout.json")])
+    with pytest.raises(pickle.UnpicklingError, match="ModelCheckpoint"):
+        torch.load(path, weights_only=True)
+    code = """
+import sys
+from ldm.checkpoint import identify, read_state_dict
+state = read_state_dict(sys.argv[1])
+print(len(state), identify(state), any("lightning" in name for name in sys.modules))
+"""
+    assert run_python(code, path).split() == ["1143", "Stable", "Diffusion", "v1", "False"]
+    state = read_state_dict(path)
+    assert state["betas"].dtype == torch.float32
+    assert all(state[key].dtype == torch.float16 for key in WEIGHTS)
+    assert torch.equal(state[UNET + "out.0.weight"], torch.ones(4, dtype=torch.float16))
+
+
+def test_numpy_scalars_beside_the_weights(tmp_path: Path):
+    content = {"state_dict": {"w": torch.ones(2)}, "best_model_score": np.float64(0.5), "step": np.int64(3)}
+    torch.save(content, tmp_path / "a.ckpt")
+    assert same(read_state_dict(tmp_path / "a.ckpt"), {"w": torch.ones(2)})
+
+
+class Malice:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("protocol", [None, 0, 2, 4], ids=lambda p: "zip" if p is None else f"pickle{p}")
+@pytest.mark.parametrize("builtin", [False, True])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, protocol: int | None, builtin: bool):
+    marker = tmp_path / "marker"
+
+    class Evaluate:
+        def __reduce__(self):
+            return eval, (f"open({str(marker)!r}, 'w')",)
+
+    content = {"state_dict": {"w": torch.ones(2)}, "callbacks": Evaluate() if builtin else Malice(marker)}
+    path = tmp_path / "evil.ckpt"
+    if protocol is None:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content["callbacks"], protocol=protocol))
+    with pytest.raises(CheckpointError, match=re.escape(str(path))) as caught:
+        read_state_dict(path)
+    if protocol in (None, 2):
+        assert ("'eval'" if builtin else f"'{os.system.__module__}.system'") in str(caught.value)
+        assert ".safetensors" in str(caught.value)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Malice(marker)))
+    assert marker.exists()  # the file would have run its code
+
+
+def test_whole_modules_are_refused_by_name(tmp_path: Path):
+    torch.save({"attention": nn.Linear(2, 2)}, tmp_path / "embeddings.pt")
+    with pytest.raises(CheckpointError, match=r"'torch\.nn\.modules\.linear\.Linear'"):
+        read_state_dict(tmp_path / "embeddings.pt")
+
+
+# --- files that are no checkpoints -------------------------------------------------------------------------------
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def cut(path: Path, share: float = 0.6) -> Path:
+    return written(path, path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def bad_file(kind: str, folder: Path) -> Path:
+    tensors = {"w": torch.randn(100, 100)}
+    path = folder / ("model.safetensors" if "safetensors" in kind else "model.ckpt")
+    if kind == "truncated ckpt":
+        torch.save(tensors, path)
+        return cut(path)
+    if kind == "truncated old ckpt":
+        torch.save(tensors, path, _use_new_zipfile_serialization=False)
+        return cut(path)
+    if kind == "truncated safetensors":
+        save_file(tensors, path)
+        return cut(path)
+    if kind == "damaged safetensors":
+        return written(path, (1 << 40).to_bytes(8, "little") + b"{" + bytes(100))
+    if kind == "other zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme.txt", "hello")
+    if kind == "no tensors":
+        torch.save({"state_dict": {}}, path)
+    if kind == "empty dict":  # what the reference's training writes
+        torch.save({}, path)
+    if kind == "list":
+        torch.save([1, 2], path)
+    if kind == "missing, with a near name":
+        written(folder / "sd-v1-4.ckpt", b"x")
+        path = folder / "sd-v1.4.ckpt"
+    if kind == "missing, with others":
+        written(folder / "another.safetensors", b"x")
+        path = folder / "q"
+    if kind == "missing folder":
+        path = folder / "nowhere" / "model.ckpt"
+    if kind == "folder":
+        written(folder / "model.ckpt", b"x")
+        path = folder
+    if kind == "unreadable text":
+        written(path, "Zugriff nicht möglich".encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("truncated ckpt", "cut off .*; download it again"),
+        ("truncated old ckpt", "damaged or incomplete"),
+        ("truncated safetensors", "damaged or incomplete .*; download it again"),
+        ("damaged safetensors", "damaged or incomplete"),
+        ("other zip", "damaged or incomplete"),
+        ("no tensors", "holds no tensors"),
+        ("empty dict", "holds no tensors"),
+        ("list", "holds no tensors"),
+        ("missing, with a near name", "did you mean '.*sd-v1-4.ckpt'"),
+        ("missing, with others", "another.safetensors"),
+        ("missing folder", "nor its folder"),
+        ("folder", r"without model_index.json; .*model\.ckpt"),
+        ("unreadable text", "unknown format"),
+    ],
+)
+def test_bad_files(tmp_path: Path, kind: str, what: str):
+    path = bad_file(kind, tmp_path)
+    with pytest.raises(CheckpointError, match=what) as caught:
+        read_state_dict(path)
+    assert_one_sentence(caught.value, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is empty; download it again"),
+        (b"not a model\n", "is a text file; use a .ckpt"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page, perhaps of a login; log in"),
+        (b"<HTML>Sign in</HTML>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 4\n", "git-lfs pointer .*git lfs pull"),
+        (bytes(range(200, 240)) + bytes(100), "of an unknown format"),
+        (b"\x80\x02garbage", "holds more than|damaged"),
+        (b"\x80\x02}q\x00.", "damaged|holds more than"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+def test_bad_contents(tmp_path: Path, name: str, content: bytes, what: str):
+    path = written(tmp_path / name, content)
+    with pytest.raises(CheckpointError, match=what) as caught:
+        read_state_dict(path)
+    assert_one_sentence(caught.value, path)
+
+
+def assert_one_sentence(error: CheckpointError, path: Path) -> None:
+    message = str(error)
+    assert str(path) in message
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+    assert ". " not in message
+
+
+def test_folder_without_a_part(tmp_path: Path, folder: Path):
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "unet").symlink_to(folder / "unet")
+    with pytest.raises(CheckpointError, match="has no vae/diffusion_pytorch_model.safetensors"):
+        read_state_dict(tmp_path)
+
+
+def test_folder_with_foreign_keys(tmp_path: Path, folder: Path):
+    for part in ("vae", "text_encoder", "model_index.json"):
+        (tmp_path / part).symlink_to(folder / part)
+    (tmp_path / "unet").mkdir()
+    tensors = {**stored(folder, "unet"), "add_embedding.linear_1.weight": torch.ones(2)}
+    save_file(tensors, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 keys .*: unet/add_embedding\.linear_1\.weight"):
+        read_state_dict(tmp_path)
+
+
+# --- into a model ------------------------------------------------------------------------------------------------
+
+
+def test_load_weights_copies_and_keeps_what_is_the_models_own(state: dict[str, Tensor]):
+    model = TinyModel(state)
+    before = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
+    load_weights(model, {**state, "betas": torch.zeros(1000, dtype=torch.float16)}, "x.ckpt")
+    own = model.state_dict()
+    assert all(torch.equal(own[key], state[key]) for key in state)
+    assert {key: tensor.data_ptr() for key, tensor in own.items()} == before
+    assert own["betas"].eq(0.5).all()
+    assert own["embedding_manager.initial_embeddings"].eq(1).all()
+
+
+def test_load_weights_from_half_keeps_the_models_dtype(state: dict[str, Tensor]):
+    model = TinyModel(state)
+    load_weights(model, {key: tensor.half() for key, tensor in state.items()}, "x.ckpt")
+    weight = model.state_dict()[UNET + "out.2.weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, state[UNET + "out.2.weight"].half().float())
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_load_weights_into_a_meta_model(tmp_path: Path, state: dict[str, Tensor], name: str, dtype: torch.dtype | None):
+    path = tmp_path / name
+    torch.save(state, path) if path.suffix == ".ckpt" else save_state_dict(state, path)
+    with torch.device("meta"):
+        model = TinyModel(state)
+    read = read_state_dict(path, dtype)
+    load_weights(model, read, path)
+    expected = {key: tensor.to(dtype or torch.float32) for key, tensor in state.items()}
+    assert same(read, expected)  # letting go of the file's pages must not change what was read
+    del read
+    path.write_bytes(bytes(path.stat().st_size))  # the model does not depend on the file any more
+    own = dict(model.named_parameters())
+    assert all(own[key].dtype == expected[key].dtype and torch.equal(own[key], expected[key]) for key in state)
+    assert not any(own[key].requires_grad for key in state)
+    assert own["embedding_manager.initial_embeddings"].is_meta
+
+
+def test_edited_tensors_survive_loading(tmp_path: Path):
+    save_state_dict({"w": torch.zeros(1 << 16), "v": torch.zeros(1)}, tmp_path / "a.safetensors")
+    read = read_state_dict(tmp_path / "a.safetensors")
+    read["w"].fill_(3.0)
+    load_weights(model := TinyModel(read), read, "a")
+    assert model.w.eq(3).all()
+    assert read["w"].eq(3).all()
+
+
+def test_load_weights_in_inference_mode(tmp_path: Path, state: dict[str, Tensor]):
+    save_state_dict(state, tmp_path / "a.safetensors")
+    with torch.inference_mode():
+        model = TinyModel(state)
+        load_weights(model, read_state_dict(tmp_path / "a.safetensors"), "a")
+        assert torch.equal(model.state_dict()[UNET + "out.2.weight"], state[UNET + "out.2.weight"])
+
+
+def test_harmless_extras_are_ignored_silently(state: dict[str, Tensor], caplog: pytest.LogCaptureFixture):
+    extras = [
+        *SCHEDULE_BUFFERS,
+        TEXT + "embeddings.position_ids",
+        "model_ema.decay",
+        "model_ema.diffusion_modelout2weight",
+        "logvar",
+        "embedding_manager.attention.to_q.weight",
+        "loss.logvar",
+        "first_stage_model.loss.discriminator.main.0.weight",
+    ]
+    assert len(SCHEDULE_BUFFERS) == 12
+    with caplog.at_level(logging.INFO):
+        load_weights(TinyModel(state), {**state, **dict.fromkeys(extras, torch.zeros(3))}, "x.ckpt")
+    assert [record.getMessage() for record in caplog.records] == [f"x.ckpt: {len(state)} tensors loaded"]
+
+
+def test_misfits_are_listed_together(state: dict[str, Tensor]):
+    model = TinyModel(state)
+    wrong = dict(state)
+    missing = [key for key in state if "middle_block.0" in key]
+    for key in missing:
+        del wrong[key]
+    wrong["model.diffusion_model.label_emb.weight"] = torch.zeros(1)
+    wrong[UNET + "input_blocks.0.0.weight"] = torch.zeros(8, 9, 3, 3)  # an inpainting model's
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(model, wrong, "x.ckpt")
+    message = str(caught.value)
+    assert message.startswith(f"'x.ckpt' does not fit this model ({len(missing)} missing: {missing[0]}, ")
+    assert sum(key in message for key in missing) == 8
+    assert ", …; 1 unexpected: model.diffusion_model.label_emb.weight; 1 misshapen: " in message
+    assert f"{UNET}input_blocks.0.0.weight (8, 9, 3, 3) instead of (8, 4, 3, 3)" in message
+    assert_one_sentence(caught.value, Path("x.ckpt"))
+    assert all(not tensor.any() for key, tensor in model.state_dict().items() if key in state)  # nothing was done
+
+
+# --- other families ----------------------------------------------------------------------------------------------
+
+
+def of_width(width: int, prefix: str = UNET) -> dict[str, Tensor]:
+    return {f"{prefix}middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, width)}
+
+
+V1 = {**of_width(768), TEXT + "final_layer_norm.weight": torch.zeros(4)}
+FAMILIES = {
+    "Stable Diffusion v1": V1,
+    "Stable Diffusion 2": {
+        **of_width(1024),
+        "cond_stage_model.model.transformer.resblocks.0.ln_1.weight": torch.zeros(4),
+    },
+    "Stable Diffusion XL": {
+        **of_width(2048),
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": torch.zeros(4),
+    },
+    "a LoRA": {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.zeros(4, 4)},
+    "a VAE": {"encoder.conv_in.weight": torch.zeros(4, 3, 3, 3), "decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)},
+    "a textual inversion embedding": {"<teddy>": torch.zeros(2, 768)},
+    "unknown": {"backbone.layer1.weight": torch.zeros(2), "backbone.layer2.weight": torch.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_identified_and_refused(family: str):
+    assert identify(FAMILIES[family]) == family
+    model = TinyModel(V1)
+    if family in ("Stable Diffusion v1", "unknown"):
+        refuse_other_families(FAMILIES[family], model, "x.ckpt")
+        return
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(model, FAMILIES[family], "x.ckpt")
+    assert str(caught.value).startswith(f"'x.ckpt' holds {family}")
+    assert "this configuration is Stable Diffusion v1 (context width 768); use a full" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"unet.mid_block.attentions.0.attn2.processor.to_k_lora.down.weight": (4, 4), "b": (4,)},
+        {"base_model.model.text_model.encoder.q_proj.lora_A.weight": (4, 4)},
+    ],
+)
+def test_lora_spellings(keys: dict[str, tuple[int, ...]]):
+    assert identify({key: torch.zeros(shape) for key, shape in keys.items()}) == "a LoRA"
+
+
+def test_textual_inversion_spellings(tmp_path: Path):
+    automatic = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(3, 768)}, "name": "teddy"}
+    torch.save(automatic, tmp_path / "teddy.pt")
+    assert identify(read_state_dict(tmp_path / "teddy.pt")) == "a textual inversion embedding"
+    assert identify({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}) == identify({"*": torch.zeros(8)})
+
+
+@pytest.mark.parametrize("width", [32, 128, 1024, 2048])
+def test_a_small_model_may_have_any_context_width(width: int):
+    state = {**of_width(width), TEXT + "final_layer_norm.weight": torch.zeros(4)}
+    load_weights(TinyModel(state), state, "tiny.ckpt")
+
+
+def test_folder_of_stable_diffusion_xl(tmp_path: Path, folder: Path):
+    for part in ("unet", "vae", "text_encoder", "model_index.json"):
+        (tmp_path / part).symlink_to(folder / part)
+    (tmp_path / "text_encoder_2").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds Stable Diffusion XL .*; use .*Stable Diffusion v1"):
+        read_state_dict(tmp_path)
+
+
+# --- writing, hashing, memory, scripts ---------------------------------------------------------------------------
+
+
+def test_save_is_atomic_and_carries_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.safetensors"
+    shared = torch.arange(6.0)
+    save_state_dict({"a": shared, "b": shared, "t": shared.reshape(2, 3).T}, path, {"stages": "10"})
+    assert same(load_file(path), {"a": shared, "b": shared, "t": shared.reshape(2, 3).T})
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "stages": "10"}
+
+    def fail(tensors: object, filename: Path, metadata: object) -> None:
+        filename.write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    before = path.read_bytes()
+    monkeypatch.setattr("ldm.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_state_dict({"a": torch.zeros(2)}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_hash(tmp_path: Path, folder: Path):
+    path = written(tmp_path / "a.bin", b"abc" * 1_000_000)
+    assert file_hash(path) == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
+    files = ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"]
+    content = b"".join((folder / f"{file}.safetensors").read_bytes() for file in files)
+    assert file_hash(folder) == hashlib.sha256(content).hexdigest()
+    with pytest.raises(CheckpointError, match="did you mean"):
+        file_hash(tmp_path / "b.bin")
+
+
+MEASURE = """
+import gc, json, sys
+from pathlib import Path
+import torch
+from ldm.checkpoint import load_weights, read_state_dict
+
+def resident(field):
+    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
+
+def meta_model(state):
+    model = torch.nn.Module()
+    for key, tensor in state.items():
+        model.register_parameter(key, torch.nn.Parameter(torch.empty_like(tensor, device="meta")))
+    return model
+
+def measure(work):
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = resident("VmRSS")
+    result = work()
+    return (resident("VmHWM") - before) / Path(path).stat().st_size
+
+def load(dtype):
+    state = read_state_dict(path, dtype)
+    load_weights(model := meta_model(state), state, path)
+    return model
+
+peaks = {}
+for path in sys.argv[1:]:
+    state = read_state_dict(path)
+    load_weights(meta_model(state), state, path)  # imports and the like
+    del state
+    peaks[path] = {
+        "open": measure(lambda: read_state_dict(path)),
+        "half": measure(lambda: read_state_dict(path, torch.float16)),
+        "model": measure(lambda: load(None)),
+        "half model": measure(lambda: load(torch.float16)),
+    }
+print(json.dumps(peaks))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's memory accounts")
+def test_peak_memory(tmp_path: Path):
+    """Resident memory above the process's own, mapped pages counted, in file sizes (288 MB)."""
+    weights = {f"w{i}": torch.full((1024, 1024, 6), float(i)) for i in range(12)}
+    torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
+    save_state_dict(weights, tmp_path / "a.safetensors")
+    del weights
+    for name, peak in json.loads(run_python(MEASURE, *sorted(tmp_path.iterdir()))).items():
+        assert peak["open"] < 0.05, (name, peak)
+        assert 0.45 < peak["half"] < 0.7, (name, peak)
+        assert 0.95 < peak["model"] < 1.2, (name, peak)
+        assert 0.45 < peak["half model"] < 0.7, (name, peak)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_convert_script(tmp_path: Path, folder: Path, state: dict[str, Tensor], half: bool):
+    script = load_script("convert_checkpoint")
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    expected = {key: tensor.half() for key, tensor in state.items()} if half else state
+    for source in (tmp_path / "a.ckpt", folder):
+        target = tmp_path / f"{source.stem}.safetensors"
+        script.main([str(source), str(target), *["--half"] * half])
+        assert same(load_file(target), expected)
+        with safe_open(target, framework="pt") as file:
+            assert file.metadata()["source_sha256"] == file_hash(source)
+    with pytest.raises(SystemExit, match="There is no file"):
+        script.main([str(tmp_path / "b" / "a.ckpt"), str(target)])
+
+
+def test_random_weights_are_sane_and_repeatable():
+    script = load_script("make_random_sd_v1")
+    layout = {key: e for key, e in LAYOUT.items() if len(e["shape"]) != 4 and np.prod(e["shape"]) < 1_000_000}
+    layout[UNET + "out.2.weight"] = LAYOUT[UNET + "out.2.weight"]
+    one, two = (script.random_weights(layout, torch.float32, seed=1) for _ in range(2))
+    assert list(one) == list(layout)
+    assert same(one, two)
+    assert all(list(one[key].shape) == entry["shape"] for key, entry in layout.items())
+    deviation = one[UNET + "out.2.weight"].std().item()
+    assert deviation == pytest.approx((320 * 9) ** -0.5, rel=0.05)
+    assert one["alphas_cumprod"][-1].item() == pytest.approx(0.0047, abs=1e-4)

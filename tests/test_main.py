@@ -1,0 +1,234 @@
+"""`main.py` as users run it, on the small model that ships."""
+
+from __future__ import annotations
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import main
+from ldm import cli
+from ldm.checkpoint import read_state_dict
+from ldm.embeddings import load_concept
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models/demo/model.safetensors"
+PICTURES = ROOT / "models/demo/references/dotted-star"
+LEARN = ["--base", str(ROOT / "configs/demo/finetune.yaml"), "-t", "--actual_resume", str(MODEL)]
+LEARN += ["--data_root", str(PICTURES), "--enable_progress_bar", "false"]
+NO_PICTURES = "lightning.callbacks.image_logger.params.disabled=true"
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # configurations name the tokenizer's folder relative to it
+
+
+def learn(folder: Path, *arguments: str) -> Path:
+    """Learn into exactly `folder`; returns its checkpoints."""
+    assert main.main([*LEARN, "-p", str(folder), NO_PICTURES, *arguments]) == 0
+    return folder / "checkpoints"
+
+
+def saved_tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    flat = dict(state["state_dict"])
+    for number, moments in state["optimizer_states"][0]["state"].items():
+        flat |= {f"{number}.{name}": value for name, value in moments.items()}
+    return flat
+
+
+def test_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    """Interrupted between validation-free epochs or within one: weights and optimizer end bit-identical."""
+    steps = ["data.params.train.params.repeats=24", "data.params.batch_size=4"]  # epochs of 6 steps
+    whole = learn(tmp_path / "whole", "--max_steps", "16", *steps)
+    for stop in ("6", "9"):
+        part = tmp_path / f"part{stop}"
+        learn(part, "--max_steps", stop, *steps)
+        assert main.main(["-r", str(part), "-t", "--max_steps", "16", "--enable_progress_bar", "false"]) == 0
+        expected, got = saved_tensors(whole), saved_tensors(part / "checkpoints")
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+        one, two = (load_concept(run / "embeddings.safetensors") for run in (whole, part / "checkpoints"))
+        assert torch.equal(one.vectors, two.vectors)
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    one = load_concept(learn(tmp_path / "a", "--max_steps", "2") / "embeddings.safetensors")
+    two = load_concept(learn(tmp_path / "b", "--max_steps", "2", "-s", "5") / "embeddings.safetensors")
+    assert not torch.equal(one.vectors, two.vectors)
+
+
+def test_what_a_run_leaves(tmp_path: Path) -> None:
+    arguments = [*LEARN, "-n", "mine", "-l", str(tmp_path / "logs"), "--max_steps", "4", "--log_every_n_steps", "1"]
+    overrides = [
+        "lightning.modelcheckpoint.params.every_n_train_steps=2",
+        "lightning.callbacks.image_logger.params.batch_frequency=4",
+        "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2",
+        f"data.params.validation={{target: ldm.data.personalized.PersonalizedBase, params: "
+        f"{{size: 64, set: val, data_root: {PICTURES}}}}}",
+        "data.params.train.params.repeats=16",
+    ]
+    assert main.main([*arguments, *overrides]) == 0
+    (run,) = (tmp_path / "logs").iterdir()
+    assert re.fullmatch(r"dotted-star\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_mine", run.name)
+
+    checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
+    numbered = {"embeddings_gs-2.safetensors", "embeddings_gs-4.safetensors"}
+    assert checkpoints == {"last.ckpt", "embeddings.safetensors"} | numbered
+    configs = {re.sub(r"^[\dT:-]+", "", path.name) for path in (run / "configs").iterdir()}
+    assert configs == {"project.yaml", "lightning.yaml"}
+    pictures = {path.name for path in (run / "images" / "train").iterdir()}
+    where = "gs-000004_e-000001_b-000002.jpg"
+    assert pictures == {f"{key}_{where}" for key in ("reconstruction", "samples", "samples_scaled")}
+
+    (metrics,) = (run / "csv").glob("*/metrics.csv")
+    with open(metrics, newline="") as file:
+        names = set(next(csv.reader(file)))
+    for split in ("train", "val"):
+        assert {f"{split}/loss_simple", f"{split}/loss_vlb", f"{split}/loss"} <= names
+    assert {"val/loss_simple_ema", "val/loss_ema"} <= names
+    assert list((run / "tensorboard").glob("events*"))
+
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 4
+    assert state["state_dict"] and all(key.startswith("embedding_manager.") for key in state["state_dict"])
+
+    with safe_open(run / "checkpoints" / "embeddings.safetensors", "pt") as file:
+        metadata = file.metadata()
+        assert file.get_tensor("*").shape == (10, 128)
+    assert metadata["init_word"] == "thing"
+    assert metadata["step"] == "4"
+    assert len(metadata["base_model_sha256"]) == 64
+
+
+def test_only_the_embedding_is_trained(tmp_path: Path) -> None:
+    from ldm.training import build_config, build_trainer, open_run, save_configs
+    from ldm.util import instantiate_from_config
+
+    options = cli.parse([*LEARN, "-p", str(tmp_path / "run"), "--max_steps", "2", NO_PICTURES])
+    run = open_run(options)
+    config = build_config(options, run)
+    module, data = instantiate_from_config(config.model), instantiate_from_config(config.data)
+    save_configs(config, run)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    initial = module.embedding_manager.eval().embeddings().detach()
+    build_trainer(config, options, run, module).fit(module, datamodule=data)
+    for key, value in module.state_dict().items():
+        if not key.startswith("embedding_manager.attention."):
+            assert torch.equal(before[key], value), key
+    frozen = [module.model, module.first_stage_model, module.cond_stage_model]
+    assert all(p.grad is None and not p.requires_grad for part in frozen for p in part.parameters())
+    assert not torch.allclose(initial, module.embedding_manager.eval().embeddings())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the platform has no such signal")
+def test_signals_save(tmp_path: Path) -> None:
+    """SIGUSR1 saves and goes on; Ctrl-C finishes the step, saves and says how to resume."""
+    command = [sys.executable, "main.py", *LEARN, "-p", str(tmp_path / "run"), NO_PICTURES, "--max_steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    metrics = tmp_path / "run/csv"
+    try:
+        wait_for(lambda: any(metrics.glob("*/metrics.csv")) or last.exists())
+        process.send_signal(signal.SIGUSR1)
+        wait_for(last.exists)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Stopped and saved at step" in errors and "-r" in errors
+    assert torch.load(last, weights_only=True)["global_step"] > 0
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--bas", "x.yaml"], "unknown argument '--bas'; did you mean --base?"),
+        (["--base", "x.yaml"], "There is no configuration file 'x.yaml'"),
+        ([], "a configuration is needed"),
+        (["--base", "main.py"], "not a readable YAML file"),
+        ([*LEARN, "modl.x=1"], "Unknown section 'modl' in the configuration; did you mean 'model'?"),
+        ([*LEARN, "model.params.prospect_stage=3"], "did you mean 'prospect_stages'?"),
+        ([*LEARN, "model.target=os.system"], "outside the packages a configuration may name"),
+        ([*LEARN, "model.target=ldm.config.importlib"], "must be a class"),
+        ([*LEARN, "--actual_resume", "nowhere.ckpt"], "nowhere.ckpt"),
+        ([*LEARN, "--data_root", "nowhere"], "nowhere"),
+        ([*LEARN, "--gpus", "zero"], "--gpus takes device numbers"),
+        ([*LEARN, "--max_steps", "many"], "invalid int value"),
+        (["-r", "nowhere"], "Nothing to resume"),
+        (["-r", "x", "-n", "y", "--base", "z"], "exclude each other"),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [*arguments, "-l", str(tmp_path)]
+    try:
+        code = main.main(arguments)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and sentence in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_quick_and_complete() -> None:
+    started = time.monotonic()
+    text = subprocess.run([sys.executable, "main.py", "--help"], capture_output=True, text=True, cwd=ROOT).stdout
+    assert time.monotonic() - started < 1.0
+    flags = "base train resume seed no_test project debug postfix logdir scale_lr datadir_in_name actual_resume"
+    flags += " data_root embedding_manager_ckpt placeholder_tokens init_word name gpus max_steps precision devices"
+    for flag in flags.split():
+        assert f"--{flag}" in text
+
+
+def test_trainer_flags_are_the_trainers() -> None:
+    import inspect
+
+    import pytorch_lightning as pl
+
+    assert set(cli.TRAINER_FLAGS) <= set(inspect.signature(pl.Trainer).parameters)
+
+
+def test_flags_take_both_spellings() -> None:
+    for spelling in ("--data_root", "--data-root"):
+        assert cli.parse(["--base", "a.yaml", spelling, "b", "x.y=1"]).data_root == "b"
+    assert cli.parse(["--base", "a.yaml", "x.y=1"]).overrides == ["x.y=1"]
+
+
+@pytest.mark.parametrize(("gpus", "numbers"), [("0,", [0]), ("0,1", [0, 1]), ("2", [0, 1]), (None, None), ("1,", [1])])
+def test_gpus(gpus: str | None, numbers: list[int] | None) -> None:
+    assert cli.translate_gpus(gpus) == numbers
+
+
+def test_learning_rate_is_scaled_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        learn(tmp_path / "run", "--max_steps", "1", "--accumulate_grad_batches", "2", "--gpus", "0,")
+    lines = [record.message for record in caplog.records if record.message.startswith("Learning rate")]
+    assert lines == ["Learning rate 1.60e-02 = 2 (accumulate_grad_batches) x 1 (devices) x 8 (batch size) x 1.00e-03 (base)"]
+
+
+def test_embedding_flags(tmp_path: Path) -> None:
+    first = learn(tmp_path / "one", "--max_steps", "1", "--init_word", "red star", "--placeholder_tokens", "<star>")
+    with safe_open(first / "embeddings.safetensors", "pt") as file:
+        assert list(file.keys()) == ["<star>"]
+        assert file.metadata()["init_word"] == "red star"
+    assert read_state_dict(first / "last.ckpt")["embedding_manager.initial_embeddings"].shape == (1, 128)
