@@ -213,7 +213,10 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Map
         tensors[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
         storages.add(tensor.untyped_storage().data_ptr())
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(mode)  # safetensors leaves files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -258,8 +261,8 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise _missing(path)
-    kind = _sniff(path)
     try:
+        kind = _sniff(path)
         if kind == "safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -267,6 +270,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             content = _unpickle(path, mapped=kind == "mappable")
             inner = content.get("state_dict") if isinstance(content, Mapping) else None
             state = dict(_tensors(inner if isinstance(inner, Mapping) else content))
+    except CheckpointError:
+        raise
     except Exception as error:  # a malformed file can fail in any way
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose module)", str(error))
         if refused or "Weights only load failed" in str(error):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ldm.config import instantiate_from_config, load_config
-from ldm.data.images import fit, make_grid, open_image, to_pil, to_tensor
+from ldm.data.images import WHITE, _to_rgb, check_fit, fit, make_grid, open_image, to_pil, to_tensor
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
@@ -121,8 +123,24 @@ def main(
     """
     if model is None:
         raise ValueError("main() needs model=…; make one with load_model_from_config(config, checkpoint).")
-    check_arguments(model, ddim_steps, strength, n_iter, n_samples, scale, height, width, sampler)
+    settings = {
+        "ddim_steps": ddim_steps,
+        "strength": strength,
+        "ddim_eta": ddim_eta,
+        "scale": scale,
+        "seed": seed,
+        "n_iter": n_iter,
+        "n_samples": n_samples,
+        "n_rows": n_rows,
+        "height": height,
+        "width": width,
+        "sampler": sampler,
+        "resize": resize,
+    }
+    check_arguments(model, **settings)
     if concepts:
+        if model.embedding_manager is None:
+            raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
         model.embedding_manager.load(concepts)
     cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
     uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
@@ -130,8 +148,7 @@ def main(
     door.make_schedule(ddim_num_steps=ddim_steps, ddim_eta=ddim_eta, verbose=False)
     posterior = None
     if content_dir is not None:
-        picture = content_dir if isinstance(content_dir, Image.Image) else open_image(content_dir)
-        image = to_tensor(fit(picture, width, height, resize)).unsqueeze(0)
+        image = to_tensor(fit(open_content(content_dir), width, height, resize)).unsqueeze(0)
         posterior = model.encode_first_stage(image)
     # as in the reference: the picture is noised to this entry of the schedule and denoised from the one below
     steps = ddim_steps if posterior is None else int(strength * ddim_steps)
@@ -164,45 +181,75 @@ def main(
         {
             "prompt": prompt,
             "prospect_words": None if prospect_words is None else list(prospect_words),
-            "content_dir": None if content_dir is None else str(getattr(content_dir, "filename", content_dir)),
-            **dict(ddim_steps=ddim_steps, strength=strength, ddim_eta=ddim_eta, scale=scale, seed=seed),
-            **dict(n_iter=n_iter, n_samples=n_samples, n_rows=n_rows, height=height, width=width),
-            **dict(sampler=sampler, resize=resize, legacy_word_tokens=legacy_word_tokens),
+            "content_dir": content_source(content_dir),
+            **settings,
+            "legacy_word_tokens": legacy_word_tokens,
             "concepts": concept_sources(model),
             "base_model": model.base_model.get("base_model"),
         },
-        default=int,  # NumPy's integers among the prospect_words
+        default=lambda number: number.item(),  # NumPy's
     )
     return result
 
 
 def check_arguments(
     model: LatentDiffusion,
-    steps: int,
+    *,
+    ddim_steps: int,
     strength: float,
+    ddim_eta: float,
+    scale: float,
+    seed: int,
     n_iter: int,
     n_samples: int,
-    scale: float,
-    height_px: int,
-    width_px: int,
+    n_rows: int,
+    height: int,
+    width: int,
     sampler: str,
+    resize: str,
 ) -> None:
-    """Raise `ValueError`, with the remedy, for what `main` cannot do."""
+    """Raise `ValueError`, with the remedy, for what `main` cannot do; no weights are needed."""
+    whole = {"ddim_steps": ddim_steps, "seed": seed, "n_iter": n_iter, "n_samples": n_samples, "n_rows": n_rows}
+    for name, value in (whole | {"height": height, "width": width}).items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a whole number, not {value!r}.")
+    for name, value in {"strength": strength, "ddim_eta": ddim_eta, "scale": scale}.items():
+        if not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, not {value!r}.")
     if sampler not in SAMPLERS:
         raise ValueError(f"Unknown sampler '{sampler}'; there are {', '.join(SAMPLERS)}.")
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength must be in 0..1, not {strength}: 0 keeps the content picture, 1 gives it up.")
     if n_iter < 1 or n_samples < 1:
         raise ValueError(f"n_iter and n_samples must be at least 1, not {n_iter} and {n_samples}.")
-    if not 1 <= steps <= model.num_timesteps:
-        raise ValueError(f"ddim_steps must be in 1..{model.num_timesteps}, not {steps}.")
-    if not scale >= 0:
-        raise ValueError(f"scale must not be negative, but is {scale}; 1 means no guidance.")
+    if n_rows < 0:
+        raise ValueError(f"n_rows must be at least 1, or 0 for as square as possible, not {n_rows}.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in 0..{2**63 - 1}, not {seed}.")
+    if not 1 <= ddim_steps <= model.num_timesteps:
+        raise ValueError(f"ddim_steps must be in 1..{model.num_timesteps}, not {ddim_steps}.")
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"scale must be 0 or more and finite, not {scale}; 1 means no guidance.")
     unit = size_unit(model)
-    for name, size in (("height", height_px), ("width", width_px)):
+    for name, size in (("height", height), ("width", width)):
         if size < unit or size % unit:
             nearest = max(unit, round(size / unit) * unit)
             raise ValueError(f"{name} must be a multiple of {unit} for this model, not {size}; nearest: {nearest}.")
+    check_fit(width, height, resize, "bicubic")
+
+
+def open_content(content: str | Path | Image.Image) -> Image.Image:
+    """The content picture as RGB: the same from a file and from a picture that Pillow has opened."""
+    if isinstance(content, Image.Image):
+        return _to_rgb(ImageOps.exif_transpose(content), WHITE)
+    return open_image(content)
+
+
+def content_source(content: str | Path | Image.Image | None) -> str | None:
+    """Where the content picture came from, for the record; '' for one that is no file."""
+    if isinstance(content, Image.Image):
+        return str(getattr(content, "filename", ""))
+    return None if content is None else str(content)
 
 
 def size_unit(model: LatentDiffusion) -> int:

@@ -10,6 +10,7 @@ import logging
 import numbers
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,6 +116,7 @@ class PromptReader:
         self.max_length = max_length
         known = sorted({PLACEHOLDER, *self.placeholders}, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, known)) + ")")
+        self._warnings: dict[str, None] = {}  # of the text that is being read, each once and in order
 
     def read(self, prompts: Sequence[str], words: Words | None = None, legacy_word_tokens: bool = False) -> Tensor:
         """Slots (S, B, L) for B prompts, each with the same `words`.
@@ -125,6 +127,7 @@ class PromptReader:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise ValueError(f"A prompt must be a text, not a {type(prompt).__name__}.")
+        self._warnings.clear()
         if words is not None:
             words = check_words(words, self.num_stages)
             self._warn_without_placeholder(prompts)
@@ -132,39 +135,51 @@ class PromptReader:
             rows = [self._legacy_slots(prompt, words) for prompt in prompts]
         else:
             rows = [[self._slots(prompt, words, stage) for stage in range(self.num_stages)] for prompt in prompts]
+        for warning in self._warnings:
+            logger.warning(warning)
         return torch.tensor(rows).transpose(0, 1).contiguous()
 
     def _warn_without_placeholder(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
             if PLACEHOLDER not in prompt:
-                logger.warning("prospect_words has no effect: the prompt '%s' has no '*' for it to replace.", prompt)
+                self._warn(f"prospect_words has no effect: the prompt '{prompt}' has no '*' for it to replace.")
 
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
         """The L slots of one prompt in one stage, the whole text tokenised by BPE."""
         entry = None if words is None else words[stage]
         if isinstance(entry, str):
-            prompt, learned_stage = prompt.replace(PLACEHOLDER, entry), stage
-        else:
-            learned_stage = stage if entry is None else entry
+            prompt = prompt.replace(PLACEHOLDER, entry)
         body: list[int] = []
         for piece in self._split.split(prompt):
             if piece in self.placeholders:
-                body.append(self._learned(piece, learned_stage))
+                chosen = piece == PLACEHOLDER and isinstance(entry, int)
+                body.append(self._learned(piece, entry if chosen else stage))
             elif piece:
                 if piece == PLACEHOLDER:
                     self._warn_unlearned()
-                body.extend(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+                body.extend(self._ids(piece))
         room = self.max_length - 2
         if len(body) > room:
-            cut = self.tokenizer.decode([token for token in body[room:] if token >= 0])
-            logger.warning("The prompt is longer than %d tokens; cut off: '%s'", room, cut)
+            self._warn(f"The prompt is longer than {room} tokens; cut off: '{self._spell(body[room:])}'")
         return self._close(body[:room])
 
     def _learned(self, placeholder: str, stage: int) -> int:
         return -(self.placeholders[placeholder][stage] + 1)
 
+    def _ids(self, text: str) -> list[int]:
+        # not verbose: the tokenizer would warn of long text too
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _spell(self, slots: Sequence[int]) -> str:
+        names = {row: name for name, rows in self.placeholders.items() for row in rows}
+        tokens = ([slot] if slot >= 0 else self._ids(names[-slot - 1]) for slot in slots)
+        return self.tokenizer.decode(list(chain.from_iterable(tokens)))
+
+    def _warn(self, message: str) -> None:
+        self._warnings[message] = None
+
     def _warn_unlearned(self) -> None:
-        logger.warning("Nothing is learned or loaded for '*', so it is read as an ordinary character.")
+        self._warn("Nothing is learned or loaded for '*', so it is read as an ordinary character.")
 
     def _close(self, body: list[int]) -> list[int]:
         """Add the start mark, the end mark, and padding (which is the end mark in Stable Diffusion v1)."""
@@ -182,18 +197,23 @@ class PromptReader:
         ids = self.tokenizer(prompt, truncation=True, max_length=self.max_length)["input_ids"]
         ids = ids + [self.tokenizer.eos_token_id] * (self.max_length - len(ids))
         star = self.tokenizer.convert_tokens_to_ids(PLACEHOLDER + "</w>")
+        is_learned = PLACEHOLDER in self.placeholders
+        if star in ids and not is_learned:
+            self._warn_unlearned()
+
+        def learned(stage: int) -> int:
+            return self._learned(PLACEHOLDER, stage) if is_learned else star
+
         resolved: list[list[int]] = []
         for stage in range(self.num_stages):
-            learned = [self._learned(PLACEHOLDER, stage)]
             entry = None if words is None else words[stage]
             if entry is None:
-                resolved.append(learned)
+                resolved.append([learned(stage)])
             elif isinstance(entry, str):
-                resolved.append(
-                    [learned[0] if word == PLACEHOLDER else self._first_piece(word) for word in entry.split(" ")]
-                )
+                pieces = entry.split(" ")
+                resolved.append([learned(stage) if p == PLACEHOLDER else self._first_piece(p) for p in pieces])
             else:
-                resolved.append(resolved[entry] if entry < stage else [self._learned(PLACEHOLDER, entry)])
+                resolved.append(resolved[entry] if entry < stage else [learned(entry)])
         stages = []
         for replacement in resolved:
             slots: list[int] = []
@@ -203,5 +223,5 @@ class PromptReader:
         return stages
 
     def _first_piece(self, word: str) -> int:
-        ids = self.tokenizer(word, add_special_tokens=False)["input_ids"]
+        ids = self._ids(word)
         return ids[0] if ids else self.tokenizer.eos_token_id

@@ -223,7 +223,9 @@ def test_learning_rate_is_scaled_and_said(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level("INFO"):
         learn(tmp_path / "run", "--max_steps", "1", "--accumulate_grad_batches", "2", "--gpus", "0,")
     lines = [record.message for record in caplog.records if record.message.startswith("Learning rate")]
-    assert lines == ["Learning rate 1.60e-02 = 2 (accumulate_grad_batches) x 1 (devices) x 8 (batch size) x 1.00e-03 (base)"]
+    assert lines == [
+        "Learning rate 1.60e-02 = 2 (accumulate_grad_batches) x 1 (devices) x 8 (batch size) x 1.00e-03 (base)"
+    ]
 
 
 def test_embedding_flags(tmp_path: Path) -> None:
@@ -232,3 +234,15 @@ def test_embedding_flags(tmp_path: Path) -> None:
         assert list(file.keys()) == ["<star>"]
         assert file.metadata()["init_word"] == "red star"
     assert read_state_dict(first / "last.ckpt")["embedding_manager.initial_embeddings"].shape == (1, 128)
+
+
+def test_learning_goes_on_from_a_file(tmp_path: Path) -> None:
+    """`--embedding_manager_ckpt` starts from the saved vectors, and they are trained further."""
+    first = learn(tmp_path / "one", "--max_steps", "3") / "embeddings.safetensors"
+    start = load_concept(first).vectors
+    still = learn(tmp_path / "two", "--max_steps", "1", "--embedding_manager_ckpt", str(first),
+                  "model.base_learning_rate=1e-12")  # fmt: skip
+    moved = learn(tmp_path / "three", "--max_steps", "1", "--embedding_manager_ckpt", str(first))
+    still, moved = (load_concept(run / "embeddings.safetensors").vectors for run in (still, moved))
+    assert torch.allclose(still, start, atol=1e-5)
+    assert not torch.allclose(moved, start, atol=1e-3)

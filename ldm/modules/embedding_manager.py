@@ -161,6 +161,28 @@ class EmbeddingManager(nn.Module):
         self.loaded.update(concepts)
         self.sources.update({p: "" if isinstance(s, Concept) else str(s) for p, s in sources.items()})
 
+    @torch.no_grad()
+    def start_from(self, source: str | Path | Concept) -> None:
+        """Begin learning where a saved concept ended: without dropout, `embeddings()` then equals its vectors.
+
+        Raises:
+            ValueError: the file cannot be used, or has other stages or another width than this model.
+        """
+        concept = source if isinstance(source, Concept) else load_concept(source, self.placeholder_strings[0])
+        if tuple(concept.vectors.shape) != (self.num_stages, self.width):
+            raise ValueError(
+                f"The embedding to start from has {concept.num_stages} stages of width {concept.width}; this run learns "
+                f"{self.num_stages} of width {self.width}."
+            )
+        was_training = self.training
+        self.eval()
+        difference = concept.vectors.to(self.initial_embeddings.device) - self.embeddings()
+        if self.attention is not None:
+            self.attention.ff.net[2].bias.add_(difference.flatten())
+        else:
+            self.table.add_(difference)
+        self.train(was_training)
+
     def save(self, path: str | Path, **metadata: str) -> None:
         """Write the S vectors, without dropout, as an embedding file."""
         was_training = self.training

@@ -109,18 +109,24 @@ def test_a_table_starts_around_the_initial_embedding(embedder: FrozenCLIPEmbedde
 
 
 @pytest.mark.parametrize(
-    ("words", "ids"), [("teddy", [11798]), (["teddy"], [11798]), ("blue dog", [1746, 1929]), (["a", "cat"], [320, 2368])]
+    ("words", "text", "ids"),
+    [
+        ("teddy", "teddy", [11798]),
+        (["teddy"], "teddy", [11798]),
+        ("blue dog", "blue dog", [1746, 1929]),
+        (["a", "cat"], "a cat", [320, 2368]),
+    ],
 )
 def test_initial_words_are_averaged_over_their_tokens(
-    embedder: FrozenCLIPEmbedder, words: str | list[str], ids: list[int]
+    embedder: FrozenCLIPEmbedder, words: str | list[str], text: str, ids: list[int]
 ) -> None:
     manager = EmbeddingManager(embedder, "*", words)
     expected = embedder.token_table[ids].mean(dim=0, keepdim=True)
     torch.testing.assert_close(manager.initial_embeddings, expected, rtol=0, atol=1e-7)
-    assert manager.initial_word == "".join(words) if isinstance(words, str) else " ".join(words)
+    assert manager.initial_word == text
 
 
-@pytest.mark.parametrize("words", [" ", ["", " "]])
+@pytest.mark.parametrize("words", ["", " ", ["", " "]])
 def test_an_initial_word_without_tokens_is_refused(embedder: FrozenCLIPEmbedder, words: str | list[str]) -> None:
     with pytest.raises(ValueError, match="no token"):
         EmbeddingManager(embedder, "*", words)

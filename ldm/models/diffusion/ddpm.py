@@ -159,7 +159,9 @@ class LatentDiffusion(pl.LightningModule):
             self.embedding_manager = instantiate_from_config(
                 personalization_config, embedder=self.cond_stage_model, num_stages=prospect_stages
             )
-            if embedding_manager_ckpt:
+            if embedding_manager_ckpt and self.embedding_manager.learning:
+                self.embedding_manager.start_from(embedding_manager_ckpt)
+            elif embedding_manager_ckpt:
                 self.embedding_manager.load(embedding_manager_ckpt)
 
     @staticmethod

@@ -86,7 +86,7 @@ class Sampler:
             raise ValueError(f"Timesteps are spaced 'uniform' here, not '{ddim_discretize}'.")
         if not ddim_eta >= 0:
             raise ValueError(f"ddim_eta must not be negative, but is {ddim_eta}.")
-        alphas_cumprod = self.model.alphas_cumprod.double().cpu().numpy()
+        alphas_cumprod = self.model.alphas_cumprod.cpu().double().numpy()  # MPS has no float64
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps)
         alphas, alphas_prev, sigmas = ddim_parameters(alphas_cumprod, self.ddim_timesteps, ddim_eta)
         self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas = alphas, alphas_prev, sigmas

@@ -1,0 +1,150 @@
+"""The text transformer: recorded contexts, and equality with transformers' CLIPTextModel."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import CLIPTextConfig as TheirConfig
+from transformers import CLIPTextModel as TheirModel
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.clip import CLIPTextConfig, CLIPTextModel
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+
+RECORDED = tiny.golden("text")
+PROMPTS = tiny.META["prompts"]
+COMPLETE = [name for name in PROMPTS if name != "short_list"]
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 16,
+}
+
+
+def close(ours: Tensor, recorded: Tensor) -> None:
+    torch.testing.assert_close(ours, recorded, rtol=0, atol=1e-4)
+
+
+def contexts(model: LatentDiffusion, name: str, legacy: bool) -> Tensor:
+    """(10, 77, 768), read stage by stage as a sampler would."""
+    prompt = PROMPTS[name]
+    with torch.no_grad():
+        cond = model.get_learned_conditioning([prompt["prompt"]], prompt["prospect_words"], legacy)
+        return torch.cat([cond.at(100 * stage + 50).k for stage in range(10)])
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_contexts_by_the_references_rule(tiny_model: LatentDiffusion, name: str) -> None:
+    found = contexts(tiny_model, name, legacy=True)
+    close(found[:, :, ::48], RECORDED[f"{name}.cond_every48"])
+    close(found.norm(dim=-1), RECORDED[f"{name}.cond_l2_per_token"])
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_contexts_of_the_plain_reading(tiny_model: LatentDiffusion, name: str) -> None:
+    found = contexts(tiny_model, name, legacy=False)[:, :, ::48]
+    agrees = PROMPTS[name]["upstream_equals_plain_reading"]
+    record = f"{name}.cond_every48" if all(agrees) else f"{name}.plain_cond_every48"
+    close(found, RECORDED[record])
+    for stage, first in enumerate(PROMPTS[name]["equal_stage_classes"]):
+        if agrees[stage] and agrees[first]:
+            assert torch.equal(found[stage], found[first]), "equal prompts give equal contexts, bit for bit"
+
+
+def test_complete_contexts(tiny_model: LatentDiffusion) -> None:
+    found = contexts(tiny_model, "photo_star", legacy=False)
+    close(found[[0, 4, 9]], RECORDED["photo_star.cond_full_stages_0_4_9"])
+
+
+def test_the_weights_of_the_records(tiny_model: LatentDiffusion) -> None:
+    parts = {
+        "unet": (tiny_model.model.diffusion_model, tiny.UNET),
+        "vae": (tiny_model.first_stage_model, tiny.FIRST_STAGE),
+        "clip": (tiny_model.cond_stage_model.transformer.text_model, tiny.TEXT),
+    }
+    for name, (module, prefix) in parts.items():
+        assert tiny.checksum(module, prefix)["sha256"] == tiny.META["checksums"][name]["sha256"], name
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("width", [24, 48])
+@torch.no_grad()
+def test_equal_to_transformers(act: str, width: int) -> None:
+    torch.manual_seed(0)
+    sizes = {**SMALL, "hidden_size": width, "hidden_act": act, "layer_norm_eps": 1e-3}
+    theirs = TheirModel(TheirConfig(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=1)).eval()
+    for parameter in theirs.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3)
+    ours = CLIPTextModel(CLIPTextConfig(**sizes))
+    state = theirs.state_dict()
+    ours.text_model.load_state_dict({key.removeprefix("text_model."): value for key, value in state.items()})
+    for length in (16, 5):
+        ids = torch.randint(50, (3, length))
+        expected = theirs(input_ids=ids).last_hidden_state
+        found = ours.text_model(ours.text_model.token_table[ids])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def small_embedder(**changes: object) -> FrozenCLIPEmbedder:
+    torch.manual_seed(0)
+    return FrozenCLIPEmbedder("small", max_length=8, text_config={**SMALL, **changes})
+
+
+@torch.no_grad()
+def test_learned_vectors_take_the_place_of_negative_slots() -> None:
+    embedder, vectors = small_embedder(), torch.randn(3, 24)
+    slots = torch.tensor([[0, 5, -1, -3], [7, -2, -2, 9]])
+    table = embedder.token_table
+    expected = torch.stack(
+        [
+            torch.stack([table[0], table[5], vectors[0], vectors[2]]),
+            torch.stack([table[7], vectors[1], vectors[1], table[9]]),
+        ]
+    )
+    assert torch.equal(embedder.embed(slots, vectors), expected)
+    assert torch.equal(embedder(slots, vectors), embedder.transformer.text_model(expected))
+    positive = slots.clamp(min=0)
+    assert torch.equal(embedder.embed(positive), table[positive])
+
+
+def test_gradients_reach_the_learned_vectors_that_occur() -> None:
+    embedder, vectors = small_embedder().requires_grad_(False), torch.randn(3, 24, requires_grad=True)
+    embedder(torch.tensor([[0, -1, 5, -3]]), vectors).square().sum().backward()
+    assert (vectors.grad.abs().sum(dim=1) > 0).tolist() == [True, False, True]
+
+
+def test_a_token_sees_only_what_comes_before_it() -> None:
+    embedder = small_embedder()
+    slots = torch.tensor([[1, 2, 3, 4, 5]])
+    changed = torch.tensor([[1, 2, 3, 9, 5]])
+    difference = (embedder(slots) - embedder(changed)).abs().sum(dim=-1)[0]
+    assert (difference > 0).tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 25}, "hidden_size 25 is not a multiple of 3"),
+        ({"hidden_act": "relu"}, "'quick_gelu' or 'gelu', not 'relu'"),
+        ({"max_position_embeddings": 7}, "max_length 8 exceeds the 7 positions"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_embedder(**sizes)
+
+
+def test_an_unknown_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'openai/clip-vit-large-patch14'"):
+        FrozenCLIPEmbedder("openai/clip-vit-large-patch41")
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    embedder = FrozenCLIPEmbedder("small", max_length=8, text_config=SMALL, tokenizer=str(tmp_path))
+    with pytest.raises(OSError, match=f"no CLIP vocabulary .* in '{tmp_path}'"):
+        _ = embedder.tokenizer

@@ -1,0 +1,367 @@
+"""Prompts and `prospect_words`: the recorded slots, and the contract for everything a user may pass."""
+
+import logging
+from pathlib import Path
+
+import make_tokenizer
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
+from ldm.prompts import PromptReader, check_words, preset
+
+RECORDED = tiny.golden("text")
+PROMPTS = tiny.META["prompts"]
+COMPLETE = [name for name in PROMPTS if name != "short_list"]
+BOS, EOS, STAR = 49406, 49407, 265
+A, DOG, CAT, ON, THE, TABLE, OF = 320, 1929, 2368, 525, 518, 2175, 539
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(tiny.TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def reader(tokenizer: CLIPTokenizer) -> PromptReader:
+    return PromptReader(tokenizer, {"*": range(10)}, 10)
+
+
+def body(reader: PromptReader, prompt: str, words: list | None = None, stage: int = 0) -> list[int]:
+    """The slots between the start and the end mark; the padding is checked to be all end marks."""
+    row = reader.read([prompt], words)[stage, 0].tolist()
+    end = row.index(EOS)
+    assert len(row) == 77 and row[0] == BOS and set(row[end:]) == {EOS}
+    return row[1:end]
+
+
+def test_the_tokenizer_in_the_repository_is_the_one_the_script_writes(tmp_path: Path) -> None:
+    make_tokenizer.write_tokenizer(tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_text(encoding="utf-8") == (tiny.TOKENIZER / file.name).read_text(encoding="utf-8")
+
+
+# The records
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_recorded_token_ids(tokenizer: CLIPTokenizer, name: str) -> None:
+    ids = tokenizer(PROMPTS[name]["prompt"], padding="max_length", max_length=77)["input_ids"]
+    assert ids == RECORDED[f"{name}.input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.parametrize(("legacy", "record"), [(False, "plain_slots"), (True, "slots")])
+def test_recorded_slots(reader: PromptReader, name: str, legacy: bool, record: str) -> None:
+    prompt = PROMPTS[name]
+    slots = reader.read([prompt["prompt"]], prompt["prospect_words"], legacy)
+    assert slots.shape == (10, 1, 77) and slots.dtype == torch.int64
+    assert torch.equal(slots[:, 0], RECORDED[f"{name}.{record}"].long())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_short_list_is_refused_where_the_reference_ignored_it(reader: PromptReader, legacy: bool) -> None:
+    prompt = PROMPTS["short_list"]
+    with pytest.raises(ValueError, match="9 entries, but this model has 10 stages"):
+        reader.read([prompt["prompt"]], prompt["prospect_words"], legacy)
+
+
+# What the reference's rule does with other text
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("a xyz", [A, 87]),  # the first piece of each word only
+        ("a  dog", [A, EOS, DOG]),  # an empty word is the end mark
+        ("", [EOS]),
+        ("dog\tcat", [DOG]),  # only spaces part words
+        ("*, dog", [9, DOG]),  # not a star by itself
+        ("* *", [-4, -4]),
+    ],
+)
+def test_the_legacy_rule_splits_at_spaces(reader: PromptReader, entry: str, expected: list[int]) -> None:
+    words = [None] * 3 + [entry] + [None] * 6
+    row = reader.read(["a * on"], words, legacy_word_tokens=True)[3, 0].tolist()
+    assert row[: len(expected) + 4] == [BOS, A, *expected, ON, EOS]
+    assert len(row) == 77
+
+
+def test_the_legacy_rule_lets_a_long_prompt_lose_its_end_mark(reader: PromptReader) -> None:
+    slots = reader.read(["* dog"], ["a " * 90] * 10, legacy_word_tokens=True)
+    assert slots.shape == (10, 1, 77) and EOS not in slots[0, 0, :76].tolist()[1:] and slots[0, 0, -1] == A
+
+
+def test_the_legacy_rule_without_a_learned_star(
+    tokenizer: CLIPTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = PromptReader(tokenizer, {}, 10).read(["a *"], legacy_word_tokens=True)[0, 0].tolist()
+    assert row[:4] == [BOS, A, STAR, EOS]
+    assert "Nothing is learned or loaded for '*'" in caplog.text
+
+
+# prospect_words: what is taken
+
+
+def test_each_kind_of_entry(reader: PromptReader) -> None:
+    words = ["dog", "a * dog", 9, np.int64(8), None, "*", 0, "* and *", "", "dog"]
+    slots = [body(reader, "a * on", words, stage) for stage in range(10)]
+    assert slots == [
+        [A, DOG, ON],
+        [A, A, -2, DOG, ON],
+        [A, -10, ON],
+        [A, -9, ON],
+        [A, -5, ON],
+        [A, -6, ON],
+        [A, -1, ON],
+        [A, -8, 537, -8, ON],
+        [A, ON],
+        [A, DOG, ON],
+    ]
+
+
+def test_every_star_of_the_prompt_is_replaced(reader: PromptReader) -> None:
+    assert body(reader, "* and a *", ["dog"] * 10) == [DOG, 537, A, DOG]
+
+
+def test_an_integer_is_the_learned_vector_of_that_stage_in_any_order(reader: PromptReader) -> None:
+    slots = reader.read(["*"], list(range(9, -1, -1)))
+    assert slots[:, 0, 1].tolist() == [-10, -9, -8, -7, -6, -5, -4, -3, -2, -1]
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_lists_and_tuples_are_taken(kind: type) -> None:
+    given_words = kind(["a", 1, None, "*"])
+    assert check_words(given_words, 4) == ["a", 1, None, "*"]
+
+
+def test_numpy_integers_are_taken_as_integers() -> None:
+    checked = check_words([np.int32(0), np.int64(1), np.uint8(2)], 3)
+    assert checked == [0, 1, 2] and {type(word) for word in checked} == {int}
+
+
+def test_one_list_serves_a_batch(reader: PromptReader) -> None:
+    slots = reader.read(["a * on", "", "*"], ["dog"] * 10)
+    assert slots.shape == (10, 3, 77)
+    assert [row[1:4].tolist() for row in slots[0]] == [[A, DOG, ON], [EOS] * 3, [DOG, EOS, EOS]]
+
+
+def test_other_numbers_of_stages_and_lengths(tokenizer: CLIPTokenizer) -> None:
+    reader = PromptReader(tokenizer, {"*": [4, 2, 0]}, 3, max_length=8)
+    slots = reader.read(["a *"], [2, None, "dog *"])
+    assert slots[:, 0].tolist() == [
+        [BOS, A, -1, EOS, EOS, EOS, EOS, EOS],
+        [BOS, A, -3, EOS, EOS, EOS, EOS, EOS],
+        [BOS, A, DOG, -1, EOS, EOS, EOS, EOS],
+    ]
+
+
+# prospect_words: what is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "has 0 entries, but this model has 10 stages"),
+        (["a"] * 11, "has 11 entries"),
+        ("a dog", "must be a list of 10 entries, not a str"),
+        ("a dog, ten", "must be a list of 10 entries, not a str"),  # ten letters
+        (b"0123456789", "not a bytes"),
+        ({i: "a" for i in range(10)}, "not a dict"),
+        (5, "not a int"),
+        ((word for word in ["a"] * 10), "not a generator"),
+        (["a"] * 4 + [True] + ["a"] * 5, r"prospect_words\[4\] is a bool"),
+        (["a"] * 9 + [False], r"prospect_words\[9\] is a bool"),
+        ([1.0] + ["a"] * 9, r"prospect_words\[0\] is a float"),
+        ([["a"]] + ["a"] * 9, r"prospect_words\[0\] is a list"),
+        ([-1] + ["a"] * 9, r"prospect_words\[0\] = -1: a stage number must be in 0..9"),
+        (["a"] * 9 + [10], r"prospect_words\[9\] = 10: a stage number must be in 0..9"),
+        (["a"] * 9 + [np.int64(10)], r"prospect_words\[9\] = 10"),
+        (["a"] * 9 + [np.float32(1)], r"prospect_words\[9\] is a float32"),
+        (["a"] * 9 + [np.bool_(True)], r"prospect_words\[9\] is a bool"),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_wrong_words_are_refused(reader: PromptReader, words: object, message: str, legacy: bool) -> None:
+    with pytest.raises(ValueError, match=message):
+        reader.read(["*"], words, legacy)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["*"]])
+def test_a_prompt_must_be_a_text(reader: PromptReader, prompt: object) -> None:
+    with pytest.raises(ValueError, match="A prompt must be a text"):
+        reader.read([prompt])
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("*, dog", [-1, 267, DOG]),
+        ("(*)", [263, -1, 264]),
+        ("a *'s dog", [A, -1, 6, 338, DOG]),
+        ("a *.", [A, -1, 269]),
+        ("dog*cat", [DOG, -1, CAT]),
+        ("**", [-1, -1]),
+        ("*\n*", [-1, -1]),
+    ],
+)
+def test_a_star_beside_anything_is_a_placeholder(
+    reader: PromptReader, prompt: str, expected: list[int]
+) -> None:
+    assert body(reader, prompt) == expected
+    assert body(reader, "*", [prompt] * 10) == expected, "and in an entry"
+
+
+@pytest.mark.parametrize("prompt", ["a  dog", " a dog", "a dog ", "a\tdog", "a\ndog", "A Dog", "a \t\n  DOG"])
+def test_white_space_and_case_do_not_matter(reader: PromptReader, prompt: str) -> None:
+    assert body(reader, prompt) == [A, DOG]
+    assert body(reader, "*", [prompt] * 10) == [A, DOG]
+
+
+def test_a_word_that_is_several_tokens_is_kept_whole(reader: PromptReader, tokenizer: CLIPTokenizer) -> None:
+    ids = tokenizer("photorealistic", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 1
+    assert body(reader, "a * dog", ["photorealistic"] * 10) == [A, *ids, DOG]
+
+
+def test_an_emoji_is_its_bytes(reader: PromptReader) -> None:
+    smile = [172, 253, 247, 480]  # F0 9F 99 82 in CLIP's order of bytes, the last one ending a word
+    assert body(reader, "🙂") == smile
+    assert body(reader, "a 🙂* dog") == [A, *smile, -1, DOG]
+
+
+def test_the_empty_prompt(reader: PromptReader) -> None:
+    assert body(reader, "") == body(reader, "   ") == []
+
+
+# Several placeholders
+
+
+def test_several_placeholders_are_all_replaced(tokenizer: CLIPTokenizer) -> None:
+    rows = {"*": range(10), "<cat>": range(10, 20), "<cat>-2": [20] * 10}
+    reader = PromptReader(tokenizer, rows, 10)
+    assert body(reader, "a * on <cat> on <cat>-2", stage=3) == [A, -4, ON, -14, ON, -21], "the longest name counts"
+    assert body(reader, "*", ["<cat> on *"] * 10, stage=3) == [-14, ON, -4]
+
+
+def test_an_entry_speaks_of_the_star_only(tokenizer: CLIPTokenizer) -> None:
+    reader = PromptReader(tokenizer, {"*": range(10), "<cat>": range(10, 20)}, 10)
+    assert body(reader, "* on <cat>", [7] * 10, stage=2) == [-8, ON, -13]
+
+
+def test_a_name_with_signs_of_regular_expressions(tokenizer: CLIPTokenizer) -> None:
+    reader = PromptReader(tokenizer, {"(.)+": range(10)}, 10)
+    assert body(reader, "a (.)+ dog") == [A, -1, DOG]
+    assert body(reader, "a dog") == [A, DOG]
+
+
+# Warnings
+
+
+def test_more_than_75_tokens_keep_the_end_mark_and_quote_what_was_cut(
+    reader: PromptReader, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = reader.read(["a " * 75])[0, 0].tolist()
+    assert full == [BOS] + [A] * 75 + [EOS] and caplog.text == ""
+    long = reader.read(["a " * 75 + "dog on the table *"])[0, 0].tolist()
+    assert long == full
+    assert "longer than 75 tokens" in caplog.text and "'dog on the table" in caplog.text
+    assert len(caplog.records) == 1, "once, and not for every stage"
+
+
+def test_a_long_entry_is_cut_in_its_stage_only(reader: PromptReader, caplog: pytest.LogCaptureFixture) -> None:
+    slots = reader.read(["* dog"], ["a " * 80] + ["cat"] * 9)
+    assert slots[0, 0].tolist() == [BOS] + [A] * 75 + [EOS]
+    assert slots[1, 0, :4].tolist() == [BOS, CAT, DOG, EOS]
+    assert "a a a a a dog" in caplog.text
+
+
+def test_a_cut_placeholder_is_named(reader: PromptReader, caplog: pytest.LogCaptureFixture) -> None:
+    reader.read(["a " * 75 + "dog *"])
+    assert "'dog *'" in caplog.text
+
+
+def test_words_without_a_star_in_the_prompt(reader: PromptReader, caplog: pytest.LogCaptureFixture) -> None:
+    slots = reader.read(["a dog"], ["cat"] * 10)
+    assert slots[:, 0, :4].tolist() == [[BOS, A, DOG, EOS]] * 10
+    assert "prospect_words has no effect: the prompt 'a dog' has no '*'" in caplog.text
+
+
+def test_a_star_that_nothing_is_learned_for(
+    tokenizer: CLIPTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = PromptReader(tokenizer, {}, 10)
+    assert body(reader, "a * dog") == [A, STAR, DOG]
+    assert caplog.messages == ["Nothing is learned or loaded for '*', so it is read as an ordinary character."]
+    caplog.clear()
+    assert body(reader, "a * dog", ["cat"] * 10) == [A, CAT, DOG]
+    assert caplog.messages == [], "no star is left"
+
+
+def test_ordinary_use_is_silent(reader: PromptReader, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    reader.read(["a photo of a *", "*"], ["a * dog"] * 5 + [None] * 5)
+    reader.read([""])
+    assert caplog.messages == []
+
+
+# Any text
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(list("* \t<>")), max_size=40)
+ENTRIES = st.none() | st.integers(0, 3) | TEXTS
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompt=TEXTS, words=st.none() | st.lists(ENTRIES, min_size=4, max_size=4))
+def test_any_text_gives_a_well_formed_row(tokenizer: CLIPTokenizer, prompt: str, words: list | None) -> None:
+    reader = PromptReader(tokenizer, {"*": [3, 2, 1, 0]}, 4)
+    slots = reader.read([prompt], words)
+    assert slots.shape == (4, 1, 77)
+    for stage, row in enumerate(slots[:, 0].tolist()):
+        assert row[0] == BOS and row[-1] == EOS
+        assert all(-4 <= slot <= EOS for slot in row)
+        entry = words[stage] if words is not None else None
+        stars = prompt.count("*") * (entry.count("*") if isinstance(entry, str) else 1)
+        learned = [slot for slot in row if slot < 0]
+        assert len(learned) == stars or row[75] != EOS, "none is lost unless the row is full"
+        stage_read = stage if entry is None or isinstance(entry, str) else entry
+        assert set(learned) <= {-(3 - stage_read + 1)}
+
+
+# The paper's presets
+
+
+def test_presets_have_the_star_in_the_papers_stages() -> None:
+    with_star = {
+        name: [i for i, entry in enumerate(preset(name, "a * dog")) if "*" in entry]
+        for name in ("content", "layout", "material", "style")
+    }
+    assert with_star == {
+        "content": [0, 1, 2, 3, 4, 5, 6, 7],
+        "layout": [9],
+        "material": [0, 1, 2, 3, 4],
+        "style": [0, 1, 2, 3, 4],
+    }
+    assert preset("material", "a * dog")[0] == "a * dog" and preset("material", "a * dog")[9] == "a dog"
+
+
+@pytest.mark.parametrize(("name", "prompt"), [("material", "a * dog on the table"), ("layout", "a corgi sits on the table")])
+def test_presets_are_the_readmes_examples(name: str, prompt: str) -> None:
+    example = {"material": "readme_dog", "layout": "readme_corgi"}[name]
+    assert preset(name, prompt) == PROMPTS[example]["prospect_words"]
+
+
+def test_presets_for_other_stages() -> None:
+    assert [("*" in e) for e in preset("material", "*", num_stages=4)] == [True, True, False, False]
+    assert ["*" in e for e in preset("style", "dog", stages=[1], num_stages=3)] == [False, True, False]
+    with pytest.raises(ValueError, match="Unknown preset 'colour'; there are content, layout, material, style"):
+        preset("colour", "*")
+    with pytest.raises(ValueError, match=r"Stages \[-1, 10\] are outside 0..9"):
+        preset("style", "*", stages=[-1, 3, 10])
