@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ldm.config import instantiate_from_config, load_config
 from ldm.data.images import WHITE, _to_rgb, check_fit, fit, make_grid, open_image, to_pil, to_tensor

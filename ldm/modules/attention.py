@@ -6,6 +6,7 @@ Shapes: B batch, N query tokens (H·W inside the U-Net), L context tokens, C cha
 from __future__ import annotations
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioning import Context
@@ -68,8 +69,8 @@ class CrossAttention(nn.Module):
         k_in = x if k_in is None else k_in
         v_in = k_in if v_in is None else v_in
         projections = self.to_q(x), self.to_k(k_in), self.to_v(v_in)
-        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)  # (B, heads, ·, d)
-        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (rearrange(p, "b n (h d) -> b h n d", h=self.heads) for p in projections)
+        return self.to_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -121,8 +122,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(nn.Conv2d(inner, channels, 1))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        height, width = x.shape[-2:]
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        height = x.shape[-2]
+        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, (height, width)))
+        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -50,8 +51,8 @@ class CLIPAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)  # (B, heads, L, d)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        q, k, v = (rearrange(p, "b l (h d) -> b h l d", h=self.heads) for p in projections)
+        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h l d -> b l (h d)"))
 
 
 class CLIPMLP(nn.Module):

@@ -1,0 +1,341 @@
+"""What `scripts/txt2img.py` and `scripts/img2img.py` share: flags and files to arguments of `ldm.generate.main`.
+
+An argument comes from the last of these that gives it: the model's configuration (size, guidance), the picture of
+`--from`, the YAML file of `--words`, the flags. Nothing heavy is imported before the flags are read, so that
+`--help` answers at once, and every argument is checked before the weights are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from PIL import Image
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+# What makes the model, recorded in a picture beside the arguments of `main`.
+MODEL_DEFAULTS = {"config": "configs/demo/finetune.yaml", "ckpt": "models/demo/model.safetensors", "dtype": "float32"}
+NOT_SETTABLE = ("model", "callback")  # arguments of `main` that are objects
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with exit code 2 and one sentence on standard error."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def device(text: str) -> str:
+    """A device's name: cpu, mps, cuda or cuda:N."""
+    if re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is none of cpu, mps, cuda and cuda:0, cuda:1, …")
+    return text
+
+
+def word(text: str) -> str | int:
+    """An entry of `prospect_words`: a number is the learned token of that stage, anything else a text."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def build_parser(description: str, editing: bool) -> argparse.ArgumentParser:
+    """The flags; those that go to `main` have its argument's name as `dest`, and None where they are not given."""
+    summary, _, examples = description.partition("\n")
+    parser = _Parser(
+        description=summary,
+        epilog="examples:\n" + examples.strip("\n"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def flag(group: argparse._ArgumentGroup, name: str, **options: Any) -> None:
+        group.add_argument(*dict.fromkeys((name, name.replace("_", "-"))), **options)
+
+    what = parser.add_argument_group("what to show")
+    if editing:
+        flag(what, "--content", dest="content_dir", metavar="FILE", help="the picture to edit")
+        flag(
+            what, "--strength", type=float, metavar="X", help="how much of it is given up, 0 (nothing) to 1 (all) (0.5)"
+        )
+        flag(what, "--resize", metavar="HOW", help="how it is brought to width x height: crop, pad or squash (crop)")
+    flag(what, "--prompt", metavar="TEXT", help="in it, * stands for the concept or for the entries of --words")
+    words = what.add_mutually_exclusive_group()
+    help_words = "YAML: a list of one entry for each stage, the END of generation first; or {argument: value, …}"
+    flag(words, "--words", metavar="FILE", help=help_words)
+    help_word = "one entry of that list, given once for each stage; a number is the learned token of that stage"
+    flag(words, "--word", dest="prospect_words", action="append", type=word, metavar="TEXT", help=help_word)
+    help_preset = "what the concept gives, the prompt the rest: content, layout, material or style"
+    flag(words, "--preset", metavar="ATTRIBUTE", help=help_preset)
+    help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
+    flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
+    flag(what, "--from", dest="source", metavar="PNG", help="repeat this picture; other flags change it")
+
+    how = parser.add_argument_group("how")
+    flag(how, "--steps", dest="ddim_steps", type=int, metavar="N", help="denoising steps (50)")
+    flag(how, "--scale", type=float, metavar="X", help="guidance scale, 1 for none (the configuration's, or 10)")
+    flag(how, "--seed", type=int, metavar="N", help="of the first picture; the next ones count on (42)")
+    flag(how, "--eta", dest="ddim_eta", type=float, metavar="X", help="0 is deterministic, 1 as random as DDPM (0)")
+    flag(how, "--sampler", metavar="NAME", help="ddim or plms (ddim)")
+    flag(how, "--n_samples", type=int, metavar="N", help="pictures in a batch (1)")
+    flag(how, "--n_iter", type=int, metavar="N", help="batches (1)")
+    flag(how, "--height", type=int, metavar="PIXELS", help="(the size that the model was trained at)")
+    flag(how, "--width", type=int, metavar="PIXELS", help="(the same)")
+    help_legacy = "read --words as the reference does: only the first piece of each word"
+    flag(how, "--legacy_word_tokens", action="store_const", const=True, help=help_legacy)
+
+    model = parser.add_argument_group("model and files")
+    flag(model, "--config", metavar="YAML", help=f"({MODEL_DEFAULTS['config']})")
+    help_ckpt = f".ckpt, .safetensors or diffusers folder ({MODEL_DEFAULTS['ckpt']})"
+    flag(model, "--ckpt", metavar="FILE", help=help_ckpt)
+    flag(model, "--dtype", metavar="TYPE", help="of the weights: float32, float16 or bfloat16 (float32)")
+    flag(model, "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
+    flag(model, "--outdir", type=Path, default=Path("outputs"), metavar="DIR", help="for the pictures (outputs)")
+    flag(model, "--debug", action="store_true", help="show the whole trace of an error")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; an unknown one ends the program with the nearest known flag."""
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [name for action in parser._actions for name in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        parser.error(f"unknown argument '{unknown[0]}'; {f'did you mean {close[0]}?' if close else 'see --help'}")
+    return options
+
+
+def run(description: str, editing: bool = False, argv: Sequence[str] | None = None) -> list[Path]:
+    """Generate (or edit, with `editing`) what the flags ask for.
+
+    Args:
+        description: the script's docstring; its first line, then examples.
+        argv: the flags, by default the program's own.
+
+    Returns:
+        The files written: the picture, or the grid followed by its single pictures.
+    """
+    parser = build_parser(description, editing)
+    options = parse(parser, argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return _generate(options, editing)
+    except (ValueError, OSError, ImportError) as error:  # what a user can mend; everything else is a defect
+        if options.debug:
+            raise
+        parser.error(" ".join(str(error).split()))
+
+
+def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
+    from ldm.config import load_config
+    from ldm.generate import load_model_from_config, main
+
+    recorded = _recorded(options)
+    setup = {key: getattr(options, key) or recorded.get(key, default) for key, default in MODEL_DEFAULTS.items()}
+    if not Path(setup["config"]).is_file():
+        raise ValueError(f"There is no configuration file '{setup['config']}'; check the path given with --config.")
+    config = load_config(setup["config"])
+    outline = _outline(config)
+    arguments = _native(config, main) | _arguments(options, recorded, outline, main)
+    _check(arguments, outline, editing)
+    if options.outdir.exists() and not options.outdir.is_dir():
+        raise ValueError(f"'{options.outdir}' is a file; give a folder with --outdir.")
+
+    model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
+    return _save(main(model=model, **arguments), setup, options.outdir)
+
+
+def _recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """What the picture of `--from` says of itself; empty without one."""
+    from ldm.generate import read_parameters
+
+    if options.source is None:
+        return {}
+    if not Path(options.source).is_file():
+        raise ValueError(f"There is no file '{options.source}'; check the path given with --from.")
+    recorded = read_parameters(options.source)
+    if "ckpt" not in recorded and options.ckpt is None:
+        used, name = Path(MODEL_DEFAULTS["ckpt"]).name, recorded.get("base_model")
+        if name != used:
+            raise ValueError(f"'{options.source}' was made with the model '{name}'; give it with --ckpt and --config.")
+    return recorded
+
+
+def _outline(config: DictConfig) -> LatentDiffusion:
+    """The configured model without weights, to check arguments against; it needs no memory."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from ldm.config import instantiate_from_config
+    from ldm.schedule import make_betas, schedule_buffers
+
+    config = config.copy()
+    for key in ("ckpt_path", "first_stage_ckpt", "cond_stage_ckpt", "embedding_manager_ckpt"):
+        OmegaConf.update(config, f"model.params.{key}", None)
+    if config.model.params.get("personalization_config") is not None:
+        OmegaConf.update(config, "model.params.personalization_config.params.initializer_words", None)
+    with torch.device("meta"):
+        model = instantiate_from_config(config.model, config.get("allow_targets", ()))
+    # samplers read the schedule; only its length matters here
+    schedule = schedule_buffers(make_betas(0.00085, 0.012, model.num_timesteps))
+    model.load_state_dict(schedule, strict=False, assign=True)
+    return model
+
+
+def _native(config: DictConfig, main: Any) -> dict[str, Any]:
+    """The size and the guidance that the configuration's model wants, for arguments that nobody gives."""
+    from omegaconf import OmegaConf
+
+    size = OmegaConf.select(config, "model.params.first_stage_config.params.ddconfig.resolution")
+    scale = OmegaConf.select(config, "lightning.callbacks.image_logger.params.log_images_kwargs.scale")
+    native = {"height": size, "width": size, "scale": scale}
+    parameters = inspect.signature(main).parameters
+    return {name: parameters[name].default if value is None else value for name, value in native.items()}
+
+
+def _arguments(
+    options: argparse.Namespace, recorded: Mapping[str, Any], outline: LatentDiffusion, main: Any
+) -> dict[str, Any]:
+    """The arguments of `main` that the picture, the YAML file and the flags give."""
+    from ldm.config import nearest
+    from ldm.prompts import PLACEHOLDER, preset
+
+    settable = [name for name in inspect.signature(main).parameters if name not in NOT_SETTABLE]
+    arguments = {name: value for name, value in recorded.items() if name in settable}
+    from_file = _words_file(options.words) if options.words is not None else {}
+    for name in from_file:
+        if name not in settable:
+            raise ValueError(f"'{options.words}': main has no argument '{name}'{nearest(str(name), settable)}.")
+    arguments |= from_file
+    arguments |= {name: value for name in settable if (value := getattr(options, name, None)) is not None}
+    if options.concept:
+        own = outline.embedding_manager.placeholder_strings[0] if outline.embedding_manager else PLACEHOLDER
+        arguments["concepts"] = _concepts(options.concept, own)
+    if options.preset is not None:
+        concepts, prompt = arguments.get("concepts") or {PLACEHOLDER: ""}, arguments.get("prompt", "")
+        placeholder = next((name for name in concepts if name in prompt), next(iter(concepts)))
+        words = preset(options.preset, prompt, num_stages=outline.num_stages, placeholder=placeholder)
+        arguments |= {"prompt": PLACEHOLDER, "prospect_words": words}
+    if arguments.get("prospect_words") is not None:
+        arguments.setdefault("prompt", PLACEHOLDER)
+    return arguments
+
+
+def _words_file(path: str) -> dict[str, Any]:
+    """The YAML file of `--words` as arguments of `main`; a list is `prospect_words`."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file '{path}'; check the path given with --words.")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"'{path}' is not readable YAML ({first}); an entry that begins with * needs quotes."
+        ) from error
+    if isinstance(content, list):
+        return {"prospect_words": content}
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' must hold a YAML list with one entry for each stage, or a mapping of arguments.")
+    return content
+
+
+def _concepts(texts: Sequence[str], own: str) -> dict[str, str]:
+    """`FILE` or `NAME=FILE`, several times, as {placeholder: file}; `own` is the placeholder of a bare file."""
+    concepts: dict[str, str] = {}
+    for text in texts:
+        name, sign, path = text.partition("=")
+        if not sign or Path(text).is_file():
+            name, path = own, text
+        if not name or name in concepts:
+            raise ValueError(
+                f"--concept {text}: give every concept a name of its own, as in --concept '<vase>={path}'."
+            )
+        concepts[name] = path
+    return concepts
+
+
+def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool) -> None:
+    """Everything that can be wrong with the arguments of `main`, found without weights.
+
+    Raises:
+        ValueError, OSError: one sentence with the remedy.
+    """
+    from ldm.generate import SAMPLERS, check_arguments, main, open_content
+    from ldm.prompts import check_words
+
+    content, concepts, words = (arguments.get(name) for name in ("content_dir", "concepts", "prospect_words"))
+    if not editing and content is not None:
+        raise ValueError("Here pictures come from noise; to edit one (content_dir), use scripts/img2img.py.")
+    if editing and not content:
+        raise ValueError("Give the picture to edit with --content FILE; without one, use scripts/txt2img.py.")
+    if "prompt" not in arguments and not editing:
+        raise ValueError("Say what to show: --prompt TEXT, or --words FILE.")
+    if not isinstance(arguments.get("prompt", ""), str):
+        raise ValueError(f"prompt must be a text, not {arguments['prompt']!r}; in YAML, put it in quotes.")
+    parameters = inspect.signature(main).parameters
+    checked = [name for name in inspect.signature(check_arguments).parameters if name != "model"]
+    checked = {name: arguments.get(name, parameters[name].default) for name in checked}
+    check_arguments(outline, **checked)
+    sampler = SAMPLERS[checked["sampler"]](outline)
+    sampler.make_schedule(checked["ddim_steps"], ddim_eta=checked["ddim_eta"], verbose=False)
+    if words is not None:
+        check_words(words, outline.num_stages)
+    if concepts:
+        if outline.embedding_manager is None:
+            raise ValueError("The configuration has no personalization_config, so --concept cannot be used with it.")
+        if not isinstance(concepts, Mapping) or not all(concepts.values()):
+            raise ValueError(f"concepts must be {{name: file}}, not {concepts!r}; give them with --concept NAME=FILE.")
+        outline.embedding_manager.load(concepts)
+    if content is not None:
+        open_content(content)
+    outline.cond_stage_model.tokenizer  # noqa: B018, opens it, which fails where it is not on this machine
+
+
+def _save(result: Image.Image, setup: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write the picture, or a grid and its single pictures, each with what repeats it."""
+    from ldm.generate import PNG_KEY, save_picture
+
+    record = json.loads(result.info[PNG_KEY]) | setup
+    height, width, seed = record["height"], record["width"], record["seed"]
+    words = next((word for word in record["prospect_words"] or [] if isinstance(word, str)), "")
+    name = re.sub(r"\W+", "-", record["prompt"].replace("*", words))[:40].strip("-") or "picture"
+    count = record["n_iter"] * record["n_samples"]
+
+    def save(picture: Image.Image, stem: str, record: Mapping[str, Any]) -> Path:
+        picture.info[PNG_KEY] = json.dumps(record)
+        path = _new_file(folder, stem)
+        save_picture(picture, path)
+        return path
+
+    if count == 1:
+        return [save(result, f"{name}-{seed}", record)]
+    paths = [save(result, f"{name}-{seed}-grid", record)]
+    for i in range(count):
+        row, column = divmod(i, result.width // width)
+        box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
+        alone = record | {"seed": seed + i, "n_iter": 1, "n_samples": 1, "n_rows": 0}
+        paths.append(save(result.crop(box), f"{name}-{seed + i}", alone))
+    return paths
+
+
+def _new_file(folder: Path, stem: str) -> Path:
+    """An empty file made at `folder/stem.png`, or with the first free number behind it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+        try:
+            path.touch(exist_ok=False)  # so that two programs at once do not take the same name
+            return path
+        except FileExistsError:
+            number += 1

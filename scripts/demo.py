@@ -1,0 +1,79 @@
+"""Learn two concepts with the small model that ships, then execute the notebook with them.
+
+make demo
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+CONCEPTS = ("dotted-star", "striped-heart")
+NOTEBOOK = "ProSpect.ipynb"
+OUTPUTS = Path("outputs")
+
+
+class ThisPython(KernelSpecManager):
+    """Every kernel is the interpreter that runs this, whatever kernels are installed for the user."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        return KernelSpec(**get_kernel_dict())
+
+
+def execute(notebook: Path, executed: Path, folder: Path = ROOT, timeout: int = 600) -> None:
+    """Run all cells in `folder` and write the notebook with what they showed, up to the cell that failed if one did.
+
+    Args:
+        timeout: seconds for each cell.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    content = nbformat.read(notebook, as_version=4)
+    manager = AsyncKernelManager(kernel_spec_manager=ThisPython())
+    client = NotebookClient(content, km=manager, timeout=timeout, resources={"metadata": {"path": str(folder)}})
+    try:
+        client.execute()
+    finally:
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(content, executed)
+
+
+def learn(concept: str) -> Path:
+    """Learn one reference picture with `main.py`; returns the embedding file."""
+    run = Path("logs") / "demo" / concept
+    command = ["main.py", "--base", "configs/demo/finetune.yaml", "-t"]
+    command += ["--actual_resume", "models/demo/model.safetensors"]
+    command += ["--data_root", f"models/demo/references/{concept}", "-p", str(run)]
+    print(f"Learning '{concept}' from one picture: python {' '.join(command)}", flush=True)
+    exit_code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    if exit_code:
+        sys.exit(exit_code)
+    return run / "checkpoints" / "embeddings.safetensors"
+
+
+def main() -> None:
+    start = time.monotonic()
+    learned = [learn(concept) for concept in CONCEPTS]
+    print(f"Executing {NOTEBOOK}", flush=True)
+    before = time.time()
+    executed = ROOT / OUTPUTS / NOTEBOOK
+    execute(ROOT / NOTEBOOK, executed)
+    pictures = sorted(path for path in executed.parent.glob("*.png") if path.stat().st_mtime >= before - 1)
+    print(f"Learned:  {', '.join(map(str, learned))}")
+    print(f"Notebook: {OUTPUTS / NOTEBOOK}")
+    print(f"Pictures: {', '.join(path.name for path in pictures)} in {OUTPUTS}{'/'}")
+    print(f"Done in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Edit a picture: noise it up to --strength and generate it again from text, stage by stage.
+
+  python scripts/img2img.py --content models/demo/references/dotted-star/dotted-star.png \\
+      --strength 0.6 --prompt 'a large striped red star on the left on a navy background'
+  python scripts/img2img.py --content models/demo/references/dotted-star/dotted-star.png \\
+      --concept logs/demo/striped-heart/checkpoints/embeddings.safetensors --prompt '*'
+"""
+
+from ldm.commands import run
+
+if __name__ == "__main__":
+    for path in run(__doc__, editing=True):
+        print(path)

@@ -1,0 +1,15 @@
+"""Generate pictures from text, stage by stage.
+
+  python scripts/txt2img.py --prompt 'a large striped red star on the left on a navy background'
+  python scripts/txt2img.py --concept logs/demo/dotted-star/checkpoints/embeddings.safetensors \\
+      --preset material --prompt 'a large * heart on a white background'
+  python scripts/txt2img.py --from outputs/a-large-striped-red-star-on-the-left-on-42.png --seed 7
+  python scripts/txt2img.py --config configs/stable-diffusion/v1-inference.yaml --ckpt models/sd/sd-v1-4.ckpt \\
+      --prompt 'a teddy walking in times square' --width 768
+"""
+
+from ldm.commands import run
+
+if __name__ == "__main__":
+    for path in run(__doc__):
+        print(path)
