@@ -103,17 +103,6 @@ class Conditioning:
         """The keys' input of every bucket, entry 0 = end of generation: S tensors (B, L, D)."""
         return [self.of_bucket(bucket).k for bucket in range(self.num_buckets)]
 
-    def repeat(self, times: int) -> Conditioning:
-        """The same prompts for a batch `times` as large."""
-        if times == 1:
-            return self
-        return Conditioning(
-            lambda bucket: self.of_bucket(bucket).map(lambda x: torch.cat([x] * times, dim=-3)),
-            self.batch_size * times,
-            self.num_buckets,
-            self.num_timesteps,
-        )
-
 
 def as_conditioning(
     cond: Conditioning | Context | Tensor | Sequence[Tensor], num_timesteps: int = 1000

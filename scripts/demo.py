@@ -26,7 +26,8 @@ class ThisPython(KernelSpecManager):
     """Every kernel is the interpreter that runs this, whatever kernels are installed for the user."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict())
+        # it listens on this machine only, and would warn that it does not encrypt
+        return KernelSpec(**get_kernel_dict(extra_arguments=["--log-level=ERROR"]))
 
 
 def execute(notebook: Path, executed: Path, folder: Path = ROOT, timeout: int = 600) -> None:
@@ -42,7 +43,7 @@ def execute(notebook: Path, executed: Path, folder: Path = ROOT, timeout: int = 
     manager = AsyncKernelManager(kernel_spec_manager=ThisPython())
     client = NotebookClient(content, km=manager, timeout=timeout, resources={"metadata": {"path": str(folder)}})
     try:
-        client.execute()
+        client.execute(cleanup_kc=True)  # the kernel ends with the notebook
     finally:
         executed.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(content, executed)
@@ -71,7 +72,7 @@ def main() -> None:
     pictures = sorted(path for path in executed.parent.glob("*.png") if path.stat().st_mtime >= before - 1)
     print(f"Learned:  {', '.join(map(str, learned))}")
     print(f"Notebook: {OUTPUTS / NOTEBOOK}")
-    print(f"Pictures: {', '.join(path.name for path in pictures)} in {OUTPUTS}{'/'}")
+    print(f"Pictures: {OUTPUTS}: {', '.join(path.name for path in pictures)}")
     print(f"Done in {time.monotonic() - start:.0f} s")
 
 

@@ -96,9 +96,7 @@ def test_the_legacy_rule_lets_a_long_prompt_lose_its_end_mark(reader: PromptRead
     assert slots.shape == (10, 1, 77) and EOS not in slots[0, 0, :76].tolist()[1:] and slots[0, 0, -1] == A
 
 
-def test_the_legacy_rule_without_a_learned_star(
-    tokenizer: CLIPTokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_legacy_rule_without_a_learned_star(tokenizer: CLIPTokenizer, caplog: pytest.LogCaptureFixture) -> None:
     row = PromptReader(tokenizer, {}, 10).read(["a *"], legacy_word_tokens=True)[0, 0].tolist()
     assert row[:4] == [BOS, A, STAR, EOS]
     assert "Nothing is learned or loaded for '*'" in caplog.text
@@ -171,7 +169,7 @@ def test_other_numbers_of_stages_and_lengths(tokenizer: CLIPTokenizer) -> None:
         ("a dog", "must be a list of 10 entries, not a str"),
         ("a dog, ten", "must be a list of 10 entries, not a str"),  # ten letters
         (b"0123456789", "not a bytes"),
-        ({i: "a" for i in range(10)}, "not a dict"),
+        (dict.fromkeys(range(10), "a"), "not a dict"),
         (5, "not a int"),
         ((word for word in ["a"] * 10), "not a generator"),
         (["a"] * 4 + [True] + ["a"] * 5, r"prospect_words\[4\] is a bool"),
@@ -212,9 +210,7 @@ def test_a_prompt_must_be_a_text(reader: PromptReader, prompt: object) -> None:
         ("*\n*", [-1, -1]),
     ],
 )
-def test_a_star_beside_anything_is_a_placeholder(
-    reader: PromptReader, prompt: str, expected: list[int]
-) -> None:
+def test_a_star_beside_anything_is_a_placeholder(reader: PromptReader, prompt: str, expected: list[int]) -> None:
     assert body(reader, prompt) == expected
     assert body(reader, "*", [prompt] * 10) == expected, "and in an entry"
 
@@ -294,9 +290,7 @@ def test_words_without_a_star_in_the_prompt(reader: PromptReader, caplog: pytest
     assert "prospect_words has no effect: the prompt 'a dog' has no '*'" in caplog.text
 
 
-def test_a_star_that_nothing_is_learned_for(
-    tokenizer: CLIPTokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_star_that_nothing_is_learned_for(tokenizer: CLIPTokenizer, caplog: pytest.LogCaptureFixture) -> None:
     reader = PromptReader(tokenizer, {}, 10)
     assert body(reader, "a * dog") == [A, STAR, DOG]
     assert caplog.messages == ["Nothing is learned or loaded for '*', so it is read as an ordinary character."]
@@ -352,7 +346,9 @@ def test_presets_have_the_star_in_the_papers_stages() -> None:
     assert preset("material", "a * dog")[0] == "a * dog" and preset("material", "a * dog")[9] == "a dog"
 
 
-@pytest.mark.parametrize(("name", "prompt"), [("material", "a * dog on the table"), ("layout", "a corgi sits on the table")])
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("material", "a * dog on the table"), ("layout", "a corgi sits on the table")]
+)
 def test_presets_are_the_readmes_examples(name: str, prompt: str) -> None:
     example = {"material": "readme_dog", "layout": "readme_corgi"}[name]
     assert preset(name, prompt) == PROMPTS[example]["prospect_words"]

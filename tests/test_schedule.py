@@ -81,7 +81,7 @@ def test_every_number_of_steps_is_valid() -> None:
 def test_a_shorter_schedule_has_its_own_limits(timesteps: int) -> None:
     for steps in range(1, timesteps + 1):
         chosen = ddim_timesteps(steps, timesteps)
-        assert len(set(chosen.tolist())) == steps and 0 <= chosen.min() and chosen.max() < timesteps, steps
+        assert len(set(chosen.tolist())) == steps and chosen.min() >= 0 and chosen.max() < timesteps, steps
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

@@ -142,9 +142,7 @@ def test_names_of_the_logged_losses(trainable: LatentDiffusion) -> None:
 def encoded_rows(tiny_model: LatentDiffusion) -> Iterator[list[int]]:
     """How many prompts each call of the text transformer got."""
     calls: list[int] = []
-    handle = tiny_model.cond_stage_model.register_forward_pre_hook(
-        lambda module, args: calls.append(len(args[0]))
-    )
+    handle = tiny_model.cond_stage_model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     yield calls
     handle.remove()
 

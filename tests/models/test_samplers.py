@@ -121,9 +121,7 @@ def test_recorded_noises(tiny_model: LatentDiffusion, teddy: Conditioning, empty
     sampler, recorder = DDIMSampler(tiny_model), Recorder()
     sampler.make_schedule(ddim_num_steps=10, ddim_eta=0.5)
     noises = iter(RECORDED["eta_noises"])
-    latents = sampler.run(
-        guided(tiny_model, teddy, empty, 7.5), RECORDED["x_T"], 10, lambda: next(noises), recorder
-    )
+    latents = sampler.run(guided(tiny_model, teddy, empty, 7.5), RECORDED["x_T"], 10, lambda: next(noises), recorder)
     check_run(tiny_model, "S10.eta0.5", latents, recorder)
     assert next(noises, None) is None
 
@@ -242,9 +240,7 @@ def sample(
 
 
 @pytest.mark.parametrize(("kind", "eta"), SAMPLERS)
-def test_a_picture_does_not_depend_on_its_batch(
-    tiny_model: LatentDiffusion, kind: type[Sampler], eta: float
-) -> None:
+def test_a_picture_does_not_depend_on_its_batch(tiny_model: LatentDiffusion, kind: type[Sampler], eta: float) -> None:
     prompts = ["a *", "a dog"]
     together = sample(tiny_model, kind, eta, [1, 2], prompts)
     for i in range(2):
@@ -328,7 +324,9 @@ def test_noising_to_an_entry_or_to_a_timestep(tiny_model: LatentDiffusion) -> No
 
 
 @pytest.mark.parametrize("kind", [DDIMSampler, PLMSSampler])
-@pytest.mark.parametrize(("t_start", "calls"), [(0, []), (2, [101, 1]), (10, range(901, 0, -100)), (11, range(901, 0, -100))])
+@pytest.mark.parametrize(
+    ("t_start", "calls"), [(0, []), (2, [101, 1]), (10, range(901, 0, -100)), (11, range(901, 0, -100))]
+)
 def test_decoding_from_any_strength(
     tiny_model: LatentDiffusion, kind: type[Sampler], t_start: int, calls: Sequence[int]
 ) -> None:
@@ -357,9 +355,7 @@ def test_sampling_leaves_no_graph(tiny_model: LatentDiffusion, teddy: Conditioni
 
 def test_guidance_needs_an_unconditional_prompt(tiny_model: LatentDiffusion) -> None:
     with pytest.raises(ValueError, match="scale of 5.0 needs unconditional_conditioning"):
-        DDIMSampler(tiny_model).sample(
-            2, 1, (4, 8, 8), tiny.context("stage0"), unconditional_guidance_scale=5.0
-        )
+        DDIMSampler(tiny_model).sample(2, 1, (4, 8, 8), tiny.context("stage0"), unconditional_guidance_scale=5.0)
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,7 @@ def test_dropout_only_while_training(trainable: LatentDiffusion) -> None:
     assert rates == [0.1] * 3
 
 
-def test_saving_while_training_writes_the_vectors_without_dropout(
-    trainable: LatentDiffusion, tmp_path: Path
-) -> None:
+def test_saving_while_training_writes_the_vectors_without_dropout(trainable: LatentDiffusion, tmp_path: Path) -> None:
     manager = trainable.train().embedding_manager
     manager.save(tmp_path / "e.safetensors", step="600")
     close(load_file(tmp_path / "e.safetensors")["*"], RECORDED["placeholder_embeddings"])
@@ -100,9 +98,7 @@ def test_a_table_starts_around_the_initial_embedding(embedder: FrozenCLIPEmbedde
     single = EmbeddingManager(embedder, "*", "teddy", num_stages=1, generator="table")
     assert torch.equal(single.embeddings(), single.initial_embeddings), "Textual Inversion starts at the word itself"
     for spread in (0.0, 1.0, 3.0):
-        manager = EmbeddingManager(
-            embedder, "*", "teddy", num_stages=50, generator="table", initial_spread=spread
-        )
+        manager = EmbeddingManager(embedder, "*", "teddy", num_stages=50, generator="table", initial_spread=spread)
         distance = (manager.embeddings() - manager.initial_embeddings).std() / manager.initial_embeddings.std()
         assert distance.item() == pytest.approx(spread, rel=0.05, abs=1e-6)
     assert [name for name, _ in manager.named_parameters()] == ["table"]

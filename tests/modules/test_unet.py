@@ -162,9 +162,7 @@ def test_recomputed_activations_give_the_same_gradients(recomputing: UNetModel) 
 @pytest.mark.parametrize("shape", [(64, 77), (256, 256), (1, 1)])
 def test_plain_attention_equals_the_fused_one(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(2, 4, n, 8, generator=generator).requires_grad_() for n in (shape[0], shape[1], shape[1])
-    )
+    q, k, v = (torch.randn(2, 4, n, 8, generator=generator).requires_grad_() for n in (shape[0], shape[1], shape[1]))
     fused_calls: list[bool] = []
     fused = attention.F.scaled_dot_product_attention
 
