@@ -46,7 +46,8 @@ def train(options: argparse.Namespace) -> int:
     if not options.train:
         logger.info("Everything is in place; add -t to train.")
         return 0
-    training.save_configs(config, run)
+    if trainer.is_global_zero:
+        training.save_configs(config, run)
     logger.info("Logging to %s", run.folder)
     trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     return training.report(run, trainer)

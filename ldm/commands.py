@@ -145,7 +145,7 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     if not Path(setup["config"]).is_file():
         raise ValueError(f"There is no configuration file '{setup['config']}'; check the path given with --config.")
     config = load_config(setup["config"])
-    outline = _outline(config)
+    outline = _outline(config, setup["dtype"])
     arguments = _native(config, main) | _arguments(options, recorded, outline, main)
     _check(arguments, outline, editing)
     if options.outdir.exists() and not options.outdir.is_dir():
@@ -171,7 +171,7 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     return recorded
 
 
-def _outline(config: DictConfig) -> LatentDiffusion:
+def _outline(config: DictConfig, dtype: str) -> LatentDiffusion:
     """The configured model without weights, to check arguments against; it needs no memory."""
     import torch
     from omegaconf import OmegaConf
@@ -182,6 +182,7 @@ def _outline(config: DictConfig) -> LatentDiffusion:
     config = config.copy()
     for key in ("ckpt_path", "first_stage_ckpt", "cond_stage_ckpt", "embedding_manager_ckpt"):
         OmegaConf.update(config, f"model.params.{key}", None)
+    OmegaConf.update(config, "model.params.frozen_dtype", dtype)
     if config.model.params.get("personalization_config") is not None:
         OmegaConf.update(config, "model.params.personalization_config.params.initializer_words", None)
     with torch.device("meta"):

@@ -18,11 +18,12 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from ldm.callbacks import EmbeddingSaver, SaveLast
 from ldm.cli import translate_gpus
-from ldm.config import ConfigError, instantiate_from_config, load_config
+from ldm.config import ConfigError, check_parameters, instantiate_from_config, load_config, nearest
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SAVE_EVERY = 500
+LIGHTNING_KEYS = ("trainer", "callbacks", "modelcheckpoint")
 DEFAULT_CONFIG = {
     "lightning": {
         "trainer": {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "enable_model_summary": False},
@@ -78,9 +79,12 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     saved = [sorted(run.configs.glob(f"*-{kind}.yaml"))[-1:] for kind in ("project", "lightning") if run.checkpoint]
     config = load_config(*sum(saved, []), *options.base, overrides=options.overrides)
     config = OmegaConf.merge(DEFAULT_CONFIG, config)
-    for section in ("model", "data"):
-        if section not in config:
-            raise ConfigError(f"The configuration has no section '{section}:'; see configs/ for complete ones.")
+    for section in ("model", "data", "model.base_learning_rate", "data.params"):
+        if OmegaConf.select(config, section) is None:
+            raise ConfigError(f"The configuration does not say '{section}:'; see configs/ for complete ones.")
+    for key in config.lightning:
+        if key not in LIGHTNING_KEYS:
+            raise ConfigError(f"Unknown key 'lightning.{key}'{nearest(key, LIGHTNING_KEYS)}.")
     params = config.model.get("params") or {}
     if options.data_root:
         for split in ("train", "validation"):
@@ -145,6 +149,7 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
         if "target" not in callback:
             raise ConfigError(f"lightning.callbacks.{name} needs a `target:`.")
         callbacks.append(instantiate_from_config(callback, allowed))
+    check_parameters(pl.Trainer, trainer)
     tensorboard = TensorBoardLogger(run.folder, name="", version="", sub_dir="tensorboard")
     csv = CSVLogger(run.folder, name="csv", version=run.started)  # the logger empties a folder it finds
     return pl.Trainer(

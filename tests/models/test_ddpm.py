@@ -1,14 +1,12 @@
 """The training loss: recorded losses, gradients and optimizer steps, and what must stay frozen."""
 
-from collections.abc import Iterator
-
 import pytest
 import tiny
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ldm.models.diffusion.ddpm import LatentDiffusion, LossBalance
+from ldm.models.diffusion.ddpm import LatentDiffusion
 
 RECORDED = tiny.golden("train")
 NAMES = tiny.META["emb_param_names"]
@@ -138,54 +136,6 @@ def test_names_of_the_logged_losses(trainable: LatentDiffusion) -> None:
         assert not any(value.requires_grad for value in parts.values())
 
 
-@pytest.fixture
-def encoded_rows(tiny_model: LatentDiffusion) -> Iterator[list[int]]:
-    """How many prompts each call of the text transformer got."""
-    calls: list[int] = []
-    handle = tiny_model.cond_stage_model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    yield calls
-    handle.remove()
-
-
-def test_a_step_encodes_one_prompt_for_each_sample(trainable: LatentDiffusion, encoded_rows: list[int]) -> None:
-    cond = trainable.get_learned_conditioning(["*", "a *", "*"])
-    x0, noise = (RECORDED[name].repeat(3, 1, 1, 1) for name in ("x0", "noise"))
-    loss, _ = trainable.p_losses(x0, cond, torch.tensor([5, 999, 500]), noise)
-    assert encoded_rows == [3]
-    loss.backward()
-    bias = trainable.embedding_manager.attention.ff.net[2].bias.grad.view(10, 768)
-    assert bias.abs().sum(dim=1).nonzero().flatten().tolist() == [0, 5, 9]
-
-
-@torch.no_grad()
-def test_sampling_encodes_all_distinct_prompts_at_once(tiny_model: LatentDiffusion, encoded_rows: list[int]) -> None:
-    prompt = tiny.META["prompts"]["readme_dog"]
-    cond = tiny_model.get_learned_conditioning([prompt["prompt"]], prompt["prospect_words"])
-    first = [cond.at(t).k for t in range(0, 1000, 100)]
-    assert encoded_rows == [6]  # five stages with `*`, one text without
-    for t in (0, 99, 500, 999):
-        assert torch.equal(cond.at(t).k, first[t // 100])
-    plain = tiny_model.get_learned_conditioning(["", "a dog"])
-    assert plain.num_buckets == 1 and plain.at(3).k is plain.at(990).k
-    assert encoded_rows == [6, 2]
-
-
-def test_the_regulariser_pulls_towards_the_initial_word(
-    trainable: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = RECORDED["x0"], stage_contexts(), torch.tensor([5]), RECORDED["noise"]
-    plain, _ = trainable.p_losses(*arguments)
-    monkeypatch.setattr(trainable, "embedding_reg_weight", 0.5)
-    loss, parts = trainable.p_losses(*arguments)
-    manager = trainable.embedding_manager
-    distance = (tiny.golden("embedding_manager")["placeholder_embeddings"] - manager.initial_embeddings).pow(2)
-    expected = distance.sum(dim=1).mean()
-    torch.testing.assert_close(parts["val/loss_emb_reg"], expected, rtol=1e-4, atol=0)
-    torch.testing.assert_close(loss, plain + 0.5 * expected, rtol=1e-4, atol=0)
-    loss.backward()
-    assert manager.attention.ff.net[2].bias.grad.view(10, 768).abs().sum(dim=1).gt(0).all()
-
-
 # v-prediction
 
 
@@ -219,16 +169,3 @@ def test_a_v_prediction_holds_the_noise(
     assert tiny_model.to_eps(velocity, noised, timesteps) is velocity, "eps is taken as it is"
     monkeypatch.setattr(tiny_model, "parameterization", "v")
     torch.testing.assert_close(tiny_model.to_eps(velocity, noised, timesteps), noise, rtol=1e-4, atol=1e-5)
-
-
-# Balanced losses, for training from scratch
-
-
-def test_balanced_losses_count_alike_at_every_noise_level() -> None:
-    balance = LossBalance(bins=2, decay=0.5)
-    time = torch.tensor([0.1, 0.9])
-    assert balance(torch.tensor([8.0, 0.5]), time).tolist() == [1, 1], "the first loss of a level is its mean"
-    assert balance(torch.tensor([24.0, 0.5]), time).tolist() == [24 / 16, 1]
-    losses = torch.tensor([4.0, 1.0], requires_grad=True)
-    balance(losses, time).sum().backward()
-    assert losses.grad.tolist() == pytest.approx([1 / 10, 1 / 0.75]), "the mean is a constant"
