@@ -162,7 +162,7 @@ def main(
                 callback(step, t, x, x_0)
 
         for iteration in range(n_iter):
-            generators = seeded_generators([seed + iteration * n_samples + i for i in range(n_samples)])
+            generators = seeded_generators([int(seed) + iteration * n_samples + i for i in range(n_samples)])
             factor = model.first_stage_model.downsampling
             shape = (n_samples, model.channels, height // factor, width // factor)
             if posterior is None:

@@ -119,6 +119,11 @@ def randomize(module: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
+def norms(module: nn.Module) -> Counter[str]:
+    """The normalisation layers with their eps, which ordinary inputs hardly show."""
+    return Counter(str(m) for m in module.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm)))
+
+
 @pytest.mark.parametrize(("attends", "blocks"), [((True, True, False), 2), ((True, False), 1)])
 @torch.no_grad()
 def test_a_diffusers_folder_computes_the_same(tmp_path: Path, attends: tuple[bool, ...], blocks: int) -> None:
@@ -127,6 +132,8 @@ def test_a_diffusers_folder_computes_the_same(tmp_path: Path, attends: tuple[boo
     their_vae, our_vae = autoencoder_pair(len(attends), blocks)
     their_text = CLIPTextModel(CLIPTextConfig(**TEXT, bos_token_id=0, eos_token_id=1, pad_token_id=1))
     our_text = FrozenCLIPEmbedder("small", max_length=16, text_config=TEXT)
+    for ours, theirs in ((our_unet, their_unet), (our_vae, their_vae), (our_text, their_text)):
+        assert norms(ours) == norms(theirs)
     for name, module in {"unet": their_unet, "vae": their_vae, "text_encoder": their_text}.items():
         randomize(module)
         module.eval().save_pretrained(tmp_path / name)

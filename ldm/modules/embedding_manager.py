@@ -171,8 +171,8 @@ class EmbeddingManager(nn.Module):
         concept = source if isinstance(source, Concept) else load_concept(source, self.placeholder_strings[0])
         if tuple(concept.vectors.shape) != (self.num_stages, self.width):
             raise ValueError(
-                f"The embedding to start from has {concept.num_stages} stages of width {concept.width}; this run learns "
-                f"{self.num_stages} of width {self.width}."
+                f"The embedding to start from has {concept.num_stages} stages of width {concept.width}; this run "
+                f"learns {self.num_stages} of width {self.width}."
             )
         was_training = self.training
         self.eval()

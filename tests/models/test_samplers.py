@@ -87,6 +87,9 @@ def test_scale_1_is_the_conditional_prediction(
     tiny_model: LatentDiffusion, teddy: Conditioning, empty: Conditioning, uncond: bool
 ) -> None:
     recorder = Recorder()
+    batches: list[int] = []
+    unet = tiny_model.model.diffusion_model
+    handle = unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     latents, _ = DDIMSampler(tiny_model).sample(
         S=10,
         batch_size=1,
@@ -96,7 +99,9 @@ def test_scale_1_is_the_conditional_prediction(
         unconditional_conditioning=empty if uncond else None,
         step_callback=recorder,
     )
+    handle.remove()
     check_run(tiny_model, "S10.scale1_correct", latents, recorder)
+    assert batches == [1] * 10, "nothing is computed that has no weight"
     with_bug = RECORDED["ddim.S10.scale1_upstream_bug.latent"]
     assert (latents - with_bug).abs().max() > 0.01 * with_bug.abs().max(), "the records tell the two apart"
 

@@ -1,8 +1,8 @@
-"""Latent diffusion (Rombach et al. 2022): the frozen model, its training loss, and what is trained.
+"""Latent diffusion (Rombach et al. 2022): the model, its prompts, its first stage, and its loss.
 
 With a `personalization_config` only the embedding manager is trained, against the frozen model (ProSpect,
 Zhang et al. 2023). Without one the U-Net is trained from scratch, with the text transformer if
-`cond_stage_trainable`.
+`cond_stage_trainable`. What Lightning calls is in `fitting.py`.
 
 Shapes: B batch, C latent channels, H W latent height and width, L tokens, D width of the text transformer.
 """
@@ -15,16 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import file_hash, load_weights, read_state_dict
+from ldm.checkpoint import load_weights, read_state_dict
 from ldm.conditioning import Conditioning, Context, PromptConditioning, as_conditioning
-from ldm.models.autoencoder import DiagonalGaussianDistribution, cosine_to_zero
-from ldm.models.diffusion.latents import LatentCache
+from ldm.models.autoencoder import DiagonalGaussianDistribution
+from ldm.models.diffusion.fitting import Fitting
 from ldm.prompts import PromptReader, Words
 from ldm.schedule import make_betas, schedule_buffers, vlb_weights
 from ldm.util import instantiate_from_config
@@ -43,7 +41,7 @@ class DiffusionWrapper(nn.Module):
         self.diffusion_model = unet
 
 
-class LatentDiffusion(pl.LightningModule):
+class LatentDiffusion(Fitting):
     """Parameters as in the reference's YAML, and these:
 
     Args:
@@ -117,10 +115,7 @@ class LatentDiffusion(pl.LightningModule):
         self.embedding_reg_weight = embedding_reg_weight
         self.cache_latents = cache_latents
         self.standardize_latents = standardize_latents
-        self.learning_rate = 1e-4
-        self.seed = 23
         self.base_model: dict[str, str] = {}
-        self._latents: LatentCache | None = None
 
         betas = make_betas(linear_start, linear_end, timesteps)
         for name, buffer in schedule_buffers(betas).items():
@@ -280,131 +275,10 @@ class LatentDiffusion(pl.LightningModule):
         parts[f"{prefix}/loss"] = loss
         return loss, {name: value.detach() for name, value in parts.items()}
 
-    # --- training ----------------------------------------------------------------------------------------------
-
-    def on_fit_start(self) -> None:
-        if not self.cache_latents:
-            return
-        datasets = getattr(self.trainer.datamodule, "datasets", {})
-        if "train" in datasets and hasattr(datasets["train"], "num_pictures"):
-            self._latents = LatentCache(self, datasets["train"])
-            if self.standardize_latents and self.trainer.ckpt_path is None:
-                self._latents.standardize(self.first_stage_model)
-
-    def _draw(self, batch: Mapping[str, Any], x_start_shape: torch.Size, split: str) -> dict[str, Tensor]:
-        """Timesteps and noises of a batch: a function of the seed and each sample's running number only."""
-        draws = []
-        for number in batch["sample"].tolist():
-            generator = torch.Generator().manual_seed(mix_seed(self.seed, number, split == "val"))
-            draws.append(
-                (
-                    torch.randint(0, self.num_timesteps, (), generator=generator),
-                    torch.randn(x_start_shape, generator=generator),
-                    torch.randn(x_start_shape, generator=generator),
-                )
-            )
-        t, posterior_noise, noise = (torch.stack(column).to(self.device) for column in zip(*draws, strict=True))
-        return {"t": t, "posterior_noise": posterior_noise, "noise": noise}
-
-    def posterior(self, batch: Mapping[str, Any]) -> DiagonalGaussianDistribution | Tensor:
-        """The posterior of a batch's latents, from the cache or from the first stage."""
-        if self.image_key in batch:
-            return self.encode_first_stage(batch[self.image_key].permute(0, 3, 1, 2))
-        return self._latents.posterior(batch["picture"], batch["flipped"])
-
-    def shared_step(self, batch: Mapping[str, Any], split: str) -> tuple[Tensor, dict[str, Tensor]]:
-        posterior = self.posterior(batch)
-        shape = (posterior.mean if isinstance(posterior, DiagonalGaussianDistribution) else posterior).shape[1:]
-        draw = self._draw(batch, shape, split)
-        z = self.get_first_stage_encoding(posterior, draw["posterior_noise"])
-        cond = self.get_learned_conditioning(batch[self.caption_key])
-        return self.p_losses(z, cond, draw["t"], draw["noise"])
-
-    def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
-        # dropout takes no generator; seeding by the sample makes it, too, the same in a resumed run
-        torch.manual_seed(mix_seed(self.seed, int(batch["sample"][0])))
-        loss, parts = self.shared_step(batch, "train")
-        self.log_dict(parts, prog_bar=False, batch_size=len(batch["sample"]))
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss
-
-    @torch.no_grad()
-    def validation_step(self, batch: Mapping[str, Any], _: int) -> None:
-        parts = self.shared_step(batch, "val")[1]
-        # there are no averaged weights to compare with: the reference logs the same values under both names
-        parts |= {f"{name}_ema": value for name, value in parts.items()}
-        self.log_dict(parts, batch_size=len(batch["sample"]))
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        if self.embedding_manager is not None:
-            return self.embedding_manager.embedding_parameters()
-        text = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable else []
-        return [*self.model.parameters(), *text]
-
-    def configure_optimizers(self) -> torch.optim.Optimizer | dict[str, Any]:
-        """AdamW at a constant rate for embeddings; with warm-up and decay to zero for training from scratch."""
-        parameters = self.trainable_parameters()
-        if self.embedding_manager is not None:
-            return torch.optim.AdamW(parameters, lr=self.learning_rate)
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99))
-        return {"optimizer": optimizer, "lr_scheduler": cosine_to_zero(optimizer, self.trainer)}
-
-    # --- saving ------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["seed"] = self.seed
-        if self.embedding_manager is not None:
-            kept = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("embedding_manager.")}
-            checkpoint["state_dict"] = kept
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.seed = checkpoint.get("seed", self.seed)
-        if self.embedding_manager is not None:
-            self.strict_loading = False  # frozen weights are not in it
-
-    def save_embeddings(self, path: str | Path) -> None:
-        """Write what is learned as an embedding file, with where it came from."""
-        if self.embedding_manager is None:
-            return
-        if self.base_model and "base_model_sha256" not in self.base_model:
-            self.base_model["base_model_sha256"] = file_hash(self._base_path)
-        self.embedding_manager.save(path, step=str(self.trainer.global_step), **self.base_model)
-
     @contextlib.contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
         """Averaged weights, as LDM code asks for them; a frozen model has only the ones it has."""
         yield
-
-    @torch.no_grad()
-    def log_images(
-        self, batch: Mapping[str, Any], N: int = 4, split: str = "train", ddim_steps: int = 50, scale: float = 5.0
-    ) -> dict[str, Tensor]:
-        """Pictures to look at during training, (N, 3, H, W) each; samples start from fixed noise."""
-        from ldm.models.diffusion.ddim import DDIMSampler
-
-        z = self.get_first_stage_encoding(as_mode(self.posterior(batch)))[:N]
-        captions = list(batch[self.caption_key])[: len(z)]
-        pictures = {"reconstruction": self.decode_first_stage(z)}
-        if self.image_key in batch:
-            pictures["inputs"] = batch[self.image_key][:N].permute(0, 3, 1, 2)
-        generators = [torch.Generator().manual_seed(mix_seed(self.seed, i)) for i in range(len(z))]
-        x_T = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(self.device)
-        sampler = DDIMSampler(self)
-        cond = self.get_learned_conditioning(captions)
-        uncond = self.get_learned_conditioning([""] * len(z))
-        for name, guidance in {"samples": 1.0, "samples_scaled": scale}.items():
-            latents, _ = sampler.sample(
-                S=ddim_steps,
-                batch_size=len(z),
-                shape=tuple(z.shape[1:]),
-                conditioning=cond,
-                unconditional_guidance_scale=guidance,
-                unconditional_conditioning=uncond,
-                x_T=x_T,
-                verbose=False,
-            )
-            pictures[name] = self.decode_first_stage(latents)
-        return pictures
 
 
 class LossBalance(nn.Module):
@@ -432,14 +306,5 @@ def at(values: Tensor, t: Tensor) -> Tensor:
     return values[t].view(-1, 1, 1, 1)
 
 
-def as_mode(posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
-    return posterior.mode() if isinstance(posterior, DiagonalGaussianDistribution) else posterior
-
-
 def is_frozen(module: nn.Module) -> bool:
     return not any(p.requires_grad for p in module.parameters())
-
-
-def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several non-negative numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

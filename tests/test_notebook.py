@@ -1,0 +1,84 @@
+"""`ProSpect.ipynb`: saved without outputs, and it runs from its first cell to its last."""
+
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient.exceptions import CellExecutionError
+from PIL import Image
+
+from ldm import cli
+from ldm.embeddings import Concept, save_concept
+from ldm.generate import read_parameters
+from scripts.demo import execute
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "ProSpect.ipynb"
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the notebook writes to; it is told so by environment variables, and to take few steps."""
+    for number, variable in enumerate(("PROSPECT_CONCEPT", "PROSPECT_CONCEPT_2")):
+        generator = torch.Generator().manual_seed(number)
+        save_concept(Concept(torch.randn(10, 128, generator=generator)), tmp_path / f"{variable}.safetensors")
+        monkeypatch.setenv(variable, str(tmp_path / f"{variable}.safetensors"))
+    monkeypatch.setenv("PROSPECT_STEPS", "3")
+    monkeypatch.setenv("PROSPECT_OUTPUTS", str(tmp_path / "outputs"))
+    return tmp_path / "outputs"
+
+
+def test_the_notebook_is_saved_stripped_and_short() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert all(len(cell.source.splitlines()) <= 25 for cell in code)
+    assert not any(cell.metadata for cell in notebook.cells)
+    settings = code[0].source
+    assert all(f"\n{name} = " in settings for name in ("CONFIG", "CKPT", "CONCEPT", "SIZE", "SCALE"))
+    named = [line.split('"')[1] for line in settings.splitlines() if line.startswith(("CONFIG", "CKPT"))]
+    assert len(named) == 2 and all((ROOT / path).is_file() for path in named)
+
+
+def test_the_notebook_runs(outputs: Path) -> None:
+    execute(NOTEBOOK, outputs / NOTEBOOK.name)
+    written = {path.name: Image.open(path) for path in outputs.glob("*.png")}
+    names = ("editing", "prompt-to-prompt", "content", "layout", "material", "flexible", "two-concepts", "previews")
+    assert {name.rpartition("-")[0] for name in written} == set(names)
+    assert all(np.asarray(picture).std() > 0 for picture in written.values())
+    assert written["content-2.png"].size == (64, 64)
+    assert read_parameters(outputs / "material-2.png")["prospect_words"][4:6] == [
+        "a large * heart in the centre on a navy background",
+        "a large heart in the centre on a navy background",
+    ]
+    assert read_parameters(outputs / "flexible-3.png")["prospect_words"] == [9] * 10
+    executed = nbformat.read(outputs / NOTEBOOK.name, as_version=4)
+    shown = [
+        cell.id
+        for cell in executed.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(shown) == len(names)
+
+
+def test_a_missing_concept_is_said_in_one_sentence(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROSPECT_CONCEPT", "nowhere.safetensors")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cells = {cell.id: cell for cell in notebook.cells}
+    notebook.cells = [cells["settings"], nbformat.v4.new_code_cell("from pathlib import Path"), cells["concept"]]
+    nbformat.write(notebook, tmp_path / "short.ipynb")
+    with pytest.raises(CellExecutionError) as failed:
+        execute(tmp_path / "short.ipynb", outputs / "short.ipynb")
+    assert failed.value.ename == "FileNotFoundError"
+    problem, _, command = failed.value.evalue.partition("; `make demo` learns it, or: python main.py ")
+    assert problem == "There is no 'nowhere.safetensors'"
+    options = cli.parse(command.split())
+    assert all((ROOT / path).exists() for path in (*options.base, options.actual_resume, options.data_root))
+    assert f'"{options.project}/checkpoints/embeddings.safetensors"' in cells["settings"].source
+    assert nbformat.read(outputs / "short.ipynb", as_version=4).cells[-1].outputs  # written though it failed

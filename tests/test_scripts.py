@@ -1,0 +1,292 @@
+"""`scripts/txt2img.py` and `scripts/img2img.py`: what they write, repeat, and refuse."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldm.generate
+from ldm import cli, commands
+from ldm.embeddings import Concept, save_concept
+from ldm.generate import read_parameters
+from scripts import demo
+
+ROOT = Path(__file__).parents[1]
+CONTENT = "models/demo/references/dotted-star/dotted-star.png"
+SMALL = ["--steps", "3", "--height", "32", "--width", "32", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default configuration and checkpoint are found from there."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def concept_file(tmp_path: Path) -> Path:
+    path = tmp_path / "concept.safetensors"
+    save_concept(Concept(torch.randn(10, 128, generator=torch.Generator().manual_seed(1))), path)
+    return path
+
+
+def program(script: str, *flags: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a script the way a user does."""
+    command = [sys.executable, *python, f"scripts/{script}.py", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=False, timeout=120)
+
+
+def txt2img(*flags: object) -> list[Path]:
+    return commands.run("Generate.", argv=[*SMALL, *map(str, flags)])
+
+
+def img2img(*flags: object) -> list[Path]:
+    return commands.run("Edit.", editing=True, argv=[*SMALL, *map(str, flags)])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), np.int64)
+
+
+# As programs
+
+
+@pytest.mark.parametrize("script", ["txt2img", "img2img"])
+def test_help_imports_nothing_heavy(script: str) -> None:
+    result = program(script, "--help", python=("-X", "importtime"))
+    assert result.returncode == 0
+    assert "--words FILE" in result.stdout and f"python scripts/{script}.py --" in result.stdout
+    assert ("--strength" in result.stdout) == (script == "img2img")
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "ldm.commands" in imported
+    assert not imported & {"torch", "numpy", "omegaconf", "PIL", "transformers", "pytorch_lightning"}
+
+
+@pytest.mark.parametrize("script", ["txt2img", "img2img"])
+def test_the_scripts_are_short(script: str) -> None:
+    assert len((ROOT / f"scripts/{script}.py").read_text(encoding="utf-8").splitlines()) < 100
+
+
+def test_txt2img_as_a_program(tmp_path: Path) -> None:
+    result = program("txt2img", "--prompt", "a red star", "--steps", "3", "--outdir", str(tmp_path / "out"))
+    assert (result.returncode, result.stdout) == (0, f"{tmp_path / 'out' / 'a-red-star-42.png'}\n")
+    assert Image.open(result.stdout.strip()).size == (64, 64)  # what the small model was trained at
+    assert read_parameters(result.stdout.strip())["scale"] == 2.0  # what its configuration samples with
+
+
+def test_img2img_as_a_program_and_a_mistake(tmp_path: Path) -> None:
+    flags = [*SMALL, "--content", CONTENT, "--prompt", "a heart", "--outdir", str(tmp_path), "--strength", "0.7"]
+    result = program("img2img", *flags)
+    assert (result.returncode, result.stdout) == (0, f"{tmp_path / 'a-heart-42.png'}\n")
+    result = program("img2img", "--contents", CONTENT)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "img2img.py: error: unknown argument '--contents'; did you mean --content?\n"
+
+
+# What is written
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    first = txt2img("--prompt", "a star", "--seed", 7, "--outdir", tmp_path)
+    before = first[0].read_bytes()
+    second = txt2img("--prompt", "a star", "--seed", 7, "--outdir", tmp_path, "--steps", 2)
+    assert [path.name for path in first + second] == ["a-star-7.png", "a-star-7-2.png"]
+    assert first[0].read_bytes() == before != second[0].read_bytes()
+
+
+def test_several_pictures_come_as_a_grid_and_alone(tmp_path: Path) -> None:
+    flags = ("--prompt", "a star", "--seed", 7, "--n_samples", 2, "--n-iter", 2, "--outdir", tmp_path)
+    paths = txt2img(*flags)
+    assert [path.name for path in paths] == ["a-star-7-grid.png", *(f"a-star-{seed}.png" for seed in (7, 8, 9, 10))]
+    grid, *alone = map(pixels, paths)
+    assert (grid == np.block([[[alone[0]], [alone[1]]], [[alone[2]], [alone[3]]]])).all()
+    again = txt2img("--from", paths[3], "--outdir", tmp_path)
+    assert np.abs(pixels(again[0]) - alone[2]).max() <= 1 < np.abs(alone[2] - alone[0]).max()
+
+
+@pytest.mark.parametrize("editing", [False, True])
+def test_from_repeats_a_picture(tmp_path: Path, concept_file: Path, editing: bool) -> None:
+    run = img2img if editing else txt2img
+    flags = ["--content", CONTENT, "--strength", 0.8, "--resize", "pad"] if editing else ["--n_samples", 2]
+    flags += ["--concept", f"<it>={concept_file}", "--preset", "layout", "--prompt", "a <it> star", "--seed", 3]
+    first = run(*flags, "--eta", 0.5, "--scale", 1.5, "--dtype", "bfloat16", "--outdir", tmp_path / "a")
+    script = commands.run("Again.", editing=editing, argv=["--from", str(first[0]), "--outdir", str(tmp_path / "b")])
+    assert len(script) == len(first) == (1 if editing else 3)
+    for old, new in zip(first, script, strict=True):
+        assert (pixels(old) == pixels(new)).all()
+        assert read_parameters(old) == read_parameters(new)
+    words = read_parameters(first[0])["prospect_words"]
+    assert words == ["a star"] * 9 + ["a <it> star"]
+
+
+def test_flags_change_what_from_repeats(tmp_path: Path) -> None:
+    first = txt2img("--prompt", "a star", "--outdir", tmp_path)[0]
+    other = txt2img("--from", first, "--seed", 5, "--outdir", tmp_path)[0]
+    old, new = read_parameters(first), read_parameters(other)
+    assert {key for key in old if old[key] != new[key]} == {"seed"}
+    assert np.abs(pixels(first) - pixels(other)).max() > 1
+
+
+# Where the words come from
+
+
+def test_words_from_a_list(tmp_path: Path) -> None:
+    (tmp_path / "words.yaml").write_text("- a dotted star\n- 3\n- null\n" + "- '*'\n" * 7, encoding="utf-8")
+    path = txt2img("--words", tmp_path / "words.yaml", "--outdir", tmp_path)[0]
+    parameters = read_parameters(path)
+    assert path.name == "a-dotted-star-42.png"
+    assert parameters["prompt"] == "*"
+    assert parameters["prospect_words"] == ["a dotted star", 3, None] + ["*"] * 7
+
+
+def test_words_from_repeated_flags(tmp_path: Path) -> None:
+    flags = [flag for word in ["a star", "9", "", *"*******"] for flag in ("--word", word)]
+    parameters = read_parameters(txt2img("--prompt", "on white *", *flags, "--outdir", tmp_path)[0])
+    assert parameters["prompt"] == "on white *"
+    assert parameters["prospect_words"] == ["a star", 9, ""] + ["*"] * 7
+
+
+def test_a_mapping_gives_any_argument_and_flags_win(tmp_path: Path, concept_file: Path) -> None:
+    (tmp_path / "all.yaml").write_text(
+        f"prompt: a * star\nddim_steps: 2\nseed: 5\nscale: 3\nconcepts: {{'*': '{concept_file}'}}\n", encoding="utf-8"
+    )
+    argv = ["--words", str(tmp_path / "all.yaml"), "--seed", "6", "--outdir", str(tmp_path)]
+    parameters = read_parameters(commands.run("", argv=argv)[0])
+    expected = {"prompt": "a * star", "ddim_steps": 2, "seed": 6, "scale": 3, "concepts": {"*": str(concept_file)}}
+    assert {name: parameters[name] for name in expected} == expected
+
+
+# What is refused, in one sentence and before the weights are read
+
+REFUSED: list[tuple[bool, str, str]] = [
+    # (editing, flags with {tmp} for a folder, part of the sentence)
+    (False, "--prompt a --stepz 3", "unknown argument '--stepz'; did you mean --steps?"),
+    (False, "--prompt a --strength 0.5", "unknown argument '--strength'"),
+    (False, "--prompt a stray", "unknown argument 'stray'"),
+    (False, "", "Say what to show: --prompt TEXT, or --words FILE."),
+    (False, "--prompt a --steps 0", "ddim_steps must be in 1..1000, not 0."),
+    (False, "--prompt a --steps many", "argument --steps: invalid int value: 'many'"),
+    (False, "--prompt a --width 100", "width must be a multiple of 16 for this model, not 100; nearest: 96."),
+    (False, "--prompt a --eta -1", "ddim_eta must not be negative, but is -1.0."),
+    (False, "--prompt a --eta 1 --sampler plms", "PLMS is deterministic"),
+    (False, "--prompt a --sampler euler", "Unknown sampler 'euler'; there are ddim, plms."),
+    (False, "--prompt a --preset mood", "Unknown preset 'mood'; there are content, layout, material, style."),
+    (False, "--prompt a --preset style --word b", "not allowed with argument"),
+    (False, "--word a --word b", "prospect_words has 2 entries, but this model has 10 stages"),
+    (False, "--words {tmp}/none.yaml", "none.yaml'; check the path given with --words."),
+    (False, "--words {tmp}/star.yaml", "an entry that begins with * needs quotes."),
+    (False, "--words {tmp}/unknown.yaml", "main has no argument 'sead'; did you mean 'seed'?"),
+    (False, "--words {tmp}/scalar.yaml", "must hold a YAML list with one entry for each stage"),
+    (False, "--words {tmp}/typed.yaml", "ddim_steps must be a whole number, not 'few'."),
+    (False, "--words {tmp}/prompt.yaml", "prompt must be a text, not 3; in YAML, put it in quotes."),
+    (False, "--words {tmp}/concepts.yaml", "concepts must be {name: file}, not ['x']"),
+    (False, "--prompt a --concept {tmp}/none.pt", "none.pt': there is no such file"),
+    (False, "--prompt a --concept b=c --concept b=d", "give every concept a name of its own"),
+    (False, "--prompt a --concept {tmp}/wide.safetensors", "was learned for another base model."),
+    (False, "--prompt a --config none.yaml", "'none.yaml'; check the path given with --config."),
+    (False, "--prompt a --dtype int8", "frozen_dtype must be one of float32, float16, bfloat16, not 'int8'."),
+    (False, "--prompt a --device tpu", "'tpu' is none of cpu, mps, cuda"),
+    (False, "--prompt a --outdir {tmp}/star.yaml", "star.yaml' is a file; give a folder with --outdir."),
+    (False, "--from {tmp}/none.png", "none.png'; check the path given with --from."),
+    (False, "--from models/demo/references/dotted-star/dotted-star.png", "has no ProSpect parameters"),
+    (False, "--from {tmp}/edited.png", "use scripts/img2img.py"),
+    (False, "--from {tmp}/foreign.png", "was made with the model 'sd-v1-4.ckpt'; give it with --ckpt and --config."),
+    (True, "--prompt a", "Give the picture to edit with --content FILE"),
+    (True, "--content {tmp}/none.png", "There is no file"),
+    (True, "--content {tmp}/star.yaml", "is no picture that Pillow can read"),
+    (True, "--content models/demo/references/dotted-star/dotted-star.png --strength 2", "strength must be in 0..1"),
+    (True, "--content models/demo/references/dotted-star/dotted-star.png --resize fit", "Unknown resize 'fit'"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    texts = {
+        "star": "- * star\n",
+        "unknown": "sead: 3\n",
+        "scalar": "a star\n",
+        "typed": "{prompt: a, ddim_steps: few}\n",
+        "prompt": "prompt: 3\n",
+        "concepts": "{prompt: a, concepts: [x]}\n",
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    save_concept(Concept(torch.zeros(10, 768)), folder / "wide.safetensors")
+    for name, record in {
+        "edited": '{"prompt": "a", "content_dir": "a.png", "base_model": "model.safetensors"}',
+        "foreign": '{"prompt": "a", "base_model": "sd-v1-4.ckpt"}',
+    }.items():
+        picture = Image.new("RGB", (8, 8))
+        picture.info[ldm.generate.PNG_KEY] = record
+        ldm.generate.save_picture(picture, folder / f"{name}.png")
+    return folder
+
+
+def refusal(editing: bool, flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence on standard error with which the program ends."""
+    with pytest.raises(SystemExit) as ended:
+        commands.run("Try.", editing=editing, argv=flags)
+    output = capsys.readouterr()
+    assert (ended.value.code, output.out) == (2, "")
+    assert output.err.count("\n") == 1 and ": error: " in output.err
+    return output.err
+
+
+@pytest.mark.parametrize(("editing", "flags", "sentence"), REFUSED, ids=[flags for _, flags, _ in REFUSED])
+def test_refused(
+    bad_files: Path,
+    editing: bool,
+    flags: str,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ldm.generate, "load_model_from_config", lambda *_, **__: pytest.fail("the weights were read"))
+    assert sentence in refusal(editing, flags.format(tmp=bad_files).split(), capsys)
+
+
+def test_a_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.ckpt" in refusal(False, ["--prompt", "a", "--ckpt", str(tmp_path / "none.ckpt")], capsys)
+
+
+def test_debug_shows_the_trace() -> None:
+    with pytest.raises(ValueError, match="ddim_steps must be in 1..1000, not 0."):
+        commands.run("", argv=["--prompt", "a", "--steps", "0", "--debug"])
+
+
+def test_every_flag_of_main_is_an_argument_of_main() -> None:
+    """A flag whose `dest` is no argument of `main` would silently do nothing."""
+    own = {"help", "words", "preset", "concept", "source", "config", "ckpt", "dtype", "device", "outdir", "debug"}
+    dests = {action.dest for action in commands.build_parser("", editing=True)._actions}
+    assert dests - own <= set(inspect.signature(ldm.generate.main).parameters)
+    assert own <= dests
+
+
+def test_the_demo_calls_main_with_flags_and_files_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        called.append(command)
+        return subprocess.CompletedProcess(command, returncode=0)
+
+    monkeypatch.setattr(demo.subprocess, "run", record)
+    learned = [demo.learn(concept) for concept in demo.CONCEPTS]
+    for (python, script, *flags), embedding in zip(called, learned, strict=True):
+        assert (python, script) == (sys.executable, "main.py")
+        options = cli.parse(flags)
+        assert options.train and Path(options.project) == embedding.parents[1]
+        assert all(Path(path).exists() for path in (*options.base, options.actual_resume, options.data_root))
+
+
+def test_the_demo_ends_with_the_exit_code_of_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    with pytest.raises(SystemExit) as ended:
+        demo.learn("dotted-star")
+    assert ended.value.code == 3
