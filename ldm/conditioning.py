@@ -89,15 +89,20 @@ class Conditioning:
 
     def at(self, t: int | Tensor) -> Context:
         """The context at timestep t: an int for the whole batch, or (B,) with one timestep for each sample."""
-        if isinstance(t, int) or self.num_buckets == 1:
-            return self.of_bucket(int(self.bucket(t)) if isinstance(t, int) else 0)
+        if not isinstance(t, Tensor):
+            return self.of_bucket(self.bucket(int(t)))
+        self._check_batch(t)
+        if self.num_buckets == 1:
+            return self.of_bucket(0)
         buckets = self.bucket(t).tolist()
-        if len(buckets) != self.batch_size:
-            raise ValueError(f"{len(buckets)} timesteps were given for {self.batch_size} prompts.")
         if len(set(buckets)) == 1:
             return self.of_bucket(buckets[0])
         samples = [self.of_bucket(b).map(lambda x, i=i: x[..., i : i + 1, :, :]) for i, b in enumerate(buckets)]
         return Context.cat(*samples)
+
+    def _check_batch(self, t: Tensor) -> None:
+        if len(t) != self.batch_size:
+            raise ValueError(f"{len(t)} timesteps were given for {self.batch_size} prompts.")
 
     def stages(self) -> list[Tensor]:
         """The keys' input of every bucket, entry 0 = end of generation: S tensors (B, L, D)."""
@@ -157,9 +162,10 @@ class PromptConditioning(Conditioning):
 
     def _rows(self, t: int | Tensor) -> Tensor:
         """The slots (B, L) that the batch needs at timestep t, an int or (B,)."""
-        stage = self.bucket(t) if self.num_buckets > 1 else 0
-        if isinstance(stage, int):
-            return self.slots[stage]
+        if not isinstance(t, Tensor):
+            return self.slots[self.bucket(int(t))]
+        self._check_batch(t)
+        stage = self.bucket(t)
         return self.slots[stage.to(self.slots.device), torch.arange(self.batch_size, device=self.slots.device)]
 
     def _contexts(self, stage: int) -> Tensor:
