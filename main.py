@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def __getattr__(name: str) -> object:
 def train(options: argparse.Namespace) -> int:
     """Run what the options say; returns the exit code."""
     import pytorch_lightning as pl
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
 
     from ldm import training
     from ldm.config import instantiate_from_config
@@ -49,7 +51,8 @@ def train(options: argparse.Namespace) -> int:
     if trainer.is_global_zero:
         training.save_configs(config, run)
     logger.info("Logging to %s", run.folder)
-    trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+    with contextlib.suppress(SIGTERMException):  # Lightning's way to end after the step; `report` says so
+        trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
     return training.report(run, trainer)
 
 

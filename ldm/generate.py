@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import instantiate_from_config, load_config
-from ldm.data.images import WHITE, _to_rgb, check_fit, fit, make_grid, open_image, to_pil, to_tensor
+from ldm.data.images import WHITE, to_rgb, check_fit, fit, make_grid, open_image, to_pil, to_tensor
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
@@ -241,7 +241,7 @@ def check_arguments(
 def open_content(content: str | Path | Image.Image) -> Image.Image:
     """The content picture as RGB: the same from a file and from a picture that Pillow has opened."""
     if isinstance(content, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(content), WHITE)
+        return to_rgb(ImageOps.exif_transpose(content), WHITE)
     return open_image(content)
 
 

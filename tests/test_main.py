@@ -131,8 +131,9 @@ def test_only_the_embedding_is_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the platform has no such signal")
-def test_signals_save(tmp_path: Path) -> None:
-    """SIGUSR1 saves and goes on; Ctrl-C finishes the step, saves and says how to resume."""
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save(tmp_path: Path, ending: signal.Signals) -> None:
+    """SIGUSR1 saves and goes on; Ctrl-C and SIGTERM finish the step, save and say how to resume."""
     command = [sys.executable, "main.py", *LEARN, "-p", str(tmp_path / "run"), NO_PICTURES, "--max_steps", "100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     last = tmp_path / "run/checkpoints/last.ckpt"
@@ -141,11 +142,11 @@ def test_signals_save(tmp_path: Path) -> None:
         wait_for(lambda: any(metrics.glob("*/metrics.csv")) or last.exists())
         process.send_signal(signal.SIGUSR1)
         wait_for(last.exists)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ending)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == 128 + ending
     assert "Stopped and saved at step" in errors and "-r" in errors
     assert torch.load(last, weights_only=True)["global_step"] > 0
 

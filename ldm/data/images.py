@@ -42,7 +42,7 @@ def open_image(path: str | Path, background: Colour = WHITE) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image), background)
+            return to_rgb(ImageOps.exif_transpose(image), background)
     except FileNotFoundError as error:
         raise ImageError(f"There is no file '{path}'; check the path.") from error
     except UnidentifiedImageError as error:
@@ -66,7 +66,7 @@ def is_picture(path: str | Path) -> bool:
         return False
 
 
-def _to_rgb(image: Image.Image, background: Colour) -> Image.Image:
+def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16", "I;16B", …; Pillow also gives 16-bit pictures as 32-bit "I"
         return _from_16_bit(image)
     if image.mode == "F":

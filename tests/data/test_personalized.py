@@ -23,9 +23,7 @@ def noise_picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(values)
 
 
-def halves(
-    left: tuple[int, int, int], right: tuple[int, int, int], size: tuple[int, int] = (8, 4)
-) -> Image.Image:
+def halves(left: tuple[int, int, int], right: tuple[int, int, int], size: tuple[int, int] = (8, 4)) -> Image.Image:
     picture = Image.new("RGB", size, right)
     picture.paste(left, (0, 0, size[0] // 2, size[1]))
     return picture

@@ -73,9 +73,7 @@ def test_backgrounds_are_lighter_or_darker_than_every_object():
     attributes[:, 0] = FACTORS["position"].index("centre")
     attributes[:, 1] = FACTORS["size"].index("large")
     pictures = (render(attributes, range(400)) + 1) / 2
-    luminance = [
-        (part.flatten(2) * weights).sum(1) for part in (pictures[:, :, :4], pictures[:, :, 28:36, 28:36])
-    ]
+    luminance = [(part.flatten(2) * weights).sum(1) for part in (pictures[:, :, :4], pictures[:, :, 28:36, 28:36])]
     background, middle = luminance[0].mean(1), luminance[1]
     light = attributes[:, -1] < 3
     assert (background[light] > middle[light].amax(1)).all()

@@ -148,3 +148,35 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     embedder = FrozenCLIPEmbedder("small", max_length=8, text_config=SMALL, tokenizer=str(tmp_path))
     with pytest.raises(OSError, match=f"no CLIP vocabulary .* in '{tmp_path}'"):
         _ = embedder.tokenizer
+
+
+def test_an_incomplete_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5 makes a tokenizer of two tokens out of nothing; prompts would turn into end marks."""
+    monkeypatch.setattr("ldm.modules.encoders.modules.hub_folder", lambda repository: None)
+    cases = {
+        None: "nor can it be fetched",
+        str(tmp_path): "no CLIP vocabulary",
+        str(tmp_path / "nowhere"): "no CLIP vocabulary",
+    }
+    for folder, sentence in cases.items():
+        with torch.device("meta"):
+            embedder = FrozenCLIPEmbedder(tokenizer=folder)
+        with pytest.raises(OSError, match=sentence):
+            _ = embedder.tokenizer
+
+
+def test_the_hubs_cache_is_used_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files in the cache are found; nothing is asked of the network."""
+    import huggingface_hub
+
+    from ldm.modules.encoders.modules import hub_folder
+
+    asked: list[bool] = []
+
+    def download(repository: str, name: str, local_files_only: bool) -> str:
+        asked.append(local_files_only)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert hub_folder("openai/clip-vit-large-patch14") == tmp_path
+    assert asked == [True] * 3

@@ -70,21 +70,18 @@ class FrozenCLIPEmbedder(nn.Module):
         """
         from transformers import CLIPTokenizer
 
-        if self.tokenizer_folder is not None:
-            if not (Path(self.tokenizer_folder) / "vocab.json").is_file():
-                raise OSError(f"There is no CLIP vocabulary (vocab.json, merges.txt) in '{self.tokenizer_folder}'.")
-            return CLIPTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
-        try:
-            return CLIPTokenizer.from_pretrained(self.version, local_files_only=True)
-        except OSError:
-            pass  # not in the cache yet
-        try:
-            return CLIPTokenizer.from_pretrained(self.version)
-        except OSError as error:
-            raise OSError(
-                f"The tokenizer of '{self.version}' is neither on this machine nor can it be fetched; put vocab.json "
-                "and merges.txt into a folder and name it in cond_stage_config.params.tokenizer."
-            ) from error
+        folder = Path(self.tokenizer_folder) if self.tokenizer_folder is not None else hub_folder(self.version)
+        tokens = self.transformer.config.vocab_size
+        if folder is not None:
+            # without its files, transformers 5 returns a tokenizer of two tokens instead of failing
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True) if folder.is_dir() else None
+            if tokenizer is not None and max(tokenizer.get_vocab().values()) + 1 == tokens:
+                return tokenizer
+            raise OSError(f"There is no CLIP vocabulary (vocab.json, merges.txt) of {tokens} tokens in '{folder}'.")
+        raise OSError(
+            f"The tokenizer of '{self.version}' is neither on this machine nor can it be fetched; put vocab.json and "
+            "merges.txt into a folder and name it in cond_stage_config.params.tokenizer."
+        )
 
     def embed(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Input embeddings (B, L, D) for slots (B, L): a token id, or -(r + 1) for row r of `vectors` (R, D)."""
@@ -98,3 +95,20 @@ class FrozenCLIPEmbedder(nn.Module):
     def forward(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Contexts (B, L, D); see `embed` for the arguments."""
         return self.transformer.text_model(self.embed(slots, vectors))
+
+
+def hub_folder(repository: str) -> Path | None:
+    """The folder of the hub's cache with a CLIP vocabulary, fetched if it is not there yet; None if that fails."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for local_files_only in (True, False):
+        try:
+            files = [
+                hf_hub_download(repository, name, local_files_only=local_files_only)
+                for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
+            ]
+        except (OSError, ValueError, HfHubHTTPError):
+            continue
+        return Path(files[0]).parent
+    return None
