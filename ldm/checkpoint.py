@@ -6,25 +6,20 @@ layout: `model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_model.tran
 
 from __future__ import annotations
 
-import ctypes
-import difflib
 import hashlib
 import logging
-import mmap
 import os
 import re
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.diffusers_layout import TEXT, UNET, find_weights, to_compvis
 from ldm.schedule import make_betas, schedule_buffers
+from ldm.weight_files import CheckpointError, MappedFiles, missing, model_files, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -32,32 +27,6 @@ SCHEDULE_BUFFERS = frozenset(schedule_buffers(make_betas(0.00085, 0.012)))
 # What files hold beside the weights: recomputed, unused, or (the embedding manager) kept in files of its own.
 _EXTRA = re.compile(r"(.*\.)?position_ids|logvar|(model_ema|embedding_manager|(first_stage_model\.)?loss)\..*")
 _FAMILIES = ("Stable Diffusion v1", "Stable Diffusion 2", "Stable Diffusion XL")
-_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".bin")
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used: one sentence that says which file, what is wrong with it and what to do."""
-
-
-class _Inert:
-    """Stands in for a pickled class: takes whatever the file passes and keeps none of it."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# Lightning's checkpoints (sd-v1-4.ckpt is one) pickle this class, and numpy scalars, beside the
-# weights. Neither is needed, so neither library is imported or called.
-_STAND_INS = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-)
 
 
 def read_state_dict(path: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -77,9 +46,9 @@ def read_state_dict(path: str | Path, dtype: torch.dtype | None = None) -> dict[
             data.
     """
     path = Path(path)
-    state = _read_folder(path) if path.is_dir() else _read_file(path)
+    state = _read_folder(path) if path.is_dir() else read_file(path)
     if dtype is not None:
-        mapped = _MappedFiles()
+        mapped = MappedFiles()
         for key, tensor in state.items():
             if tensor.is_floating_point() and key not in SCHEDULE_BUFFERS:
                 state[key] = tensor.to(dtype)
@@ -109,7 +78,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     _refuse_misfits(own, state, source)
 
     assigned: dict[str, Tensor] = {}
-    mapped = _MappedFiles()
+    mapped = MappedFiles()
     with torch.no_grad():
         for key in sorted(loadable):
             if own[key].is_meta:
@@ -232,7 +201,7 @@ def file_hash(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in _folder_files(path).values() if path.is_dir() else [path]:
         if not file.is_file():
-            raise _missing(file)
+            raise missing(file)
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -243,7 +212,7 @@ def _folder_files(folder: Path) -> dict[str, Path]:
     try:
         return find_weights(folder)
     except ValueError as error:
-        there = ", ".join(_model_files(folder)) or "none"
+        there = ", ".join(model_files(folder)) or "none"
         raise CheckpointError(
             f"'{folder}' {error}; use a whole diffusers folder of Stable Diffusion v1, or a single file "
             f"(model files in this folder: {there})."
@@ -251,133 +220,8 @@ def _folder_files(folder: Path) -> dict[str, Path]:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    parts = {part: _read_file(file) for part, file in _folder_files(folder).items()}
+    parts = {part: read_file(file) for part, file in _folder_files(folder).items()}
     try:
         return to_compvis(parts)
     except ValueError as error:
         raise CheckpointError(f"'{folder}' {error}; use a diffusers folder of Stable Diffusion v1.") from error
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise _missing(path)
-    try:
-        kind = _sniff(path)
-        if kind == "safetensors":
-            with safe_open(path, framework="pt", device="cpu") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        else:
-            content = _unpickle(path, mapped=kind == "mappable")
-            inner = content.get("state_dict") if isinstance(content, Mapping) else None
-            state = dict(_tensors(inner if isinstance(inner, Mapping) else content))
-    except CheckpointError:
-        raise
-    except Exception as error:  # a malformed file can fail in any way
-        refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose module)", str(error))
-        if refused or "Weights only load failed" in str(error):
-            what = f"'{refused[1]}'" if refused else "more than tensors and plain data"
-            raise CheckpointError(
-                f"'{path}' holds {what}, which could run code and is not loaded; "
-                "use a .safetensors version of this file, or one from a source that saves tensors only."
-            ) from error
-        first_line = re.sub(r"^\[.*?\][ .]*", "", str(error).strip().partition("\n")[0])
-        reason = re.split(r"\.( |$)", first_line)[0][:120] or type(error).__name__
-        raise CheckpointError(f"'{path}' is damaged or incomplete ({reason}); download it again.") from error
-    if not state:
-        raise CheckpointError(f"'{path}' holds no tensors; use a file with model weights.")
-    return state
-
-
-def _unpickle(path: Path, mapped: bool) -> object:
-    with torch.serialization.safe_globals([(_Inert, name) for name in _STAND_INS]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickle protocols
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-
-def _tensors(tree: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts under dotted names; everything else is dropped."""
-    if isinstance(tree, Tensor):
-        yield prefix, tree.data  # starts a version count of its own, which `_MappedFiles.release` reads
-    elif isinstance(tree, Mapping):
-        for key, branch in tree.items():
-            yield from _tensors(branch, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _sniff(path: Path) -> str:
-    """'safetensors', 'mappable' (torch) or 'torch' (before 1.6, or compressed by someone), by content."""
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(512)
-    except OSError as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}; check its permissions.") from error
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not head:
-        problem, remedy = "is empty", "download it again"
-    elif text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        problem, remedy = "is a web page, perhaps of a login", "log in or accept the licence, then download"
-    elif text.startswith(b"version https://git-lfs"):
-        problem, remedy = "is a git-lfs pointer and not the file itself", "run `git lfs pull`"
-    elif head.startswith(b"PK\x03\x04"):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-            return "mappable" if stored else "torch"
-        problem, remedy = "is cut off (the download was not finished)", "download it again"
-    elif head[8:9] == b"{":
-        return "safetensors"
-    elif head.startswith(b"\x80"):
-        return "torch"
-    else:
-        kind = "a text file" if b"\0" not in head and head.isascii() else "of an unknown format"
-        problem, remedy = f"is {kind}", "use a .ckpt or .safetensors file, or a diffusers folder"
-    raise CheckpointError(f"'{path}' {problem}; {remedy}.")
-
-
-def _missing(path: Path) -> CheckpointError:
-    if not path.parent.is_dir():
-        return CheckpointError(f"There is no file '{path}', nor its folder; check the path.")
-    siblings = [file.name for file in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
-    if near:
-        return CheckpointError(f"There is no file '{path}'; did you mean '{path.with_name(near[0])}'?")
-    there = ", ".join(_model_files(path.parent)) or "none"
-    return CheckpointError(f"There is no file '{path}'; check the path (model files in its folder: {there}).")
-
-
-def _model_files(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
-
-
-class _MappedFiles:
-    """Which memory of this process is a mapped file, and how to let it go; known on Linux only.
-
-    Pages of a mapped file stay resident after they were read, so a copy of the file would show as twice its
-    size until the system is short of memory.
-    """
-
-    def __init__(self) -> None:
-        self._ranges: list[tuple[int, int]] | None = None
-        try:
-            lines = Path("/proc/self/maps").read_text().splitlines()
-        except OSError:
-            return
-        fields = [line.split(maxsplit=5) for line in lines]  # range, permissions, offset, device, inode, path
-        ranges = [field[0].split("-") for field in fields if field[1].endswith("p") and field[4] != "0"]
-        self._ranges = [(int(start, 16), int(end, 16)) for start, end in ranges]
-
-    def covers(self, tensor: Tensor) -> bool:
-        """Whether a tensor's memory is a mapped file; True where that cannot be known."""
-        if self._ranges is None:
-            return True
-        return any(start <= tensor.data_ptr() < end for start, end in self._ranges)
-
-    def release(self, tensor: Tensor) -> None:
-        """Drop the pages of a mapped tensor that was copied; reading it again would fetch them anew."""
-        edited = tensor.is_inference() or tensor._version > 0  # an edit lives in the page, not in the file
-        if self._ranges is None or edited:
-            return
-        first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last and any(start <= first and last <= end for start, end in self._ranges):
-            length = ctypes.c_size_t(last - first)
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), length, mmap.MADV_DONTNEED)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import instantiate_from_config, load_config
-from ldm.data.images import WHITE, to_rgb, check_fit, fit, make_grid, open_image, to_pil, to_tensor
+from ldm.data.images import WHITE, check_fit, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
