@@ -37,10 +37,9 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
 }
 PREPOSITIONS = {"left": "on the", "right": "on the", "top": "at the", "bottom": "at the", "centre": "in the"}
-EXTRA_WORDS = tuple(
-    "thing object shape colour texture size picture photo painting drawing image style "
-    "a an the this that of on in at with and or "
-    "background not no like one same other center middle gray , .".split()
+EXTRA_WORDS = (
+    "a an the this that one other same and or not no of on in at with like , . thing object shape colour "
+    "texture size background center middle gray picture photo painting drawing image style"
 )
 
 
