@@ -83,12 +83,14 @@ class EmbeddingSaver(pl.Callback):
     def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
         self.dirpath = Path(dirpath)
         self.every_n_train_steps = every_n_train_steps
+        self._saved_step = 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        path = self.dirpath / f"embeddings_gs-{step}.safetensors"
-        if trainer.is_global_zero and step and step % self.every_n_train_steps == 0 and not path.exists():
-            module.save_embeddings(path)
+        due = step % self.every_n_train_steps == 0 and step != self._saved_step  # once, with accumulation too
+        if due and trainer.is_global_zero:
+            self._saved_step = step
+            module.save_embeddings(self.dirpath / f"embeddings_gs-{step}.safetensors")
 
 
 class ImageLogger(pl.Callback):

@@ -81,11 +81,13 @@ class Sampler:
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Evenly spaced timesteps; raises `ValueError` for a number of steps outside 1..T or an eta below 0."""
+        """Evenly spaced timesteps; raises `ValueError` for a number of steps outside 1..T or an eta outside 0..1."""
         if ddim_discretize != "uniform":
             raise ValueError(f"Timesteps are spaced 'uniform' here, not '{ddim_discretize}'.")
         if not ddim_eta >= 0:
             raise ValueError(f"ddim_eta must not be negative, but is {ddim_eta}.")
+        if ddim_eta > 1:  # a step would have to add more noise than is left after it
+            raise ValueError(f"ddim_eta must be at most 1 (as random as DDPM), not {ddim_eta}.")
         alphas_cumprod = self.model.alphas_cumprod.cpu().double().numpy()  # MPS has no float64
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps)
         alphas, alphas_prev, sigmas = ddim_parameters(alphas_cumprod, self.ddim_timesteps, ddim_eta)

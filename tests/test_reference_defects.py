@@ -1,0 +1,313 @@
+"""Defects of the reference, and contracts with its users, that no other test holds.
+
+Most of the reference's defects have their test beside the part that mends them; those here cross parts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import tiny
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+
+import main
+from ldm import cli
+from ldm.conditioning import Context
+from ldm.config import load_config
+from ldm.data.images import to_pil
+from ldm.generate import load_model_from_config
+from ldm.generate import main as generate
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.training import build_config, build_trainer, choose_devices, open_run
+from ldm.util import instantiate_from_config
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models/demo/model.safetensors"
+THEIRS = ROOT / "tests/golden/reference-v1-finetune.yaml"
+PICTURES = ROOT / "models/demo/references/dotted-star"
+SET_UP = ["--base", str(ROOT / "configs/demo/finetune.yaml"), "--actual_resume", str(MODEL)]
+SET_UP += ["--data_root", str(PICTURES), "--enable_progress_bar", "false"]
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # configurations name the tokenizer's folder relative to it
+
+
+def build(seed: int = 0, **params: object) -> LatentDiffusion:
+    """The small model with a concept to learn."""
+    config = load_config(ROOT / "configs/demo/finetune.yaml")
+    config.model.params.update({"ckpt_path": str(MODEL), **params})
+    torch.manual_seed(seed)
+    return instantiate_from_config(config.model)
+
+
+def calls_of_the_unet(model: LatentDiffusion) -> list[tuple[int, Tensor]]:
+    """Filled with the timestep of the first sample and the prompts (B, L, D) of each call."""
+    calls: list[tuple[int, Tensor]] = []
+
+    def record(_: object, arguments: tuple[Tensor, Tensor, Context]) -> None:
+        calls.append((int(arguments[1][0]), arguments[2].k))
+
+    model.model.diffusion_model.register_forward_pre_hook(record)
+    return calls
+
+
+# Generating
+
+
+def test_pictures_logged_without_guidance_read_the_prompt_of_their_stage() -> None:
+    """Without guidance the reference joins the prompts of all stages to one of 770 tokens, in logged samples too.
+
+    It also logs square pictures of one sample only.
+    """
+    model = build().eval()
+    calls = calls_of_the_unet(model)
+    batch = {"image": torch.rand(2, 64, 32, 3) * 2 - 1, "caption": ["*", "a * star"]}
+    pictures = model.log_images(batch, ddim_steps=10)
+    assert {key: tuple(value.shape) for key, value in pictures.items()} == dict.fromkeys(
+        ("inputs", "reconstruction", "samples", "samples_scaled"), (2, 3, 64, 32)
+    )
+    prompt = model.get_learned_conditioning(batch["caption"])
+    plain, scaled = calls[:10], calls[10:]
+    assert len(plain) == len(scaled) == 10
+    with torch.no_grad():
+        for (t, alone), (_, doubled) in zip(plain, scaled, strict=True):
+            assert alone.shape == (2, 32, 128)
+            torch.testing.assert_close(alone, prompt.at(t).k)
+            torch.testing.assert_close(doubled[2:], prompt.at(t).k)
+        assert not torch.allclose(prompt.at(901).k, prompt.at(1).k, atol=1e-2), "the stages differ"
+
+
+@pytest.mark.parametrize(("timesteps", "stages"), [(1000, 5), (1000, 20), (500, 10), (250, 1)])
+def test_every_stage_is_read_whatever_the_numbers_of_timesteps_and_stages(timesteps: int, stages: int) -> None:
+    """The reference divides by 1000 and takes ten for granted: five stages use half the list, twenty fail."""
+    model = build(timesteps=timesteps, prospect_stages=stages).eval()
+    colours = ["red", "blue", "green", "yellow"]
+    words = [f"{colours[s % 4]} {s % 4}" * (1 + s // 4) for s in range(stages)]  # all different
+    cond = model.get_learned_conditioning(["a * star"], words)
+    contexts = cond.stages()
+    calls = calls_of_the_unet(model)
+    DDIMSampler(model).sample(2 * stages, 1, (4, 4, 4), cond)
+    read = [[s for s in range(stages) if torch.equal(contexts[s], k)] for _, k in calls]
+    assert read == [[s] for s in reversed(range(stages)) for _ in range(2)]
+
+
+def test_an_edited_picture_keeps_the_size_and_the_proportions_asked_for(tmp_path: Path) -> None:
+    """The reference squashes any content to a square, and txt2img with a content picture ignores it."""
+    model = build().eval()
+    picture = Image.new("RGB", (192, 96), (200, 60, 60))
+    picture.paste((60, 60, 200), (96, 0, 192, 96))
+    picture.save(tmp_path / "wide.png")
+    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    arguments = {"ddim_steps": 4, "strength": 0.25, "scale": 1.0, "height": 32, "width": 64, "progress": False}
+    wide, mirrored = (
+        generate("a star", content_dir=tmp_path / name, model=model, **arguments)
+        for name in ("wide.png", "mirrored.png")
+    )
+    assert wide.size == mirrored.size == (64, 32)
+    for edited, left_is_red in ((wide, True), (mirrored, False)):
+        sides = [edited.crop(box).resize((1, 1)).getpixel((0, 0)) for box in ((0, 0, 32, 32), (32, 0, 64, 32))]
+        assert [red > blue for red, _, blue in sides] == [left_is_red, not left_is_red]
+    with torch.no_grad():
+        assert to_pil(model.decode_first_stage(torch.zeros(1, 4, 8, 16))[0]).size == wide.size
+
+
+def test_the_references_configuration_for_generating_needs_no_learned_word(
+    tiny_config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`v1-inference.yaml` has no initial word, other keys of a batch, and a scheduler: there every prompt fails."""
+    config = load_config(tiny_config)
+    params, ckpt = config.model.params, config.model.params.pop("ckpt_path")
+    del params.embedding_reg_weight, params.personalization_config.params.initializer_words
+    params.update({"first_stage_key": "jpg", "cond_stage_key": "txt", "cond_stage_trainable": False})
+    params.scheduler_config = {
+        "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+        "params": {"warm_up_steps": [10000], "cycle_lengths": [10000000000000], "f_start": [1.0e-6]},
+    }
+    with caplog.at_level(logging.INFO):
+        model = load_model_from_config(OmegaConf.create({"model": config.model}), ckpt, device="cpu")
+        star = model.get_learned_conditioning(["a *"], ["a dog"] * 10).at(500).k
+    assert [record.message for record in caplog.records if "'scheduler_config'" in record.message]
+    assert not any("Nothing is learned" in record.message for record in caplog.records), "no star is left"
+    assert torch.equal(star, model.get_learned_conditioning(["a a dog"]).at(500).k)
+    with caplog.at_level(logging.WARNING):
+        model.get_learned_conditioning(["a *"]).at(500)
+    assert "Nothing is learned or loaded for '*'" in caplog.text
+
+
+# Saving and loading
+
+
+def test_a_trained_models_whole_state_loads_into_a_fresh_one() -> None:
+    """In the reference the first forward pass replaces a parameter by one of another shape: nothing fits again."""
+    trained, fresh = build(seed=0).eval(), build(seed=1).eval()
+    trained.get_learned_conditioning(["*"]).at(5).k.sum().backward()
+    with torch.no_grad():
+        for parameter in trained.embedding_manager.embedding_parameters():
+            parameter.add_(0.1)
+        assert not torch.allclose(fresh.embedding_manager.embeddings(), trained.embedding_manager.embeddings())
+        fresh.load_state_dict(trained.state_dict(), strict=True)
+        assert torch.equal(fresh.embedding_manager.embeddings(), trained.embedding_manager.embeddings())
+
+
+class TouchesAFile:
+    """Pickled, it makes a file when an ordinary unpickler reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_resuming_runs_no_code_of_the_checkpoint(tmp_path: Path) -> None:
+    run, marker = tmp_path / "run", tmp_path / "marker"
+    assert main.main([*SET_UP, "-t", "-p", str(run), "--max_steps", "1"]) == 0
+    torch.save({"state_dict": TouchesAFile(marker)}, run / "checkpoints/last.ckpt")
+    resume = ["-r", str(run), "-t", "--max_steps", "2", "--enable_progress_bar", "false", "--debug"]
+    with pytest.raises(Exception, match="posix.system|nt.system"):
+        main.main(resume)
+    assert not marker.exists()
+    torch.load(run / "checkpoints/last.ckpt", weights_only=False)
+    assert marker.exists(), "the payload works where nothing protects"
+
+
+# The reference's configuration and flags
+
+
+def test_each_key_of_the_reference_that_lost_its_meaning_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(THEIRS)
+    config.model.params.cond_stage_config.params = {"tokenizer": str(tiny.TOKENIZER)}
+    for split in ("train", "validation"):
+        config.data.params[split].params.update({"data_root": str(PICTURES), "size": 16})
+    with caplog.at_level(logging.INFO), torch.device("meta"):
+        instantiate_from_config(config.model)
+    with caplog.at_level(logging.INFO):
+        instantiate_from_config(config.data)
+        for callback in config.lightning.callbacks.values():
+            instantiate_from_config(callback)
+    found = [re.match(r"(\w+): '(\w+)' is accepted and not used: \w+", line) for line in caplog.messages]
+    assert sorted(match.groups() for match in found if match) == [
+        ("AutoencoderKL", "lossconfig"),
+        ("AutoencoderKL", "monitor"),
+        ("DataModuleFromConfig", "wrap"),
+        ("EmbeddingManager", "num_vectors_per_token"),
+        ("EmbeddingManager", "per_image_tokens"),
+        ("EmbeddingManager", "progressive_words"),
+        ("LatentDiffusion", "conditioning_key"),
+        ("LatentDiffusion", "image_size"),
+        ("LatentDiffusion", "log_every_t"),
+        ("LatentDiffusion", "model_lr"),
+        ("LatentDiffusion", "monitor"),
+        ("LatentDiffusion", "num_timesteps_cond"),
+        ("LatentDiffusion", "unfreeze_model"),
+        ("LatentDiffusion", "use_ema"),
+        ("UNetModel", "image_size"),
+        ("UNetModel", "legacy"),
+        ("UNetModel", "use_spatial_transformer"),
+    ]
+
+
+def test_the_initial_word_is_set_where_the_file_has_a_plain_text(tmp_path: Path) -> None:
+    """`--init_word` with the reference's own YAML: `initializer_words: 'teddy'` is a text, and setting it fails."""
+    options = cli.parse(["--base", str(THEIRS), "--init_word", "blue dog", "--placeholder_tokens", "<x>"])
+    config = build_config(options, open_run(options))
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
+    embedder = FrozenCLIPEmbedder("small", text_config=sizes, tokenizer=str(tiny.TOKENIZER))
+    manager = instantiate_from_config(config.model.params.personalization_config, embedder=embedder, num_stages=2)
+    assert manager.initial_word == "blue dog" and manager.placeholder_strings == ["<x>"]
+    expected = embedder.token_table[[1746, 1929]].mean(dim=0, keepdim=True)
+    torch.testing.assert_close(manager.initial_embeddings, expected)
+
+
+def test_the_references_trainer_flags_reach_the_trainer(tmp_path: Path) -> None:
+    """There they are made by a function that newer versions of Lightning do not have."""
+    flags = "--max_steps 7 --accumulate_grad_batches 3 --precision bf16-mixed --accelerator cpu --devices 2"
+    flags += " --strategy ddp --num_nodes 1"
+    options = cli.parse([*SET_UP, "-p", str(tmp_path / "run"), *flags.split()])
+    run = open_run(options)
+    config = build_config(options, run)
+    given = {"max_steps": 7, "accumulate_grad_batches": 3, "precision": "bf16-mixed", "accelerator": "cpu"}
+    given |= {"devices": "2", "strategy": "ddp", "num_nodes": 1}
+    assert {name: config.lightning.trainer[name] for name in given} == given
+    trainer = build_trainer(config, options, run, pl.LightningModule())
+    assert (trainer.max_steps, trainer.accumulate_grad_batches, trainer.precision) == (7, 3, "bf16-mixed")
+    assert (trainer.num_devices, trainer.num_nodes) == (2, 1)
+    assert type(trainer.strategy).__name__ == "DDPStrategy"
+
+
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_without_a_usable_gpu_the_run_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The reference has 'cuda' written into it."""
+    without_gpu(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        assert main.main([*SET_UP, "-p", str(tmp_path / "run"), "--gpus", "0,"]) == 0
+    assert len([line for line in caplog.messages if "No usable GPU" in line and "CPU" in line]) == 1
+    assert not (tmp_path / "run").exists(), "without -t only the set-up is checked"
+
+
+def test_gpus_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_devices({"max_steps": 5}, "0,") == {"max_steps": 5, "accelerator": "gpu", "devices": [0]}
+    assert choose_devices({"gpus": "0,1"}, "0,1") == {"accelerator": "gpu", "devices": [0, 1]}
+    assert choose_devices({"accelerator": "cpu"}, "0,") == {"accelerator": "cpu"}
+    assert choose_devices({"max_steps": 5}, None) == {"max_steps": 5}
+    without_gpu(monkeypatch)
+    assert choose_devices({}, "0,1") == {"accelerator": "cpu", "devices": 1}
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_devices({}, "0,") == {"accelerator": "mps", "devices": 1}
+
+
+TIME = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d"
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        ("-n run", rf"logs/teddies{TIME}_run"),
+        ("-n run -f -b -l elsewhere", None),
+        ("-n run --postfix=-b -l elsewhere", rf"elsewhere/teddies{TIME}_run-b"),
+        ("--datadir_in_name false", rf"logs/{TIME}_v1-finetune"),
+        ("--datadir-in-name=no -n run", rf"logs/{TIME}_run"),
+        ("-p exactly/here -n run", "exactly/here"),
+    ],
+)
+def test_the_name_of_the_log_folder(flags: str, folder: str | None) -> None:
+    arguments = ["--base", "configs/stable-diffusion/v1-finetune.yaml", "--data_root", "some/teddies/", *flags.split()]
+    if folder is None:  # a value that looks like a flag
+        with pytest.raises(SystemExit):
+            cli.parse(arguments)
+        return
+    assert re.fullmatch(folder, open_run(cli.parse(arguments)).folder.as_posix())
+
+
+@pytest.mark.parametrize(("scale", "rate"), [("false", "3.00e-05"), ("true", "2.40e-04")])
+def test_the_learning_rate_is_scaled_unless_told_not_to(
+    scale: str, rate: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert main.main([*SET_UP, "-p", str(tmp_path / "run"), "--scale_lr", scale]) == 0
+    assert [line.split()[2] for line in caplog.messages if line.startswith("Learning rate")] == [rate]
+
+
+def test_debug_shows_the_trace() -> None:
+    assert main.main(["--base", "nowhere.yaml"]) == 2
+    with pytest.raises(ValueError, match="no configuration file 'nowhere.yaml'"):
+        main.main(["--base", "nowhere.yaml", "-d"])
