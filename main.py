@@ -43,6 +43,7 @@ def train(options: argparse.Namespace) -> int:
     data = instantiate_from_config(config.data, allowed)
     module = instantiate_from_config(config.model, allowed)
     module.seed = options.seed
+    training.check_sizes(module, data)
     trainer = training.build_trainer(config, options, run, module)
     training.set_learning_rate(config, module, data, trainer, options.scale_lr)
     if not options.train:

@@ -61,6 +61,13 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
+def natural(text: str) -> int:
+    """A whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 0 or more")
+    return int(text)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"main.py: error: {message}\n")
@@ -86,13 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     flag(run, "-b", "--base", nargs="*", default=[], metavar="YAML", help="configurations, merged left to right")
     flag(run, "-t", "--train", default=False, help="train (without it, only the set-up is checked)", **switch)
     flag(run, "-r", "--resume", metavar="DIR|CKPT", help="go on with the run in this log folder")
-    flag(run, "-s", "--seed", type=int, default=23, help="seed of everything random (23)")
+    flag(run, "-s", "--seed", type=natural, default=23, help="seed of everything random (23)")
     flag(run, "--no_test", default=False, help="accepted; no configuration here has a test set", **switch)
     flag(run, "-d", "--debug", default=False, help="show the whole trace of an error", **switch)
 
     data = parser.add_argument_group("model and pictures")
     flag(data, "--actual_resume", metavar="CKPT", help="base model: .ckpt, .safetensors or a diffusers folder")
-    flag(data, "--data_root", metavar="DIR", help="folder with the pictures to learn from")
+    flag(data, "--data_root", metavar="PATH", help="folder with the pictures to learn from, or one picture")
     flag(data, "--embedding_manager_ckpt", metavar="FILE", help="start from these learned embeddings")
     flag(data, "--placeholder_tokens", nargs="+", metavar="TOKEN", help="the token that is learned ('*')")
     flag(data, "--init_word", metavar="WORD", help="word(s) whose embedding the learning starts from")
@@ -140,8 +147,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def translate_gpus(gpus: str | None) -> list[int] | None:
-    """`0,` -> [0], `0,1` -> [0, 1], a bare count `2` -> [0, 1]; None and '' -> None.
+def translate_gpus(gpus: str | None) -> list[int] | int | None:
+    """`0,` -> [0], `0,1` -> [0, 1]; a bare number counts: `2` -> [0, 1], `0` -> [], `-1` -> -1 (all); '' -> None.
 
     Raises:
         ValueError: not a list of device numbers.
@@ -153,7 +160,9 @@ def translate_gpus(gpus: str | None) -> list[int] | None:
         numbers = [int(part) for part in parts]
     except ValueError:
         raise ValueError(f"--gpus takes device numbers such as '0,' or '0,1', not '{gpus}'.") from None
-    return list(range(numbers[0])) if "," not in gpus else numbers
+    if "," in gpus:
+        return numbers
+    return -1 if numbers[0] == -1 else list(range(numbers[0]))
 
 
 def complain(message: str) -> int:

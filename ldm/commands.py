@@ -164,6 +164,8 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     if not Path(options.source).is_file():
         raise ValueError(f"There is no file '{options.source}'; check the path given with --from.")
     recorded = read_parameters(options.source)
+    if not isinstance(recorded, dict):
+        raise ValueError(f"'{options.source}' has no readable ProSpect parameters.")
     if "ckpt" not in recorded and options.ckpt is None:
         used, name = Path(MODEL_DEFAULTS["ckpt"]).name, recorded.get("base_model")
         if name != used:

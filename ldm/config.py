@@ -26,6 +26,7 @@ ALLOWED_TARGETS = (
     "pytorch_lightning.loggers",
     "taming.modules.vqvae",
 )
+CONFIG_KEYS = ("target", "params", "base_learning_rate")  # of a section that names a class
 TOP_LEVEL_KEYS = ("model", "data", "lightning", "allow_targets")
 
 
@@ -53,18 +54,18 @@ def load_config(*paths: str | Path, overrides: Sequence[str] = ()) -> DictConfig
         configs.append(config)
     try:
         merged = OmegaConf.merge(*configs, OmegaConf.from_dotlist(list(overrides)))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"The configuration cannot be merged: {str(error).splitlines()[0]}.") from error
     for key in merged:
         if key not in TOP_LEVEL_KEYS:
-            raise ConfigError(f"Unknown section '{key}' in the configuration{nearest(str(key), TOP_LEVEL_KEYS)}.")
+            raise ConfigError(f"Unknown section '{key}' in the configuration{nearest(str(key), TOP_LEVEL_KEYS)}")
     return merged
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for the closest known name, or a list of what is known."""
+    """The end of a sentence: `; did you mean 'x'?` for the closest known name, or what is known."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}."
 
 
 def get_class(target: str, allowed: Sequence[str] = ()) -> type:
@@ -105,6 +106,11 @@ def instantiate_from_config(config: Mapping[str, Any], allowed: Sequence[str] = 
     """
     if "target" not in config:
         raise ConfigError(f"A `target:` is missing beside the keys {', '.join(map(str, config)) or '(none)'}.")
+    for key in config:
+        if key not in CONFIG_KEYS:
+            raise ConfigError(
+                f"Unknown key '{key}' beside `target: {config['target']}`{nearest(str(key), CONFIG_KEYS)}"
+            )
     cls = get_class(config["target"], allowed)
     params = config.get("params") or {}
     params = OmegaConf.to_container(params, resolve=True) if OmegaConf.is_config(params) else dict(params)
@@ -114,7 +120,10 @@ def instantiate_from_config(config: Mapping[str, Any], allowed: Sequence[str] = 
             logger.info("%s: '%s' is accepted and not used: %s", cls.__name__, key, reason)
             del params[key]
     check_parameters(cls, params)
-    return cls(**params)
+    try:
+        return cls(**params)
+    except TypeError as error:  # most often a text where a number belongs
+        raise ConfigError(f"{cls.__name__} cannot be built from its parameters: {error}.") from error
 
 
 def check_parameters(cls: type, params: Mapping[str, Any]) -> None:
@@ -123,7 +132,7 @@ def check_parameters(cls: type, params: Mapping[str, Any]) -> None:
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in params:
             if key not in parameters:
-                raise ConfigError(f"{cls.__name__} has no parameter '{key}'{nearest(key, list(parameters))}.")
+                raise ConfigError(f"{cls.__name__} has no parameter '{key}'{nearest(key, list(parameters))}")
     for name, p in parameters.items():
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in params:
             raise ConfigError(f"{cls.__name__} needs the parameter '{name}', which the configuration does not give.")

@@ -123,6 +123,7 @@ def main(
     """
     if model is None:
         raise ValueError("main() needs model=…; make one with load_model_from_config(config, checkpoint).")
+    model.eval()  # a model that was just trained would sample with dropout
     settings = {
         "ddim_steps": ddim_steps,
         "strength": strength,
@@ -230,7 +231,7 @@ def check_arguments(
         raise ValueError(f"ddim_steps must be in 1..{model.num_timesteps}, not {ddim_steps}.")
     if not 0 <= scale < math.inf:
         raise ValueError(f"scale must be 0 or more and finite, not {scale}; 1 means no guidance.")
-    unit = size_unit(model)
+    unit = model.size_unit
     for name, size in (("height", height), ("width", width)):
         if size < unit or size % unit:
             nearest = max(unit, round(size / unit) * unit)
@@ -250,11 +251,6 @@ def content_source(content: str | Path | Image.Image | None) -> str | None:
     if isinstance(content, Image.Image):
         return str(getattr(content, "filename", ""))
     return None if content is None else str(content)
-
-
-def size_unit(model: LatentDiffusion) -> int:
-    """What height and width, in pixels, must be multiples of: 64 for Stable Diffusion v1."""
-    return model.first_stage_model.downsampling * model.model.diffusion_model.downsampling
 
 
 def concept_sources(model: LatentDiffusion) -> dict[str, str]:

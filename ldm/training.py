@@ -17,12 +17,15 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from ldm.callbacks import EmbeddingSaver, SaveLast
+from ldm.checkpoint import read_state_dict
 from ldm.cli import translate_gpus
 from ldm.config import ConfigError, check_parameters, instantiate_from_config, load_config, nearest
+from ldm.data.datamodule import DataModuleFromConfig
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SAVE_EVERY = 500
+CHECKPOINT_KEYS = ("every_n_train_steps", "monitor", "save_top_k", "save_last", "dirpath", "filename", "verbose")
 LIGHTNING_KEYS = ("trainer", "callbacks", "modelcheckpoint")
 DEFAULT_CONFIG = {
     "lightning": {
@@ -59,8 +62,9 @@ def open_run(options: argparse.Namespace) -> Run:
         path = Path(options.resume)
         folder = path if path.is_dir() else path.parent.parent
         checkpoint = folder / "checkpoints" / "last.ckpt" if path.is_dir() else path
-        if not checkpoint.is_file():
+        if not checkpoint.is_file() or checkpoint.suffix != ".ckpt":
             raise ValueError(f"Nothing to resume: there is no file '{checkpoint}'; -r takes a log folder of main.py.")
+        read_state_dict(checkpoint)  # refuses a damaged or foreign file with a sentence
         return Run(folder, now, checkpoint)
     if options.project:
         return Run(Path(options.project), now)
@@ -82,10 +86,12 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     for section in ("model", "data", "model.base_learning_rate", "data.params"):
         if OmegaConf.select(config, section) is None:
             raise ConfigError(f"The configuration does not say '{section}:'; see configs/ for complete ones.")
-    for key in config.lightning:
+    for key in config.lightning or ():
         if key not in LIGHTNING_KEYS:
-            raise ConfigError(f"Unknown key 'lightning.{key}'{nearest(key, LIGHTNING_KEYS)}.")
+            raise ConfigError(f"Unknown key 'lightning.{key}'{nearest(key, LIGHTNING_KEYS)}")
     params = config.model.get("params") or {}
+    if OmegaConf.select(config, "data.params.train") is None:
+        raise ConfigError("The configuration does not say 'data.params.train:', the pictures to learn from.")
     if options.data_root:
         for split in ("train", "validation"):
             if config.data.params.get(split):
@@ -99,16 +105,21 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     flags = {
         "--embedding_manager_ckpt": (options.embedding_manager_ckpt, "model.params.embedding_manager_ckpt"),
         "--placeholder_tokens": (options.placeholder_tokens, f"{manager}.placeholder_strings"),
-        "--init_word": (options.init_word and [options.init_word], f"{manager}.initializer_words"),
+        "--init_word": (None if options.init_word is None else [options.init_word], f"{manager}.initializer_words"),
     }
     for flag, (value, key) in flags.items():
-        if not value:
+        if value is None:
             continue
         if "personalization_config" not in params:
             raise ConfigError(f"{flag} needs a configuration that learns embeddings (personalization_config).")
         OmegaConf.update(config, key, value)
     for name, value in options.trainer.items():
         OmegaConf.update(config, f"lightning.trainer.{name}", value)
+    pictures = config.data.params.train
+    if str(pictures.get("target")).endswith("PersonalizedBase") and not OmegaConf.select(pictures, "params.data_root"):
+        raise ConfigError("Say which pictures to learn from: --data_root, a folder with pictures or one picture.")
+    if "personalization_config" in params and not OmegaConf.select(config, "model.params.ckpt_path"):
+        logger.warning("No base model is given (--actual_resume): embeddings are learned against random weights.")
     return config
 
 
@@ -121,6 +132,8 @@ def choose_devices(trainer: Mapping[str, Any], gpus: str | None) -> dict[str, An
     numbers = translate_gpus(str(gpus) if gpus is not None else None)
     if numbers is None or "accelerator" in chosen:
         return chosen
+    if numbers == []:
+        return {**chosen, "accelerator": "cpu", "devices": 1}
     if torch.cuda.is_available():
         return {**chosen, "accelerator": "gpu", "devices": numbers}
     if torch.backends.mps.is_available():
@@ -137,11 +150,10 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
     devices = str(trainer.get("devices", ""))
     if devices.isdigit():
         trainer["devices"] = int(devices)
-    save_every = (lightning.get("modelcheckpoint") or {}).get("params", {}).get("every_n_train_steps")
-    save_every = save_every or DEFAULT_SAVE_EVERY
+    save_every = saving_interval(lightning.get("modelcheckpoint") or {})
     callbacks: list[pl.Callback] = [SaveLast(run.checkpoints, save_every)]
     if trainer.get("enable_progress_bar", True):
-        callbacks.append(TQDMProgressBar())
+        callbacks.append(ProgressBar())
     if getattr(module, "embedding_manager", None) is not None:
         callbacks.append(EmbeddingSaver(run.checkpoints, save_every))
     allowed = config.get("allow_targets", ())
@@ -150,6 +162,8 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
             raise ConfigError(f"lightning.callbacks.{name} needs a `target:`.")
         callbacks.append(instantiate_from_config(callback, allowed))
     check_parameters(pl.Trainer, trainer)
+    if trainer.get("accumulate_grad_batches", 1) < 1:
+        raise ConfigError("accumulate_grad_batches must be at least 1.")
     tensorboard = TensorBoardLogger(run.folder, name="", version="", sub_dir="tensorboard")
     csv = CSVLogger(run.folder, name="csv", version=run.started)  # the logger empties a folder it finds
     return pl.Trainer(
@@ -161,11 +175,57 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
     )
 
 
+def saving_interval(modelcheckpoint: Mapping[str, Any]) -> int:
+    """How many steps lie between two savings, from the YAML's `lightning.modelcheckpoint`.
+
+    Only `params.every_n_train_steps` means something here: what is saved, and where, is always the same.
+    """
+    params = modelcheckpoint.get("params") or {}
+    for key in modelcheckpoint:
+        if key not in ("target", "params"):
+            raise ConfigError(f"Unknown key 'lightning.modelcheckpoint.{key}'{nearest(key, ('target', 'params'))}")
+    for key in params:
+        if key not in CHECKPOINT_KEYS:
+            where = f"lightning.modelcheckpoint.params.{key}"
+            raise ConfigError(f"Unknown key '{where}'{nearest(key, CHECKPOINT_KEYS)}")
+        if key != CHECKPOINT_KEYS[0]:
+            logger.info("modelcheckpoint: '%s' is accepted and not used: last.ckpt is always kept", key)
+    interval = params.get(CHECKPOINT_KEYS[0], DEFAULT_SAVE_EVERY)
+    if not isinstance(interval, int) or interval < 1:
+        raise ConfigError(f"{CHECKPOINT_KEYS[0]} must be a number of steps, at least 1, not '{interval}'.")
+    return interval
+
+
+def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:
+    """Raise `ValueError` unless the data sets' pictures have a size that the model takes."""
+    if not hasattr(module, "size_unit"):
+        return
+    for split, dataset in data.datasets.items():
+        size = getattr(dataset, "size", getattr(dataset, "resolution", None))
+        if size is None:
+            raise ValueError(f"data.params.{split}.params.size is needed: pictures are learned at one size.")
+        if size % module.size_unit:
+            unit, nearest_size = module.size_unit, max(1, round(size / module.size_unit)) * module.size_unit
+            raise ValueError(
+                f"The {split} pictures' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
+            )
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's, without the loggers' version number."""
+
+    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
+        return {key: value for key, value in super().get_metrics(*arguments).items() if key != "v_num"}
+
+
 def set_learning_rate(
     config: DictConfig, module: pl.LightningModule, data: Any, trainer: pl.Trainer, scale: bool
 ) -> None:
     """Give the module its learning rate and log how it came about, in one line."""
-    base = float(config.model.base_learning_rate)
+    try:
+        base = float(config.model.base_learning_rate)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"base_learning_rate must be a number, not '{config.model.base_learning_rate}'.") from error
     if not scale:
         module.learning_rate = base
         logger.info("Learning rate %.2e (--scale_lr false)", base)

@@ -176,6 +176,24 @@ def wait_for(condition, seconds: float = 60) -> None:
         ([*LEARN, "--data_root", "nowhere"], "nowhere"),
         ([*LEARN, "--gpus", "zero"], "--gpus takes device numbers"),
         ([*LEARN, "--max_steps", "many"], "invalid int value"),
+        ([*LEARN, "model.base_learning_rat=1"], "did you mean 'base_learning_rate'?"),
+        ([*LEARN, "model.prospect_stages=4"], "Unknown key 'prospect_stages' beside"),
+        ([*LEARN, "model.base_learning_rate=fast"], "base_learning_rate must be a number"),
+        ([*LEARN, "model.params.channels=8"], "the U-Net takes 4"),
+        ([*LEARN, "model.params.channels=[1"], "The configuration cannot be merged"),
+        ([*LEARN, "model.params.prospect_stages=ten"], "cannot be built from its parameters"),
+        ([*LEARN, "data.batch_size=4"], "Unknown key 'batch_size' beside"),
+        ([*LEARN, "data.params.train=null"], "does not say 'data.params.train:'"),
+        ([*LEARN, "data.params.train.params.size=60"], "must be a multiple of 16; nearest: 64"),
+        ([*LEARN, "data.params.train.params.size=null"], "size is needed"),
+        ([*LEARN, "lightning.modelcheckpoint.params.every_n_train_step=2"], "did you mean 'every_n_train_steps'?"),
+        ([*LEARN, "lightning.modelcheckpoint.params.every_n_train_steps=0"], "at least 1"),
+        ([*LEARN, "lightning.callbacks.image_logger.params.batch_frequency=0"], "at least 1"),
+        ([*LEARN, "--accumulate_grad_batches", "0"], "at least 1"),
+        ([*LEARN, "--placeholder_tokens", ""], "A placeholder must be a visible text"),
+        ([*LEARN, "--init_word", ""], "has no token"),
+        ([*LEARN, "-s", "-1"], "is not a whole number"),
+        (LEARN[:5], "--data_root"),
         (["-r", "nowhere"], "Nothing to resume"),
         (["-r", "x", "-n", "y", "--base", "z"], "exclude each other"),
     ],
@@ -218,8 +236,10 @@ def test_flags_take_both_spellings() -> None:
     assert cli.parse(["--base", "a.yaml", "x.y=1"]).overrides == ["x.y=1"]
 
 
-@pytest.mark.parametrize(("gpus", "numbers"), [("0,", [0]), ("0,1", [0, 1]), ("2", [0, 1]), (None, None), ("1,", [1])])
-def test_gpus(gpus: str | None, numbers: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "numbers"), [("0,", [0]), ("0,1", [0, 1]), ("2", [0, 1]), (None, None), ("1,", [1]), ("0", []), ("-1", -1)]
+)
+def test_gpus(gpus: str | None, numbers: list[int] | int | None) -> None:
     assert cli.translate_gpus(gpus) == numbers
 
 
@@ -250,3 +270,16 @@ def test_learning_goes_on_from_a_file(tmp_path: Path) -> None:
     still, moved = (load_concept(run / "embeddings.safetensors").vectors for run in (still, moved))
     assert torch.allclose(still, start, atol=1e-5)
     assert not torch.allclose(moved, start, atol=1e-3)
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = learn(tmp_path / "run", "--max_steps", "2") / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:5000])
+    assert main.main(["-r", str(tmp_path / "run"), "-t"]) == 2
+    assert str(last) in capsys.readouterr().err
+
+
+def test_learning_without_a_base_model_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = [text for text in LEARN if text not in ("--actual_resume", str(MODEL))]
+    assert main.main([*arguments, "-p", str(tmp_path / "run"), NO_PICTURES, "--max_steps", "1"]) == 0
+    assert any("against random weights" in record.message for record in caplog.records)

@@ -83,6 +83,8 @@ class EmbeddingManager(nn.Module):
         self.placeholder_strings = (
             [placeholder_strings] if isinstance(placeholder_strings, str) else list(placeholder_strings)
         )
+        if not self.placeholder_strings or not all(p.strip() for p in self.placeholder_strings):
+            raise ValueError(f"A placeholder must be a visible text such as '*', not {self.placeholder_strings}.")
         words = [initializer_words] if isinstance(initializer_words, str) else list(initializer_words or [])
         self.initial_word = " ".join(words)
         self.num_stages = num_stages

@@ -128,6 +128,10 @@ class LatentDiffusion(Fitting):
             self.model = DiffusionWrapper(instantiate_from_config(unet_config))
             self.first_stage_model = instantiate_from_config(first_stage_config)
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
+        if self.model.diffusion_model.in_channels != channels:
+            raise ValueError(
+                f"channels is {channels}, but the U-Net takes {self.model.diffusion_model.in_channels} (in_channels)."
+            )
         if ckpt_path:
             self.init_from_ckpt(ckpt_path, DTYPES[frozen_dtype])
         if first_stage_ckpt:
@@ -158,6 +162,11 @@ class LatentDiffusion(Fitting):
                 self.embedding_manager.start_from(embedding_manager_ckpt)
             elif embedding_manager_ckpt:
                 self.embedding_manager.load(embedding_manager_ckpt)
+
+    @property
+    def size_unit(self) -> int:
+        """What the height and width of pictures, in pixels, must be multiples of: 64 for Stable Diffusion v1."""
+        return self.first_stage_model.downsampling * self.model.diffusion_model.downsampling
 
     @staticmethod
     def _freeze(module: nn.Module) -> None:

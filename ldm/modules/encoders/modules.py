@@ -43,7 +43,7 @@ class FrozenCLIPEmbedder(nn.Module):
     ) -> None:
         super().__init__()
         if text_config is None and version not in KNOWN_VERSIONS:
-            raise ValueError(f"Unknown text encoder '{version}'{nearest(version, list(KNOWN_VERSIONS))}.")
+            raise ValueError(f"Unknown text encoder '{version}'{nearest(version, list(KNOWN_VERSIONS))}")
         config = KNOWN_VERSIONS[version] if text_config is None else CLIPTextConfig(**text_config)
         if max_length > config.max_position_embeddings:
             raise ValueError(f"max_length {max_length} exceeds the {config.max_position_embeddings} positions.")
