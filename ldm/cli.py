@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import re
 import sys
 import warnings
 from collections.abc import Sequence
+
+from ldm.flags import Parser, add_flag
 
 EPILOG = """\
 examples:
@@ -68,13 +69,8 @@ def natural(text: str) -> int:
     return int(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"main.py: error: {message}\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="main.py",
         description="Learn stage embeddings from pictures, or train the parts of a latent diffusion model.",
         epilog=EPILOG,
@@ -82,42 +78,37 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
 
-    def flag(group: argparse._ArgumentGroup, *names: str, **options: object) -> None:
-        long = names[-1]
-        spellings = [long, "--" + long[2:].replace("_", "-")]  # both --data_root and --data-root
-        group.add_argument(*names[:-1], *dict.fromkeys(spellings), **options)
-
     switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
 
     run = parser.add_argument_group("what to run")
-    flag(run, "-b", "--base", nargs="*", default=[], metavar="YAML", help="configurations, merged left to right")
-    flag(run, "-t", "--train", default=False, help="train (without it, only the set-up is checked)", **switch)
-    flag(run, "-r", "--resume", metavar="DIR|CKPT", help="go on with the run in this log folder")
-    flag(run, "-s", "--seed", type=natural, default=23, help="seed of everything random (23)")
-    flag(run, "--no_test", default=False, help="accepted; no configuration here has a test set", **switch)
-    flag(run, "-d", "--debug", default=False, help="show the whole trace of an error", **switch)
+    add_flag(run, "-b", "--base", nargs="*", default=[], metavar="YAML", help="configurations, merged left to right")
+    add_flag(run, "-t", "--train", default=False, help="train (without it, only the set-up is checked)", **switch)
+    add_flag(run, "-r", "--resume", metavar="DIR|CKPT", help="go on with the run in this log folder")
+    add_flag(run, "-s", "--seed", type=natural, default=23, help="seed of everything random (23)")
+    add_flag(run, "--no_test", default=False, help="accepted; no configuration here has a test set", **switch)
+    add_flag(run, "-d", "--debug", default=False, help="show the whole trace of an error", **switch)
 
     data = parser.add_argument_group("model and pictures")
-    flag(data, "--actual_resume", metavar="CKPT", help="base model: .ckpt, .safetensors or a diffusers folder")
-    flag(data, "--data_root", metavar="PATH", help="folder with the pictures to learn from, or one picture")
-    flag(data, "--embedding_manager_ckpt", metavar="FILE", help="start from these learned embeddings")
-    flag(data, "--placeholder_tokens", nargs="+", metavar="TOKEN", help="the token that is learned ('*')")
-    flag(data, "--init_word", metavar="WORD", help="word(s) whose embedding the learning starts from")
+    add_flag(data, "--actual_resume", metavar="CKPT", help="base model: .ckpt, .safetensors or a diffusers folder")
+    add_flag(data, "--data_root", metavar="PATH", help="folder with the pictures to learn from, or one picture")
+    add_flag(data, "--embedding_manager_ckpt", metavar="FILE", help="start from these learned embeddings")
+    add_flag(data, "--placeholder_tokens", nargs="+", metavar="TOKEN", help="the token that is learned ('*')")
+    add_flag(data, "--init_word", metavar="WORD", help="word(s) whose embedding the learning starts from")
 
     logs = parser.add_argument_group("log folder: <logdir>/<data folder><time>_<name><postfix>")
-    flag(logs, "-n", "--name", help="name of the run")
-    flag(logs, "-f", "--postfix", default="", help="appended to the name")
-    flag(logs, "-l", "--logdir", default="logs", help="where log folders are made (logs)")
-    flag(logs, "-p", "--project", metavar="DIR", help="log into exactly this folder")
-    flag(logs, "--datadir_in_name", default=True, help="begin the name with the data folder's (true)", **switch)
+    add_flag(logs, "-n", "--name", help="name of the run")
+    add_flag(logs, "-f", "--postfix", default="", help="appended to the name")
+    add_flag(logs, "-l", "--logdir", default="logs", help="where log folders are made (logs)")
+    add_flag(logs, "-p", "--project", metavar="DIR", help="log into exactly this folder")
+    add_flag(logs, "--datadir_in_name", default=True, help="begin the name with the data folder's (true)", **switch)
 
     trainer = parser.add_argument_group("trainer (handed to pytorch_lightning.Trainer)")
-    flag(trainer, "--gpus", metavar="0,1,", help="CUDA devices by number; translated to accelerator and devices")
+    add_flag(trainer, "--gpus", metavar="0,1,", help="CUDA devices by number; translated to accelerator and devices")
     help_lr = "multiply the learning rate by batch size, devices and accumulation (true)"
-    flag(trainer, "--scale_lr", default=True, help=help_lr, **switch)
+    add_flag(trainer, "--scale_lr", default=True, help=help_lr, **switch)
     for name, kind in TRAINER_FLAGS.items():
         options = dict(switch, default=None) if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
-        flag(trainer, f"--{name}", **options)
+        add_flag(trainer, f"--{name}", **options)
     return parser
 
 
@@ -131,14 +122,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # `--base a.yaml key=value`: the list of files would swallow the override
     options.overrides = [text for text in options.base if OVERRIDE.match(text)]
     options.base = [text for text in options.base if not OVERRIDE.match(text)]
-    known = [name for action in parser._actions for name in action.option_strings]
     for text in rest:
-        if OVERRIDE.match(text):
-            options.overrides.append(text)
-            continue
-        close = difflib.get_close_matches(text.split("=")[0], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see --help; values of the configuration are key=value"
-        parser.error(f"unknown argument '{text}'; {hint}")
+        if not OVERRIDE.match(text):
+            parser.refuse(text, otherwise="see --help; values of the configuration are key=value")
+        options.overrides.append(text)
     options.trainer = {name: getattr(options, name) for name in TRAINER_FLAGS if getattr(options, name) is not None}
     if options.name and options.resume:
         parser.error("-n/--name and -r/--resume exclude each other; a resumed run keeps its folder")

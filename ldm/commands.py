@@ -8,7 +8,6 @@ An argument comes from the last of these that gives it: the model's configuratio
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import json
 import logging
@@ -19,100 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ldm.sampling_flags import MODEL_DEFAULTS, build_parser
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from PIL import Image
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
-# What makes the model, recorded in a picture beside the arguments of `main`.
-MODEL_DEFAULTS = {"config": "configs/demo/finetune.yaml", "ckpt": "models/demo/model.safetensors", "dtype": "float32"}
 NOT_SETTABLE = ("model", "callback")  # arguments of `main` that are objects
-
-
-class _Parser(argparse.ArgumentParser):
-    """Ends with exit code 2 and one sentence on standard error."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def device(text: str) -> str:
-    """A device's name: cpu, mps, cuda or cuda:N."""
-    if re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", text) is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is none of cpu, mps, cuda and cuda:0, cuda:1, …")
-    return text
-
-
-def word(text: str) -> str | int:
-    """An entry of `prospect_words`: a number is the learned token of that stage, anything else a text."""
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def build_parser(description: str, editing: bool) -> argparse.ArgumentParser:
-    """The flags; those that go to `main` have its argument's name as `dest`, and None where they are not given."""
-    summary, _, examples = description.partition("\n")
-    parser = _Parser(
-        description=summary,
-        epilog="examples:\n" + examples.strip("\n"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def flag(group: argparse._ArgumentGroup, name: str, **options: Any) -> None:
-        group.add_argument(*dict.fromkeys((name, name.replace("_", "-"))), **options)
-
-    what = parser.add_argument_group("what to show")
-    if editing:
-        flag(what, "--content", dest="content_dir", metavar="FILE", help="the picture to edit")
-        flag(
-            what, "--strength", type=float, metavar="X", help="how much of it is given up, 0 (nothing) to 1 (all) (0.5)"
-        )
-        flag(what, "--resize", metavar="HOW", help="how it is brought to width x height: crop, pad or squash (crop)")
-    flag(what, "--prompt", metavar="TEXT", help="in it, * stands for the concept or for the entries of --words")
-    words = what.add_mutually_exclusive_group()
-    help_words = "YAML: a list of one entry for each stage, the END of generation first; or {argument: value, …}"
-    flag(words, "--words", metavar="FILE", help=help_words)
-    help_word = "one entry of that list, given once for each stage; a number is the learned token of that stage"
-    flag(words, "--word", dest="prospect_words", action="append", type=word, metavar="TEXT", help=help_word)
-    help_preset = "what the concept gives, the prompt the rest: content, layout, material or style"
-    flag(words, "--preset", metavar="ATTRIBUTE", help=help_preset)
-    help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
-    flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
-    flag(what, "--from", dest="source", metavar="PNG", help="repeat this picture; other flags change it")
-
-    how = parser.add_argument_group("how")
-    flag(how, "--steps", dest="ddim_steps", type=int, metavar="N", help="denoising steps (50)")
-    flag(how, "--scale", type=float, metavar="X", help="guidance scale, 1 for none (the configuration's, or 10)")
-    flag(how, "--seed", type=int, metavar="N", help="of the first picture; the next ones count on (42)")
-    flag(how, "--eta", dest="ddim_eta", type=float, metavar="X", help="0 is deterministic, 1 as random as DDPM (0)")
-    flag(how, "--sampler", metavar="NAME", help="ddim or plms (ddim)")
-    flag(how, "--n_samples", type=int, metavar="N", help="pictures in a batch (1)")
-    flag(how, "--n_iter", type=int, metavar="N", help="batches (1)")
-    flag(how, "--height", type=int, metavar="PIXELS", help="(the size that the model was trained at)")
-    flag(how, "--width", type=int, metavar="PIXELS", help="(the same)")
-    help_legacy = "read --words as the reference does: only the first piece of each word"
-    flag(how, "--legacy_word_tokens", action="store_const", const=True, help=help_legacy)
-
-    model = parser.add_argument_group("model and files")
-    flag(model, "--config", metavar="YAML", help=f"({MODEL_DEFAULTS['config']})")
-    help_ckpt = f".ckpt, .safetensors or diffusers folder ({MODEL_DEFAULTS['ckpt']})"
-    flag(model, "--ckpt", metavar="FILE", help=help_ckpt)
-    flag(model, "--dtype", metavar="TYPE", help="of the weights: float32, float16 or bfloat16 (float32)")
-    flag(model, "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
-    flag(model, "--outdir", type=Path, default=Path("outputs"), metavar="DIR", help="for the pictures (outputs)")
-    flag(model, "--debug", action="store_true", help="show the whole trace of an error")
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; an unknown one ends the program with the nearest known flag."""
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [name for action in parser._actions for name in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        parser.error(f"unknown argument '{unknown[0]}'; {f'did you mean {close[0]}?' if close else 'see --help'}")
-    return options
 
 
 def run(description: str, editing: bool = False, argv: Sequence[str] | None = None) -> list[Path]:
@@ -126,7 +40,7 @@ def run(description: str, editing: bool = False, argv: Sequence[str] | None = No
         The files written: the picture, or the grid followed by its single pictures.
     """
     parser = build_parser(description, editing)
-    options = parse(parser, argv)
+    options = parser.parse_strictly(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         return _generate(options, editing)

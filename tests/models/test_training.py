@@ -15,7 +15,8 @@ from ldm.data.datamodule import RunningSampler
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.world import RenderedWorld
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusion.ddpm import LatentDiffusion, LossBalance
+from ldm.models.diffusion.balance import LossBalance
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.latents import LatentCache
 from ldm.util import instantiate_from_config
 

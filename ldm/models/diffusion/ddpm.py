@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import load_weights, read_state_dict
 from ldm.conditioning import Conditioning, Context, PromptConditioning, as_conditioning
 from ldm.models.autoencoder import DiagonalGaussianDistribution
+from ldm.models.diffusion.balance import LossBalance
 from ldm.models.diffusion.fitting import Fitting
 from ldm.prompts import PromptReader, Words
 from ldm.schedule import make_betas, schedule_buffers, vlb_weights
@@ -288,26 +289,6 @@ class LatentDiffusion(Fitting):
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
         """Averaged weights, as LDM code asks for them; a frozen model has only the ones it has."""
         yield
-
-
-class LossBalance(nn.Module):
-    """Divides losses by their running mean at the same noise level, so that every level counts alike.
-
-    Without it the large errors at low noise drown what is decided at high noise: position and shape.
-    """
-
-    def __init__(self, bins: int = 20, decay: float = 0.98) -> None:
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("mean", torch.zeros(bins))
-
-    def forward(self, losses: Tensor, time: Tensor) -> Tensor:
-        """losses (B,) at times (B,) in [0, 1) -> balanced losses (B,)."""
-        place = (time * len(self.mean)).long()
-        for bin_, loss in zip(place.tolist(), losses.detach(), strict=True):
-            old = self.mean[bin_]
-            self.mean[bin_] = torch.where(old > 0, self.decay * old + (1 - self.decay) * loss, loss)
-        return losses / self.mean[place].clamp(min=1e-8)
 
 
 def at(values: Tensor, t: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""What the command lines share: mistakes end with one sentence, and flags have two spellings."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with exit code 2 and one sentence on standard error; an unknown flag names the nearest known one."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def refuse(self, text: str, otherwise: str = "see --help") -> NoReturn:
+        """End because of the unknown argument `text`."""
+        known = [name for action in self._actions for name in action.option_strings]
+        close = difflib.get_close_matches(text.split("=")[0], known, n=1)
+        self.error(f"unknown argument '{text}'; {f'did you mean {close[0]}?' if close else otherwise}")
+
+    def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """The options, and none that is unknown."""
+        options, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.refuse(unknown[0])
+        return options
+
+
+def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
+    """Add a flag whose long name, the last one, is taken with underscores and with hyphens."""
+    long = names[-1]
+    group.add_argument(*names[:-1], *dict.fromkeys((long, "--" + long[2:].replace("_", "-"))), **options)
