@@ -30,7 +30,7 @@ class LatentCache:
     The posterior is still sampled in every step: the same distribution as encoding anew.
     """
 
-    BATCH = 32
+    PIXELS = 2**19  # encoded at a time: two pictures of 512², 128 of 64²
 
     @torch.no_grad()
     def __init__(self, model: LatentDiffusion, dataset: PictureSet) -> None:
@@ -38,8 +38,9 @@ class LatentCache:
         self._flips = dataset.flips
         self._is_gaussian = True
         parts = []
-        for start in tqdm(range(0, len(keys), self.BATCH), desc="encoding pictures", disable=len(keys) < self.BATCH):
-            batch = torch.stack([dataset.picture(i, flipped) for i, flipped in keys[start : start + self.BATCH]])
+        size = max(1, self.PIXELS // dataset.picture(0)[0].numel())
+        for start in tqdm(range(0, len(keys), size), desc="encoding pictures", disable=len(keys) <= 2 * size):
+            batch = torch.stack([dataset.picture(i, flipped) for i, flipped in keys[start : start + size]])
             posterior = model.encode_first_stage(batch)
             self._is_gaussian = isinstance(posterior, DiagonalGaussianDistribution)
             parts.append(posterior.parameters if self._is_gaussian else posterior)
