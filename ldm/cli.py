@@ -81,7 +81,16 @@ def build_parser() -> Parser:
     switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
 
     run = parser.add_argument_group("what to run")
-    add_flag(run, "-b", "--base", nargs="*", default=[], metavar="YAML", help="configurations, merged left to right")
+    add_flag(
+        run,
+        "-b",
+        "--base",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="YAML",
+        help="configurations, merged left to right",
+    )
     add_flag(run, "-t", "--train", default=False, help="train (without it, only the set-up is checked)", **switch)
     add_flag(run, "-r", "--resume", metavar="DIR|CKPT", help="go on with the run in this log folder")
     add_flag(run, "-s", "--seed", type=natural, default=23, help="seed of everything random (23)")

@@ -283,3 +283,8 @@ def test_learning_without_a_base_model_is_said(tmp_path: Path, caplog: pytest.Lo
     arguments = [text for text in LEARN if text not in ("--actual_resume", str(MODEL))]
     assert main.main([*arguments, "-p", str(tmp_path / "run"), NO_PICTURES, "--max_steps", "1"]) == 0
     assert any("against random weights" in record.message for record in caplog.records)
+
+
+def test_base_may_be_given_twice() -> None:
+    assert cli.parse(["-b", "a.yaml", "b.yaml", "--base", "c.yaml"]).base == ["a.yaml", "b.yaml", "c.yaml"]
+    assert cli.parse(["-b", "d.yaml"]).base == ["d.yaml"]  # nothing is left of an earlier call
