@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * (self.mean**2 + self.std**2 - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
-class FirstStage(pl.LightningModule):
+class FirstStage(pl.LightningModule, ABC):
     """What KL and VQ autoencoders share: the two networks, reconstruction training, decoding."""
 
     ignored_keys = {
@@ -61,9 +62,9 @@ class FirstStage(pl.LightningModule):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
 
+    @abstractmethod
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures -> (reconstructions, the regulariser's value as a scalar to be added to the loss)."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it regularises its latents.")
 
     def _loss(self, batch: Mapping[str, Any], split: str) -> Tensor:
         images = batch[self.image_key].permute(0, 3, 1, 2)  # (B, H, W, 3) as data sets give it

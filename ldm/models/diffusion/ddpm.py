@@ -135,21 +135,8 @@ class LatentDiffusion(Fitting):
             )
         if ckpt_path:
             self.init_from_ckpt(ckpt_path, DTYPES[frozen_dtype])
-        if first_stage_ckpt:
-            load_weights(self.first_stage_model, read_state_dict(first_stage_ckpt), first_stage_ckpt)
-        if cond_stage_ckpt:
-            prefix = "cond_stage_model."
-            state = read_state_dict(cond_stage_ckpt)
-            state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
-            load_weights(self.cond_stage_model, state, cond_stage_ckpt)
-        self._freeze(self.first_stage_model)
-        if personalization_config is not None:
-            self._freeze(self.model)
-        if not self.cond_stage_trainable:
-            self._freeze(self.cond_stage_model)
-        frozen = [m for m in (self.model, self.first_stage_model, self.cond_stage_model) if is_frozen(m)]
-        for module in frozen:
-            module.to(DTYPES[frozen_dtype])
+        self._load_parts(first_stage_ckpt, cond_stage_ckpt)
+        self._freeze_parts(DTYPES[frozen_dtype], learns_embeddings=personalization_config is not None)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
             self.first_stage_model.to(memory_format=torch.channels_last)
@@ -169,9 +156,26 @@ class LatentDiffusion(Fitting):
         """What the height and width of pictures, in pixels, must be multiples of: 64 for Stable Diffusion v1."""
         return self.first_stage_model.downsampling * self.model.diffusion_model.downsampling
 
-    @staticmethod
-    def _freeze(module: nn.Module) -> None:
-        module.eval().requires_grad_(False)
+    def _load_parts(self, first_stage_ckpt: str | None, cond_stage_ckpt: str | None) -> None:
+        """Take the parts that other runs trained."""
+        if first_stage_ckpt:
+            load_weights(self.first_stage_model, read_state_dict(first_stage_ckpt), first_stage_ckpt)
+        if cond_stage_ckpt:
+            prefix = "cond_stage_model."
+            state = read_state_dict(cond_stage_ckpt)
+            state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+            load_weights(self.cond_stage_model, state, cond_stage_ckpt)
+
+    def _freeze_parts(self, dtype: torch.dtype, learns_embeddings: bool) -> None:
+        """Freeze, and hold in `dtype`, every part that is not trained."""
+        frozen = {
+            self.first_stage_model: True,
+            self.model: learns_embeddings,
+            self.cond_stage_model: not self.cond_stage_trainable,
+        }
+        for part, stays in frozen.items():
+            if stays:
+                part.eval().requires_grad_(False).to(dtype)
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         super().train(mode)

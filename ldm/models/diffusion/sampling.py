@@ -8,6 +8,7 @@ Shapes: B batch, C latent channels, H W latent height and width, S steps.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def draw_noise(
     return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generators]).to(device)
 
 
-class Sampler:
+class Sampler(ABC):
     """The attributes and methods of LDM's sampler classes, over the pure functions.
 
     After `make_schedule`: `ddim_timesteps` (S,) int, and `ddim_alphas`, `ddim_alphas_prev`, `ddim_sigmas`,
@@ -94,9 +95,9 @@ class Sampler:
         self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas = alphas, alphas_prev, sigmas
         self.ddim_sqrt_one_minus_alphas = np.sqrt(1.0 - alphas)
 
+    @abstractmethod
     def run(self, denoise: Denoiser, x: Tensor, steps: int, noise: NoiseSource, callback: Callback | None) -> Tensor:
-        """Denoise x through the last `steps` entries of the schedule."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it steps.")
+        """Denoise x through the first `steps` entries of the schedule, from entry steps - 1 down to 0."""
 
     @torch.no_grad()
     def sample(
