@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import signal
 import threading
 from collections.abc import Mapping
@@ -11,22 +11,44 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from ldm.data.images import make_grid, to_pil
+from ldm.files import replacing, writing_to
+from ldm.guards import FiniteGuard
+
+LAST, PREVIOUS, EMBEDDINGS = "last.ckpt", "previous.ckpt", "embeddings.safetensors"
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, and keeps the one before it as `previous.ckpt`.
+
+    Lightning's own goes through the system's temporary folder, and passes over a folder without permission.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()  # torch hides the reason when a file cannot be written
+        torch.save(checkpoint, content)
+        with replacing(path, keep=Path(path).with_name(PREVIOUS)) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
 
 class SaveLast(pl.Callback):
     """Keep `last.ckpt`: what is trained, the optimizer and the step; enough to resume exactly.
 
     Saves every `every_n_train_steps`, at the end, and on SIGUSR1. Ctrl-C and SIGTERM let the step finish, save and
-    stop; a second Ctrl-C stops at once. Files are written beside the old ones and then renamed, so that they are
-    never half written.
+    stop; a second Ctrl-C stops at once. It must be the last of the callbacks: whatever belongs to the step that
+    `last.ckpt` holds is then on the disk, and a run that was killed and resumed leaves the same files.
+
+    Args:
+        guard: is asked before anything is saved.
     """
 
-    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
-        self.path = Path(dirpath) / "last.ckpt"
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500, guard: FiniteGuard | None = None) -> None:
+        self.path = Path(dirpath) / LAST
         self.every_n_train_steps = every_n_train_steps
+        self.guard = guard
         self.stopped_by: int | None = None  # number of the signal that ended the run
         self._requested = False
         self._saved_step = -1
@@ -55,6 +77,7 @@ class SaveLast(pl.Callback):
         self._old_handlers = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        self._agree(trainer)
         stop = self.stopped_by is not None
         if stop:
             trainer.should_stop = True
@@ -62,19 +85,31 @@ class SaveLast(pl.Callback):
             self._requested = False
             self.save(trainer, module)
 
+    def _agree(self, trainer: pl.Trainer) -> None:
+        """A signal to one of several processes is one to all: saving and stopping are done together."""
+        if trainer.world_size == 1:
+            return
+        flags = torch.tensor([self.stopped_by or 0, self._requested], device=trainer.strategy.root_device)
+        number, requested = trainer.strategy.reduce(flags, reduce_op="max").tolist()
+        self.stopped_by, self._requested = number or None, bool(requested)
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.save(trainer, module)
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The embeddings again, for a run that was complete when it was resumed and has made no step."""
+        if trainer.is_global_zero and trainer.global_step > 0 and hasattr(module, "save_embeddings"):
+            module.save_embeddings(self.path.with_name(EMBEDDINGS))
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.global_step in (0, self._saved_step):
             return  # with accumulation the same step comes several times
         self._saved_step = trainer.global_step
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            os.replace(temporary, self.path)
-            if hasattr(module, "save_embeddings"):
-                module.save_embeddings(self.path.with_name("embeddings.safetensors"))
+        if self.guard is not None:
+            self.guard.check(trainer, module)
+        if trainer.is_global_zero and hasattr(module, "save_embeddings"):
+            module.save_embeddings(self.path.with_name(EMBEDDINGS))
+        trainer.save_checkpoint(self.path)
 
 
 class EmbeddingSaver(pl.Callback):
@@ -146,11 +181,14 @@ class ImageLogger(pl.Callback):
             pictures = module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
         module.train(was_training)
         folder = Path(trainer.default_root_dir) / "images" / split
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         where = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx + 1:06}"
         for key, tensor in pictures.items():
             self._save(tensor[: self.max_images], folder / f"{key}_{where}.jpg")
 
     @staticmethod
     def _save(pictures: Tensor, path: Path) -> None:
-        make_grid([to_pil(picture.float().cpu()) for picture in pictures]).save(path, quality=95)
+        grid = make_grid([to_pil(picture.float().cpu()) for picture in pictures])
+        with replacing(path) as temporary:
+            grid.save(temporary, quality=95)

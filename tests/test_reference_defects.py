@@ -28,7 +28,8 @@ from ldm.generate import main as generate
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.training import build_config, build_trainer, choose_devices, open_run
+from ldm.runs import open_run
+from ldm.training import build_config, build_trainer, choose_devices
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parent.parent

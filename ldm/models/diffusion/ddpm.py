@@ -210,8 +210,11 @@ class LatentDiffusion(Fitting):
         reader = PromptReader(encoder.tokenizer, rows, self.num_stages, encoder.max_length)
         slots = reader.read(prompts, prospect_words, legacy_word_tokens).to(self.device)
 
+        # `rows` are of the concepts that are loaded now; while learning, vectors are read anew for every step
+        vectors = manager.vectors() if rows and not torch.is_grad_enabled() else None
+
         def encode(slots: Tensor) -> Tensor:
-            return encoder(slots, manager.vectors() if manager is not None and bool(rows) else None)
+            return encoder(slots, manager.vectors() if rows and torch.is_grad_enabled() else vectors)
 
         return PromptConditioning(slots, encode, self.num_timesteps)
 
@@ -220,8 +223,8 @@ class LatentDiffusion(Fitting):
     @torch.no_grad()
     def encode_first_stage(self, images: Tensor) -> DiagonalGaussianDistribution | Tensor:
         """Pictures (B, 3, 8H, 8W) in [-1, 1] to the posterior of their latents."""
-        dtype = next(self.first_stage_model.parameters()).dtype
-        posterior = self.first_stage_model.encode(images.to(self.device, dtype))
+        first_stage = self.first_stage_model
+        posterior = first_stage.in_range(first_stage.encode, images.to(self.device))
         if isinstance(posterior, DiagonalGaussianDistribution):
             return DiagonalGaussianDistribution(posterior.parameters.float())
         return posterior.float()
@@ -237,8 +240,8 @@ class LatentDiffusion(Fitting):
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Scaled latents (B, C, H, W) to pictures (B, 3, 8H, 8W), about [-1, 1], not clamped; float32."""
-        dtype = next(self.first_stage_model.parameters()).dtype
-        return self.first_stage_model.decode((z / self.scale_factor).to(self.device, dtype)).float()
+        first_stage = self.first_stage_model
+        return first_stage.in_range(first_stage.decode, (z / self.scale_factor).to(self.device)).float()
 
     # --- diffusion ---------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ class Fitting(pl.LightningModule):
         super().__init__()
         self.learning_rate = 1e-4
         self.seed = 23
+        self.timesteps: Tensor | None = None  # (B,), of the latest batch
         self._latents: LatentCache | None = None
 
     def on_fit_start(self) -> None:
@@ -67,13 +68,16 @@ class Fitting(pl.LightningModule):
         posterior = self.posterior(batch)
         shape = (posterior.mean if isinstance(posterior, DiagonalGaussianDistribution) else posterior).shape[1:]
         draw = self._draw(batch, shape, split)
+        self.timesteps = draw["t"]
         z = self.get_first_stage_encoding(posterior, draw["posterior_noise"])
         cond = self.get_learned_conditioning(batch[self.caption_key])
         return self.p_losses(z, cond, draw["t"], draw["noise"])
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
-        # dropout takes no generator; seeding by the sample makes it, too, the same in a resumed run
-        torch.manual_seed(mix_seed(self.seed, int(batch["sample"][0])))
+        # dropout takes no generator; seeding by the first sample of all processes' batches makes it, too, the same
+        # in a resumed run and in every process
+        first = int(batch["sample"][0]) - self.global_rank * len(batch["sample"])
+        torch.manual_seed(mix_seed(self.seed, first))
         loss, parts = self.shared_step(batch, "train")
         self.log_dict(parts, prog_bar=False, batch_size=len(batch["sample"]))
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
