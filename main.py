@@ -64,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(argv)
     cli.set_up_logging()
     try:
-        return train(options)
+        with cli.one_sentence(options.debug):
+            return train(options)
+    except KeyboardInterrupt:  # Ctrl-C before the first step; later ones save, see `SaveLast`
+        return 130
     except Exception as error:
         if options.debug or not cli.is_mendable(error):
             raise

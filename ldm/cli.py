@@ -6,8 +6,10 @@ import argparse
 import logging
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ldm.flags import Parser, add_flag
 
@@ -172,6 +174,18 @@ def is_mendable(error: Exception) -> bool:
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     return isinstance(error, (ValueError, OSError, ImportError, MisconfigurationException))
+
+
+@contextmanager
+def one_sentence(debug: bool = False) -> Iterator[None]:
+    """Keep threads from showing the trace of an `OSError` that they hand on, as TensorBoard's writing thread does."""
+    shown = threading.excepthook
+    if not debug:
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else shown(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = shown
 
 
 def set_up_logging() -> None:

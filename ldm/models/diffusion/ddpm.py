@@ -210,11 +210,12 @@ class LatentDiffusion(Fitting):
         reader = PromptReader(encoder.tokenizer, rows, self.num_stages, encoder.max_length)
         slots = reader.read(prompts, prospect_words, legacy_word_tokens).to(self.device)
 
-        # `rows` are of the concepts that are loaded now; while learning, vectors are read anew for every step
+        # outside learning, the vectors are those of now, as `rows` is, whatever another thread loads meanwhile
         vectors = manager.vectors() if rows and not torch.is_grad_enabled() else None
 
         def encode(slots: Tensor) -> Tensor:
-            return encoder(slots, manager.vectors() if rows and torch.is_grad_enabled() else vectors)
+            is_current = bool(rows) and (vectors is None or torch.is_grad_enabled())
+            return encoder(slots, manager.vectors() if is_current else vectors)
 
         return PromptConditioning(slots, encode, self.num_timesteps)
 
