@@ -44,20 +44,31 @@ class FiniteGuard(pl.Callback):
     """Stops a run whose loss or weights are not finite, before anything of it is saved.
 
     On the CPU every loss is checked before its step is made. A GPU would have to be waited for, so there the
-    losses are marked on the device, and the marks are read every `every_n_steps` and before each saving.
+    losses are marked on the device, and the marks are read every `every_n_steps` and before each saving. It must be
+    the first of the callbacks.
+
+    Args:
+        save_every: how often others save; then, and when `SaveLast` asks, the weights are checked, too.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, save_every: int, every_n_steps: int = 50) -> None:
+        self.save_every = save_every
         self.every_n_steps = every_n_steps
         self._losses = FirstBad()
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         self._losses.add(trainer.global_step + 1, loss.detach(), getattr(module, "timesteps", None))
-        if loss.device.type == "cpu":
+        if self.reads_at_once(loss):
             self._check_losses(trainer, module)
 
+    def reads_at_once(self, loss: Tensor) -> bool:
+        """Whether nothing has to be waited for."""
+        return loss.device.type == "cpu"
+
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.save_every == 0:
+            self.check(trainer, module)
+        elif trainer.global_step % self.every_n_steps == 0:
             self._check_losses(trainer, module)
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -108,7 +108,7 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
     if devices.isdigit():
         trainer["devices"] = int(devices)
     save_every = saving_interval(lightning.get("modelcheckpoint") or {})
-    guard = FiniteGuard()
+    guard = FiniteGuard(save_every)
     callbacks: list[pl.Callback] = [guard]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(ProgressBar())

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,21 @@ def every(steps: int, pictures: int | None = None) -> list[str]:
     """Overrides: save every `steps` steps and log pictures every `pictures` steps (None: never)."""
     saving = f"lightning.modelcheckpoint.params.every_n_train_steps={steps}"
     return [saving, NO_PICTURES if pictures is None else f"{LOGGER}.batch_frequency={pictures}"]
+
+
+class Poison(pl.Callback):
+    """Makes the gradients of one step infinite, as the backward pass in half precision can.
+
+    Named in a configuration: `allow_targets=[runs] lightning.callbacks.poison.target=runs.Poison`.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, _: object) -> None:
+        if trainer.global_step + 1 == self.step:
+            for parameter in module.trainable_parameters():
+                parameter.grad.fill_(torch.inf)
 
 
 def start(program: str, *arguments: str, launcher: Sequence[str] = (), **options: object) -> subprocess.Popen:

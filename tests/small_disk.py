@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from runs import LEARN, MADE_SMALL, every, unfinished
 
 import main
 from ldm import commands
 from ldm.embeddings import load_concept
-from runs import LEARN, MADE_SMALL, every, unfinished
 
 PAGE = 4096
 

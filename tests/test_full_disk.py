@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import LEARN, MADE_SMALL, ROOT, every, finish, saved_tensors, start, unfinished
 
 import main
 from ldm import commands
 from ldm.checkpoint import save_state_dict
 from ldm.files import WriteError, check_writable, replacing
-from runs import LEARN, MADE_SMALL, ROOT, every, finish, saved_tensors, start, unfinished
 
 NAMESPACE = ["unshare", "-rm"]
 
