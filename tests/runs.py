@@ -62,7 +62,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def saved_tensors(checkpoints: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LEARN, MADE_SMALL, every, saved_tensors, start, unfinished
+from runs import LEARN, MADE_SMALL, every, saved_tensors, start, unfinished, wait_for
 
 from ldm.callbacks import LAST, PREVIOUS
 
