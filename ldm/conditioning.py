@@ -64,19 +64,27 @@ class Conditioning:
     """A batch of prompts over time, with `num_buckets` distinct contexts.
 
     Args:
-        encode: bucket (int) -> Context of the whole batch. Called once per bucket and remembered.
+        encode: bucket (int) -> Context of the whole batch. Called once per bucket and remembered. None where a
+            subclass has a method for it.
         batch_size: B.
         num_buckets: number of equal parts that the T timesteps are cut into; 1 for a plain prompt.
     """
 
     def __init__(
-        self, encode: Callable[[int], Context], batch_size: int, num_buckets: int = 1, num_timesteps: int = 1000
+        self,
+        encode: Callable[[int], Context] | None,
+        batch_size: int,
+        num_buckets: int = 1,
+        num_timesteps: int = 1000,
     ) -> None:
-        self._encode = encode
+        self._given_encode = encode
         self.batch_size = batch_size
         self.num_buckets = num_buckets
         self.num_timesteps = num_timesteps
         self._memo: dict[int, Context] = {}
+
+    def _encode(self, bucket: int) -> Context:
+        return self._given_encode(bucket)
 
     def bucket(self, t: int | Tensor) -> int | Tensor:
         """The part of time that raw DDPM timestep t (int or (B,)) lies in; equal bucket, equal context."""
@@ -145,9 +153,7 @@ class PromptConditioning(Conditioning):
     def __init__(self, slots: Tensor, encode_slots: Callable[[Tensor], Tensor], num_timesteps: int = 1000) -> None:
         constant = bool((slots == slots[:1]).all())
         self.slots = slots[:1] if constant else slots
-        super().__init__(
-            lambda stage: Context.of(self._contexts(stage)), slots.shape[1], len(self.slots), num_timesteps
-        )
+        super().__init__(None, slots.shape[1], len(self.slots), num_timesteps)
         self._encode_slots = encode_slots
         self._distinct: tuple[Tensor, Tensor] | None = None
 
@@ -168,11 +174,12 @@ class PromptConditioning(Conditioning):
         stage = self.bucket(t)
         return self.slots[stage.to(self.slots.device), torch.arange(self.batch_size, device=self.slots.device)]
 
-    def _contexts(self, stage: int) -> Tensor:
+    def _encode(self, stage: int) -> Context:
+        # a method: a function that holds `self` would keep the contexts in memory until the garbage collector comes
         if torch.is_grad_enabled():
-            return self._encode_slots(self.slots[stage])
+            return Context.of(self._encode_slots(self.slots[stage]))
         if self._distinct is None:
             distinct, place = torch.unique(self.slots.flatten(0, 1), dim=0, return_inverse=True)
             self._distinct = self._encode_slots(distinct), place.unflatten(0, self.slots.shape[:2])
         contexts, place = self._distinct
-        return contexts[place[stage]]
+        return Context.of(contexts[place[stage]])
