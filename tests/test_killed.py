@@ -108,6 +108,36 @@ def test_killed_while_writing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    """At a step when nothing is due to be saved: it is saved, and resumed from there."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for run in (whole, stopped):
+        flags = ["-p", str(run), "--max_steps", "40"]
+        process = start("main.py", *LEARN, *MADE_SMALL, *every(1000, pictures=1), *flags)
+        if run == stopped:
+            wait_for(lambda: len(list(stopped.glob("images/train/samples_gs*"))) > 3)
+            process.send_signal(number)
+            assert process.wait() == 128 + number
+        assert process.wait() in (0, 128 + number)
+    step = torch.load(stopped / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 3 < step < 40
+    assert start("main.py", "-r", str(stopped), "-t", "--max_steps", "40").wait() == 0
+    expected, got = saved_tensors(whole / "checkpoints"), saved_tensors(stopped / "checkpoints")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_ctrl_c_before_the_first_step_shows_no_trace(tmp_path: Path) -> None:
+    process = start("main.py", *LEARN, *MADE_SMALL, "-p", str(tmp_path / "run"))
+    lines = iter(process.stderr.readline, "")
+    assert any("tensors loaded" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode in (1, 130)  # the first from within Lightning
+    assert "Traceback" not in rest
+
+
+@pytest.mark.slow
 def test_killed_twenty_times(tmp_path: Path) -> None:
     phases = list(PHASES) * 5
     random.Random(7).shuffle(phases)
