@@ -78,6 +78,12 @@ def test_on_a_gpu_marks_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
             notice()
 
 
+def test_on_the_cpu_the_bad_step_is_not_made() -> None:
+    module, trainer = nn.Linear(1, 1), SimpleNamespace(global_step=6, default_root_dir="run")
+    with pytest.raises(NotFiniteError, match="The loss is not finite at step 7; nothing"):
+        FiniteGuard(save_every=100).on_before_backward(trainer, module, torch.tensor(torch.inf))
+
+
 def test_the_first_bad_step_is_remembered() -> None:
     watch = FirstBad()
     assert watch.read() is None
