@@ -54,7 +54,8 @@ class SaveLast(pl.Callback):
         self._saved_step = -1
         self._old_handlers: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # after Lightning has set its handlers: the one for SIGTERM talks to the other processes in the middle of a step
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
         handlers = {"SIGUSR1": self._request, "SIGINT": self._stop, "SIGTERM": self._stop}
@@ -77,21 +78,24 @@ class SaveLast(pl.Callback):
         self._old_handlers = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        self._agree(trainer)
-        stop = self.stopped_by is not None
-        if stop:
+        stopped_by, requested = self._agreed(trainer)
+        if stopped_by:
+            self.stopped_by = stopped_by
             trainer.should_stop = True
-        if stop or self._requested or trainer.global_step % self.every_n_train_steps == 0:
+        if stopped_by or requested or trainer.global_step % self.every_n_train_steps == 0:
             self._requested = False
             self.save(trainer, module)
 
-    def _agree(self, trainer: pl.Trainer) -> None:
-        """A signal to one of several processes is one to all: saving and stopping are done together."""
+    def _agreed(self, trainer: pl.Trainer) -> tuple[int, int]:
+        """What is stopped by and whether saving was asked for, the same in all processes: they do both together.
+
+        A signal that comes meanwhile counts in the next step.
+        """
+        flags = self.stopped_by or 0, int(self._requested)
         if trainer.world_size == 1:
-            return
-        flags = torch.tensor([self.stopped_by or 0, self._requested], device=trainer.strategy.root_device)
-        number, requested = trainer.strategy.reduce(flags, reduce_op="max").tolist()
-        self.stopped_by, self._requested = number or None, bool(requested)
+            return flags
+        reduced = torch.tensor(flags, device=trainer.strategy.root_device)
+        return tuple(trainer.strategy.reduce(reduced, reduce_op="max").tolist())
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.save(trainer, module)
