@@ -1,6 +1,7 @@
 """What `-r` and `--embedding_manager_ckpt` do with files that another program left half written."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,13 @@ def test_a_complete_run_that_is_resumed_mends_its_embeddings(run: Path, finished
     cut(run / name)
     assert resume(run) == 0
     assert torch.equal(load_concept(run / name).vectors, load_concept(finished / name).vectors)
+
+
+def test_signals_are_the_programs_own_again_after_a_run(run: Path) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    assert resume(run, steps=8) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_run_that_saved_nothing_begins_anew(run: Path, finished: Path, caplog: pytest.LogCaptureFixture) -> None:
