@@ -72,7 +72,11 @@ class SaveLast(pl.Callback):
             raise KeyboardInterrupt
         self.stopped_by = number
 
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """The handlers that were there, before Lightning in its turn puts back what it found."""
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers = {}
@@ -99,6 +103,7 @@ class SaveLast(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.save(trainer, module)
+        self._put_back()
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The embeddings again, for a run that was complete when it was resumed and has made no step."""

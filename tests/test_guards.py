@@ -60,6 +60,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "checkpoints/embeddings_gs-4.safetensors").exists()
 
 
+def test_nor_at_the_end_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    poison = ["allow_targets=[runs]", "lightning.callbacks.poison={target: runs.Poison, params: {step: 3}}"]
+    arguments = [*LEARN, *MADE_SMALL, *every(100), *poison, "-p", str(tmp_path), "--max_steps", "3"]
+    assert program.main(arguments) == 2
+    assert "The weights are not finite after step 3" in capsys.readouterr().err
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def test_on_a_gpu_marks_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step and the stages are those of the bad step, not of the one that noticed; it is noticed at a saving."""
     monkeypatch.setattr(FiniteGuard, "reads_at_once", lambda *_: False)

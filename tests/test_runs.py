@@ -109,11 +109,15 @@ def test_a_complete_run_that_is_resumed_mends_its_embeddings(run: Path, finished
     assert torch.equal(load_concept(run / name).vectors, load_concept(finished / name).vectors)
 
 
+POISON = "lightning.callbacks.poison={target: runs.Poison, params: {step: 8}}"
+
+
 def test_signals_are_the_programs_own_again_after_a_run(run: Path) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
-    assert resume(run, steps=8) == 0
-    assert [signal.getsignal(number) for number in numbers] == before
+    for steps, arguments, code in ((7, [], 0), (9, ["allow_targets=[runs]", POISON], 2)):
+        assert main.main(["-r", str(run), "-t", "--max_steps", str(steps), *arguments]) == code
+        assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_run_that_saved_nothing_begins_anew(run: Path, finished: Path, caplog: pytest.LogCaptureFixture) -> None:
