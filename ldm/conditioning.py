@@ -60,6 +60,18 @@ class Context(NamedTuple):
         return Context(k, k if shared else join([part.v for part in parts]))
 
 
+class Projected(NamedTuple):
+    """A context as the keys and values (B, heads, L, d) of each cross-attention layer, in order of execution.
+
+    They depend on the prompt only, so they are kept while the bucket stays the same.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.layers[index]
+
+
 class Conditioning:
     """A batch of prompts over time, with `num_buckets` distinct contexts.
 
@@ -139,12 +151,19 @@ class PromptConditioning(Conditioning):
     Otherwise all distinct rows are encoded in one batch at the first use, and remembered.
 
     Args:
+        slots: on the CPU; they are moved to `device`.
         encode_slots: slots (N, L) -> contexts (N, L, D).
     """
 
-    def __init__(self, slots: Tensor, encode_slots: Callable[[Tensor], Tensor], num_timesteps: int = 1000) -> None:
-        constant = bool((slots == slots[:1]).all())
-        self.slots = slots[:1] if constant else slots
+    def __init__(
+        self,
+        slots: Tensor,
+        encode_slots: Callable[[Tensor], Tensor],
+        num_timesteps: int = 1000,
+        device: torch.device | str | None = None,
+    ) -> None:
+        constant = bool((slots == slots[:1]).all())  # before the move: nothing here waits for a device
+        self.slots = (slots[:1] if constant else slots).to(device, non_blocking=True)
         super().__init__(
             lambda stage: Context.of(self._contexts(stage)), slots.shape[1], len(self.slots), num_timesteps
         )
@@ -153,14 +172,14 @@ class PromptConditioning(Conditioning):
 
     def at(self, t: int | Tensor) -> Context:
         if torch.is_grad_enabled():
-            return Context.of(self._encode_slots(self._rows(t)))
+            return Context.of(self._encode_slots(self.rows(t)))
         return super().at(t)
 
     def of_bucket(self, bucket: int) -> Context:
         # with gradients nothing is remembered: the learned vectors change from step to step
         return self._encode(bucket) if torch.is_grad_enabled() else super().of_bucket(bucket)
 
-    def _rows(self, t: int | Tensor) -> Tensor:
+    def rows(self, t: int | Tensor) -> Tensor:
         """The slots (B, L) that the batch needs at timestep t, an int or (B,)."""
         if not isinstance(t, Tensor):
             return self.slots[self.bucket(int(t))]
@@ -172,7 +191,24 @@ class PromptConditioning(Conditioning):
         if torch.is_grad_enabled():
             return self._encode_slots(self.slots[stage])
         if self._distinct is None:
-            distinct, place = torch.unique(self.slots.flatten(0, 1), dim=0, return_inverse=True)
-            self._distinct = self._encode_slots(distinct), place.unflatten(0, self.slots.shape[:2])
+            encode_together(self)
         contexts, place = self._distinct
         return contexts[place[stage]]
+
+
+def encode_together(*conditionings: Conditioning) -> None:
+    """Encode the distinct rows of prompts in one batch, where they are prompts of the same encoder.
+
+    Without gradients only: with them nothing is remembered.
+    """
+    prompts = [c for c in conditionings if isinstance(c, PromptConditioning) and c._distinct is None]
+    if torch.is_grad_enabled() or not prompts:
+        return
+    encode = prompts[0]._encode_slots
+    prompts = [c for c in prompts if c._encode_slots == encode and c.slots.shape[-1] == prompts[0].slots.shape[-1]]
+    rows = torch.cat([c.slots.flatten(0, 1) for c in prompts])
+    distinct, place = torch.unique(rows, dim=0, return_inverse=True)
+    contexts = encode(distinct)
+    places = place.split([c.slots.shape[0] * c.slots.shape[1] for c in prompts])
+    for conditioning, own in zip(prompts, places, strict=True):
+        conditioning._distinct = contexts, own.unflatten(0, conditioning.slots.shape[:2])
