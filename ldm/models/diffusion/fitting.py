@@ -87,8 +87,10 @@ class Fitting(pl.LightningModule):
 
     def shared_step(self, batch: Mapping[str, Any], split: str) -> tuple[Tensor, dict[str, Tensor]]:
         draw = batch.get("draw") or self._draw(batch, self._latent_shape(batch), split)
-        t, noise = (draw[name].to(self.device, non_blocking=True) for name in ("t", "noise"))
-        z = self.get_first_stage_encoding(self.posterior(batch), draw["posterior_noise"])
+        t, noise, posterior_noise = (
+            draw[name].to(self.device, non_blocking=True) for name in ("t", "noise", "posterior_noise")
+        )
+        z = self.get_first_stage_encoding(self.posterior(batch), posterior_noise)
         captions = tuple(batch[self.caption_key])
         if not torch.is_grad_enabled():
             return self.p_losses(z, self.get_learned_conditioning(captions), t, noise)
