@@ -2,7 +2,7 @@
 
   python scripts/benchmark.py --what train --mode reference
   python scripts/benchmark.py --what sample --off kv text_batch --peer diffusers
-  python scripts/benchmark.py --what train --size sd-v1 --device cuda --on float16 channels_last --peer diffusers-compiled
+  python scripts/benchmark.py --size sd-v1 --device cuda --on float16 channels_last cuda_graph --peer diffusers-compiled
 
 All rows work on the same weights and inputs. Their results are compared first (deviation: relative distance to the
 first row's), then they are timed in turns, A B A B. Exit code 1 says that results differ by more than their

@@ -78,14 +78,9 @@ def table(rows: Sequence[Row]) -> str:
     """Aligned columns; names to the left, numbers to the right."""
     lines = [HEADER, *(row.cells() for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    aligned = (
-        [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
     )
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def write_json(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
