@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ldm.benchmark.measure import Measurement, peak_resident
-from ldm.benchmark.models import CONFIGS, ROOT, VOCABULARY
+from ldm.benchmark.models import CONFIGS, ROOT, set_tokenizer
 
 CHILD = "import sys, json; from ldm.benchmark.load import child; print(json.dumps(child(*sys.argv[1:])))"
 
@@ -37,8 +37,7 @@ def child(name: str, size: str, checkpoint: str, dtype: str, device: str) -> dic
     from ldm.generate import load_model_from_config
 
     config = load_config(ROOT / CONFIGS[size])
-    text = config.model.params.cond_stage_config.setdefault("params", {})
-    text.tokenizer = str(ROOT / (VOCABULARY if size == "sd-v1" else text.tokenizer))
+    set_tokenizer(config, size)
     wall, processor = time.perf_counter(), time.process_time()
     if name == "ours":
         load_model_from_config(config, checkpoint, device=device, dtype=dtype)

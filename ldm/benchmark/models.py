@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ldm.benchmark.switches import dtype_name
@@ -35,8 +35,7 @@ def build_model(
     """
     config = load_config(ROOT / CONFIGS[size], overrides=overrides)
     params = config.model.params
-    text = params.cond_stage_config.setdefault("params", {})
-    text.tokenizer = str(ROOT / (VOCABULARY if size == "sd-v1" else text.tokenizer))
+    set_tokenizer(config, size)
     if size == "demo":
         params.ckpt_path = str(ROOT / DEMO_WEIGHTS)
     if stages is not None:
@@ -48,6 +47,12 @@ def build_model(
     _fill_zeros(model)
     model.unet_sizes = OmegaConf.to_container(params.unet_config.params)  # for networks of other libraries
     return model.to(device)
+
+
+def set_tokenizer(config: DictConfig, size: str) -> None:
+    """Name the vocabulary by its full path."""
+    key = "model.params.cond_stage_config.params.tokenizer"
+    OmegaConf.update(config, key, str(ROOT / (VOCABULARY if size == "sd-v1" else OmegaConf.select(config, key))))
 
 
 @torch.no_grad()
