@@ -179,7 +179,7 @@ class PeerSampling:
     def run(self) -> Tensor:
         peer, base = self.peer, self.peer.base
         scheduler = peer.scheduler()
-        scheduler.set_timesteps(self.steps)
+        scheduler.set_timesteps(self.steps, device=base.device)
         parts = self.ours.conditionings(self.batch)
         stages = [
             torch.cat([part.at(s * base.num_timesteps // base.num_stages).k for part in parts]).to(peer.dtype)
@@ -187,10 +187,10 @@ class PeerSampling:
         ]
         x = draw_noise(seeded_generators(range(self.batch)), (self.batch, *self.ours.shape), base.device)
         x = x.to(peer.dtype)
-        for t in scheduler.timesteps:
-            context = stages[stage_of(int(t), base.num_stages, base.num_timesteps)]
+        for t, on_host in zip(scheduler.timesteps, scheduler.timesteps.tolist(), strict=True):
+            context = stages[stage_of(on_host, base.num_stages, base.num_timesteps)]
             prediction = peer.unet(torch.cat([x, x]), t, context).sample
-            x = scheduler.step(mix(*prediction.chunk(2)), t, x).prev_sample
+            x = scheduler.step(mix(*prediction.chunk(2)), on_host, x).prev_sample
         return peer.vae.decode(x / base.scale_factor).sample.float()
 
 

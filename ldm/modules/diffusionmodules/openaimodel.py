@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.conditioning import Context, Projected
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
-from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import enter, leave, timestep_embedding, zero_module
 
 
 class ResBlock(nn.Module):
@@ -184,9 +184,9 @@ class UNetModel(nn.Module):
         H and W must be multiples of 2^(levels - 1). `context` may be what `project` made of it.
         """
         dtype = self.dtype
-        h = x.to(dtype)
+        h = enter(x, dtype)
         if isinstance(context, Context):
-            context = context.map(lambda c: c.to(dtype))
+            context = context.map(lambda c: enter(c, dtype))
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (B, E)
         skips = []
         for block in self.input_blocks:
@@ -195,7 +195,7 @@ class UNetModel(nn.Module):
         h = self._run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.out(h).float()
+        return leave(self.out(h))
 
     def _run(self, block: Block, h: Tensor, emb: Tensor, context: Context | Projected) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
