@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Relative distance (of norms) up to which two results count as the same, by the coarser precision of the two.
 TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
 RESOLUTIONS = {"demo": 64, "sd-v1": 512}
+PRECISIONS = frozenset({"float16", "bfloat16"})
 
 
 def build_parser(description: str) -> Parser:
@@ -56,6 +57,12 @@ def main(description: str, argv: Sequence[str] | None = None) -> tuple[str, bool
     for name in ("batch", "steps", "repeats"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    for name in dict.fromkeys([*options.on, *options.off]):
+        whats = SWITCHES[name][1] + (("load",) if name in PRECISIONS else ())
+        if options.what not in whats:
+            parser.error(f"'{name}' makes no difference to --what {options.what}, only to {', '.join(whats)}")
+    if PRECISIONS <= set(options.on):
+        parser.error(f"--on takes one precision, not {' and '.join(sorted(PRECISIONS))}")
     options.overrides = rest
     options.argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -72,6 +79,8 @@ def _measure(options: argparse.Namespace) -> tuple[str, bool]:
     from ldm.util import pick_device
 
     device = pick_device(options.device)
+    if "cuda_graph" in options.on and device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a CUDA device, and this is {device}.")
     about = {
         "device": device_name(device),
         "torch": torch.__version__,

@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ldm.conditioning import PromptConditioning
     from ldm.modules.embedding_manager import EmbeddingManager
 
+logger = logging.getLogger(__name__)
+
 
 class Fitting(pl.LightningModule):
     """The training side of a latent diffusion model, which is defined in `ddpm.py`."""
@@ -38,6 +41,8 @@ class Fitting(pl.LightningModule):
         self._prompts: tuple[Any, PromptConditioning] | None = None
 
     def on_fit_start(self) -> None:
+        if self.cuda_graph and not self._captures("train"):
+            logger.info("cuda_graph is not used: it needs a CUDA device, embeddings to learn, and no accumulation.")
         if not self.cache_latents:
             return
         datasets = getattr(self.trainer.datamodule, "datasets", {})
