@@ -61,7 +61,7 @@ def main(description: str, argv: Sequence[str] | None = None) -> tuple[str, bool
         whats = SWITCHES[name][1] + (("load",) if name in PRECISIONS else ())
         if options.what not in whats:
             parser.error(f"'{name}' makes no difference to --what {options.what}, only to {', '.join(whats)}")
-    if PRECISIONS <= set(options.on):
+    if set(options.on) >= PRECISIONS:
         parser.error(f"--on takes one precision, not {' and '.join(sorted(PRECISIONS))}")
     options.overrides = rest
     options.argv = list(sys.argv[1:] if argv is None else argv)

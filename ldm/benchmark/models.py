@@ -74,7 +74,8 @@ def variant(base: LatentDiffusion, switches: frozenset[str]) -> LatentDiffusion:
     model.model.requires_grad_("frozen" not in switches)
     model.fused_adamw = "fused_adamw" in switches
     model.decode_batch = 1 if "decode_slices" in switches else None
-    set_attention(model, "auto" if "attention" in switches else "plain")
+    chosen = "auto" if "attention" in switches else "plain"
+    set_attention(model, "fused" if "fused_attention" in switches else chosen)
     model.accelerate("compile" in switches, "cuda_graph" in switches)
     return model
 

@@ -15,6 +15,7 @@ SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
     "text_batch": (True, ("sample", "text"), "one text pass for all distinct prompts, not one for each stage"),
     "guidance_batch": (True, ("sample",), "both predictions of guidance in one batch"),
     "kv": (True, ("sample",), "keys and values of the context kept while the stage does not change"),
+    "fused_attention": (False, ("train", "sample", "vae"), "PyTorch's fused attention everywhere"),
     "channels_last": (False, ("train", "sample", "vae"), "memory format of the convolutions"),
     "bfloat16": (False, ("train", "sample", "text", "vae"), "frozen weights in bfloat16"),
     "float16": (False, ("train", "sample", "text", "vae"), "frozen weights in float16"),
