@@ -63,13 +63,22 @@ class Context(NamedTuple):
 class Projected(NamedTuple):
     """A context as the keys and values (B, heads, L, d) of each cross-attention layer, in order of execution.
 
-    They depend on the prompt only, so they are kept while the bucket stays the same.
+    They depend on the prompt only, so they are kept while the bucket stays the same. `k` and `v` are the context's
+    own, for whoever wants to see what the U-Net is told.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
+    k: Tensor
+    v: Tensor
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return self.layers[index]
+
+    def tensors(self) -> list[Tensor]:
+        return [*(x for pair in self.layers for x in pair), self.k, self.v]
+
+    def clone(self) -> Projected:
+        return Projected(tuple((k.clone(), v.clone()) for k, v in self.layers), self.k.clone(), self.v.clone())
 
 
 class Conditioning:

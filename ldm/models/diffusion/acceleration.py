@@ -54,7 +54,7 @@ class _Buffers:
         self, call: Callable[..., Tensor], x: Tensor, timesteps: Tensor, context: Projected, capture: bool
     ) -> None:
         self.x, self.timesteps = x.clone(), timesteps.clone()
-        self.context = Projected(tuple((k.clone(), v.clone()) for k, v in context.layers))
+        self.context = context.clone()
         self.current = context
         self._run: Callable[[], Tensor] = lambda: call(self.x, self.timesteps, self.context)
         if capture:
@@ -81,9 +81,8 @@ class _Buffers:
         self.x.copy_(x)
         self.timesteps.copy_(timesteps)
         if context is not self.current:
-            for own, new in zip(self.context.layers, context.layers, strict=True):
-                own[0].copy_(new[0])
-                own[1].copy_(new[1])
+            for own, new in zip(self.context.tensors(), context.tensors(), strict=True):
+                own.copy_(new)
             self.current = context
         return self._run()
 

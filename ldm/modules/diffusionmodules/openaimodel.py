@@ -176,7 +176,8 @@ class UNetModel(nn.Module):
         context = context.map(lambda c: c.to(self.dtype))
         blocks = [module for module in self.modules() if isinstance(module, BasicTransformerBlock)]
         blocks.sort(key=lambda block: block.layer_index)
-        return Projected(tuple(block.attn2.project(*context.layer(block.layer_index)) for block in blocks))
+        layers = tuple(block.attn2.project(*context.layer(block.layer_index)) for block in blocks)
+        return Projected(layers, *context)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Context | Projected) -> Tensor:
         """Prediction (B, C_out, H, W), in float32, for noised latents x (B, C_in, H, W) at timesteps (B,).
