@@ -201,5 +201,6 @@ def set_up_logging() -> None:
         ".*resuming from a checkpoint that ended before the epoch",  # `RunningSampler` takes the order up
         ".*does not have many workers",  # pictures are in memory
         "Total length of `list` across ranks is zero",  # no validation set
+        "You have overridden `on_before_batch_transfer`",  # on purpose
     ):
         warnings.filterwarnings("ignore", message)

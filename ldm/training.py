@@ -171,10 +171,20 @@ def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's, without the loggers' version number."""
+    """Lightning's, with the loss and without the loggers' version number.
 
-    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
-        return {key: value for key, value in super().get_metrics(*arguments).items() if key != "v_num"}
+    Showing a number waits for the device, so beside a CPU the bar moves only as often as the logs are written.
+    """
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, module, stage)
+        if trainer.strategy.root_device.type != "cpu":
+            self._refresh_rate = max(self._refresh_rate, trainer.log_every_n_steps)
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        metrics = {key: value for key, value in super().get_metrics(trainer, module).items() if key != "v_num"}
+        loss = trainer.callback_metrics.get("loss")
+        return metrics if loss is None else {"loss": f"{loss.item():.3g}", **metrics}
 
 
 def set_learning_rate(

@@ -59,7 +59,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt", device="cpu") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         else:
-            content = _unpickle(path, mapped=kind == "mappable")
+            content = unpickle(path, mapped=kind == "mappable")
             inner = content.get("state_dict") if isinstance(content, Mapping) else None
             state = dict(_tensors(inner if isinstance(inner, Mapping) else content))
     except CheckpointError:
@@ -80,7 +80,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _unpickle(path: Path, mapped: bool) -> object:
+def unpickle(path: Path, mapped: bool) -> object:
+    """What a torch file holds, read without running any of its code; tensors are views of the file if `mapped`."""
     with reading_with(_Inert, lambda: _STAND_INS):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
