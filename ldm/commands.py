@@ -60,6 +60,8 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
         raise ValueError(f"There is no configuration file '{setup['config']}'; check the path given with --config.")
     config = load_config(setup["config"])
     outline = _outline(config, setup["dtype"])
+    if outline.embedding_manager is not None:
+        outline.embedding_manager.base_path = Path(setup["ckpt"])
     arguments = _native(config, main) | _arguments(options, recorded, outline, main)
     _check(arguments, outline, editing)
     if options.outdir.exists() and not options.outdir.is_dir():
@@ -212,7 +214,7 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
             raise ValueError("The configuration has no personalization_config, so --concept cannot be used with it.")
         if not isinstance(concepts, Mapping) or not all(concepts.values()):
             raise ValueError(f"concepts must be {{name: file}}, not {concepts!r}; give them with --concept NAME=FILE.")
-        outline.embedding_manager.load(concepts)
+        outline.embedding_manager.load(concepts, arguments.get("any_base", False))
     if content is not None:
         open_content(content)
     outline.cond_stage_model.tokenizer  # noqa: B018, opens it, which fails where it is not on this machine

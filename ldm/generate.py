@@ -25,6 +25,7 @@ from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
+    from ldm.embeddings import Concept
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.prompts import Words
 
@@ -87,7 +88,8 @@ def main(
     *,
     sampler: str = "ddim",
     resize: str = "crop",
-    concepts: Mapping[str, str | Path] | None = None,
+    concepts: Mapping[str, str | Path | Concept] | None = None,
+    any_base: bool = False,
     legacy_word_tokens: bool = False,
     callback: Callback | None = None,
     progress: bool = True,
@@ -112,6 +114,7 @@ def main(
         sampler: ddim or plms.
         resize: how the content picture is brought to width x height: crop, pad or squash.
         concepts: {placeholder: embedding file}, loaded before generating.
+        any_base: load concepts that were learned for another base model, too.
         callback: called after each step with (step, timestep, latents, predicted latents).
         progress: show a bar over the steps.
 
@@ -142,7 +145,7 @@ def main(
     if concepts:
         if model.embedding_manager is None:
             raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
-        model.embedding_manager.load(concepts)
+        model.embedding_manager.load(concepts, any_base)
     cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
     uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
     door = SAMPLERS[sampler](model)
@@ -186,6 +189,7 @@ def main(
             **settings,
             "legacy_word_tokens": legacy_word_tokens,
             "concepts": concept_sources(model),
+            "any_base": any_base,
             "base_model": model.base_model.get("base_model"),
         },
         default=lambda number: number.item(),  # NumPy's
