@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.checkpoint import save_state_dict
 from ldm.embedding_files import STAGES, EmbeddingError, in_order, is_plain, naming, read_embeddings, series, series_of
 
-__all__ = ["Concept", "EmbeddingError", "load_concept", "save_concept", "save_stages"]
+__all__ = ["Concept", "EmbeddingError", "load_concept", "save_concept", "save_stages", "stage_paths"]
 
 _VERSION = "1"
 _STAGE, _OF = "prospect.stage", "prospect.stage_files"  # in a file of one stage: its number, and how many there are
@@ -107,11 +107,16 @@ def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:
 
     Each also carries the concept's metadata, so that `load_concept` gives back the concept that it was.
     """
-    paths = [Path(folder) / f"{name}-{stage}.safetensors" for stage in range(concept.num_stages)]
+    paths = stage_paths(concept, folder, name)
     for stage, path in enumerate(paths):
         metadata = {"placeholder": "*"} | _describe(concept) | {_STAGE: str(stage), _OF: str(concept.num_stages)}
         save_state_dict({path.stem: concept.vectors[stage].cpu()}, path, metadata)
     return paths
+
+
+def stage_paths(concept: Concept, folder: str | Path, name: str) -> list[Path]:
+    """Where `save_stages` writes."""
+    return [Path(folder) / f"{name}-{stage}.safetensors" for stage in range(concept.num_stages)]
 
 
 def _describe(concept: Concept) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -93,6 +93,34 @@ def check_words(words: Words, num_stages: int) -> list[str | int | None]:
     return checked
 
 
+def split_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:
+    """What `stage_pieces` cuts prompts with: the placeholders, and `*`."""
+    known = sorted({PLACEHOLDER, *placeholders}, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, known)) + ")")
+
+
+def stage_pieces(
+    prompt: str, entry: str | int | None, stage: int, pattern: re.Pattern[str], placeholders: Container[str]
+) -> list[str | tuple[str, int]]:
+    """A prompt in one stage, cut into texts and (placeholder, stage whose learned token stands there).
+
+    Args:
+        entry: the stage's entry of `prospect_words`.
+        pattern: from `split_pattern`.
+        placeholders: those that something is learned for; others stay text.
+    """
+    if isinstance(entry, str):
+        prompt = prompt.replace(PLACEHOLDER, entry)
+    pieces: list[str | tuple[str, int]] = []
+    for piece in pattern.split(prompt):
+        if piece in placeholders:
+            chosen = piece == PLACEHOLDER and isinstance(entry, int)
+            pieces.append((piece, entry if chosen else stage))
+        elif piece:
+            pieces.append(piece)
+    return pieces
+
+
 class PromptReader:
     """Reads prompts for one tokenizer and one set of learned placeholders.
 
@@ -114,8 +142,7 @@ class PromptReader:
         self.placeholders = dict(placeholders)
         self.num_stages = num_stages
         self.max_length = max_length
-        known = sorted({PLACEHOLDER, *self.placeholders}, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, known)) + ")")
+        self._pattern = split_pattern(self.placeholders)
         self._warnings: dict[str, None] = {}  # of the text that is being read, each once and in order
 
     def read(self, prompts: Sequence[str], words: Words | None = None, legacy_word_tokens: bool = False) -> Tensor:
@@ -147,14 +174,11 @@ class PromptReader:
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
         """The L slots of one prompt in one stage, the whole text tokenised by BPE."""
         entry = None if words is None else words[stage]
-        if isinstance(entry, str):
-            prompt = prompt.replace(PLACEHOLDER, entry)
         body: list[int] = []
-        for piece in self._split.split(prompt):
-            if piece in self.placeholders:
-                chosen = piece == PLACEHOLDER and isinstance(entry, int)
-                body.append(self._learned(piece, entry if chosen else stage))
-            elif piece:
+        for piece in stage_pieces(prompt, entry, stage, self._pattern, self.placeholders):
+            if isinstance(piece, tuple):
+                body.append(self._learned(*piece))
+            else:
                 if piece == PLACEHOLDER:
                     self._warn_unlearned()
                 body.extend(self._ids(piece))
