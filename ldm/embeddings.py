@@ -15,7 +15,15 @@ from torch import Tensor
 from ldm.checkpoint import save_state_dict
 from ldm.embedding_files import STAGES, EmbeddingError, in_order, is_plain, naming, read_embeddings, series, series_of
 
-__all__ = ["Concept", "EmbeddingError", "load_concept", "save_concept", "save_stages", "stage_paths"]
+__all__ = [
+    "Concept",
+    "EmbeddingError",
+    "load_concept",
+    "save_concept",
+    "save_new_concept",
+    "save_stages",
+    "stage_paths",
+]
 
 _VERSION = "1"
 _STAGE, _OF = "prospect.stage", "prospect.stage_files"  # in a file of one stage: its number, and how many there are
@@ -100,6 +108,23 @@ def save_concept(concept: Concept, path: str | Path, placeholder: str = "*") -> 
     """
     metadata = _describe(concept) | {"placeholder": placeholder}
     save_state_dict({placeholder: concept.vectors.cpu()}, path, metadata)
+
+
+def save_new_concept(concept: Concept, path: str | Path, placeholder: str = "*", force: bool = False) -> None:
+    """`save_concept` for a path that a user gave.
+
+    Raises:
+        EmbeddingError: not a .safetensors file, or there already without `force`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise EmbeddingError(f"'{path}': the file to write must end in .safetensors.")
+    if path.is_dir() or (path.exists() and not force):
+        raise EmbeddingError(f"'{path}' is there already; name another file, or say --force.")
+    if not placeholder.strip():
+        raise EmbeddingError(f"A placeholder must be a visible text such as '*', not '{placeholder}'.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_concept(concept, path, placeholder)
 
 
 def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:

@@ -264,10 +264,18 @@ def concept_sources(model: LatentDiffusion) -> dict[str, str]:
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`."""
+    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`.
+
+    A second chunk, `parameters`, says it the way AUTOMATIC1111's web UI does, for other tools.
+    """
+    from ldm.export.infotext import NEEDED, infotext
+
     info = PngInfo()
     if PNG_KEY in picture.info:
         info.add_itxt(PNG_KEY, picture.info[PNG_KEY])
+        record = json.loads(picture.info[PNG_KEY])
+        if record.keys() >= NEEDED:
+            info.add_text("parameters", infotext(record))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, pnginfo=info)
 

@@ -28,13 +28,17 @@ def build_pipeline(config: str | Path, ckpt: str | Path) -> StableDiffusionPipel
     """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from omegaconf import OmegaConf
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from ldm.config import load_config
     from ldm.diffusers_layout import to_compvis
     from ldm.generate import load_model_from_config
 
     model = load_model_from_config(config, ckpt, device="cpu")
-    ours, sizes, first_stage = model.model.diffusion_model, *_sizes(config)
+    params = OmegaConf.to_container(load_config(config).model.params)
+    sizes, first_stage = params["unet_config"]["params"], params["first_stage_config"]["params"]["ddconfig"]
+    ours = model.model.diffusion_model
     attends = [2**level in sizes["attention_resolutions"] for level in range(len(sizes["channel_mult"]))]
     unet = UNet2DConditionModel(
         sample_size=first_stage["resolution"] // model.first_stage_model.downsampling,
@@ -73,7 +77,8 @@ def build_pipeline(config: str | Path, ckpt: str | Path) -> StableDiffusionPipel
     scheduler = DDIMScheduler(
         num_train_timesteps=model.num_timesteps,
         beta_schedule="scaled_linear",
-        trained_betas=model.betas.double().numpy(),
+        beta_start=params.get("linear_start", 0.00085),
+        beta_end=params.get("linear_end", 0.0120),
         prediction_type="v_prediction" if model.parameterization == "v" else "epsilon",
         clip_sample=False,
         set_alpha_to_one=False,
@@ -87,16 +92,6 @@ def build_pipeline(config: str | Path, ckpt: str | Path) -> StableDiffusionPipel
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def _sizes(config: str | Path) -> tuple[dict, dict]:
-    """What the configuration says of the U-Net and of the first stage."""
-    from omegaconf import OmegaConf
-
-    from ldm.config import load_config
-
-    params = OmegaConf.to_container(load_config(config).model.params)
-    return params["unet_config"]["params"], params["first_stage_config"]["params"]["ddconfig"]
 
 
 def main() -> None:

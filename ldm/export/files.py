@@ -16,8 +16,8 @@ from ldm.prompts import Words
 PROGRAMS = ("diffusers", "a1111", "comfyui")
 _HEADER = """\
 Put the files {files} into the folder embeddings of the web UI, and paste the last line as the prompt.
-Made for {steps} steps of {sampler}, CFG scale {scale}, seed {seed}, {width}x{height}; with others the stages change at
-other times.
+Made for {steps} steps of {sampler}, CFG scale {scale}, seed {seed}, {width}x{height}: with another sampler or number of
+steps the stages would change at wrong times. Counted {counting}.
 """
 
 
@@ -121,6 +121,7 @@ class Export:
         files = " … ".join(path.name for path in (self.paths((), Path())[0], self.paths((), Path())[-1]))
         settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
         notes = "".join(f"Not exact: {warning}\n" for warning in found)
+        settings["counting"] = "as documented" if use.documented else "as the program does: up to the step after `when`"
         return _HEADER.format(files=files, **settings) + notes + f"\n{prompt}\n"
 
     def _comfyui(self, warnings: list[str]) -> str:
