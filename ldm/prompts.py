@@ -51,18 +51,79 @@ def preset(
     Raises:
         ValueError: unknown attribute, or a stage outside 0..S-1.
     """
+    if stages is None:
+        stages = _window(attribute, num_stages)
+    _check_stages(attribute, stages, num_stages)
+    return [_with_only(prompt, {placeholder: stage in stages}) for stage in range(num_stages)]
+
+
+def joint(
+    concepts: Mapping[str, str],
+    prompt: str = "",
+    stages: Mapping[str, Sequence[int]] | None = None,
+    num_stages: int = 10,
+) -> list[str]:
+    """The `prospect_words` that take several attributes, each from a concept of its own, and the rest from the text.
+
+    `joint({'content': '<a>', 'material': '<b>', 'layout': '<c>'}, 'a <b> <a> thing')` has `<c>` behind `a thing` in
+    stage 9, `<a>` in its place in 5–7, `<b>` in 0–4, and `a thing` in 8. Material and style stand beside each other;
+    content gives way to them where they come from other concepts, since its late stages would bring its own.
+
+    Args:
+        concepts: attribute -> placeholder. A placeholder that the prompt does not have is appended in its stages.
+        stages: attribute -> stages that carry its placeholder, instead of the paper's.
+        num_stages: S.
+
+    Raises:
+        ValueError: no attribute, an unknown one, or a stage outside 0..S-1.
+    """
+    if not concepts:
+        raise ValueError(f"joint needs a concept for at least one attribute: {', '.join(PRESET_STAGES)}.")
+    windows = {attribute: set(_window(attribute, num_stages)) for attribute in concepts}
+    for attribute in ("material", "style"):
+        if attribute in concepts and concepts[attribute] != concepts.get("content"):
+            windows.get("content", set()).difference_update(windows[attribute])
+    for attribute, chosen in (stages or {}).items():
+        if attribute not in concepts:
+            raise ValueError(
+                f"stages names '{attribute}', for which there is no concept; there are {', '.join(concepts)}."
+            )
+        windows[attribute] = set(chosen)
+        _check_stages(attribute, chosen, num_stages)
+
+    def text(stage: int) -> str:
+        inside = dict.fromkeys(concepts.values(), False)
+        for attribute, placeholder in concepts.items():
+            inside[placeholder] |= stage in windows[attribute]
+        return _with_only(prompt, inside)
+
+    return [text(stage) for stage in range(num_stages)]
+
+
+def _window(attribute: str, num_stages: int) -> list[int]:
+    """The paper's stages of an attribute; a stage of another number is inside when its middle is."""
     if attribute not in PRESET_STAGES:
         raise ValueError(f"Unknown preset '{attribute}'; there are {', '.join(PRESET_STAGES)}.")
-    if stages is None:
-        # a stage is inside the window when its middle is
-        tenths = PRESET_STAGES[attribute]
-        stages = [s for s in range(num_stages) if int((s + 0.5) * 10 / num_stages) in tenths]
+    return [s for s in range(num_stages) if int((s + 0.5) * 10 / num_stages) in PRESET_STAGES[attribute]]
+
+
+def _check_stages(attribute: str, stages: Sequence[int], num_stages: int) -> None:
+    if attribute not in PRESET_STAGES:
+        raise ValueError(f"Unknown preset '{attribute}'; there are {', '.join(PRESET_STAGES)}.")
     outside = [s for s in stages if not 0 <= s < num_stages]
     if outside:
         raise ValueError(f"Stages {outside} are outside 0..{num_stages - 1}.")
-    with_concept = prompt if placeholder in prompt else f"{prompt} {placeholder}".strip()
-    plain = " ".join(prompt.replace(placeholder, " ").split())
-    return [with_concept if stage in stages else plain for stage in range(num_stages)]
+
+
+def _with_only(prompt: str, inside: Mapping[str, bool]) -> str:
+    """The prompt with the placeholders that are inside their stages, and without the others."""
+    for placeholder in (p for p, wanted in inside.items() if not wanted):
+        if placeholder in prompt:
+            prompt = " ".join(prompt.replace(placeholder, " ").split())
+    for placeholder in (p for p, wanted in inside.items() if wanted):
+        if placeholder not in prompt:
+            prompt = f"{prompt} {placeholder}".strip()
+    return prompt
 
 
 def check_words(words: Words, num_stages: int) -> list[str | int | None]:
