@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.texts import check_name, stage_texts
 from ldm.prompts import Words
 
-PROGRAMS = ("diffusers", "a1111", "comfyui")
+_ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
+PROGRAMS = tuple(_ENDINGS)
 _HEADER = """\
 Put the files {files} into the folder embeddings of the web UI, and paste the last line as the prompt.
 Made for {steps} steps of {sampler}, CFG scale {scale}, seed {seed}, {width}x{height}: with another sampler or number of
@@ -74,24 +75,27 @@ class Export:
         """As many as there are words; without words, as many as the first concept has."""
         return len(self.use.words) if self.use.words else next(iter(self.concepts.values()))[1].num_stages
 
+    def stage_paths(self, folder: Path) -> list[Path]:
+        """The files of the stages, concept after concept."""
+        return [path for name, concept in self.concepts.values() for path in stage_paths(concept, folder, name)]
+
     def paths(self, programs: Sequence[str], folder: Path) -> list[Path]:
-        """What `write` will write."""
-        endings = {"diffusers": "_diffusers.py", "a1111": "_a1111.txt", "comfyui": "_comfyui.json"}
-        stages = [path for name, concept in self.concepts.values() for path in stage_paths(concept, folder, name)]
-        return stages + [folder / f"{self.name}{endings[program]}" for program in programs]
+        """What `write` will write: the stages' files, then one for each program."""
+        return self.stage_paths(folder) + [folder / f"{self.name}_{_ENDINGS[program]}" for program in programs]
 
     def write(self, programs: Sequence[str], folder: Path) -> list[str]:
         """Write the stage files, and one file for each of `programs`; returns warnings, each a sentence."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, concept in self.concepts.values():
             save_stages(concept, folder, name)
-        warnings = []
-        for program, path in zip(programs, self.paths(programs, folder)[-len(programs) :], strict=True):
-            content = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}[program](warnings)
-            path.write_text(content, encoding="utf-8")
+        warnings: list[str] = []
+        contents = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}
+        for program in programs:
+            path = folder / f"{self.name}_{_ENDINGS[program]}"
+            path.write_text(contents[program](warnings), encoding="utf-8")
         return warnings
 
-    def _texts(self, spell=str, escape=str) -> list[str]:  # noqa: ANN001
+    def _texts(self, spell: Callable[[str], str] = str, escape: Callable[[str], str] = str) -> list[str]:
         names = {placeholder: name for placeholder, (name, _) in self.concepts.items()}
         rows = {placeholder: concept.rows_for(self.num_stages) for placeholder, (_, concept) in self.concepts.items()}
         return stage_texts(self.use.prompt, self.use.words, self.num_stages, names, rows, spell, escape)
@@ -100,7 +104,7 @@ class Export:
         use = self.use
         values = {
             "NAME": self.name,
-            "FILES": [path.name for path in self.paths((), Path())],
+            "FILES": [path.name for path in self.stage_paths(Path())],
             "PROMPTS": self._texts(),
             "STEPS, GUIDANCE, SEED": (use.steps, use.scale, use.seed),
             "HEIGHT, WIDTH": (use.height, use.width),
@@ -118,7 +122,7 @@ class Export:
         use = self.use
         prompt, found = webui.prompt_editing(self._texts(escape=webui.escape), use.sampler, use.steps, use.documented)
         warnings += found
-        files = " … ".join(path.name for path in (self.paths((), Path())[0], self.paths((), Path())[-1]))
+        files = " … ".join(self.stage_paths(Path())[end].name for end in (0, -1))
         settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
         notes = "".join(f"Not exact: {warning}\n" for warning in found)
         settings["counting"] = "as documented" if use.documented else "as the program does: up to the step after `when`"

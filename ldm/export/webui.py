@@ -83,6 +83,11 @@ def prompt_editing(texts: Sequence[str], sampler: str, steps: int, documented: b
             f"With {steps} steps the first text is for one step only, which the web UI cannot do: it begins with the "
             "second text, or shows the first one for two steps; use more steps."
         )
+    if len(timesteps) - 1 > steps and not documented and len(runs) > 1:
+        warnings.append(
+            f"With {steps} steps of {sampler} the web UI calls the U-Net {len(timesteps)} times, and after call "
+            f"{steps + 1} it reads the first text again; use a number of steps that divides {TIMESTEPS}."
+        )
     if any("#" in text for text in texts):
         warnings.append("The web UI takes what follows a # for a comment, unless that is switched off in its settings.")
     words = [text.split() for text, _ in runs]
