@@ -140,7 +140,7 @@ def test_several_concepts_and_words_from_a_file(file: Path, tmp_path: Path) -> N
     paths = run(DESCRIPTION, [*sources, *flags, "--outdir", str(tmp_path / "o")])
     assert [path.name for path in paths][9:] == ["teddy-9.safetensors", "vase-0.safetensors", "teddy_a1111.txt"]
     # two words are two stages; the ten vectors are read at the middle of each
-    assert paths[-1].read_text(encoding="utf-8").splitlines()[-1] == "a [vase-0:teddy-2 vase-0:4]"
+    assert paths[-1].read_text(encoding="utf-8").splitlines()[-1] == "a [teddy-2:4] vase-0"
 
 
 def test_a_warning_is_on_standard_error_and_in_the_file(
