@@ -49,7 +49,7 @@ def test_what_fits(base: Path, metadata: dict[str, str]) -> None:
     ("metadata", "words"),
     [
         ({"base_model": "sd.ckpt"}, ["'sd.ckpt'", "'base.ckpt'"]),
-        (origin("sd.ckpt", b"other"), ["'sd.ckpt' (SHA-256 d9298a10d1…)", f"'base.ckpt' (SHA-256 {OWN}…)"]),
+        (origin("sd.ckpt", b"other"), ["'sd.ckpt' (SHA-256 d9298a10d1…)", f"'base.ckpt' ({OWN}…)"]),
         (origin("base.ckpt", b"other"), ["d9298a10d1", OWN, "any_base=True (--any_base)"]),
     ],
 )
