@@ -125,7 +125,7 @@ class Export:
         files = " … ".join(self.stage_paths(Path())[end].name for end in (0, -1))
         settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
         notes = "".join(f"Not exact: {warning}\n" for warning in found)
-        settings["counting"] = "as documented" if use.documented else "as the program does: up to the step after `when`"
+        settings["counting"] = "as documented" if use.documented else "as the program does, from step 0"
         return _HEADER.format(files=files, **settings) + notes + f"\n{prompt}\n"
 
     def _comfyui(self, warnings: list[str]) -> str:
