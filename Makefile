@@ -1,12 +1,13 @@
 # make setup   create .venv with everything pinned        make test   the fast tests
 # make demo    learn and generate with the small model    make lint, make format, make clean
+# make concepts   learn the concepts of models/demo/concepts again (after the small model has changed)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint format clean
+.PHONY: setup demo concepts test test-slow lint format clean
 
 setup: $(INSTALLED)
 	@:
@@ -21,6 +22,9 @@ $(INSTALLED): pyproject.toml requirements.lock
 
 demo: setup
 	@$(BIN)/python scripts/demo.py
+
+concepts: setup
+	@$(BIN)/python scripts/demo.py --concepts
 
 # One thread: two spinning threads on a busy machine are many times slower than one.
 test: setup

@@ -61,6 +61,8 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
         raise ValueError(f"There is no configuration file '{setup['config']}'; check the path given with --config.")
     config = load_config(setup["config"])
     outline = _outline(config, setup["dtype"])
+    if outline.embedding_manager is not None:
+        outline.embedding_manager.base_path = Path(setup["ckpt"])
     arguments = _native(config, main) | _arguments(options, recorded, outline, main)
     _check(arguments, outline, editing)
     if options.outdir.exists() and not options.outdir.is_dir():
@@ -131,7 +133,7 @@ def _arguments(
 
     settable = [name for name in inspect.signature(main).parameters if name not in NOT_SETTABLE]
     arguments = {name: value for name, value in recorded.items() if name in settable}
-    from_file = _words_file(options.words) if options.words is not None else {}
+    from_file = words_file(options.words) if options.words is not None else {}
     for name in from_file:
         if name not in settable:
             raise ValueError(f"'{options.words}': main has no argument '{name}'{nearest(str(name), settable)}.")
@@ -139,7 +141,7 @@ def _arguments(
     arguments |= {name: value for name in settable if (value := getattr(options, name, None)) is not None}
     if options.concept:
         own = outline.embedding_manager.placeholder_strings[0] if outline.embedding_manager else PLACEHOLDER
-        arguments["concepts"] = _concepts(options.concept, own)
+        arguments["concepts"] = concept_files(options.concept, own)
     if options.preset is not None:
         concepts, prompt = arguments.get("concepts") or {PLACEHOLDER: ""}, arguments.get("prompt", "")
         placeholder = next((name for name in concepts if name in prompt), next(iter(concepts)))
@@ -150,7 +152,7 @@ def _arguments(
     return arguments
 
 
-def _words_file(path: str) -> dict[str, Any]:
+def words_file(path: str) -> dict[str, Any]:
     """The YAML file of `--words` as arguments of `main`; a list is `prospect_words`."""
     if not Path(path).is_file():
         raise ValueError(f"There is no file '{path}'; check the path given with --words.")
@@ -168,7 +170,7 @@ def _words_file(path: str) -> dict[str, Any]:
     return content
 
 
-def _concepts(texts: Sequence[str], own: str) -> dict[str, str]:
+def concept_files(texts: Sequence[str], own: str) -> dict[str, str]:
     """`FILE` or `NAME=FILE`, several times, as {placeholder: file}; `own` is the placeholder of a bare file."""
     concepts: dict[str, str] = {}
     for text in texts:
@@ -214,7 +216,7 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
             raise ValueError("The configuration has no personalization_config, so --concept cannot be used with it.")
         if not isinstance(concepts, Mapping) or not all(concepts.values()):
             raise ValueError(f"concepts must be {{name: file}}, not {concepts!r}; give them with --concept NAME=FILE.")
-        outline.embedding_manager.load(concepts)
+        outline.embedding_manager.load(concepts, arguments.get("any_base", False))
     if content is not None:
         open_content(content)
     outline.cond_stage_model.tokenizer  # noqa: B018, opens it, which fails where it is not on this machine

@@ -1,32 +1,35 @@
-"""Embedding files: the S learned vectors of a concept, written as tensors, read from every known format.
+"""Concepts: the S learned vectors of a picture, as one file, as S files, or mixed from two.
 
 Shapes: S stages, D width of the text transformer, n vectors of another program's embedding.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
-from ldm.weight_files import reading_with
+from ldm.embedding_files import STAGES, EmbeddingError, in_order, is_plain, naming, read_embeddings, series, series_of
+
+__all__ = [
+    "Concept",
+    "EmbeddingError",
+    "load_concept",
+    "save_concept",
+    "save_new_concept",
+    "save_stages",
+    "stage_paths",
+]
 
 _VERSION = "1"
-_STAGES = "prospect.num_stages"
-_STAND_IN_FOR = ("ldm.", "torch.nn.modules.")
+_STAGE, _OF = "prospect.stage", "prospect.stage_files"  # in a file of one stage: its number, and how many there are
 _LISTED = 8
 
-
-class EmbeddingError(ValueError):
-    """An embedding that cannot be used: one sentence: which file, what is wrong with it, what to do."""
+Source = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,81 +67,142 @@ class Concept:
         """D."""
         return self.vectors.shape[1]
 
+    def rows_for(self, num_stages: int) -> list[int]:
+        """The row that each of `num_stages` stages reads: the one at the middle of that stage's timesteps."""
+        return [int((s + 0.5) * self.num_stages / num_stages) for s in range(num_stages)]
+
+    def lerp(self, other: Concept, weight: float) -> Concept:
+        """A concept between this one (weight 0) and another (weight 1), stage by stage.
+
+        Directions are interpolated linearly and brought to the interpolated length, because a shorter vector is a
+        weaker one: between two unlike vectors the plain mean is. Concepts of different S are read by time, and
+        the result has as many stages as the longer one.
+
+        Raises:
+            EmbeddingError: different widths, or a weight outside 0..1.
+        """
+        if not 0 <= weight <= 1:
+            raise EmbeddingError(f"the weight of the second concept must be in 0..1, not {weight}.")
+        if self.width != other.width:
+            raise EmbeddingError(
+                f"concepts of width {self.width} and {other.width} cannot be mixed: they were learned for "
+                f"different base models ({_base_of(self)} and {_base_of(other)})."
+            )
+        stages = max(self.num_stages, other.num_stages)
+        first, second = (concept.vectors[concept.rows_for(stages)] for concept in (self, other))
+        mixed = (1 - weight) * first + weight * second
+        length = (1 - weight) * first.norm(dim=1, keepdim=True) + weight * second.norm(dim=1, keepdim=True)
+        mixed = mixed * (length / mixed.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        shared = self.metadata.items() & other.metadata.items()  # what does not differ, such as the base model
+        return Concept(mixed, dict(sorted(shared)))
+
+
+def _base_of(concept: Concept) -> str:
+    return concept.metadata.get("base_model", "unknown")
+
 
 def save_concept(concept: Concept, path: str | Path, placeholder: str = "*") -> None:
     """Write {placeholder: (S, D)} as safetensors; readers see the old file or the whole new one.
 
     The concept's metadata goes along, but does not replace what describes the format.
     """
-    metadata = {key: str(value) for key, value in concept.metadata.items()} | {
-        "format": "pt",
-        "prospect.version": _VERSION,
-        _STAGES: str(concept.num_stages),
-        "prospect.num_timesteps": "1000",
-        "prospect.order": "0 = low noise (end of generation), S-1 = high noise (start)",
-        "placeholder": placeholder,
-    }
+    metadata = _describe(concept) | {"placeholder": placeholder}
     save_state_dict({placeholder: concept.vectors.cpu()}, path, metadata)
 
 
-def load_concept(path: str | Path, key: str | None = None) -> Concept:
-    """Read an embedding file of any known kind, told apart by its content; no code of the file is run.
+def save_new_concept(concept: Concept, path: str | Path, placeholder: str = "*", force: bool = False) -> None:
+    """`save_concept` for a path that a user gave.
+
+    Raises:
+        EmbeddingError: not a .safetensors file, or there already without `force`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise EmbeddingError(f"'{path}': the file to write must end in .safetensors.")
+    if path.is_dir() or (path.exists() and not force):
+        raise EmbeddingError(f"'{path}' is there already; name another file, or say --force.")
+    if not placeholder.strip():
+        raise EmbeddingError(f"A placeholder must be a visible text such as '*', not '{placeholder}'.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_concept(concept, path, placeholder)
+
+
+def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:
+    """Write `name-0.safetensors`, …: a file {name-k: (D,)} for each stage, as other programs read embeddings.
+
+    Each also carries the concept's metadata, so that `load_concept` gives back the concept that it was.
+    """
+    paths = stage_paths(concept, folder, name)
+    for stage, path in enumerate(paths):
+        metadata = {"placeholder": "*"} | _describe(concept) | {_STAGE: str(stage), _OF: str(concept.num_stages)}
+        save_state_dict({path.stem: concept.vectors[stage].cpu()}, path, metadata)
+    return paths
+
+
+def stage_paths(concept: Concept, folder: str | Path, name: str) -> list[Path]:
+    """Where `save_stages` writes."""
+    return [Path(folder) / f"{name}-{stage}.safetensors" for stage in range(concept.num_stages)]
+
+
+def _describe(concept: Concept) -> dict[str, str]:
+    return {key: str(value) for key, value in concept.metadata.items()} | {
+        "format": "pt",
+        "prospect.version": _VERSION,
+        STAGES: str(concept.num_stages),
+        "prospect.num_timesteps": "1000",
+        "prospect.order": "0 = low noise (end of generation), S-1 = high noise (start)",
+    }
+
+
+def load_concept(source: Source, key: str | None = None, rows_are_stages: bool = False) -> Concept:
+    """Read an embedding of any known kind, told apart by its content; no code of a file is run.
 
     * this program's: (S, D) with metadata;
     * the reference's `.pt`, a pickled generator block: evaluated without dropout. (The reference samples with
       its dropout on when the file was saved during training.)
-    * Textual Inversion of one vector, S = 1: diffusers (`.safetensors`, `.bin`), A1111 and rinongal (`.pt`).
+    * Textual Inversion of one vector, S = 1: diffusers (`.safetensors`, `.bin`), A1111 and rinongal (`.pt`);
+    * S files of one vector each (`name-0.safetensors`, …): a list of them, their folder, or any one of those
+      that this program wrote.
 
     Args:
-        path: the file.
-        key: the name of the embedding in a file of several; a file of one gives that one, whatever its name.
+        source: a file, a folder, or a list of files. Files that are numbered are read by their numbers, others in
+            the order of the list, the END of generation first.
+        key: the name of the embedding in a file of several, or of the files in a folder of several; where there
+            is one, that one is read, whatever its name.
+        rows_are_stages: take the n vectors of a file without metadata for n stages, the END of generation first;
+            other programs mean n consecutive tokens by them, which is no concept.
 
     Raises:
-        EmbeddingError: the file is missing, damaged or of another kind, names code, holds several embeddings
-            or vectors for consecutive tokens, or is for Stable Diffusion XL.
+        EmbeddingError: a file is missing, damaged or of another kind, names code, holds several embeddings or
+            vectors for consecutive tokens, or is for Stable Diffusion XL; stages are missing, or do not belong
+            together.
     """
-    path = Path(path)
-    try:
-        tensors, metadata = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+    if not isinstance(source, (str, Path)):
+        paths = [Path(path) for path in source]
+        if not paths:
+            raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
+        return _join(paths[0].parent, in_order(paths))
+    path = Path(source)
+    if path.is_dir():
+        return _join(path, series(path, key))
+    vectors, metadata = _read_file(path, key, rows_are_stages)
+    if _STAGE in metadata:
+        return _join(path.parent, series(path.parent, series_of(path)))
+    with naming(path):
+        return Concept(vectors, metadata)
+
+
+def _read_file(path: Path, key: str | None, rows_are_stages: bool = False) -> tuple[Tensor, dict[str, str]]:
+    """The vectors (n, D) of one file, and its metadata."""
+    with naming(path):
+        tensors, metadata = read_embeddings(path)
         vectors = tensors[_choose(list(tensors), key)]
-        if not _is_plain(vectors) or vectors.ndim not in (1, 2):
+        if not is_plain(vectors) or vectors.ndim not in (1, 2):
             found = f"{vectors.dtype} of shape {tuple(vectors.shape)}"
             raise EmbeddingError(f"this is no embedding but {found}; use a file with vectors of one width.")
         vectors = torch.atleast_2d(vectors)
-        _check_stages(len(vectors), metadata)
-        return Concept(vectors, metadata)
-    except OSError as error:
-        raise EmbeddingError(f"'{path}': it cannot be read ({error.strerror}); check the path.") from error
-    except EmbeddingError as error:
-        raise EmbeddingError(f"'{path}': {error}") from error
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file is of safetensors, or else of torch; all other files are refused."""
-    if not path.is_file():
-        siblings = [file.name for file in path.parent.glob("*") if file.is_file()]
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        remedy = f"did you mean '{path.with_name(near[0])}'?" if near else "check the path."
-        raise EmbeddingError(f"{'this is a folder' if path.is_dir() else 'there is no such file'}; {remedy}")
-    with path.open("rb") as stream:
-        head = stream.read(16)
-    if head[8:9] == b"{":
-        return True
-    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        raise EmbeddingError("the file is cut off; copy or download it again.")
-    if not head.startswith((b"PK", b"\x80")):
-        found = f"the file begins with {head!r}" if head else "the file is empty"
-        raise EmbeddingError(f"{found} and holds no embedding; use a .safetensors, .pt or .bin file of one.")
-    return False
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except Exception as error:  # a malformed file can fail in any way
-        raise EmbeddingError(f"the file is damaged ({error}); copy or download it again.") from error
+        _check_stages(len(vectors), metadata, rows_are_stages)
+        return vectors, metadata
 
 
 def _choose(names: list[str], key: str | None) -> str:
@@ -150,120 +214,47 @@ def _choose(names: list[str], key: str | None) -> str:
         raise EmbeddingError("the file holds no embedding; use one that does.")
     if len(names) > 1:
         listing = ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
-        raise EmbeddingError(f"the file holds {len(names)} embeddings ({listing}); give the name of one.")
+        raise EmbeddingError(
+            f"the file holds {len(names)} embeddings ({listing}); give the name of one (key=…, or --key of "
+            "scripts/import_embedding.py)."
+        )
     return names[0]
 
 
-def _check_stages(rows: int, metadata: Mapping[str, str]) -> None:
-    version, stages = metadata.get("prospect.version", _VERSION), metadata.get(_STAGES)
+def _check_stages(rows: int, metadata: Mapping[str, str], rows_are_stages: bool) -> None:
+    version, stages = metadata.get("prospect.version", _VERSION), metadata.get(STAGES)
     if version != _VERSION:
         raise EmbeddingError(f"the file has format version {version}, not {_VERSION}; update this program.")
-    if stages is None and rows != 1:
+    if _STAGE in metadata:
+        stages = "1"
+    if stages is None and rows != 1 and not rows_are_stages:
         raise EmbeddingError(
             f"its {rows} vectors are for {rows} consecutive tokens of a prompt, not for {rows} stages of "
-            "denoising; use an embedding of one vector."
+            "denoising; use an embedding of one vector, or say that rows are stages (rows_are_stages=True, or "
+            "--rows_are_stages of scripts/import_embedding.py)."
         )
     if stages is not None and stages != str(rows):
         raise EmbeddingError(f"there are {rows} vectors for {stages} stages; use another copy of the file.")
 
 
-class _StandIn:
-    """Stands in for every module class that a file names: keeps the pickled state as data, does nothing."""
-
-    state: object = None
-
-    def __new__(cls, *args: object) -> _StandIn:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-    def part(self, name: str) -> Mapping[object, object]:
-        """`_parameters` or `_modules` of the pickled module; empty when there is no such thing."""
-        found = self.state.get(name) if isinstance(self.state, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
-
-
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    content = _unpickle(path)
-    if not isinstance(content, Mapping):
-        raise EmbeddingError("the file holds no embedding; use one that does.")
-    if "attention" in content:
-        vectors = _run_generator(content["attention"], content.get("initial_embeddings"))
-        return {"*": vectors}, {_STAGES: str(len(vectors))}
-    parameters = content.get("string_to_param", content)
-    if isinstance(parameters, _StandIn):  # rinongal: an nn.ParameterDict
-        parameters = parameters.part("_parameters")
-    tensors = parameters.items() if isinstance(parameters, Mapping) else ()
-    return {str(name): tensor for name, tensor in tensors if isinstance(tensor, Tensor)}, {}
-
-
-def _unpickle(path: Path) -> object:
-    """Torch's `weights_only` reader: makes tensors, plain data and stand-ins for modules; imports nothing."""
-    try:
-        with reading_with(_StandIn, lambda: _modules_in(path)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a malformed file can fail in any way
-        refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose module)", str(error))
-        what = f"it names '{refused[1]}', which was not run" if refused else "it is damaged, or not only data"
-        raise EmbeddingError(f"{what}; use another copy, best a .safetensors file that you trust.") from error
-
-
-def _modules_in(path: Path) -> list[str]:
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
-    return [name for name in unknown if name.startswith(_STAND_IN_FOR)]
-
-
-@torch.no_grad()
-def _run_generator(module: object, initial: object) -> Tensor:
-    """The vectors (S, D) of the reference's pickled generator block for the initial embedding (1, D).
-
-    Only tensors are taken from the file. The reference's `forward` replaces `string_to_param_dict`'s entries,
-    never `initial_embeddings`, and takes one row of it, so that any other number of rows is an error here.
-    """
-    # Imported here because the manager's module imports this one.
-    from ldm.modules.embedding_manager import GeneratorBlock
-
-    if not isinstance(initial, Tensor) or not _is_plain(initial) or initial.ndim != 2 or len(initial) != 1:
-        what = f"of shape {tuple(initial.shape)}" if isinstance(initial, Tensor) else "missing"
-        raise EmbeddingError(f"initial_embeddings is {what}, not (1, width); use a file of ProSpect.")
-    state = _parameters(module)
-    width = max(initial.shape[1], 1)
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    inner, rows = (next(iter(found.get(name, ())), 0) for name in ("attn1.to_q.weight", "ff.net.2.weight"))
-    with torch.device("meta"):
-        # One token: the softmax over it is 1 however the inner width is cut into heads.
-        block = GeneratorBlock(width, max(rows // width, 1), heads=1, dim_head=max(inner, 1))
-    expected = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
-    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    if wrong:
-        listing = ", ".join(f"{name} {found.get(name, 'missing')}" for name in wrong[:_LISTED])
-        raise EmbeddingError(f"its network is not ProSpect's generator ({listing}); use a file of ProSpect.")
-    block.load_state_dict({name: tensor.detach().float() for name, tensor in state.items()}, assign=True)
-    return block.eval()(initial.detach().float())
-
-
-def _parameters(module: object) -> dict[str, Tensor]:
-    """The parameters of a pickled module tree under their dotted names."""
-    parameters: dict[str, Tensor] = {}
-    pending, seen = [("", module)], set()
-    while pending:
-        prefix, node = pending.pop()
-        # A module that is in two places could make the tree endless.
-        if not isinstance(node, _StandIn) or id(node) in seen:
-            raise EmbeddingError("its 'attention' is not ProSpect's generator; use a file of ProSpect.")
-        seen.add(id(node))
-        tensors = node.part("_parameters").items()
-        parameters |= {f"{prefix}{k}": v for k, v in tensors if isinstance(v, Tensor) and _is_plain(v)}
-        pending += [(f"{prefix}{k}.", v) for k, v in node.part("_modules").items() if v is not None]
-    return parameters
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is made of floats that are all in the file, and not of a few repeated without end."""
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
-        return False
-    return tensor.nbytes <= tensor.untyped_storage().nbytes()
+def _join(folder: Path, paths: Sequence[Path]) -> Concept:
+    """One concept from a file for each stage, the END of generation first."""
+    parts = [_read_file(path, None) for path in paths]
+    for path, (vectors, metadata) in zip(paths, parts, strict=True):
+        with naming(path):
+            if len(vectors) != 1 or (STAGES in metadata and _STAGE not in metadata):
+                raise EmbeddingError("this holds all stages of a concept, not one of them; give it alone.")
+            if vectors.shape[1] != parts[0][0].shape[1]:
+                widths = f"{vectors.shape[1]}, not {parts[0][0].shape[1]} as '{paths[0].name}'"
+                raise EmbeddingError(f"its width is {widths}; give the stages of one concept.")
+    origins = [{k: v for k, v in metadata.items() if k not in (_STAGE, _OF)} for _, metadata in parts]
+    with naming(folder):
+        if any(origin != origins[0] for origin in origins):
+            raise EmbeddingError("the stage files were exported from different concepts; give those of one.")
+        numbers = [metadata.get(_STAGE) for _, metadata in parts]
+        count = parts[0][1].get(_OF, str(len(parts)))
+        if numbers[0] is not None and (numbers != [str(k) for k in range(len(parts))] or count != str(len(parts))):
+            raise EmbeddingError(
+                f"of {count} stage files those of stages {', '.join(map(str, numbers))} are here; give all, each once."
+            )
+        return Concept(torch.cat([vectors for vectors, _ in parts]), origins[0])

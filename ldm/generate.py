@@ -28,6 +28,7 @@ from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
+    from ldm.embeddings import Concept
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.prompts import Words
 
@@ -91,7 +92,8 @@ def main(
     *,
     sampler: str = "ddim",
     resize: str = "crop",
-    concepts: Mapping[str, str | Path] | None = None,
+    concepts: Mapping[str, str | Path | Concept] | None = None,
+    any_base: bool = False,
     legacy_word_tokens: bool = False,
     callback: Callback | None = None,
     progress: bool = True,
@@ -116,6 +118,7 @@ def main(
         sampler: ddim or plms.
         resize: how the content picture is brought to width x height: crop, pad or squash.
         concepts: {placeholder: embedding file}, loaded before generating.
+        any_base: load concepts that were learned for another base model, too.
         callback: called after each step with (step, timestep, latents, predicted latents).
         progress: show a bar over the steps.
 
@@ -148,7 +151,7 @@ def main(
         if concepts:
             if model.embedding_manager is None:
                 raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
-            model.embedding_manager.load(concepts)
+            model.embedding_manager.load(concepts, any_base)
         cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
         uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
         used_concepts = concept_sources(model)
@@ -196,6 +199,7 @@ def main(
             **settings,
             "legacy_word_tokens": legacy_word_tokens,
             "concepts": used_concepts,
+            "any_base": any_base,
             "base_model": model.base_model.get("base_model"),
         },
         default=lambda number: number.item(),  # NumPy's
@@ -272,12 +276,19 @@ def concept_sources(model: LatentDiffusion) -> dict[str, str]:
 def save_picture(picture: Image.Image, path: str | Path) -> None:
     """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`.
 
+    A second chunk, `parameters`, says it the way AUTOMATIC1111's web UI does, for other tools.
+
     Raises:
         WriteError: no room or no right; nothing is left then.
     """
+    from ldm.export.infotext import NEEDED, infotext
+
     info = PngInfo()
     if PNG_KEY in picture.info:
         info.add_itxt(PNG_KEY, picture.info[PNG_KEY])
+        record = json.loads(picture.info[PNG_KEY])
+        if record.keys() >= NEEDED:
+            info.add_text("parameters", infotext(record))
     path = Path(path)
     with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Prompts to token slots: `prospect_words`, placeholders, and the paper's presets.
+"""Prompts to token slots: `prospect_words` and placeholders. (The paper's presets are in `ldm.presets`.)
 
 A slot (S, B, L) is a token id, or -(r + 1) for row r of the table of learned vectors. Stage axis everywhere:
 entry 0 is the END of generation (timesteps 0 … T/S), the last entry its START.
@@ -9,60 +9,34 @@ from __future__ import annotations
 import logging
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ldm.presets import PRESET_STAGES, joint, preset
+
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
+__all__ = [
+    "PLACEHOLDER",
+    "PRESET_STAGES",
+    "PromptReader",
+    "Words",
+    "check_words",
+    "joint",
+    "preset",
+    "split_pattern",
+    "stage_pieces",
+]
+
 PLACEHOLDER = "*"
 Words = Sequence["str | int | None"]
-
-# Stages (of ten) in which the paper lets `*` carry an attribute of the picture; the other stages follow the class
-# prompt. Zhang et al. 2023, section 5 and the authors' README; for `style` they name no stages and count it with
-# material, at the high-frequency end. `layout` adds `*` to the class prompt instead of putting it inside.
-PRESET_STAGES: dict[str, tuple[int, ...]] = {
-    "content": (0, 1, 2, 3, 4, 5, 6, 7),
-    "layout": (9,),
-    "material": (0, 1, 2, 3, 4),
-    "style": (0, 1, 2, 3, 4),
-}
-
-
-def preset(
-    attribute: str, prompt: str, stages: Sequence[int] | None = None, num_stages: int = 10, placeholder: str = "*"
-) -> list[str]:
-    """The `prospect_words` that take one attribute from the picture and the rest from the text.
-
-    `preset('material', 'a * dog on the table')` has `*` in stages 0–4, and `a dog on the table` in 5–9. A prompt
-    without the placeholder gets it appended in those stages.
-
-    Args:
-        attribute: content, layout, material or style.
-        stages: stages that carry the placeholder, instead of the paper's.
-        num_stages: S; the paper's windows, which are tenths, are scaled to it.
-
-    Raises:
-        ValueError: unknown attribute, or a stage outside 0..S-1.
-    """
-    if attribute not in PRESET_STAGES:
-        raise ValueError(f"Unknown preset '{attribute}'; there are {', '.join(PRESET_STAGES)}.")
-    if stages is None:
-        # a stage is inside the window when its middle is
-        tenths = PRESET_STAGES[attribute]
-        stages = [s for s in range(num_stages) if int((s + 0.5) * 10 / num_stages) in tenths]
-    outside = [s for s in stages if not 0 <= s < num_stages]
-    if outside:
-        raise ValueError(f"Stages {outside} are outside 0..{num_stages - 1}.")
-    with_concept = prompt if placeholder in prompt else f"{prompt} {placeholder}".strip()
-    plain = " ".join(prompt.replace(placeholder, " ").split())
-    return [with_concept if stage in stages else plain for stage in range(num_stages)]
 
 
 def check_words(words: Words, num_stages: int) -> list[str | int | None]:
@@ -93,6 +67,34 @@ def check_words(words: Words, num_stages: int) -> list[str | int | None]:
     return checked
 
 
+def split_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:
+    """What `stage_pieces` cuts prompts with: the placeholders, and `*`."""
+    known = sorted({PLACEHOLDER, *placeholders}, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, known)) + ")")
+
+
+def stage_pieces(
+    prompt: str, entry: str | int | None, stage: int, pattern: re.Pattern[str], placeholders: Container[str]
+) -> list[str | tuple[str, int]]:
+    """A prompt in one stage, cut into texts and (placeholder, stage whose learned token stands there).
+
+    Args:
+        entry: the stage's entry of `prospect_words`.
+        pattern: from `split_pattern`.
+        placeholders: those that something is learned for; others stay text.
+    """
+    if isinstance(entry, str):
+        prompt = prompt.replace(PLACEHOLDER, entry)
+    pieces: list[str | tuple[str, int]] = []
+    for piece in pattern.split(prompt):
+        if piece in placeholders:
+            chosen = piece == PLACEHOLDER and isinstance(entry, int)
+            pieces.append((piece, entry if chosen else stage))
+        elif piece:
+            pieces.append(piece)
+    return pieces
+
+
 class PromptReader:
     """Reads prompts for one tokenizer and one set of learned placeholders.
 
@@ -114,8 +116,7 @@ class PromptReader:
         self.placeholders = dict(placeholders)
         self.num_stages = num_stages
         self.max_length = max_length
-        known = sorted({PLACEHOLDER, *self.placeholders}, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, known)) + ")")
+        self._pattern = split_pattern(self.placeholders)
         self._warnings: dict[str, None] = {}  # of the text that is being read, each once and in order
 
     def read(self, prompts: Sequence[str], words: Words | None = None, legacy_word_tokens: bool = False) -> Tensor:
@@ -147,14 +148,11 @@ class PromptReader:
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
         """The L slots of one prompt in one stage, the whole text tokenised by BPE."""
         entry = None if words is None else words[stage]
-        if isinstance(entry, str):
-            prompt = prompt.replace(PLACEHOLDER, entry)
         body: list[int] = []
-        for piece in self._split.split(prompt):
-            if piece in self.placeholders:
-                chosen = piece == PLACEHOLDER and isinstance(entry, int)
-                body.append(self._learned(piece, entry if chosen else stage))
-            elif piece:
+        for piece in stage_pieces(prompt, entry, stage, self._pattern, self.placeholders):
+            if isinstance(piece, tuple):
+                body.append(self._learned(*piece))
+            else:
                 if piece == PLACEHOLDER:
                     self._warn_unlearned()
                 body.extend(self._ids(piece))

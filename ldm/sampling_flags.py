@@ -53,6 +53,8 @@ def build_parser(description: str, editing: bool) -> Parser:
     add_flag(words, "--preset", metavar="ATTRIBUTE", help=help_preset)
     help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
     add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
+    help_base = "use concepts that were learned for another base model"
+    add_flag(what, "--any_base", action="store_const", const=True, help=help_base)
     add_flag(what, "--from", dest="source", metavar="PNG", help="repeat this picture; other flags change it")
 
     how = parser.add_argument_group("how")

@@ -1,10 +1,13 @@
 """Learn two concepts with the small model that ships, then execute the notebook with them.
 
-make demo
+make demo       python scripts/demo.py
+make concepts   python scripts/demo.py --concepts: learn every reference picture, for models/demo/concepts
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONCEPTS = ("dotted-star", "striped-heart")
 NOTEBOOK = "ProSpect.ipynb"
 OUTPUTS = Path("outputs")
+REFERENCES, SHIPPED = Path("models/demo/references"), Path("models/demo/concepts")
 
 
 class ThisPython(KernelSpecManager):
@@ -54,7 +58,7 @@ def learn(concept: str) -> Path:
     run = Path("logs") / "demo" / concept
     command = ["main.py", "--base", "configs/demo/finetune.yaml", "-t"]
     command += ["--actual_resume", "models/demo/model.safetensors"]
-    command += ["--data_root", f"models/demo/references/{concept}", "-p", str(run)]
+    command += ["--data_root", (REFERENCES / concept).as_posix(), "-p", run.as_posix()]
     print(f"Learning '{concept}' from one picture: python {' '.join(command)}", flush=True)
     exit_code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     if exit_code:
@@ -62,7 +66,20 @@ def learn(concept: str) -> Path:
     return run / "checkpoints" / "embeddings.safetensors"
 
 
+def ship() -> None:
+    """Learn every reference picture anew and keep the concepts beside the model they were learned for."""
+    (ROOT / SHIPPED).mkdir(exist_ok=True)
+    for reference in sorted(path.name for path in (ROOT / REFERENCES).iterdir() if path.is_dir()):
+        shutil.copyfile(ROOT / learn(reference), ROOT / SHIPPED / f"{reference}.safetensors")
+        print(f"Concept:  {SHIPPED / reference}.safetensors", flush=True)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--concepts", action="store_true", help=f"learn the concepts of {SHIPPED} instead")
+    if parser.parse_args().concepts:
+        ship()
+        return
     start = time.monotonic()
     learned = [learn(concept) for concept in CONCEPTS]
     print(f"Executing {NOTEBOOK}", flush=True)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept
+from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept, save_stages
 from ldm.modules.embedding_manager import GeneratorBlock
 
 WIDTH = 16
@@ -214,6 +214,111 @@ def test_an_embedding_for_stable_diffusion_xl_is_refused(tmp_path: Path, key: st
 def test_other_contents_are_refused(tmp_path: Path, content: object, words: str) -> None:
     torch.save(content, tmp_path / "e.pt")
     assert words in error_of(tmp_path / "e.pt")
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_rows_are_stages_where_that_is_said(tmp_path: Path, write: Writer) -> None:
+    vectors = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+    write(vectors, tmp_path / "file")
+    assert "rows_are_stages=True" in error_of(tmp_path / "file")
+    assert torch.equal(load_concept(tmp_path / "file", rows_are_stages=True).vectors, vectors)
+
+
+# A file for each stage
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_stage_files_of_other_programs(tmp_path: Path, write: Writer) -> None:
+    """Twelve, so that the order of their names is not the order of their numbers."""
+    vectors = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(1))
+    paths = [tmp_path / f"a-cat-{stage}.pt" for stage in range(12)]
+    for vector, path in zip(vectors, paths, strict=True):
+        write(vector, path)
+    (tmp_path / "notes.txt").touch()
+    for source in (tmp_path, str(tmp_path), paths, sorted(paths), tuple(map(str, paths[::-1]))):
+        assert torch.equal(load_concept(source).vectors, vectors)
+    assert load_concept(paths[3]).num_stages == 1  # it does not say that it is one of several
+    named = [path.rename(tmp_path / name) for path, name in zip(paths, "bcadefghijkl", strict=True)]
+    assert torch.equal(load_concept(named).vectors, vectors)  # without numbers, as they come
+
+
+def test_one_of_two_series_is_read_by_its_name(tmp_path: Path) -> None:
+    for value, name in enumerate(("cat", "dog")):
+        save_stages(Concept(torch.full((2, 3), float(value))), tmp_path, name)
+    assert "has those of cat, dog" in error_of(tmp_path)
+    assert load_concept(tmp_path, "dog").vectors.unique().tolist() == [1.0]
+    assert load_concept(tmp_path / "cat-1.safetensors").vectors.unique().tolist() == [0.0]
+
+
+def test_stage_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    paths = save_stages(Concept(torch.zeros(4, 3)), tmp_path, "cat")
+    other = save_stages(Concept(torch.ones(4, 3), {"step": "1"}), tmp_path / "..", "other")
+    wide = save_stages(Concept(torch.ones(4, 5)), tmp_path / "..", "wide")
+    whole = tmp_path / "whole.safetensors"
+    save_concept(Concept(torch.zeros(4, 3)), whole)
+
+    def refusal(*sources: Path) -> str:
+        with pytest.raises(EmbeddingError) as caught:
+            load_concept(sources)
+        return str(caught.value)
+
+    assert "list of stage files is empty" in refusal()
+    assert "those of stages 0, 2, 3 are here" in refusal(paths[0], paths[2], paths[3])
+    assert "those of stages 0, 1, 2, 2 are here" in refusal(*paths[:3], paths[2])
+    assert "exported from different concepts" in refusal(*paths[:3], other[3])
+    assert "its width is 5, not 3 as 'cat-0.safetensors'" in refusal(*paths[:3], wide[3])
+    assert "holds all stages of a concept" in refusal(*paths[:3], whole)
+    assert "there is no such file" in refusal(*paths[:3], tmp_path / "cat-9.safetensors")
+    paths[1].unlink()
+    assert "of 'cat' there are only the stage files 0, 2, 3" in error_of(tmp_path)
+    lone = paths[0].rename(tmp_path / "lone.safetensors")
+    assert "one stage of a concept, and not named" in error_of(lone)
+
+
+def test_a_huge_number_in_a_name_takes_no_memory(tmp_path: Path) -> None:
+    save_concept(Concept(torch.zeros(1, 3)), tmp_path / "cat-999999999999999.safetensors")
+    assert "only the stage files 999999999999999" in error_of(tmp_path)
+
+
+# Between two concepts
+
+
+def test_lerp_goes_from_one_to_the_other_and_keeps_the_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        Concept(torch.randn(10, 64, generator=generator)),
+        Concept(3 * torch.randn(10, 64, generator=generator)),
+    )
+    assert torch.equal(first.lerp(second, 0).vectors, first.vectors)
+    torch.testing.assert_close(first.lerp(second, 1).vectors, second.vectors)
+    for weight in (0.25, 0.5, 0.9):
+        mixed = first.lerp(second, weight).vectors
+        length = (1 - weight) * first.vectors.norm(dim=1) + weight * second.vectors.norm(dim=1)
+        torch.testing.assert_close(mixed.norm(dim=1), length)
+        plain = (1 - weight) * first.vectors + weight * second.vectors
+        torch.testing.assert_close(torch.cosine_similarity(mixed, plain), torch.ones(10))
+        assert (mixed.norm(dim=1) > 1.02 * plain.norm(dim=1)).all()  # which the plain mean is short of
+        torch.testing.assert_close(second.lerp(first, 1 - weight).vectors, mixed)
+
+
+def test_concepts_of_other_stages_are_mixed_by_time() -> None:
+    ten = Concept(torch.eye(10))
+    two = Concept(torch.stack([torch.full((10,), 2.0), torch.full((10,), 4.0)]))
+    assert torch.equal(ten.lerp(two, 1).vectors[:, 0], torch.tensor([2.0] * 5 + [4.0] * 5))
+    assert torch.equal(two.lerp(ten, 1).vectors, torch.eye(10))
+    assert two.lerp(Concept(torch.ones(1, 10)), 0.5).num_stages == 2
+
+
+def test_what_cannot_be_mixed(tmp_path: Path) -> None:
+    first = Concept(torch.ones(2, 4), {"base_model": "sd1.ckpt", "step": "1"})
+    with pytest.raises(EmbeddingError, match=r"width 4 and 8 .* \(sd1.ckpt and sd2.ckpt\)"):
+        first.lerp(Concept(torch.ones(2, 8), {"base_model": "sd2.ckpt"}), 0.5)
+    for weight in (-0.1, 1.1, float("nan")):
+        with pytest.raises(EmbeddingError, match="must be in 0..1"):
+            first.lerp(first, weight)
+    opposite = first.lerp(Concept(-first.vectors), 0.5)  # no direction is left, and no NaN comes
+    assert opposite.vectors.eq(0).all()
+    assert first.lerp(Concept(torch.ones(2, 4), {"base_model": "sd1.ckpt"}), 0.5).metadata == {"base_model": "sd1.ckpt"}
 
 
 # The reference's pickled generator

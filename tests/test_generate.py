@@ -1,6 +1,7 @@
 """Pictures in, pictures out: `ldm.generate` with the small model that ships. Nothing depends on how well it draws."""
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.images import fit, to_pil, to_tensor
-from ldm.embeddings import Concept, save_concept
+from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.generate import load_model_from_config, main, read_parameters, save_picture
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
@@ -251,6 +252,21 @@ def test_concepts_are_loaded_by_name(draw: Draw, concept_file: Path) -> None:
     assert not torch.equal(named, plain)
     star = latents(draw, "a * on a white background", concepts={"*": concept_file})
     torch.testing.assert_close(named, star, rtol=0, atol=1e-4)
+
+
+def test_a_concept_for_another_base_model_is_refused_and_can_be_used_all_the_same(
+    draw: Draw, concept_file: Path, tmp_path: Path
+) -> None:
+    origin = {"base_model": "sd-v1-4.ckpt", "base_model_sha256": "0" * 64}
+    save_concept(Concept(load_concept(concept_file).vectors, origin), tmp_path / "other.safetensors")
+    words = {"prospect_words": ["<b><b> and <b>, *"] * 5 + [9] * 5, "prompt": "*"}
+    concepts = {"*": concept_file, "<b>": tmp_path / "other.safetensors"}
+    with pytest.raises(ValueError, match=r"'sd-v1-4.ckpt' \(SHA-256 0000000000…\), but this is 'model.safetensors'"):
+        draw(**words, concepts=concepts)
+    picture = draw(**words, concepts=concepts, any_base=True)
+    assert json.loads(picture.info["prospect"])["any_base"] is True
+    same = draw(**words, concepts={"*": concept_file, "<b>": load_concept(concept_file)})
+    assert difference(picture, same) == 0
 
 
 def test_an_unlearned_star_warns(draw: Draw, concept_file: Path, caplog: pytest.LogCaptureFixture) -> None:

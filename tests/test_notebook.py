@@ -47,13 +47,15 @@ def test_the_notebook_runs(outputs: Path) -> None:
     execute(NOTEBOOK, outputs / NOTEBOOK.name)
     written = {path.name: Image.open(path) for path in outputs.glob("*.png")}
     names = ["editing", "prompt-to-prompt", "content", "layout", "material", "attributes"]
-    names += ["flexible", "two-concepts", "previews"]
+    names += ["flexible", "two-concepts", "joint", "between", "previews"]
     assert {name.rpartition("-")[0] for name in written} == set(names)
     assert all(np.asarray(picture).std() > 0 for picture in written.values())
     assert written["content-2.png"].size == (4 * 64, 64)
     words = read_parameters(outputs / "content-2.png")["prospect_words"]
     assert ["*" in entry for entry in words] == [True] * 8 + [False] * 2
     assert read_parameters(outputs / "flexible-3.png")["prospect_words"] == [9] * 10
+    joint = read_parameters(outputs / "joint-2.png")["prospect_words"]
+    assert [entry.count("<") for entry in joint] == [2] * 5 + [1] * 3 + [1] * 2
     executed = nbformat.read(outputs / NOTEBOOK.name, as_version=4)
     shown = [
         cell.id

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from ldm.prompts import PromptReader, check_words, preset
+from ldm.prompts import PRESET_STAGES, PromptReader, check_words, joint, preset
 
 RECORDED = tiny.golden("text")
 PROMPTS = tiny.META["prompts"]
@@ -361,3 +361,50 @@ def test_presets_for_other_stages() -> None:
         preset("colour", "*")
     with pytest.raises(ValueError, match=r"Stages \[-1, 10\] are outside 0..9"):
         preset("style", "*", stages=[-1, 3, 10])
+
+
+# Attributes from several concepts
+
+FOUR = {"content": "<a>", "material": "<b>", "style": "<c>", "layout": "<d>"}
+
+
+def test_the_papers_joint_result_is_one_call() -> None:
+    words = joint(FOUR, "a <b> <c> <a> teddy")
+    assert words == ["a <b> <c> teddy"] * 5 + ["a <a> teddy"] * 3 + ["a teddy"] + ["a teddy <d>"]
+
+
+def test_content_keeps_its_late_stages_where_nothing_else_wants_them() -> None:
+    assert joint({"content": "<a>", "layout": "<d>"}, "a <a>") == ["a <a>"] * 8 + ["a", "a <d>"]
+    assert joint({"content": "<a>", "material": "<a>"}, "a <a>") == ["a <a>"] * 8 + ["a"] * 2
+
+
+def test_joint_of_one_attribute_is_its_preset() -> None:
+    for attribute in PRESET_STAGES:
+        for stages in (4, 10, 20):
+            assert joint({attribute: "*"}, "a * dog", num_stages=stages) == preset(
+                attribute, "a * dog", num_stages=stages
+            )
+
+
+def test_stages_of_a_joint_list_can_be_chosen() -> None:
+    words = joint(FOUR, "x", stages={"layout": [8, 9], "content": range(10)})
+    assert words == ["x <a> <b> <c>"] * 5 + ["x <a>"] * 3 + ["x <a> <d>"] * 2
+
+
+def test_a_placeholder_may_stand_several_times() -> None:
+    assert joint({"layout": "<a>"}, "a <a> on a <a><a>")[8:] == ["a on a", "a <a> on a <a><a>"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({},), "at least one attribute: content, layout, material, style"),
+        (({"mood": "<a>"},), "Unknown preset 'mood'"),
+        ((FOUR, "", {"mood": [1]}), "stages names 'mood'"),
+        (({"content": "<a>"}, "", {"layout": [1]}), "for which there is no concept"),
+        ((FOUR, "", {"layout": [10]}), r"Stages \[10\] are outside 0..9"),
+    ],
+)
+def test_wrong_joint_arguments(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        joint(*arguments)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import ldm.generate
 from ldm import cli, commands
-from ldm.embeddings import Concept, save_concept
+from ldm.embeddings import Concept, load_concept, save_concept, save_stages
 from ldm.generate import read_parameters
 from scripts import demo
 
@@ -133,6 +134,64 @@ def test_flags_change_what_from_repeats(tmp_path: Path) -> None:
     assert np.abs(pixels(first) - pixels(other)).max() > 1
 
 
+def test_any_base_is_said_once_and_repeated(tmp_path: Path) -> None:
+    other = Concept(torch.zeros(10, 128), {"base_model": "sd-v1-4.ckpt", "base_model_sha256": "0" * 64})
+    save_concept(other, tmp_path / "other.safetensors")
+    flags = ["--prompt", "a *", "--concept", tmp_path / "other.safetensors", "--outdir", tmp_path]
+    first = txt2img(*flags, "--any-base")[0]
+    again = txt2img("--from", first, "--outdir", tmp_path)[0]
+    assert read_parameters(again)["any_base"] is True and (pixels(first) == pixels(again)).all()
+
+
+# Concepts as files
+
+
+def test_a_folder_of_stage_files_is_a_concept(tmp_path: Path, concept_file: Path) -> None:
+    save_stages(load_concept(concept_file), tmp_path, "star")
+    files = [txt2img("--prompt", "a *", "--concept", f"*={c}", "--outdir", tmp_path) for c in (concept_file, tmp_path)]
+    assert (pixels(files[0][0]) == pixels(files[1][0])).all()
+
+
+def test_import_as_a_program_and_its_mistakes(tmp_path: Path, concept_file: Path) -> None:
+    paths = save_stages(load_concept(concept_file), tmp_path, "star")
+    out = tmp_path / "new" / "back.safetensors"
+    result = program("import_embedding", *map(str, paths[::-1]), "--out", str(out))
+    assert (result.returncode, result.stdout) == (0, f"{out}: 10 stages of width 128\n"), result.stderr
+    back, original = load_concept(out), load_concept(concept_file)
+    assert torch.equal(back.vectors, original.vectors) and back.metadata == original.metadata
+    result = program("import_embedding", str(paths[0]), "--out", str(out))
+    assert result.returncode == 2 and "is there already; name another file, or say --force" in result.stderr
+    save_file({"<a>": torch.zeros(2, 4), "<b>": torch.ones(2, 4)}, tmp_path / "two.safetensors")
+    flags = ["import_embedding", str(tmp_path / "two.safetensors"), "--out", str(out), "--force", "--rows_are_stages"]
+    result = program(*flags)
+    assert (result.returncode, result.stdout) == (2, "") and "holds 2 embeddings (<a>, <b>)" in result.stderr
+    assert program(*flags, "--key", "<b>", "--placeholder", "<x>").returncode == 0
+    assert load_concept(out).vectors.eq(1).all() and load_concept(out).metadata["placeholder"] == "<x>"
+
+
+def test_mix_as_a_program(tmp_path: Path, concept_file: Path) -> None:
+    save_concept(Concept(torch.ones(1, 128)), tmp_path / "one.safetensors")
+    flags = [
+        "mix_concepts",
+        str(concept_file),
+        str(tmp_path / "one.safetensors"),
+        "--out",
+        str(tmp_path / "m.safetensors"),
+    ]
+    assert program(*flags, "--weight", "0.25").stdout == f"{flags[-1]}: 10 stages of width 128\n"
+    mixed = load_concept(flags[-1])
+    expected = load_concept(concept_file).lerp(load_concept(tmp_path / "one.safetensors"), 0.25)
+    assert torch.equal(mixed.vectors, expected.vectors)
+    assert mixed.metadata["mixed"] == "0.75 concept.safetensors + 0.25 one.safetensors"
+    result = program(*flags, "--weight", "2", "--force")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "must be in 0..1, not 2.0" in result.stderr
+
+
+def test_the_diffusers_folder_is_not_overwritten(tmp_path: Path) -> None:
+    result = program("make_diffusers_folder", str(tmp_path))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "is there already" in result.stderr
+
+
 # Where the words come from
 
 
@@ -189,6 +248,11 @@ REFUSED: list[tuple[bool, str, str]] = [
     (False, "--prompt a --concept {tmp}/none.pt", "none.pt': there is no such file"),
     (False, "--prompt a --concept b=c --concept b=d", "give every concept a name of its own"),
     (False, "--prompt a --concept {tmp}/wide.safetensors", "was learned for another base model."),
+    (
+        False,
+        "--prompt a --concept {tmp}/other.safetensors",
+        "'sd-v1-4.ckpt' (SHA-256 0000000000…), but this is 'model.",
+    ),
     (False, "--prompt a --config none.yaml", "'none.yaml'; check the path given with --config."),
     (False, "--prompt a --dtype int8", "frozen_dtype must be one of float32, float16, bfloat16, not 'int8'."),
     (False, "--prompt a --device tpu", "'tpu' is none of cpu, mps, cuda"),
@@ -219,6 +283,8 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     save_concept(Concept(torch.zeros(10, 768)), folder / "wide.safetensors")
+    origin = {"base_model": "sd-v1-4.ckpt", "base_model_sha256": "0" * 64}
+    save_concept(Concept(torch.zeros(10, 128), origin), folder / "other.safetensors")
     for name, record in {
         "edited": '{"prompt": "a", "content_dir": "a.png", "base_model": "model.safetensors"}',
         "foreign": '{"prompt": "a", "base_model": "sd-v1-4.ckpt"}',
@@ -283,6 +349,19 @@ def test_the_demo_calls_main_with_flags_and_files_that_exist(monkeypatch: pytest
         options = cli.parse(flags)
         assert options.train and Path(options.project) == embedding.parents[1]
         assert all(Path(path).exists() for path in (*options.base, options.actual_resume, options.data_root))
+
+
+def test_make_concepts_learns_every_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("dotted-star", "striped-heart"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        (tmp_path / "logs" / name / "e.safetensors").write_text(name)
+        (tmp_path / demo.REFERENCES / name).mkdir(parents=True)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    monkeypatch.setattr(demo, "learn", lambda concept: Path("logs") / concept / "e.safetensors")
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--concepts"])
+    demo.main()
+    shipped = {path.name: path.read_text() for path in (tmp_path / demo.SHIPPED).iterdir()}
+    assert shipped == {f"{name}.safetensors": name for name in ("dotted-star", "striped-heart")}
 
 
 def test_the_demo_ends_with_the_exit_code_of_main(monkeypatch: pytest.MonkeyPatch) -> None:

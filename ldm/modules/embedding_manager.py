@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ldm.base_model import refuse_other_base
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.modules.attention import CrossAttention, FeedForward
 
@@ -92,6 +93,7 @@ class EmbeddingManager(nn.Module):
         self.learning = bool(words)
         self.loaded: dict[str, Concept] = {}
         self.sources: dict[str, str] = {}  # placeholder -> file, for the record
+        self.base_path: Path | None = None  # where the base model's weights came from, if that is known
         self.attention: GeneratorBlock | None = None
         self.table: nn.Parameter | None = None
         self.register_buffer("initial_embeddings", torch.zeros(1, self.width))
@@ -129,8 +131,7 @@ class EmbeddingManager(nn.Module):
             rows.update(dict.fromkeys(self._trained_placeholders(), list(range(self.num_stages))))
             start = self.num_stages
         for placeholder, concept in self.loaded.items():
-            stages = [int((s + 0.5) * concept.num_stages / self.num_stages) for s in range(self.num_stages)]
-            rows[placeholder] = [start + stage for stage in stages]
+            rows[placeholder] = [start + row for row in concept.rows_for(self.num_stages)]
             start += concept.num_stages
         return rows
 
@@ -143,23 +144,30 @@ class EmbeddingManager(nn.Module):
     def _trained_placeholders(self) -> list[str]:
         return [p for p in self.placeholder_strings if self.learning and p not in self.loaded]
 
-    def load(self, source: str | Path | Concept | Mapping[str, Any]) -> None:
+    def load(self, source: str | Path | Concept | Mapping[str, Any], any_base: bool = False) -> None:
         """Take concepts from files; see `load_concept` for what can be read.
 
         Args:
             source: a file for the first placeholder, or {placeholder: file}. Replaces what was loaded for it.
+            any_base: also concepts that were learned for another base model (of the same width).
 
         Raises:
-            ValueError: a file cannot be used, or was learned for another width.
+            ValueError: a file cannot be used, or was learned for another width or another base model.
         """
         sources = source if isinstance(source, Mapping) else {self.placeholder_strings[0]: source}
         concepts = {p: s if isinstance(s, Concept) else load_concept(s, p) for p, s in sources.items()}
         for placeholder, concept in concepts.items():
+            origin = sources[placeholder]
+            what = f"The embedding for '{placeholder}'{'' if isinstance(origin, Concept) else f' ({origin})'}"
             if concept.width != self.width:
+                theirs = concept.metadata.get("base_model", "unknown")
+                ours = self.base_path.name if self.base_path is not None else "unknown"
                 raise ValueError(
-                    f"The embedding for '{placeholder}' ({sources[placeholder]}) has width {concept.width}, but this "
-                    f"model's text encoder has width {self.width}: it was learned for another base model."
+                    f"{what} has width {concept.width} (base model: {theirs}), but this model's text encoder has width "
+                    f"{self.width} (base model: {ours}): it was learned for another base model."
                 )
+            if self.base_path is not None and not any_base:
+                refuse_other_base(concept.metadata, self.base_path, what)
         self.loaded.update(concepts)
         self.sources.update({p: "" if isinstance(s, Concept) else str(s) for p, s in sources.items()})
 

@@ -158,6 +158,7 @@ class LatentDiffusion(LatentCodec, Fitting):
             self.embedding_manager = instantiate_from_config(
                 personalization_config, embedder=self.cond_stage_model, num_stages=prospect_stages
             )
+            self.embedding_manager.base_path = Path(ckpt_path) if ckpt_path else None
             if embedding_manager_ckpt and self.embedding_manager.learning:
                 self.embedding_manager.start_from(embedding_manager_ckpt)
             elif embedding_manager_ckpt:

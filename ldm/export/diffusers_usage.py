@@ -1,0 +1,92 @@
+"""A learned concept in diffusers, with a prompt for each stage of denoising.
+
+python FILE BASE_MODEL    (a Stable Diffusion v1 file, or a diffusers folder) writes NAME.png
+
+Exported by ProSpect; needs `pip install diffusers transformers`. The embedding files must be in this file's folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What was exported. Entry 0 of PROMPTS is the END of generation, the last entry its START.
+NAME = "concept"
+FILES: list[str] = []
+PROMPTS: list[str] = ["a picture"]
+NEGATIVE = ""
+STEPS, GUIDANCE, SEED = 50, 10.0, 42
+HEIGHT, WIDTH = 512, 512
+
+
+class StagePrompts:
+    """The prompt of each timestep: call `at`, and give the object as `callback_on_step_end`."""
+
+    def __init__(self, pipe: Any, guidance: float) -> None:
+        self.timesteps = pipe.scheduler.config.num_train_timesteps
+        self.encoded = {
+            text: pipe.encode_prompt(text, pipe.device, 1, guidance > 1, NEGATIVE) for text in dict.fromkeys(PROMPTS)
+        }
+
+    def at(self, timestep: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(prompt_embeds, negative_prompt_embeds) of a timestep's stage."""
+        stage = int(timestep) * len(PROMPTS) // self.timesteps
+        return self.encoded[PROMPTS[stage]]
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Called after a step, so what is put here is for the NEXT timestep."""
+        later = pipe.scheduler.timesteps[step + 1 :]
+        if len(later):
+            positive, negative = self.at(float(later[0]))
+            both = torch.cat([negative, positive]) if pipe.do_classifier_free_guidance else positive
+            copies = len(tensors["prompt_embeds"]) // len(both)
+            tensors["prompt_embeds"] = both.repeat_interleave(copies, dim=0)
+        return tensors
+
+
+def load(pipe: Any) -> None:
+    """Add the learned tokens to the pipeline's tokenizer and text encoder."""
+    for file in FILES:
+        pipe.load_textual_inversion(Path(__file__).parent, weight_name=file)
+
+
+def generate(pipe: Any, steps: int = STEPS, guidance: float = GUIDANCE, **others: Any) -> Any:
+    """Call the pipeline; `others` are more of its arguments. Any scheduler will do."""
+    prompts = StagePrompts(pipe, guidance)
+    pipe.scheduler.set_timesteps(steps)
+    positive, negative = prompts.at(float(pipe.scheduler.timesteps[0]))
+    return pipe(
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        callback_on_step_end=prompts,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        **others,
+    )
+
+
+def main() -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} BASE_MODEL")
+    source = Path(sys.argv[1])
+    read = StableDiffusionPipeline.from_pretrained if source.is_dir() else StableDiffusionPipeline.from_single_file
+    pipe = read(str(source))
+    # the schedule that the pictures of the paper's code were made with
+    wanted = {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **wanted)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    load(pipe)
+    noise = torch.Generator().manual_seed(SEED)
+    picture = generate(pipe, height=HEIGHT, width=WIDTH, generator=noise).images[0]
+    picture.save(f"{NAME}.png")
+    sys.stdout.write(f"{NAME}.png\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Concepts as the files that other programs read: the stages one by one, and how to use them there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm.embeddings import Concept, save_stages, stage_paths
+from ldm.export import comfyui, diffusers_usage, webui
+from ldm.export.texts import check_name, stage_texts
+from ldm.prompts import Words
+
+_ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
+PROGRAMS = tuple(_ENDINGS)
+_HEADER = """\
+Put the files {files} into the folder embeddings of the web UI, and paste the last line as the prompt.
+Made for {steps} steps of {sampler}, CFG scale {scale}, seed {seed}, {width}x{height}: with another sampler or number of
+steps the stages would change at wrong times. Counted {counting}.
+"""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What is generated with the concepts: the arguments of `ldm.generate.main` that other programs have, too.
+
+    Args:
+        sampler: as AUTOMATIC1111 names it; what matters there is when each stage begins.
+        documented: for AUTOMATIC1111: count steps as its documentation says, and not as it does.
+    """
+
+    prompt: str = "*"
+    words: Words | None = None
+    sampler: str = "ddim"
+    steps: int = 50
+    scale: float = 10.0
+    seed: int = 42
+    width: int = 512
+    height: int = 512
+    documented: bool = False
+
+
+@dataclass(frozen=True)
+class Export:
+    """Named concepts on their way to a folder.
+
+    Args:
+        concepts: placeholder -> (name in the other program, concept).
+
+    Raises:
+        ValueError: no concept, a name that cannot be used or is given twice, or words that do not fit.
+    """
+
+    concepts: Mapping[str, tuple[str, Concept]]
+    use: Use = field(default_factory=Use)
+
+    def __post_init__(self) -> None:
+        names = [check_name(name) for name, _ in self.concepts.values()]
+        if not names:
+            raise ValueError("There is no concept to export; name one or more embedding files.")
+        if len({name.lower() for name in names}) < len(names):
+            raise ValueError(f"The names {', '.join(names)} are not all different; give every concept its own.")
+        webui.call_timesteps(self.use.sampler, self.use.steps)
+        self._texts()
+
+    @property
+    def name(self) -> str:
+        """The first concept's, which the files of a program begin with."""
+        return next(iter(self.concepts.values()))[0]
+
+    @property
+    def num_stages(self) -> int:
+        """As many as there are words; without words, as many as the first concept has."""
+        return len(self.use.words) if self.use.words else next(iter(self.concepts.values()))[1].num_stages
+
+    def stage_paths(self, folder: Path) -> list[Path]:
+        """The files of the stages, concept after concept."""
+        return [path for name, concept in self.concepts.values() for path in stage_paths(concept, folder, name)]
+
+    def paths(self, programs: Sequence[str], folder: Path) -> list[Path]:
+        """What `write` will write: the stages' files, then one for each program."""
+        return self.stage_paths(folder) + [folder / f"{self.name}_{_ENDINGS[program]}" for program in programs]
+
+    def write(self, programs: Sequence[str], folder: Path) -> list[str]:
+        """Write the stage files, and one file for each of `programs`; returns warnings, each a sentence."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, concept in self.concepts.values():
+            save_stages(concept, folder, name)
+        warnings: list[str] = []
+        contents = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}
+        for program in programs:
+            path = folder / f"{self.name}_{_ENDINGS[program]}"
+            path.write_text(contents[program](warnings), encoding="utf-8")
+        return warnings
+
+    def _texts(self, spell: Callable[[str], str] = str, escape: Callable[[str], str] = str) -> list[str]:
+        names = {placeholder: name for placeholder, (name, _) in self.concepts.items()}
+        rows = {placeholder: concept.rows_for(self.num_stages) for placeholder, (_, concept) in self.concepts.items()}
+        return stage_texts(self.use.prompt, self.use.words, self.num_stages, names, rows, spell, escape)
+
+    def _diffusers(self, warnings: list[str]) -> str:
+        use = self.use
+        values = {
+            "NAME": self.name,
+            "FILES": [path.name for path in self.stage_paths(Path())],
+            "PROMPTS": self._texts(),
+            "STEPS, GUIDANCE, SEED": (use.steps, use.scale, use.seed),
+            "HEIGHT, WIDTH": (use.height, use.width),
+        }
+        source = Path(diffusers_usage.__file__).read_text(encoding="utf-8")
+        for names, value in values.items():
+            rows = "".join(f"    {entry!r},\n" for entry in value) if isinstance(value, list) else ""
+            text = f"[\n{rows}]" if rows else repr(value).strip("()")
+            source = re.sub(
+                rf"^({names}(?:: [^=]+)?) = .*$", lambda m, text=text: f"{m[1]} = {text}", source, flags=re.M
+            )
+        return source
+
+    def _a1111(self, warnings: list[str]) -> str:
+        use = self.use
+        prompt, found = webui.prompt_editing(self._texts(escape=webui.escape), use.sampler, use.steps, use.documented)
+        warnings += found
+        files = " … ".join(self.stage_paths(Path())[end].name for end in (0, -1))
+        settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
+        notes = "".join(f"Not exact: {warning}\n" for warning in found)
+        settings["counting"] = "as documented" if use.documented else "as the program does, from step 0"
+        return _HEADER.format(files=files, **settings) + notes + f"\n{prompt}\n"
+
+    def _comfyui(self, warnings: list[str]) -> str:
+        use = self.use
+        checkpoint = next(iter(self.concepts.values()))[1].metadata.get("base_model", "sd-v1-4.ckpt")
+        settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
+        texts = self._texts(comfyui.spell, comfyui.escape)
+        return json.dumps(comfyui.workflow(texts, checkpoint, prefix=self.name, **settings), indent=2) + "\n"

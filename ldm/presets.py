@@ -1,0 +1,106 @@
+"""The paper's presets: which stages take an attribute from a learned picture, as lists for `prospect_words`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+# Stages (of ten) in which the paper lets `*` carry an attribute of the picture; the other stages follow the class
+# prompt. Zhang et al. 2023, section 5 and the authors' README; for `style` they name no stages and count it with
+# material, at the high-frequency end. `layout` adds `*` to the class prompt instead of putting it inside.
+PRESET_STAGES: dict[str, tuple[int, ...]] = {
+    "content": (0, 1, 2, 3, 4, 5, 6, 7),
+    "layout": (9,),
+    "material": (0, 1, 2, 3, 4),
+    "style": (0, 1, 2, 3, 4),
+}
+
+
+def preset(
+    attribute: str, prompt: str, stages: Sequence[int] | None = None, num_stages: int = 10, placeholder: str = "*"
+) -> list[str]:
+    """The `prospect_words` that take one attribute from the picture and the rest from the text.
+
+    `preset('material', 'a * dog on the table')` has `*` in stages 0–4, and `a dog on the table` in 5–9. A prompt
+    without the placeholder gets it appended in those stages.
+
+    Args:
+        attribute: content, layout, material or style.
+        stages: stages that carry the placeholder, instead of the paper's.
+        num_stages: S; the paper's windows, which are tenths, are scaled to it.
+
+    Raises:
+        ValueError: unknown attribute, or a stage outside 0..S-1.
+    """
+    if stages is None:
+        stages = _window(attribute, num_stages)
+    _check_stages(attribute, stages, num_stages)
+    return [_with_only(prompt, {placeholder: stage in stages}) for stage in range(num_stages)]
+
+
+def joint(
+    concepts: Mapping[str, str],
+    prompt: str = "",
+    stages: Mapping[str, Sequence[int]] | None = None,
+    num_stages: int = 10,
+) -> list[str]:
+    """The `prospect_words` that take several attributes, each from a concept of its own, and the rest from the text.
+
+    `joint({'content': '<a>', 'material': '<b>', 'layout': '<c>'}, 'a <b> <a> thing')` has `<c>` behind `a thing` in
+    stage 9, `<a>` in its place in 5–7, `<b>` in 0–4, and `a thing` in 8. Material and style stand beside each other;
+    content gives way to them where they come from other concepts, since its late stages would bring its own.
+
+    Args:
+        concepts: attribute -> placeholder. A placeholder that the prompt does not have is appended in its stages.
+        stages: attribute -> stages that carry its placeholder, instead of the paper's.
+        num_stages: S.
+
+    Raises:
+        ValueError: no attribute, an unknown one, or a stage outside 0..S-1.
+    """
+    if not concepts:
+        raise ValueError(f"joint needs a concept for at least one attribute: {', '.join(PRESET_STAGES)}.")
+    windows = {attribute: set(_window(attribute, num_stages)) for attribute in concepts}
+    for attribute in ("material", "style"):
+        if attribute in concepts and concepts[attribute] != concepts.get("content"):
+            windows.get("content", set()).difference_update(windows[attribute])
+    for attribute, chosen in (stages or {}).items():
+        if attribute not in concepts:
+            raise ValueError(
+                f"stages names '{attribute}', for which there is no concept; there are {', '.join(concepts)}."
+            )
+        windows[attribute] = set(chosen)
+        _check_stages(attribute, chosen, num_stages)
+
+    def text(stage: int) -> str:
+        inside = dict.fromkeys(concepts.values(), False)
+        for attribute, placeholder in concepts.items():
+            inside[placeholder] |= stage in windows[attribute]
+        return _with_only(prompt, inside)
+
+    return [text(stage) for stage in range(num_stages)]
+
+
+def _window(attribute: str, num_stages: int) -> list[int]:
+    """The paper's stages of an attribute; a stage of another number is inside when its middle is."""
+    if attribute not in PRESET_STAGES:
+        raise ValueError(f"Unknown preset '{attribute}'; there are {', '.join(PRESET_STAGES)}.")
+    return [s for s in range(num_stages) if int((s + 0.5) * 10 / num_stages) in PRESET_STAGES[attribute]]
+
+
+def _check_stages(attribute: str, stages: Sequence[int], num_stages: int) -> None:
+    if attribute not in PRESET_STAGES:
+        raise ValueError(f"Unknown preset '{attribute}'; there are {', '.join(PRESET_STAGES)}.")
+    outside = [s for s in stages if not 0 <= s < num_stages]
+    if outside:
+        raise ValueError(f"Stages {outside} are outside 0..{num_stages - 1}.")
+
+
+def _with_only(prompt: str, inside: Mapping[str, bool]) -> str:
+    """The prompt with the placeholders that are inside their stages, and without the others."""
+    for placeholder in (p for p, wanted in inside.items() if not wanted):
+        if placeholder in prompt:
+            prompt = " ".join(prompt.replace(placeholder, " ").split())
+    for placeholder in (p for p, wanted in inside.items() if wanted):
+        if placeholder not in prompt:
+            prompt = f"{prompt} {placeholder}".strip()
+    return prompt

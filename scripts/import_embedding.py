@@ -1,0 +1,41 @@
+"""Read an embedding of another program, or the files of its stages, into one concept.
+
+python scripts/import_embedding.py outputs/star/star-*.safetensors --out star.safetensors
+python scripts/import_embedding.py embeddings_gs-599.pt --out teddy.safetensors
+python scripts/import_embedding.py learned_embeds.bin --key '<cat-toy>' --out cat-toy.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm.flags import Parser, add_flag
+
+
+def main() -> None:
+    summary, _, examples = __doc__.partition("\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=summary, epilog="examples:\n" + examples.strip("\n"), formatter_class=raw)
+    help_source = "a file, the folder of the stage files, or these files, the END of generation first"
+    parser.add_argument("source", nargs="+", type=Path, help=help_source)
+    add_flag(parser, "--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    add_flag(parser, "--key", metavar="NAME", help="which embedding, where there are several")
+    help_rows = "the vectors of a file are stages, the END of generation first, and not consecutive tokens"
+    add_flag(parser, "--rows_are_stages", action="store_true", help=help_rows)
+    add_flag(parser, "--placeholder", default="*", metavar="TEXT", help="what it is called in prompts ('*')")
+    add_flag(parser, "--force", action="store_true", help="overwrite the file if it is there")
+    options = parser.parse_strictly()
+    try:
+        from ldm.embeddings import load_concept, save_new_concept
+
+        source = options.source[0] if len(options.source) == 1 else options.source
+        concept = load_concept(source, options.key, options.rows_are_stages)
+        save_new_concept(concept, options.out, options.placeholder, options.force)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(f"{options.out}: {concept.num_stages} stages of width {concept.width}")
+
+
+if __name__ == "__main__":
+    main()

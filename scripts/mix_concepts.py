@@ -1,0 +1,39 @@
+"""Interpolate two concepts, stage by stage.
+
+  python scripts/mix_concepts.py models/demo/concepts/dotted-star.safetensors \\
+      models/demo/concepts/striped-heart.safetensors --weight 0.3 --out outputs/star-heart.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm.flags import Parser, add_flag
+
+
+def main() -> None:
+    summary, _, examples = __doc__.partition("\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=summary, epilog="examples:\n" + examples.strip("\n"), formatter_class=raw)
+    parser.add_argument("first", type=Path, help="the concept that weight 0 is")
+    parser.add_argument("second", type=Path, help="the concept that weight 1 is")
+    add_flag(parser, "--weight", type=float, default=0.5, metavar="X", help="of the second, 0 to 1 (0.5)")
+    add_flag(parser, "--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    add_flag(parser, "--force", action="store_true", help="overwrite the file if it is there")
+    options = parser.parse_strictly()
+    try:
+        from ldm.embeddings import load_concept, save_new_concept
+
+        mixed = load_concept(options.first).lerp(load_concept(options.second), options.weight)
+        mixed.metadata["mixed"] = (
+            f"{1 - options.weight:g} {options.first.name} + {options.weight:g} {options.second.name}"
+        )
+        save_new_concept(mixed, options.out, force=options.force)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(f"{options.out}: {mixed.num_stages} stages of width {mixed.width}")
+
+
+if __name__ == "__main__":
+    main()

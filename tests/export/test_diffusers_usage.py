@@ -1,0 +1,144 @@
+"""diffusers loads what was exported and, with the script that was written, makes our picture of the same noise."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from ldm.embeddings import Concept, save_concept
+from ldm.export.command import run
+from ldm.generate import load_model_from_config, main
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from scripts.make_diffusers_folder import build_pipeline
+
+ROOT = Path(__file__).parents[2]
+CKPT = ROOT / "models/demo/model.safetensors"
+SMALL = ["--steps", "10", "--scale", "3", "--seed", "7", "--height", "64", "--width", "64"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = (ROOT / "configs/demo/finetune.yaml").read_text(encoding="utf-8")
+    path = tmp_path_factory.mktemp("config") / "demo.yaml"
+    path.write_text(text.replace("models/demo/tokenizer", str(ROOT / "models/demo/tokenizer")), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(config: Path) -> LatentDiffusion:
+    return load_model_from_config(config, CKPT, device="cpu")
+
+
+@pytest.fixture
+def pipe(config: Path) -> StableDiffusionPipeline:
+    pipe = build_pipeline(config, CKPT)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def concepts(model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two concepts whose stages are as unlike each other as words are."""
+    folder, table = tmp_path_factory.mktemp("concepts"), model.cond_stage_model.token_table
+    generator = torch.Generator().manual_seed(0)
+    paths = {"*": folder / "star.safetensors", "<b>": folder / "b.safetensors"}
+    for path, stages in zip(paths.values(), (10, 4), strict=True):
+        rows = torch.randint(520, 690, (stages,), generator=generator)
+        save_concept(Concept(table[rows] + 0.1 * table.std() * torch.randn(stages, 128, generator=generator)), path)
+    return paths
+
+
+def exported(concepts: dict[str, Path], folder: Path, *flags: str) -> ModuleType:
+    """The script that was written, as a module."""
+    sources = [f"{placeholder}={path}" for placeholder, path in concepts.items()]
+    paths = run("Export.\n", [*sources, "--name", "star", "b", "--to", "diffusers", "--outdir", str(folder), *flags])
+    spec = importlib.util.spec_from_file_location("usage", paths[-1])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    error = np.square(np.asarray(a, np.float64) - np.asarray(b.convert("RGB"), np.float64)).mean()
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def ours(
+    model: LatentDiffusion, concepts: dict[str, Path], prompt: str, words: list | None, scale: float = 3.0
+) -> tuple[Image.Image, torch.Tensor]:
+    """Our picture, and its latents (1, 4, 16, 16)."""
+    seen: list[torch.Tensor] = []
+    settings = {"height": 64, "width": 64, "ddim_steps": 10, "seed": 7, "scale": scale, "progress": False}
+    hook = {"callback": lambda step, t, x, x_0: seen.append(x)}
+    picture = main(prompt, prospect_words=words, concepts=concepts, model=model, **settings, **hook)
+    return picture, seen[-1]
+
+
+WORDS = [
+    "a * heart",
+    9,
+    "<b>, * on white",
+    "a <b> on a navy background",
+    None,
+    "(a) * circle",
+    0,
+    "*",
+    "* *",
+    "a thing",
+]
+
+
+@pytest.mark.parametrize("scale", [8.0, 1.0])
+def test_their_picture_is_ours(
+    scale: float, pipe: StableDiffusionPipeline, model: LatentDiffusion, concepts: dict[str, Path], tmp_path: Path
+) -> None:
+    """Several concepts, of ten and of four stages, entries of every kind, with and without guidance."""
+    file = tmp_path / "words.yaml"
+    file.write_text(f"prompt: a large *\nprospect_words: {WORDS!r}".replace("None", "null"), encoding="utf-8")
+    usage = exported(concepts, tmp_path, *SMALL, "--scale", str(scale), "--words", str(file))
+    usage.load(pipe)
+
+    def theirs(output_type: str = "latent"):
+        noise = torch.Generator().manual_seed(7)
+        return usage.generate(pipe, height=64, width=64, generator=noise, output_type=output_type).images[0]
+
+    picture, latents = ours(model, concepts, "a large *", WORDS, scale)
+    assert psnr(picture, theirs("pil")) >= 40
+    torch.testing.assert_close(theirs(), latents[0], rtol=0, atol=1e-3)
+    # and not with the first prompt alone, nor with each prompt a step late
+    callback = usage.StagePrompts.__call__
+    for wrong in (lambda *args: args[-1], lambda self, pipe, step, *args: callback(self, pipe, step - 1, *args)):
+        usage.StagePrompts.__call__ = wrong
+        assert (theirs() - latents[0]).abs().max() > 0.01
+
+
+def test_several_pictures_at_once(
+    pipe: StableDiffusionPipeline, model: LatentDiffusion, concepts: dict[str, Path], tmp_path: Path
+) -> None:
+    usage = exported(concepts, tmp_path, *SMALL, "--prompt", "a * beside a <b>")
+    usage.load(pipe)
+    latents = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
+    pictures = usage.generate(pipe, height=64, width=64, latents=latents, num_images_per_prompt=2).images
+    expected, _ = ours(model, concepts, "a * beside a <b>", None)
+    assert psnr(expected, pictures[0]) >= 40 > psnr(expected, pictures[1])
+
+
+def test_the_script_as_a_user_runs_it(
+    pipe: StableDiffusionPipeline, model: LatentDiffusion, concepts: dict[str, Path], tmp_path: Path
+) -> None:
+    pipe.save_pretrained(tmp_path / "base")
+    exported(concepts, tmp_path / "out", *SMALL, "--preset", "material", "--prompt", "a large * heart")
+    command = [sys.executable, str(tmp_path / "out" / "star_diffusers.py"), str(tmp_path / "base")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False)
+    assert (result.returncode, result.stdout) == (0, "star.png\n"), result.stderr
+    words = ["a large * heart"] * 5 + ["a large heart"] * 5
+    assert psnr(ours(model, concepts, "*", words)[0], Image.open(tmp_path / "star.png")) >= 40

@@ -1,0 +1,88 @@
+"""The PNG chunk `parameters`: read the way other tools read it."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.embeddings import Concept, save_concept
+from ldm.export.infotext import infotext
+from ldm.generate import PNG_KEY, read_parameters, save_picture
+
+RECORD = {
+    "prompt": "a * (dog), [x]: y",
+    "prospect_words": None,
+    "content_dir": None,
+    "ddim_steps": 20,
+    "strength": 0.5,
+    "ddim_eta": 0.0,
+    "scale": 7.5,
+    "seed": 42,
+    "height": 64,
+    "width": 128,
+    "sampler": "ddim",
+    "concepts": {},
+    "base_model": "sd-v1-4.ckpt",
+}
+
+
+def read(text: str) -> tuple[str, dict[str, str]]:
+    """Prompt and settings, by the regular expression that the format is known by."""
+    *lines, last = text.strip().split("\n")
+    found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    assert len(found) >= 3  # fewer are taken for a part of the prompt
+    assert lines[1] == "Negative prompt: "
+    return lines[0], {key: json.loads(value) if value.startswith('"') else value for key, value in found}
+
+
+def test_the_settings_that_other_tools_read() -> None:
+    prompt, settings = read(infotext(RECORD))
+    assert prompt == r"a * \(dog\), \[x\]\: y"
+    assert settings == {
+        "Steps": "20",
+        "Sampler": "DDIM",
+        "CFG scale": "7.5",
+        "Seed": "42",
+        "Size": "128x64",
+        "Model": "sd-v1-4",
+        "ProSpect prompt": "a * (dog), [x]: y",
+    }
+
+
+def test_stages_become_prompt_editing_and_stay_readable(tmp_path) -> None:
+    (tmp_path / "my_run" / "checkpoints").mkdir(parents=True)
+    file = tmp_path / "my_run" / "checkpoints" / "embeddings.safetensors"
+    save_concept(Concept(torch.zeros(2, 4)), file)
+    words = ["a *", 'a "dog"\n: b']
+    changed = {"prompt": "*", "prospect_words": words, "concepts": {"*": str(file)}, "content_dir": "x.png"}
+    prompt, settings = read(infotext(RECORD | changed | {"sampler": "plms", "ddim_eta": 0.5}))
+    assert prompt == r'a ["dog" \: b:my-run-0:10]'
+    assert json.loads(settings["ProSpect words"]) == words
+    assert settings["Denoising strength"] == "0.5" and settings["Eta DDIM"] == "0.5" and settings["Sampler"] == "PLMS"
+    assert re.fullmatch("my-run: [0-9a-f]{12}", settings["ProSpect concepts"])
+
+
+def test_a_concept_that_is_gone_has_ten_stages() -> None:
+    prompt, settings = read(infotext(RECORD | {"prompt": "*", "concepts": {"*": "gone/teddy.safetensors"}}))
+    assert prompt.startswith("[[[[[[[[[teddy-9:teddy-8:1]:teddy-7:3]") and prompt.endswith(":teddy-0:17]")
+    assert settings["ProSpect concepts"] == "teddy: unknown"
+
+
+@pytest.mark.parametrize("text", ["a dog", "größer — 日本 😀"])
+def test_a_saved_picture_has_both(tmp_path, text: str) -> None:
+    picture = Image.new("RGB", (8, 8))
+    picture.info[PNG_KEY] = json.dumps(RECORD | {"prompt": text})
+    save_picture(picture, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as saved:
+        assert read(saved.info["parameters"])[0] == text
+    assert read_parameters(tmp_path / "p.png")["prompt"] == text
+
+
+def test_a_record_of_too_little_is_kept_alone(tmp_path) -> None:
+    picture = Image.new("RGB", (8, 8))
+    picture.info[PNG_KEY] = '{"prompt": "a"}'
+    save_picture(picture, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as saved:
+        assert PNG_KEY in saved.info and "parameters" not in saved.info

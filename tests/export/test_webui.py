@@ -1,0 +1,191 @@
+"""Prompt editing for AUTOMATIC1111's web UI, read by an implementation of its grammar that knows nothing of ours.
+
+The grammar is that of its documentation: `[from:to:when]`, `[to:when]`, `[from::when]`, nested, with backslashes
+before characters that are meant as they are. How the text is applied to the calls of the U-Net is its program's.
+"""
+
+import itertools
+import re
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
+
+from ldm.export.webui import SAMPLERS, call_timesteps, escape, prompt_editing
+from ldm.schedule import ddim_timesteps
+
+TEXTS = [f"a teddy-{stage} walking" for stage in range(10)]
+
+
+def parse(text: str) -> list:
+    """A prompt as a list of characters and (from, to, when), which are lists of the same kind and an int."""
+    position = 0
+
+    def sequence(ends: str) -> list:
+        nonlocal position
+        items = []
+        while position < len(text) and text[position] not in ends:
+            if text[position] == "\\":
+                items.append(text[position : position + 2])
+                position += 2
+            elif text[position] == "[":
+                items.append(bracket())
+            else:
+                assert text[position] not in "():|]", f"an unescaped {text[position]} in {text}"
+                items.append(text[position])
+                position += 1
+        return items
+
+    def bracket() -> tuple[list, list, int]:
+        nonlocal position
+        parts = []
+        while text[position] != "]":
+            position += 1
+            parts.append(sequence(":]"))
+        position += 1
+        *texts, when = parts
+        assert re.fullmatch(r"\d+", "".join(when)) and len(texts) in (1, 2), text
+        before, after = texts if len(texts) == 2 else ([], texts[0])
+        return before, after, int("".join(when))
+
+    items = sequence("")
+    assert position == len(text)
+    return items
+
+
+def at_step(items: list, step: int) -> str:
+    """The prompt where the editing has come to `step`."""
+    return "".join(
+        item if isinstance(item, str) else at_step(item[0 if step <= item[2] else 1], step) for item in items
+    )
+
+
+def boundaries(items: list) -> set[int]:
+    inner = [item for item in items if isinstance(item, tuple)]
+    return {item[2] for item in inner}.union(*(boundaries(part) for item in inner for part in item[:2]))
+
+
+def words(text: str) -> str:
+    """A text without its escapes and with single spaces."""
+    return " ".join(re.sub(r"\\(.)", r"\1", text).split())
+
+
+def program(prompt: str, steps: int, call: int) -> str:
+    """What call `call` of the U-Net, counted from 0, reads: the text of the first boundary that is not below it."""
+    tree = parse(prompt)
+    ends = sorted({min(when, steps) for when in boundaries(tree) if when >= 1} | {steps})
+    end = next((end for end in ends if call <= end), ends[0])  # past the last one it begins anew
+    return words(at_step(tree, end))
+
+
+def documentation(prompt: str, steps: int, call: int) -> str:
+    """What step `call + 1` reads where texts change after `when` steps."""
+    return words(at_step(parse(prompt), call + 1))
+
+
+def test_the_grammar_on_the_documentations_examples() -> None:
+    """And on those of the program's own tests, with its counting: (last step, text)."""
+    assert [program("a [b:3]", 10, i) for i in (3, 4)] == ["a", "a b"]
+    assert [program("a[b:[c:d:2]:1]e", 10, i) for i in (0, 1, 2, 3)] == ["abe", "abe", "ace", "ade"]
+    assert [documentation("a [fantasy:cyberpunk:16] landscape", 30, i) for i in (15, 16)] == [
+        "a fantasy landscape",
+        "a cyberpunk landscape",
+    ]
+    assert [documentation("[from::2] x", 10, i) for i in (1, 2)] == ["from x", "x"]
+    assert program(r"\[a\: b\]", 10, 0) == "[a: b]"
+
+
+@pytest.mark.parametrize("steps", [20, 25, 50])
+@pytest.mark.parametrize(("documented", "reader"), [(False, program), (True, documentation)])
+def test_ddim_reads_our_stage_at_every_step(steps: int, documented: bool, reader) -> None:
+    prompt, warnings = prompt_editing(TEXTS, "DDIM", steps, documented)
+    assert warnings == []
+    ours = ddim_timesteps(steps)[::-1]
+    assert [reader(prompt, steps, call) for call in range(steps)] == [TEXTS[t // 100] for t in ours]
+
+
+@pytest.mark.parametrize("documented", [False, True])
+def test_every_number_of_ddim_steps_is_exact_or_warned_of(documented: bool) -> None:
+    reader = documentation if documented else program
+    exact = 0
+    for steps in [*range(1, 120), 167, 199, 250, 333, 500, 501, 999, 1000]:
+        prompt, warnings = prompt_editing(TEXTS, "ddim", steps, documented)
+        timesteps = [min(t + 1, 999) for t in range(0, 1000, 1000 // steps)][::-1]
+        read = [reader(prompt, steps, call) for call in range(len(timesteps))]
+        is_exact = read == [TEXTS[t // 100] for t in timesteps]
+        assert is_exact == (not warnings), steps
+        exact += is_exact
+    assert exact > 50
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [20, 30, 37])
+def test_every_known_sampler_is_exact_or_warned_of(sampler: str, steps: int) -> None:
+    timesteps = call_timesteps(sampler.upper(), steps)
+    prompt, warnings = prompt_editing(TEXTS, sampler, steps)
+    read = [program(prompt, steps, call) for call in range(len(timesteps))]
+    assert (read == [TEXTS[int(t) // 100] for t in timesteps]) == (not warnings)
+    assert bool(warnings) == (sampler == "plms" and steps in (30, 37))
+
+
+@pytest.mark.parametrize("karras", [False, True])
+def test_timesteps_of_the_k_samplers_are_those_of_diffusers(karras: bool) -> None:
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs = EulerDiscreteScheduler(**schedule, timestep_spacing="linspace", use_karras_sigmas=karras)
+    theirs.set_timesteps(23)
+    ours = torch.tensor(call_timesteps("Euler a karras" if karras else "Euler a", 23))
+    torch.testing.assert_close(ours, theirs.timesteps.float(), rtol=0, atol=0.02)
+
+
+def test_plms_begins_with_a_look_ahead() -> None:
+    theirs = PNDMScheduler(skip_prk_steps=True, steps_offset=1, timestep_spacing="leading")
+    theirs.set_timesteps(20)
+    assert call_timesteps("plms", 20) == theirs.timesteps.tolist()
+
+
+def test_an_unknown_sampler_is_warned_of() -> None:
+    prompt, warnings = prompt_editing(TEXTS, "DPM adaptive", 20)
+    assert "teddy-9" in prompt and len(warnings) == 1
+    assert "timesteps of 'DPM adaptive' are not known" in warnings[0]
+
+
+def test_a_number_of_steps_that_no_sampler_makes_is_refused() -> None:
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=f"must be in 1..1000, not {steps}"):
+            prompt_editing(TEXTS, "ddim", steps)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["same"] * 10,
+        [""] * 5 + ["only early"] * 5,
+        ["only late"] * 5 + [""] * 5,
+        ["a b", "a", "b", "", "b a", "a a", "a a a", "b", "b b", "a b"],
+        [f"{k} {k + 1}" for k in range(10)],
+    ],
+)
+def test_any_texts(texts: list[str]) -> None:
+    prompt, _ = prompt_editing(texts, "ddim", 20)
+    assert [program(prompt, 20, call) for call in range(20)] == [texts[9 - call // 2] for call in range(20)]
+
+
+def test_signs_that_mean_something_there_are_taken_as_they_are() -> None:
+    text = r"(a) [b]: c|d \e f:1.3 AND BREAK BRAND"
+    escaped = " ".join(map(escape, text.split()))
+    prompt, _ = prompt_editing([escaped, "x"] * 5, "ddim", 20)
+    assert program(prompt, 20, 19) == text.replace("AND BREAK", "and break")
+    assert not re.search(r"\b(AND|BREAK)\b", prompt)
+
+
+def test_a_comment_is_warned_of() -> None:
+    assert any("comment" in warning for warning in prompt_editing(["a #1 dad"] * 10, "ddim", 20)[1])
+
+
+def test_other_numbers_of_stages() -> None:
+    for stages, steps in itertools.product((1, 3, 7, 20), (50, 100)):
+        texts = [f"t{stage}" for stage in range(stages)]
+        prompt, warnings = prompt_editing(texts, "ddim", steps)
+        ours = ddim_timesteps(steps)[::-1]
+        assert warnings == []
+        assert [program(prompt, steps, i) for i in range(steps)] == [texts[t * stages // 1000] for t in ours]
