@@ -7,9 +7,10 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from ldm.flags import Parser, add_flag
+from ldm.flags import Parser, add_flag, one_line
 
 EPILOG = """\
 examples:
@@ -22,34 +23,8 @@ examples:
     python main.py --base CFG -t ... model.params.prospect_stages=4
 """
 
-# Flags handed to the Lightning trainer as they are: name -> type of the value.
-TRAINER_FLAGS: dict[str, type] = {
-    "max_steps": int,
-    "min_steps": int,
-    "max_epochs": int,
-    "min_epochs": int,
-    "max_time": str,
-    "accumulate_grad_batches": int,
-    "gradient_clip_val": float,
-    "precision": str,
-    "accelerator": str,
-    "strategy": str,
-    "devices": str,
-    "num_nodes": int,
-    "limit_train_batches": float,
-    "limit_val_batches": float,
-    "val_check_interval": float,
-    "check_val_every_n_epoch": int,
-    "num_sanity_val_steps": int,
-    "log_every_n_steps": int,
-    "enable_progress_bar": bool,
-    "benchmark": bool,
-    "deterministic": bool,
-    "detect_anomaly": bool,
-    "fast_dev_run": bool,
-    "profiler": str,
-}
 OVERRIDE = re.compile(r"^[A-Za-z_][\w.\[\]-]*=")
+MAX_SEED = 2**32 - 1  # NumPy's
 
 
 def boolean(text: str) -> bool:
@@ -67,6 +42,80 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 0 or more")
     return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 1")
+    return int(text)
+
+
+def number(text: str) -> int | float:
+    """A number of 0 or more; `1` stays a count (of batches), `1.0` a share."""
+    try:
+        value = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of 0 or more")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number that every generator of random numbers takes."""
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {MAX_SEED}")
+    return int(text)
+
+
+def folder_name(text: str) -> str:
+    """A part of a folder's name: no path, and short enough for every file system."""
+    if "/" in text or "\\" in text:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a name, not a path; a path goes to -l or -p")
+    if len(text.encode(errors="replace")) > 100:
+        raise argparse.ArgumentTypeError(f"'{text[:20]}…' is too long for a folder; take at most 100 characters")
+    return text
+
+
+def devices(text: str) -> int | str:
+    """How many devices, `auto`, or device numbers with commas."""
+    if text == "auto" or re.fullmatch(r"\d+(,\d+)*,?", text) and "," in text:
+        return text
+    if text == "-1":  # all there are
+        return -1
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a number of at least 1, device numbers such as 0,1 or auto")
+    return int(text)
+
+
+# Flags handed to the Lightning trainer as they are: name -> type of the value.
+TRAINER_FLAGS: dict[str, Callable[[str], Any]] = {
+    "max_steps": int,
+    "min_steps": int,
+    "max_epochs": int,
+    "min_epochs": int,
+    "max_time": str,
+    "accumulate_grad_batches": positive,
+    "gradient_clip_val": number,
+    "precision": str,
+    "accelerator": str,
+    "strategy": str,
+    "devices": devices,
+    "num_nodes": positive,
+    "limit_train_batches": number,
+    "limit_val_batches": number,
+    "val_check_interval": number,
+    "check_val_every_n_epoch": positive,
+    "num_sanity_val_steps": int,
+    "log_every_n_steps": natural,
+    "enable_progress_bar": bool,
+    "benchmark": bool,
+    "deterministic": bool,
+    "detect_anomaly": bool,
+    "fast_dev_run": bool,
+    "profiler": str,
+}
 
 
 def build_parser() -> Parser:
@@ -93,7 +142,15 @@ def build_parser() -> Parser:
     )
     add_flag(run, "-t", "--train", default=False, help="train (without it, only the set-up is checked)", **switch)
     add_flag(run, "-r", "--resume", metavar="DIR|CKPT", help="go on with the run in this log folder")
-    add_flag(run, "-s", "--seed", type=natural, default=23, help="seed of everything random (23)")
+    add_flag(run, "-s", "--seed", type=seed, default=23, help="seed of everything random (23)")
+    add_flag(
+        run,
+        "--allow_targets",
+        nargs="+",
+        default=[],
+        metavar="PACKAGE",
+        help="packages of your own whose classes a configuration may name",
+    )
     add_flag(run, "--no_test", default=False, help="accepted; no configuration here has a test set", **switch)
     add_flag(run, "-d", "--debug", default=False, help="show the whole trace of an error", **switch)
 
@@ -105,8 +162,8 @@ def build_parser() -> Parser:
     add_flag(data, "--init_word", metavar="WORD", help="word(s) whose embedding the learning starts from")
 
     logs = parser.add_argument_group("log folder: <logdir>/<data folder><time>_<name><postfix>")
-    add_flag(logs, "-n", "--name", help="name of the run")
-    add_flag(logs, "-f", "--postfix", default="", help="appended to the name")
+    add_flag(logs, "-n", "--name", type=folder_name, help="name of the run")
+    add_flag(logs, "-f", "--postfix", type=folder_name, default="", help="appended to the name")
     add_flag(logs, "-l", "--logdir", default="logs", help="where log folders are made (logs)")
     add_flag(logs, "-p", "--project", metavar="DIR", help="log into exactly this folder")
     add_flag(logs, "--datadir_in_name", default=True, help="begin the name with the data folder's (true)", **switch)
@@ -163,7 +220,7 @@ def translate_gpus(gpus: str | None) -> list[int] | int | None:
 
 def complain(message: str) -> int:
     """Print one error sentence; returns the exit code 2."""
-    sys.stderr.write(f"main.py: error: {message}\n")
+    sys.stderr.write(f"main.py: error: {one_line(message)}\n")
     return 2
 
 

@@ -21,6 +21,8 @@ from ldm.checkpoint import save_state_dict
 
 _VERSION = "1"
 _STAGES = "prospect.num_stages"
+_TIMESTEPS = ("prospect.num_timesteps", "1000")
+_ORDER = ("prospect.order", "0 = low noise (end of generation), S-1 = high noise (start)")
 _STAND_IN_FOR = ("ldm.", "torch.nn.modules.")
 _LISTED = 8
 
@@ -74,8 +76,7 @@ def save_concept(concept: Concept, path: str | Path, placeholder: str = "*") -> 
         "format": "pt",
         "prospect.version": _VERSION,
         _STAGES: str(concept.num_stages),
-        "prospect.num_timesteps": "1000",
-        "prospect.order": "0 = low noise (end of generation), S-1 = high noise (start)",
+        **dict([_TIMESTEPS, _ORDER]),
         "placeholder": placeholder,
     }
     save_state_dict({placeholder: concept.vectors.cpu()}, path, metadata)
@@ -163,6 +164,12 @@ def _check_stages(rows: int, metadata: Mapping[str, str]) -> None:
             f"its {rows} vectors are for {rows} consecutive tokens of a prompt, not for {rows} stages of "
             "denoising; use an embedding of one vector."
         )
+    if metadata.get(_TIMESTEPS[0], _TIMESTEPS[1]) != _TIMESTEPS[1]:
+        raise EmbeddingError(
+            f"it was learned for {metadata[_TIMESTEPS[0]]} timesteps, not 1000; use one of this program."
+        )
+    if metadata.get(_ORDER[0], _ORDER[1]) != _ORDER[1]:
+        raise EmbeddingError(f"its stages are in another order ({metadata[_ORDER[0]]}); use one of this program.")
     if stages is not None and stages != str(rows):
         raise EmbeddingError(f"there are {rows} vectors for {stages} stages; use another copy of the file.")
 

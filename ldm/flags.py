@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -12,7 +13,7 @@ class Parser(argparse.ArgumentParser):
     """Ends with exit code 2 and one sentence on standard error; an unknown flag names the nearest known one."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     def refuse(self, text: str, otherwise: str = "see --help") -> NoReturn:
         """End because of the unknown argument `text`."""
@@ -32,3 +33,18 @@ def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> 
     """Add a flag whose long name, the last one, is taken with underscores and with hyphens."""
     long = names[-1]
     group.add_argument(*names[:-1], *dict.fromkeys((long, "--" + long[2:].replace("_", "-"))), **options)
+
+
+def one_line(text: object) -> str:
+    """A message as one line that a terminal shows as it is: names in files may hold control characters."""
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Raise `ValueError` where `folder` cannot be made because it, or a folder above it, is a file."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"'{place}' is a file; give a folder with {flag}.")
+            return

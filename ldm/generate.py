@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,11 +16,23 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import instantiate_from_config, load_config
-from ldm.data.images import WHITE, check_fit, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
+from ldm.config import check_generates, instantiate_from_config, load_config
+from ldm.data.images import (
+    WHITE,
+    check_fit,
+    fit,
+    make_grid,
+    open_image,
+    picture_info,
+    to_pil,
+    to_rgb,
+    to_tensor,
+)
+from ldm.memory import check_generating
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
+from ldm.models.diffusion.sampling import MAX_SCALE, Callback, Sampler, draw_noise, seeded_generators
+from ldm.prompts import warn_of_unused
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
@@ -53,13 +64,14 @@ def load_model_from_config(
     Raises:
         ConfigError, CheckpointError, ValueError: with one sentence that says what to mend.
     """
-    config = load_config(config) if isinstance(config, (str, Path)) else config.copy()
+    config = load_config(config, flag="config=") if isinstance(config, (str, Path)) else config.copy()
+    check_generates(config)
     OmegaConf.update(config, "model.params.ckpt_path", str(ckpt))
     OmegaConf.update(config, "model.params.frozen_dtype", dtype)
     personalization = config.model.params.get("personalization_config")
     if personalization is not None:
         OmegaConf.update(personalization, "params.initializer_words", None)
-    model = instantiate_from_config(config.model, config.get("allow_targets", ()))
+    model = instantiate_from_config(config.model)
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
@@ -139,10 +151,12 @@ def main(
         "resize": resize,
     }
     check_arguments(model, **settings)
+    check_generating(model, model.device, height=height, width=width, n_samples=n_samples, n_iter=n_iter)
     if concepts:
         if model.embedding_manager is None:
             raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
         model.embedding_manager.load(concepts)
+        warn_of_unused(concepts, prompt, prospect_words)
     cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
     uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
     door = SAMPLERS[sampler](model)
@@ -212,10 +226,10 @@ def check_arguments(
     """Raise `ValueError`, with the remedy, for what `main` cannot do; no weights are needed."""
     whole = {"ddim_steps": ddim_steps, "seed": seed, "n_iter": n_iter, "n_samples": n_samples, "n_rows": n_rows}
     for name, value in (whole | {"height": height, "width": width}).items():
-        if not isinstance(value, Integral):
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{name} must be a whole number, not {value!r}.")
     for name, value in {"strength": strength, "ddim_eta": ddim_eta, "scale": scale}.items():
-        if not isinstance(value, Real):
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise ValueError(f"{name} must be a number, not {value!r}.")
     if sampler not in SAMPLERS:
         raise ValueError(f"Unknown sampler '{sampler}'; there are {', '.join(SAMPLERS)}.")
@@ -225,12 +239,13 @@ def check_arguments(
         raise ValueError(f"n_iter and n_samples must be at least 1, not {n_iter} and {n_samples}.")
     if n_rows < 0:
         raise ValueError(f"n_rows must be at least 1, or 0 for as square as possible, not {n_rows}.")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in 0..{2**63 - 1}, not {seed}.")
+    last_seed = seed + n_iter * n_samples - 1
+    if not 0 <= seed <= last_seed < 2**63:
+        raise ValueError(f"seed must be in 0..{2**63 - n_iter * n_samples}, not {seed}; picture i has seed + i.")
     if not 1 <= ddim_steps <= model.num_timesteps:
         raise ValueError(f"ddim_steps must be in 1..{model.num_timesteps}, not {ddim_steps}.")
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"scale must be 0 or more and finite, not {scale}; 1 means no guidance.")
+    if not 0 <= scale <= MAX_SCALE:
+        raise ValueError(f"scale must be in 0..{MAX_SCALE}, not {scale}; 1 means no guidance, 5 to 10 are usual.")
     unit = model.size_unit
     for name, size in (("height", height), ("width", width)):
         if size < unit or size % unit:
@@ -272,9 +287,15 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     """The parameters that `save_picture` wrote into a PNG.
 
     Raises:
-        ValueError: the picture has none.
+        ValueError: the picture has none, or is none.
     """
-    with Image.open(path) as picture:
-        if PNG_KEY not in picture.info:
-            raise ValueError(f"'{path}' has no ProSpect parameters; only PNG files saved by this program do.")
-        return json.loads(picture.info[PNG_KEY])
+    info = picture_info(path)
+    if PNG_KEY not in info:
+        raise ValueError(f"'{path}' has no ProSpect parameters; only PNG files saved by this program do.")
+    try:
+        parameters = json.loads(info[PNG_KEY])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' has no readable ProSpect parameters; use another copy of it.") from error
+    if not isinstance(parameters, dict):
+        raise ValueError(f"'{path}' has no readable ProSpect parameters; use another copy of it.")
+    return parameters

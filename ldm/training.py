@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +21,8 @@ from ldm.callbacks import EmbeddingSaver, SaveLast
 from ldm.checkpoint import read_state_dict
 from ldm.cli import translate_gpus
 from ldm.config import ConfigError, check_parameters, instantiate_from_config, load_config, nearest
-from ldm.data.datamodule import DataModuleFromConfig
+from ldm.flags import check_folder
+from ldm.run_checks import check_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +67,13 @@ def open_run(options: argparse.Namespace) -> Run:
         if not checkpoint.is_file() or checkpoint.suffix != ".ckpt":
             raise ValueError(f"Nothing to resume: there is no file '{checkpoint}'; -r takes a log folder of main.py.")
         read_state_dict(checkpoint)  # refuses a damaged or foreign file with a sentence
+        if not any((folder / "configs").glob("*-project.yaml")):
+            raise ValueError(f"'{folder}' is no run of main.py (it has no configs/); -r takes a log folder of it.")
         return Run(folder, now, checkpoint)
     if options.project:
+        check_folder(Path(options.project), "-p")
         return Run(Path(options.project), now)
+    check_folder(Path(options.logdir), "-l")
     data = Path(options.data_root).resolve().name if options.data_root and options.datadir_in_name else ""
     name = options.name or Path(options.base[0]).stem
     folder = Path(options.logdir) / f"{data}{now}_{name}{options.postfix}"
@@ -118,7 +124,12 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     pictures = config.data.params.train
     if str(pictures.get("target")).endswith("PersonalizedBase") and not OmegaConf.select(pictures, "params.data_root"):
         raise ConfigError("Say which pictures to learn from: --data_root, a folder with pictures or one picture.")
-    if "personalization_config" in params and not OmegaConf.select(config, "model.params.ckpt_path"):
+    if "personalization_config" in params and not params.get("ckpt_path"):
+        if "ckpt_path" not in params:
+            raise ConfigError(
+                "Say which base model to learn against: --actual_resume FILE, such as models/sd/sd-v1-4.ckpt "
+                "(model.params.ckpt_path=null tries the machinery on random weights)."
+            )
         logger.warning("No base model is given (--actual_resume): embeddings are learned against random weights.")
     return config
 
@@ -156,23 +167,26 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
         callbacks.append(ProgressBar())
     if getattr(module, "embedding_manager", None) is not None:
         callbacks.append(EmbeddingSaver(run.checkpoints, save_every))
-    allowed = config.get("allow_targets", ())
     for name, callback in (lightning.get("callbacks") or {}).items():
-        if "target" not in callback:
-            raise ConfigError(f"lightning.callbacks.{name} needs a `target:`.")
-        callbacks.append(instantiate_from_config(callback, allowed))
+        if not isinstance(callback, Mapping) or "target" not in callback:
+            raise ConfigError(f"lightning.callbacks.{name} must be a section with a `target:`.")
+        callbacks.append(instantiate_from_config(callback))
+    check_pictures(callbacks, module)
     check_parameters(pl.Trainer, trainer)
     if trainer.get("accumulate_grad_batches", 1) < 1:
         raise ConfigError("accumulate_grad_batches must be at least 1.")
     tensorboard = TensorBoardLogger(run.folder, name="", version="", sub_dir="tensorboard")
     csv = CSVLogger(run.folder, name="csv", version=run.started)  # the logger empties a folder it finds
-    return pl.Trainer(
-        default_root_dir=run.folder,
-        logger=[tensorboard, csv],
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        **trainer,
-    )
+    try:
+        return pl.Trainer(
+            default_root_dir=run.folder,
+            logger=[tensorboard, csv],
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            **trainer,
+        )
+    except (TypeError, KeyError) as error:  # a value of a wrong type; others Lightning explains itself
+        raise ConfigError(f"lightning.trainer cannot be used: {str(error).partition(chr(10))[0]}") from error
 
 
 def saving_interval(modelcheckpoint: Mapping[str, Any]) -> int:
@@ -196,21 +210,6 @@ def saving_interval(modelcheckpoint: Mapping[str, Any]) -> int:
     return interval
 
 
-def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:
-    """Raise `ValueError` unless the data sets' pictures have a size that the model takes."""
-    if not hasattr(module, "size_unit"):
-        return
-    for split, dataset in data.datasets.items():
-        size = getattr(dataset, "size", getattr(dataset, "resolution", None))
-        if size is None:
-            raise ValueError(f"data.params.{split}.params.size is needed: pictures are learned at one size.")
-        if size % module.size_unit:
-            unit, nearest_size = module.size_unit, max(1, round(size / module.size_unit)) * module.size_unit
-            raise ValueError(
-                f"The {split} pictures' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
-            )
-
-
 class ProgressBar(TQDMProgressBar):
     """Lightning's, without the loggers' version number."""
 
@@ -226,6 +225,8 @@ def set_learning_rate(
         base = float(config.model.base_learning_rate)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"base_learning_rate must be a number, not '{config.model.base_learning_rate}'.") from error
+    if not 0 < base < math.inf:
+        raise ConfigError(f"base_learning_rate must be more than 0 and finite, not {base}.")
     if not scale:
         module.learning_rate = base
         logger.info("Learning rate %.2e (--scale_lr false)", base)

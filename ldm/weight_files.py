@@ -74,7 +74,17 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"'{path}' is damaged or incomplete ({reason}); download it again.") from error
     if not state:
         raise CheckpointError(f"'{path}' holds no tensors; use a file with model weights.")
+    for key, tensor in state.items():
+        if not is_whole(tensor):
+            raise CheckpointError(f"'{path}': {key} claims more values than the file holds; use another copy of it.")
     return state
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor's values are all in its file: dense, and not a few that are repeated without end."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _unpickle(path: Path, mapped: bool) -> object:
@@ -83,13 +93,18 @@ def _unpickle(path: Path, mapped: bool) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _tensors(tree: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts under dotted names; everything else is dropped."""
+def _tensors(tree: object, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dicts under dotted names; everything else is dropped.
+
+    A dict that is in several places is read once: such a pickle can stand for more names than memory holds.
+    """
+    seen = set() if seen is None else seen
     if isinstance(tree, Tensor):
         yield prefix, tree.data  # starts a version count of its own, which `MappedFiles.release` reads
-    elif isinstance(tree, Mapping):
+    elif isinstance(tree, Mapping) and id(tree) not in seen:
+        seen.add(id(tree))
         for key, branch in tree.items():
-            yield from _tensors(branch, f"{prefix}.{key}" if prefix else str(key))
+            yield from _tensors(branch, f"{prefix}.{key}" if prefix else str(key), seen)
 
 
 def _sniff(path: Path) -> str:

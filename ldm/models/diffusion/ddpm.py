@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import load_weights, read_state_dict
 from ldm.conditioning import Conditioning, Context, PromptConditioning, as_conditioning
+from ldm.memory import check_weights
 from ldm.models.autoencoder import DiagonalGaussianDistribution
 from ldm.models.diffusion.balance import LossBalance
 from ldm.models.diffusion.fitting import Fitting
@@ -106,6 +107,9 @@ class LatentDiffusion(Fitting):
             raise ValueError(f"parameterization must be 'eps' or 'v', not '{parameterization}'.")
         if frozen_dtype not in DTYPES:
             raise ValueError(f"frozen_dtype must be one of {', '.join(DTYPES)}, not '{frozen_dtype}'.")
+        for name, count in (("timesteps", timesteps), ("prospect_stages", prospect_stages)):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}.")
         self.parameterization = parameterization
         self.num_timesteps = timesteps
         self.channels = channels
@@ -134,6 +138,7 @@ class LatentDiffusion(Fitting):
                 f"channels is {channels}, but the U-Net takes {self.model.diffusion_model.in_channels} (in_channels)."
             )
         if ckpt_path:
+            check_weights(self, DTYPES[frozen_dtype])
             self.init_from_ckpt(ckpt_path, DTYPES[frozen_dtype])
         self._load_parts(first_stage_ckpt, cond_stage_ckpt)
         self._freeze_parts(DTYPES[frozen_dtype], learns_embeddings=personalization_config is not None)
