@@ -43,12 +43,8 @@ def run(description: str, editing: bool = False, argv: Sequence[str] | None = No
     parser = build_parser(description, editing)
     options = parser.parse_strictly(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
+    with parser.sentences(options.debug):
         return _generate(options, editing)
-    except (ValueError, OSError, ImportError) as error:  # what a user can mend; everything else is a defect
-        if options.debug:
-            raise
-        parser.error(str(error))
 
 
 def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
@@ -77,7 +73,7 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.source is None:
         return {}
-    if not Path(options.source).is_file():
+    if not Path(options.source).exists():
         raise ValueError(f"There is no file '{options.source}'; check the path given with --from.")
     recorded = read_parameters(options.source)
     if "ckpt" not in recorded and options.ckpt is None:

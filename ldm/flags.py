@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,16 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         close = difflib.get_close_matches(text.split("=")[0], known, n=1)
         self.error(f"unknown argument '{text}'; {f'did you mean {close[0]}?' if close else otherwise}")
+
+    @contextlib.contextmanager
+    def sentences(self, debug: bool = False) -> Iterator[None]:
+        """End with the sentence of an error that a user can mend; any other is a defect and shows its trace."""
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            if debug:
+                raise
+            self.error(str(error))
 
     def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The options, and none that is unknown."""

@@ -42,8 +42,11 @@ def check_resumable(module: pl.LightningModule, checkpoint: Path | None) -> None
                 f"'{checkpoint}' does not fit the configuration ({key} is {tuple(tensor.shape)}, not "
                 f"{tuple(own[key].shape)}); resume with the run's own configuration, or begin a new run."
             )
-    if not any(key in own for key in saved):
-        raise ValueError(f"'{checkpoint}' is no run of this configuration; give a log folder of main.py with -r.")
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not trained <= saved.keys():
+        raise ValueError(
+            f"'{checkpoint}' lacks what this configuration trains; resume with the run's own, or begin a new run."
+        )
 
 
 def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:

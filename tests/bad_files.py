@@ -1,16 +1,19 @@
-"""Files that a user may hand in by mistake: each maker writes one kind of them.
+"""What the tests of wrong input share: files that a user may hand in by mistake, and how a refusal looks.
 
 `write_all(folder)` makes every file that the tables of `test_bad_input*.py` name as `{bad}/…`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -24,7 +27,8 @@ CONFIG = ROOT / "configs/demo/finetune.yaml"
 STAR = ROOT / "models/demo/references/dotted-star/dotted-star.png"
 UNET = "model.diffusion_model."
 KEYS = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-TEXT = "cond_stage_model.transformer.text_model."
+
+Cases = list[tuple[str, str]]  # (flags, part of the sentence)
 
 
 def write_all(folder: Path) -> Path:
@@ -212,3 +216,25 @@ def records(folder: Path) -> None:
         info = PngInfo()
         info.add_itxt("prospect", record)
         Image.new("RGB", (8, 8)).save(folder / f"record-{name}.png", pnginfo=info)
+
+
+def cases(table: dict[str, Cases]) -> list:
+    return [pytest.param(*case, id=f"{theme}: {case[0][-60:]}") for theme, rows in table.items() for case in rows]
+
+
+def words(flags: str, bad: Path) -> list[str]:
+    return [word.replace("{bad}", str(bad)).replace("{nothing}", "") for word in flags.split()]
+
+
+@contextlib.contextmanager
+def refused(capsys: pytest.CaptureFixture[str], sentence: str, *folders: Path) -> Iterator[None]:
+    """What runs inside must end with code 2 and one line that has `sentence`, and leave no file in `folders`."""
+    with pytest.raises(SystemExit) as ended:
+        yield
+    output = capsys.readouterr()
+    errors = [line for line in output.err.splitlines() if ": error: " in line]
+    assert ended.value.code == 2
+    assert len(errors) == 1 and sentence in errors[0], output.err
+    assert "Traceback" not in output.err and output.out == ""
+    assert errors[0].isprintable() and len(errors[0]) < 1500
+    assert not [path for folder in folders for path in folder.rglob("*")]
