@@ -18,6 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
+from ldm.memory import MemoryShort, check
+from ldm.weight_files import is_whole, packed_size
 
 _VERSION = "1"
 _STAGES = "prospect.num_stages"
@@ -98,6 +100,8 @@ def load_concept(path: str | Path, key: str | None = None) -> Concept:
         EmbeddingError: the file is missing, damaged or of another kind, names code, holds several embeddings
             or vectors for consecutive tokens, or is for Stable Diffusion XL.
     """
+    if not isinstance(path, (str, Path)):
+        raise EmbeddingError(f"a concept is read from a file's path, not from {path!r}.")
     path = Path(path)
     try:
         tensors, metadata = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
@@ -210,16 +214,25 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _unpickle(path: Path) -> object:
     """Torch's `weights_only` reader: makes tensors, plain data and stand-ins for modules; imports nothing."""
+    is_zip = zipfile.is_zipfile(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
-            is_zip = zipfile.is_zipfile(path)
+            if is_zip and (unpacked := packed_size(path)):
+                check(unpacked, "cpu", "the file, unpacked,", "a .safetensors version of it")
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
             modules = [(_StandIn, name) for name in unknown if name.startswith(_STAND_IN_FOR)]
             with torch.serialization.safe_globals(modules):
                 return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryShort as error:
+        raise EmbeddingError(str(error)) from error
     except Exception as error:  # a malformed file can fail in any way
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose module)", str(error))
+        if refused and refused[1].startswith(_STAND_IN_FOR) and not is_zip:
+            raise EmbeddingError(
+                "it is in the format that torch wrote before 1.6; write it anew with a newer torch where it was made: "
+                "torch.save(torch.load(file), file)."
+            ) from error
         what = f"it names '{refused[1]}', which was not run" if refused else "it is damaged, or not only data"
         raise EmbeddingError(f"{what}; use another copy, best a .safetensors file that you trust.") from error
 
@@ -271,6 +284,4 @@ def _parameters(module: object) -> dict[str, Tensor]:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is made of floats that are all in the file, and not of a few repeated without end."""
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
-        return False
-    return tensor.nbytes <= tensor.untyped_storage().nbytes()
+    return tensor.is_floating_point() and is_whole(tensor)

@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ldm.memory import MemoryShort, check
+
 _SUFFIXES = (".ckpt", ".safetensors", ".pt", ".bin")
 
 
@@ -61,6 +63,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
             state = dict(_tensors(inner if isinstance(inner, Mapping) else content))
     except CheckpointError:
         raise
+    except MemoryShort as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # a malformed file can fail in any way
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose module)", str(error))
         if refused or "Weights only load failed" in str(error):
@@ -123,9 +127,9 @@ def _sniff(path: Path) -> str:
         problem, remedy = "is a git-lfs pointer and not the file itself", "run `git lfs pull`"
     elif head.startswith(b"PK\x03\x04"):
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-            return "mappable" if stored else "torch"
+            if unpacked := packed_size(path):
+                check(unpacked, "cpu", f"'{path}', unpacked,", "a .safetensors version of it")
+            return "torch" if unpacked else "mappable"
         problem, remedy = "is cut off (the download was not finished)", "download it again"
     elif head[8:9] == b"{":
         return "safetensors"
@@ -135,6 +139,15 @@ def _sniff(path: Path) -> str:
         kind = "a text file" if b"\0" not in head and head.isascii() else "of an unknown format"
         problem, remedy = f"is {kind}", "use a .ckpt or .safetensors file, or a diffusers folder"
     raise CheckpointError(f"'{path}' {problem}; {remedy}.")
+
+
+def packed_size(path: Path) -> int:
+    """Bytes that a compressed zip file has when it is unpacked; 0 where nothing is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if all(entry.compress_type == zipfile.ZIP_STORED for entry in entries):
+        return 0
+    return sum(entry.file_size for entry in entries)
 
 
 def missing(path: Path) -> CheckpointError:

@@ -40,7 +40,9 @@ def execute(notebook: Path, executed: Path, folder: Path = ROOT, timeout: int = 
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
     content = nbformat.read(notebook, as_version=4)
-    manager = AsyncKernelManager(kernel_spec_manager=ThisPython())
+    # sockets in a folder, so that no network is needed, not even this machine's own; Windows has none
+    transport = "tcp" if sys.platform == "win32" else "ipc"
+    manager = AsyncKernelManager(kernel_spec_manager=ThisPython(), transport=transport)
     client = NotebookClient(content, km=manager, timeout=timeout, resources={"metadata": {"path": str(folder)}})
     try:
         client.execute(cleanup_kc=True)  # the kernel ends with the notebook
