@@ -1,12 +1,13 @@
 # make setup   create .venv with everything pinned        make test   the fast tests
 # make demo    learn and generate with the small model    make lint, make format, make clean
+# make test-slow: at real size                            make test-offline: the tests with the network cut off
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint format clean
+.PHONY: setup demo test test-slow test-offline lint format clean
 
 setup: $(INSTALLED)
 	@:
@@ -29,6 +30,11 @@ test: setup
 # Stable Diffusion v1 at its real size, with random weights: needs 8 GB of memory and 3 GB of disk.
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# Without any network, loopback included; needs the right to make namespaces (Linux).
+test-offline: setup
+	@unshare -rn true || { echo "unshare -rn is not permitted here; nothing was tested." >&2; exit 1; }
+	OMP_NUM_THREADS=1 unshare -rn $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,15 +41,19 @@ def execute(notebook: Path, executed: Path, folder: Path = ROOT, timeout: int = 
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
     content = nbformat.read(notebook, as_version=4)
-    # sockets in a folder, so that no network is needed, not even this machine's own; Windows has none
-    transport = "tcp" if sys.platform == "win32" else "ipc"
-    manager = AsyncKernelManager(kernel_spec_manager=ThisPython(), transport=transport)
-    client = NotebookClient(content, km=manager, timeout=timeout, resources={"metadata": {"path": str(folder)}})
-    try:
-        client.execute(cleanup_kc=True)  # the kernel ends with the notebook
-    finally:
-        executed.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(content, executed)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as sockets:
+        manager = AsyncKernelManager(
+            kernel_spec_manager=ThisPython(),
+            # sockets in a folder: no network is needed, not even this machine's own; Windows has no such sockets
+            transport="tcp" if sys.platform == "win32" else "ipc",
+            connection_file=str(Path(sockets) / "kernel.json"),
+        )
+        client = NotebookClient(content, km=manager, timeout=timeout, resources={"metadata": {"path": str(folder)}})
+        try:
+            client.execute(cleanup_kc=True)  # the kernel ends with the notebook
+        finally:
+            executed.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(content, executed)
 
 
 def learn(concept: str) -> Path:

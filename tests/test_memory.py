@@ -44,7 +44,9 @@ def peak(work):
 
 def generating(size, n_samples):
     model = load_model_from_config("configs/demo/finetune.yaml", "models/demo/model.safetensors", device="cpu")
-    make = lambda size, n: main("a star", model=model, ddim_steps=1, height=size, width=size, n_samples=n, progress=False)
+    def make(size, count):
+        main("a star", model=model, ddim_steps=1, height=size, width=size, n_samples=count, progress=False)
+
     make(16, 1)  # what is imported and allocated once
     return peak(lambda: make(size, n_samples)), memory.generating(model, size, size, n_samples)
 
@@ -102,7 +104,7 @@ def test_the_estimate_grows_with_pixels_and_samples(model: LatentDiffusion) -> N
     assert memory.generating(model, 128, 64, 1) == pytest.approx(2 * one)
     assert memory.generating(model, 64, 64, 5) == pytest.approx(5 * one)
     assert memory.generating(model, 64, 64, 1, n_iter=101) == one + 100 * 2 * 3 * 64 * 64
-    assert memory.learning(model, 64, 8) > 4 * memory.generating(model, 64, 64, 8)
+    assert memory.learning(model, 64, 8) > 2 * memory.generating(model, 64, 64, 8)
 
 
 def test_half_precision_and_checkpointing_help() -> None:
@@ -233,11 +235,10 @@ def test_containers_limits_count(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_free_memory_of_a_gpu() -> None:
-    free, total = torch.cuda.mem_get_info()
     held = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    after = memory.free_memory("cuda")
+    before = memory.free_memory("cuda")
     del held  # stays with PyTorch, which gives it out again
-    assert after < free and memory.free_memory("cuda") > total * 0 + after
+    assert memory.free_memory("cuda") >= before + 2**28 > torch.cuda.mem_get_info()[0]
 
 
 def test_the_first_stage_keeps_no_pairs_of_positions(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:

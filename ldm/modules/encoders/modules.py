@@ -102,21 +102,19 @@ class FrozenCLIPEmbedder(nn.Module):
 
 def hub_folder(repository: str) -> Path | None:
     """The folder of the hub's cache with a CLIP vocabulary, fetched if it is not there yet; None if that fails."""
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
-    for local_files_only in (True, False):
-        if not local_files_only and not reachable(constants.ENDPOINT):
-            break  # the hub's client would try again for half a minute
+    names = ("vocab.json", "merges.txt", "tokenizer_config.json")
+    files = [try_to_load_from_cache(repository, name) for name in names]  # asks nobody
+    if not all(isinstance(file, str) for file in files):
+        if constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT):
+            return None  # the hub's client would try again for half a minute
         try:
-            files = [
-                hf_hub_download(repository, name, local_files_only=local_files_only)
-                for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
-            ]
+            files = [hf_hub_download(repository, name) for name in names]
         except (OSError, ValueError, HfHubHTTPError):
-            continue
-        return Path(files[0]).parent
-    return None
+            return None
+    return Path(files[0]).parent
 
 
 def reachable(address: str, seconds: float = 3.0) -> bool:
