@@ -78,15 +78,11 @@ def folder_name(text: str) -> str:
     return text
 
 
-def devices(text: str) -> int | str:
-    """How many devices, `auto`, or device numbers with commas."""
-    if text == "auto" or re.fullmatch(r"\d+(,\d+)*,?", text) and "," in text:
-        return text
-    if text == "-1":  # all there are
-        return -1
-    if not text.isdecimal() or int(text) < 1:
+def devices(text: str) -> str:
+    """How many devices (-1: all there are), `auto`, or device numbers with commas."""
+    if not re.fullmatch(r"auto|-1|0*[1-9]\d*|\d+(,\d+)+,?|\d+,", text):
         raise argparse.ArgumentTypeError(f"'{text}' must be a number of at least 1, device numbers such as 0,1 or auto")
-    return int(text)
+    return text
 
 
 # Flags handed to the Lightning trainer as they are: name -> type of the value.
