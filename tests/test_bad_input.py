@@ -347,6 +347,8 @@ def test_files_that_may_not_be_read(unreadable: Path) -> None:
             assert "\n" not in str(caught.value)
 
 
-def test_a_batch_of_validation_is_one_batch(tmp_path: Path) -> None:
-    assert [cli.number(text) for text in ("1", "1.0", "0")] == [1, 1.0, 0]
-    assert isinstance(cli.number("1"), int) and isinstance(cli.number("1.0"), float)
+@pytest.mark.parametrize("text", ["1", "1.0", "0", "0.5"])
+def test_a_count_of_batches_stays_a_count(text: str) -> None:
+    """Lightning reads 1 as one batch and 1.0 as all of them."""
+    given = cli.parse(["--base", "x.yaml", "--limit_val_batches", text]).trainer["limit_val_batches"]
+    assert (given, type(given)) == (float(text), float if "." in text else int)
