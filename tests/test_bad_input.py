@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -248,7 +247,8 @@ def test_scripts(
 @pytest.fixture(scope="module")
 def run(bad: Path) -> Path:
     """A run of one step; tests that damage it take a copy."""
-    with contextlib.chdir(ROOT):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
         assert main.main([*LEARN.split(), "-p", str(bad / "run")]) == 0
     return bad / "run"
 
@@ -333,6 +333,7 @@ def unreadable(bad: Path, tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the platform has no such permissions")
 def test_files_that_may_not_be_read(unreadable: Path) -> None:
     reads = {
         "noise.png": (open_image, find_pictures, lambda path: PersonalizedBase(path.parent, size=64)),

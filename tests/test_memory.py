@@ -187,7 +187,7 @@ def test_learning_is_refused_before_anything_is_made(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**8)
     flags = ["-t", "--base", str(CONFIG), "--actual_resume", str(MODEL), "--data_root", str(STAR), "-l", str(tmp_path)]
-    assert main.main([*flags, "data.params.batch_size=64"]) == 2
+    assert main.main([*flags, "data.params.batch_size=64", "--max_steps", "1"]) == 2
     error = capsys.readouterr().err
     assert "Learning from 64 x 64 pixels, 64 at a time, needs about" in error
     assert "frozen_dtype=float16" in error and "use_checkpoint=true" in error and "batch_size" in error
