@@ -2,8 +2,8 @@
 
     loading      what the weights take, in the precision they are held in
     generating   6 x the largest activation of the U-Net or the first stage's decoder, and the finished pictures
-    learning     all activations of the U-Net (with `use_checkpoint`: its blocks' outputs and the largest block), and 4
-                 times what is trained (weights, gradients and AdamW's two moments)
+    learning     all activations of the U-Net (with `use_checkpoint`: its blocks' inputs and the largest block twice),
+                 and 4 times what is trained (weights, gradients and AdamW's two moments)
 
 Activations are counted on a copy of the model without memory, at one small size, and scale with the number of
 pixels and of samples: attention keeps no pairs of positions. The peak is within a factor `MARGIN` of the estimate
@@ -173,15 +173,15 @@ def activations(network: nn.Module, side: int = 16) -> Activations:
     skeleton = _skeleton(network)
     largest = 0
     block: list[int] = [0]
-    outputs: list[int] = []
+    inputs: list[int] = []
 
-    def leaf(module: nn.Module, inputs: Any, output: Any) -> None:
+    def leaf(module: nn.Module, given: Any, output: Any) -> None:
         nonlocal largest
         largest = max(largest, output.nbytes)
         block[-1] += output.nbytes
 
-    def whole(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(inputs[0].nbytes)
+    def whole(module: nn.Module, given: Any, output: Any) -> None:
+        inputs.append(given[0].nbytes)
         block.append(0)
 
     for module in skeleton.modules():
@@ -197,7 +197,7 @@ def activations(network: nn.Module, side: int = 16) -> Activations:
         skeleton(latents, torch.empty(1, device="meta"), context)
     else:
         skeleton(latents)
-    kept = sum(outputs) + max(block) if getattr(network, "use_checkpoint", False) else sum(block)
+    kept = sum(inputs) + 2 * max(block) if getattr(network, "use_checkpoint", False) else sum(block)
     _counted[network] = Activations(largest / side**2, kept / side**2)
     return _counted[network]
 
