@@ -1,13 +1,14 @@
 # make setup   create .venv with everything pinned        make test   the fast tests
 # make demo    learn and generate with the small model    make lint, make format, make clean
 # make concepts   learn the concepts of models/demo/concepts again (after the small model has changed)
+# make test-slow: at real size                            make test-offline: the tests with the network cut off
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo concepts test test-slow lint format clean
+.PHONY: setup demo concepts test test-slow test-offline lint format clean
 
 setup: $(INSTALLED)
 	@:
@@ -34,6 +35,11 @@ test: setup
 # needs 8 GB of memory and 3 GB of disk.
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# Without any network, loopback included; needs the right to make namespaces (Linux).
+test-offline: setup
+	@unshare -rn true || { echo "unshare -rn is not permitted here; nothing was tested." >&2; exit 1; }
+	OMP_NUM_THREADS=1 unshare -rn $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
 lint: setup
 	$(BIN)/ruff check .

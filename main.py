@@ -33,21 +33,23 @@ def train(options: argparse.Namespace) -> int:
     import pytorch_lightning as pl
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from ldm import training
-    from ldm.config import instantiate_from_config
+    from ldm import memory, run_checks, training
+    from ldm.config import allow_targets, instantiate_from_config
     from ldm.files import writing_to
     from ldm.runs import open_run
 
     pl.seed_everything(options.seed, verbose=False)
+    allow_targets(*options.allow_targets)
     run = open_run(options)
     config = training.build_config(options, run)
-    allowed = config.get("allow_targets", ())
-    data = instantiate_from_config(config.data, allowed)
-    module = instantiate_from_config(config.model, allowed)
+    data = instantiate_from_config(config.data)
+    module = instantiate_from_config(config.model)
     module.seed = options.seed
-    training.check_sizes(module, data)
+    run_checks.check_sizes(module, data)
+    run_checks.check_resumable(module, run.checkpoint)
     with run.opened() if options.train else contextlib.nullcontext():
         trainer = training.build_trainer(config, options, run, module)
+        memory.check_learning(module, data, trainer.strategy.root_device)
         training.set_learning_rate(config, module, data, trainer, options.scale_lr)
         if not options.train:
             logger.info("Everything is in place; add -t to train.")

@@ -162,8 +162,8 @@ class ImageLogger(pl.Callback):
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if batch_frequency < 1:
-            raise ValueError(f"batch_frequency must be at least 1, not {batch_frequency}; see `disabled`.")
+        if not isinstance(batch_frequency, int) or batch_frequency < 1:
+            raise ValueError(f"batch_frequency must be at least 1 step, not {batch_frequency!r}; see `disabled`.")
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.disabled = disabled

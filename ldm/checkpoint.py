@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SCHEDULE_BUFFERS = frozenset(schedule_buffers(make_betas(0.00085, 0.012)))
 # What files hold beside the weights: recomputed, unused, or (the embedding manager) kept in files of its own.
-_EXTRA = re.compile(r"(.*\.)?position_ids|logvar|(model_ema|embedding_manager|(first_stage_model\.)?loss)\..*")
+_EXTRA = re.compile(r"(.*\.)?position_ids|logvar|(model_ema|embedding_manager|balance|(first_stage_model\.)?loss)\..*")
 _FAMILIES = ("Stable Diffusion v1", "Stable Diffusion 2", "Stable Diffusion XL")
 
 
@@ -82,6 +82,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     mapped = MappedFiles()
     with torch.no_grad():
         for key in sorted(loadable):
+            _refuse_values(key, state[key], own[key].dtype, source)
             if own[key].is_meta:
                 assigned[key] = state[key].clone() if mapped.covers(state[key]) else state[key]
             else:
@@ -116,6 +117,17 @@ def _refuse_misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], sour
             f"'{source}' does not fit this model ({listing}); "
             "use the configuration this file was made with, or a file of this configuration."
         )
+
+
+def _refuse_values(key: str, tensor: Tensor, wanted: torch.dtype, source: str | Path) -> None:
+    """Weights that would give black pictures or an error in the middle of work."""
+    if tensor.is_floating_point() != wanted.is_floating_point:
+        raise CheckpointError(f"'{source}': {key} holds {tensor.dtype}; use a file with weights of floats.")
+    # aminmax: one pass, and no copy
+    if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        remedy = "download it again" if kind == "float32" else "download it again, or use float32"
+        raise CheckpointError(f"'{source}': {key} has values that are not finite in {kind}; {remedy}.")
 
 
 def context_width(state: Mapping[str, Tensor]) -> int | None:
@@ -175,7 +187,7 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Map
     """Write a safetensors file in one step: readers see the old file or the whole new one.
 
     Raises:
-        WriteError: no room or no right; the old file is as it was.
+        WriteError: no folder, no room or no right; the old file is as it was.
     """
     storages: set[int] = set()
     tensors: dict[str, Tensor] = {}

@@ -8,10 +8,11 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from ldm.flags import Parser, add_flag
+from ldm.flags import Parser, add_flag, one_line
 
 EPILOG = """\
 examples:
@@ -24,34 +25,8 @@ examples:
     python main.py --base CFG -t ... model.params.prospect_stages=4
 """
 
-# Flags handed to the Lightning trainer as they are: name -> type of the value.
-TRAINER_FLAGS: dict[str, type] = {
-    "max_steps": int,
-    "min_steps": int,
-    "max_epochs": int,
-    "min_epochs": int,
-    "max_time": str,
-    "accumulate_grad_batches": int,
-    "gradient_clip_val": float,
-    "precision": str,
-    "accelerator": str,
-    "strategy": str,
-    "devices": str,
-    "num_nodes": int,
-    "limit_train_batches": float,
-    "limit_val_batches": float,
-    "val_check_interval": float,
-    "check_val_every_n_epoch": int,
-    "num_sanity_val_steps": int,
-    "log_every_n_steps": int,
-    "enable_progress_bar": bool,
-    "benchmark": bool,
-    "deterministic": bool,
-    "detect_anomaly": bool,
-    "fast_dev_run": bool,
-    "profiler": str,
-}
 OVERRIDE = re.compile(r"^[A-Za-z_][\w.\[\]-]*=")
+MAX_SEED = 2**32 - 1  # NumPy's
 
 
 def boolean(text: str) -> bool:
@@ -69,6 +44,76 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 0 or more")
     return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 1")
+    return int(text)
+
+
+def number(text: str) -> int | float:
+    """A number of 0 or more; `1` stays a count (of batches), `1.0` a share."""
+    try:
+        value = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of 0 or more")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number that every generator of random numbers takes."""
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {MAX_SEED}")
+    return int(text)
+
+
+def folder_name(text: str) -> str:
+    """A part of a folder's name: no path, and short enough for every file system."""
+    if "/" in text or "\\" in text:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a name, not a path; a path goes to -l or -p")
+    if len(text.encode(errors="replace")) > 100:
+        raise argparse.ArgumentTypeError(f"'{text[:20]}…' is too long for a folder; take at most 100 characters")
+    return text
+
+
+def devices(text: str) -> str:
+    """How many devices (-1: all there are), `auto`, or device numbers with commas."""
+    if not re.fullmatch(r"auto|-1|0*[1-9]\d*|\d+(,\d+)+,?|\d+,", text):
+        raise argparse.ArgumentTypeError(f"'{text}' must be a number of at least 1, device numbers such as 0,1 or auto")
+    return text
+
+
+# Flags handed to the Lightning trainer as they are: name -> type of the value.
+TRAINER_FLAGS: dict[str, Callable[[str], Any]] = {
+    "max_steps": int,
+    "min_steps": int,
+    "max_epochs": int,
+    "min_epochs": int,
+    "max_time": str,
+    "accumulate_grad_batches": positive,
+    "gradient_clip_val": number,
+    "precision": str,
+    "accelerator": str,
+    "strategy": str,
+    "devices": devices,
+    "num_nodes": positive,
+    "limit_train_batches": number,
+    "limit_val_batches": number,
+    "val_check_interval": number,
+    "check_val_every_n_epoch": positive,
+    "num_sanity_val_steps": int,
+    "log_every_n_steps": natural,
+    "enable_progress_bar": bool,
+    "benchmark": bool,
+    "deterministic": bool,
+    "detect_anomaly": bool,
+    "fast_dev_run": bool,
+    "profiler": str,
+}
 
 
 def build_parser() -> Parser:
@@ -95,7 +140,15 @@ def build_parser() -> Parser:
     )
     add_flag(run, "-t", "--train", default=False, help="train (without it, only the set-up is checked)", **switch)
     add_flag(run, "-r", "--resume", metavar="DIR|CKPT", help="go on with the run in this log folder")
-    add_flag(run, "-s", "--seed", type=natural, default=23, help="seed of everything random (23)")
+    add_flag(run, "-s", "--seed", type=seed, default=23, help="seed of everything random (23)")
+    add_flag(
+        run,
+        "--allow_targets",
+        nargs="+",
+        default=[],
+        metavar="PACKAGE",
+        help="packages of your own whose classes a configuration may name",
+    )
     add_flag(run, "--no_test", default=False, help="accepted; no configuration here has a test set", **switch)
     add_flag(run, "-d", "--debug", default=False, help="show the whole trace of an error", **switch)
 
@@ -107,8 +160,8 @@ def build_parser() -> Parser:
     add_flag(data, "--init_word", metavar="WORD", help="word(s) whose embedding the learning starts from")
 
     logs = parser.add_argument_group("log folder: <logdir>/<data folder><time>_<name><postfix>")
-    add_flag(logs, "-n", "--name", help="name of the run")
-    add_flag(logs, "-f", "--postfix", default="", help="appended to the name")
+    add_flag(logs, "-n", "--name", type=folder_name, help="name of the run")
+    add_flag(logs, "-f", "--postfix", type=folder_name, default="", help="appended to the name")
     add_flag(logs, "-l", "--logdir", default="logs", help="where log folders are made (logs)")
     add_flag(logs, "-p", "--project", metavar="DIR", help="log into exactly this folder")
     add_flag(logs, "--datadir_in_name", default=True, help="begin the name with the data folder's (true)", **switch)
@@ -130,9 +183,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
-    # `--base a.yaml key=value`: the list of files would swallow the override
-    options.overrides = [text for text in options.base if OVERRIDE.match(text)]
-    options.base = [text for text in options.base if not OVERRIDE.match(text)]
+    # `--base a.yaml key=value`: a list would swallow the override
+    options.overrides = [text for text in (*options.base, *options.allow_targets) if OVERRIDE.match(text)]
+    for name in ("base", "allow_targets"):
+        setattr(options, name, [text for text in getattr(options, name) if not OVERRIDE.match(text)])
     for text in rest:
         if not OVERRIDE.match(text):
             parser.refuse(text, otherwise="see --help; values of the configuration are key=value")
@@ -165,7 +219,7 @@ def translate_gpus(gpus: str | None) -> list[int] | int | None:
 
 def complain(message: str) -> int:
     """Print one error sentence; returns the exit code 2."""
-    sys.stderr.write(f"main.py: error: {message}\n")
+    sys.stderr.write(f"main.py: error: {one_line(message)}\n")
     return 2
 
 

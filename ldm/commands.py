@@ -43,32 +43,28 @@ def run(description: str, editing: bool = False, argv: Sequence[str] | None = No
     parser = build_parser(description, editing)
     options = parser.parse_strictly(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
+    with parser.sentences(options.debug):
         return _generate(options, editing)
-    except (ValueError, OSError, ImportError) as error:  # what a user can mend; everything else is a defect
-        if options.debug:
-            raise
-        parser.error(" ".join(str(error).split()))
 
 
 def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
-    from ldm.config import load_config
+    from ldm.config import allow_targets, check_generates, load_config
     from ldm.generate import load_model_from_config, main
 
     recorded = _recorded(options)
     setup = {key: getattr(options, key) or recorded.get(key, default) for key, default in MODEL_DEFAULTS.items()}
-    if not Path(setup["config"]).is_file():
-        raise ValueError(f"There is no configuration file '{setup['config']}'; check the path given with --config.")
-    config = load_config(setup["config"])
+    for name, value in setup.items():
+        if not isinstance(value, str):
+            raise ValueError(f"'{options.source}' has no readable {name} ({value!r}); give it with --{name}.")
+    allow_targets(*options.allow_targets)
+    config = load_config(setup["config"], flag="--config")
+    check_generates(config)
     outline = _outline(config, setup["dtype"])
     if outline.embedding_manager is not None:
         outline.embedding_manager.base_path = Path(setup["ckpt"])
     arguments = _native(config, main) | _arguments(options, recorded, outline, main)
-    _check(arguments, outline, editing)
-    if options.outdir.exists() and not options.outdir.is_dir():
-        raise ValueError(f"'{options.outdir}' is a file; give a folder with --outdir.")
-    check_writable(options.outdir)
-
+    check_writable(options.outdir, "--outdir")
+    _check(arguments, outline, editing, options.device)
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
     return _save(main(model=model, **arguments), setup, options.outdir)
 
@@ -79,11 +75,9 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.source is None:
         return {}
-    if not Path(options.source).is_file():
+    if not Path(options.source).exists():
         raise ValueError(f"There is no file '{options.source}'; check the path given with --from.")
     recorded = read_parameters(options.source)
-    if not isinstance(recorded, dict):
-        raise ValueError(f"'{options.source}' has no readable ProSpect parameters.")
     if "ckpt" not in recorded and options.ckpt is None:
         used, name = Path(MODEL_DEFAULTS["ckpt"]).name, recorded.get("base_model")
         if name != used:
@@ -106,7 +100,7 @@ def _outline(config: DictConfig, dtype: str) -> LatentDiffusion:
     if config.model.params.get("personalization_config") is not None:
         OmegaConf.update(config, "model.params.personalization_config.params.initializer_words", None)
     with torch.device("meta"):
-        model = instantiate_from_config(config.model, config.get("allow_targets", ()))
+        model = instantiate_from_config(config.model)
     # samplers read the schedule; only its length matters here
     schedule = schedule_buffers(make_betas(0.00085, 0.012, model.num_timesteps))
     model.load_state_dict(schedule, strict=False, assign=True)
@@ -154,15 +148,15 @@ def _arguments(
 
 def words_file(path: str) -> dict[str, Any]:
     """The YAML file of `--words` as arguments of `main`; a list is `prospect_words`."""
-    if not Path(path).is_file():
-        raise ValueError(f"There is no file '{path}'; check the path given with --words.")
+    from ldm.config import read_yaml
+
+    hint = "an entry that begins with * needs quotes"
+    text = read_yaml(path, "--words", hint)
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # tags, keys and dates that cannot be made
         first = str(error).partition("\n")[0]
-        raise ValueError(
-            f"'{path}' is not readable YAML ({first}); an entry that begins with * needs quotes."
-        ) from error
+        raise ValueError(f"'{path}' is not a readable YAML file ({first}); {hint}.") from error
     if isinstance(content, list):
         return {"prospect_words": content}
     if not isinstance(content, dict):
@@ -185,14 +179,16 @@ def concept_files(texts: Sequence[str], own: str) -> dict[str, str]:
     return concepts
 
 
-def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool) -> None:
+def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool, device: str | None) -> None:
     """Everything that can be wrong with the arguments of `main`, found without weights.
 
     Raises:
         ValueError, OSError: one sentence with the remedy.
     """
     from ldm.generate import SAMPLERS, check_arguments, main, open_content
-    from ldm.prompts import check_words
+    from ldm.memory import check_generating
+    from ldm.prompts import check_prompt, check_words
+    from ldm.util import pick_device
 
     content, concepts, words = (arguments.get(name) for name in ("content_dir", "concepts", "prospect_words"))
     if not editing and content is not None:
@@ -203,10 +199,13 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
         raise ValueError("Say what to show: --prompt TEXT, or --words FILE.")
     if not isinstance(arguments.get("prompt", ""), str):
         raise ValueError(f"prompt must be a text, not {arguments['prompt']!r}; in YAML, put it in quotes.")
+    check_prompt(arguments.get("prompt", ""))
     parameters = inspect.signature(main).parameters
     checked = [name for name in inspect.signature(check_arguments).parameters if name != "model"]
     checked = {name: arguments.get(name, parameters[name].default) for name in checked}
     check_arguments(outline, **checked)
+    sizes = {name: checked[name] for name in ("height", "width", "n_samples", "n_iter")}
+    check_generating(outline, pick_device(device), **sizes)
     sampler = SAMPLERS[checked["sampler"]](outline)
     sampler.make_schedule(checked["ddim_steps"], ddim_eta=checked["ddim_eta"], verbose=False)
     if words is not None:
@@ -214,7 +213,7 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
     if concepts:
         if outline.embedding_manager is None:
             raise ValueError("The configuration has no personalization_config, so --concept cannot be used with it.")
-        if not isinstance(concepts, Mapping) or not all(concepts.values()):
+        if not isinstance(concepts, Mapping) or not all(isinstance(x, str) and x for x in concepts.values()):
             raise ValueError(f"concepts must be {{name: file}}, not {concepts!r}; give them with --concept NAME=FILE.")
         outline.embedding_manager.load(concepts, arguments.get("any_base", False))
     if content is not None:

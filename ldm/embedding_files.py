@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm.weight_files import reading_with
+from ldm.memory import MemoryShort, check
+from ldm.weight_files import is_whole, packed_size, reading_with
 
 STAGES = "prospect.num_stages"
 _STAND_IN_FOR = ("ldm.", "torch.nn.modules.")
@@ -47,9 +48,7 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is made of floats that are all in the file, and not of a few repeated without end."""
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
-        return False
-    return tensor.nbytes <= tensor.untyped_storage().nbytes()
+    return tensor.is_floating_point() and is_whole(tensor)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -116,11 +115,21 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _unpickle(path: Path) -> object:
     """Torch's `weights_only` reader: makes tensors, plain data and stand-ins for modules; imports nothing."""
+    is_zip = zipfile.is_zipfile(path)
     try:
+        if is_zip and (unpacked := packed_size(path)):
+            check(unpacked, "cpu", "the file, unpacked,", "a .safetensors version of it")
         with reading_with(_StandIn, lambda: _modules_in(path)):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryShort as error:
+        raise EmbeddingError(str(error)) from error
     except Exception as error:  # a malformed file can fail in any way
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose module)", str(error))
+        if refused and refused[1].startswith(_STAND_IN_FOR) and not is_zip:
+            raise EmbeddingError(
+                "it is in the format that torch wrote before 1.6; write it anew with a newer torch where it was made: "
+                "torch.save(torch.load(file), file)."
+            ) from error
         what = f"it names '{refused[1]}', which was not run" if refused else "it is damaged, or not only data"
         raise EmbeddingError(f"{what}; use another copy, best a .safetensors file that you trust.") from error
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
 from ldm.embedding_files import STAGES, EmbeddingError, in_order, is_plain, naming, read_embeddings, series, series_of
+from ldm.files import writing_to
 
 __all__ = [
     "Concept",
@@ -27,6 +28,8 @@ __all__ = [
 
 _VERSION = "1"
 _STAGE, _OF = "prospect.stage", "prospect.stage_files"  # in a file of one stage: its number, and how many there are
+_TIMESTEPS = ("prospect.num_timesteps", "1000")
+_ORDER = ("prospect.order", "0 = low noise (end of generation), S-1 = high noise (start)")
 _LISTED = 8
 
 Source = str | Path | Sequence[str | Path]
@@ -123,7 +126,8 @@ def save_new_concept(concept: Concept, path: str | Path, placeholder: str = "*",
         raise EmbeddingError(f"'{path}' is there already; name another file, or say --force.")
     if not placeholder.strip():
         raise EmbeddingError(f"A placeholder must be a visible text such as '*', not '{placeholder}'.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     save_concept(concept, path, placeholder)
 
 
@@ -149,8 +153,7 @@ def _describe(concept: Concept) -> dict[str, str]:
         "format": "pt",
         "prospect.version": _VERSION,
         STAGES: str(concept.num_stages),
-        "prospect.num_timesteps": "1000",
-        "prospect.order": "0 = low noise (end of generation), S-1 = high noise (start)",
+        **dict([_TIMESTEPS, _ORDER]),
     }
 
 
@@ -177,10 +180,13 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
             vectors for consecutive tokens, or is for Stable Diffusion XL; stages are missing, or do not belong
             together.
     """
-    if not isinstance(source, (str, Path)):
+    listed = [source] if isinstance(source, (str, Path)) else source
+    if not isinstance(listed, Sequence) or not all(isinstance(path, (str, Path)) for path in listed):
+        raise EmbeddingError(f"a concept is read from the path of a file, or a list of such, not from {source!r}.")
+    if not listed:
+        raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
+    if listed is source:
         paths = [Path(path) for path in source]
-        if not paths:
-            raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
         return _join(paths[0].parent, in_order(paths))
     path = Path(source)
     if path.is_dir():
@@ -233,6 +239,12 @@ def _check_stages(rows: int, metadata: Mapping[str, str], rows_are_stages: bool)
             "denoising; use an embedding of one vector, or say that rows are stages (rows_are_stages=True, or "
             "--rows_are_stages of scripts/import_embedding.py)."
         )
+    if metadata.get(_TIMESTEPS[0], _TIMESTEPS[1]) != _TIMESTEPS[1]:
+        raise EmbeddingError(
+            f"it was learned for {metadata[_TIMESTEPS[0]]} timesteps, not 1000; use one of this program."
+        )
+    if metadata.get(_ORDER[0], _ORDER[1]) != _ORDER[1]:
+        raise EmbeddingError(f"its stages are in another order ({metadata[_ORDER[0]]}); use one of this program.")
     if stages is not None and stages != str(rows):
         raise EmbeddingError(f"there are {rows} vectors for {stages} stages; use another copy of the file.")
 

@@ -48,14 +48,14 @@ def _is_related(path: Path, folder: Path) -> bool:
     return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
-def check_writable(folder: str | Path) -> None:
-    """Raise `WriteError` if `folder` cannot be made or written to; nothing is made."""
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Raise `WriteError` if `folder`, which `flag` gives, cannot be made or written to; nothing is made."""
     place = Path(os.path.abspath(folder))
     while not os.path.lexists(place):
         place = place.parent
+    if not place.is_dir():
+        raise WriteError(f"Cannot write to '{folder}': '{place}' is a file; give a folder with {flag}.")
     with writing_to(folder):
-        if not place.is_dir():
-            raise OSError(errno.ENOTDIR, "")
         if not os.access(place, os.W_OK | os.X_OK):
             read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
             raise OSError(errno.EROFS if read_only else errno.EACCES, "")
@@ -69,9 +69,11 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
         keep: what `path` is called from then on, instead of being lost.
 
     Raises:
-        WriteError: no room or no right; `path` is as it was, and nothing else is left.
+        WriteError: no folder, no room or no right; `path` is as it was, and nothing else is left.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise WriteError(f"Cannot write '{path.name}': there is no folder '{path.parent}'; make it first.")
     # two processes, or two threads, may write the same file
     temporary = path.with_name(f"{TEMPORARY}-{os.getpid()}-{threading.get_ident()}-{path.name}")
     with writing_to(path.parent):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 
@@ -12,13 +13,23 @@ class Parser(argparse.ArgumentParser):
     """Ends with exit code 2 and one sentence on standard error; an unknown flag names the nearest known one."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     def refuse(self, text: str, otherwise: str = "see --help") -> NoReturn:
         """End because of the unknown argument `text`."""
         known = [name for action in self._actions for name in action.option_strings]
         close = difflib.get_close_matches(text.split("=")[0], known, n=1)
         self.error(f"unknown argument '{text}'; {f'did you mean {close[0]}?' if close else otherwise}")
+
+    @contextlib.contextmanager
+    def sentences(self, debug: bool = False) -> Iterator[None]:
+        """End with the sentence of an error that a user can mend; any other is a defect and shows its trace."""
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            if debug:
+                raise
+            self.error(str(error))
 
     def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The options, and none that is unknown."""
@@ -32,3 +43,9 @@ def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> 
     """Add a flag whose long name, the last one, is taken with underscores and with hyphens."""
     long = names[-1]
     group.add_argument(*names[:-1], *dict.fromkeys((long, "--" + long[2:].replace("_", "-"))), **options)
+
+
+def one_line(text: object) -> str:
+    """A message as one line that a terminal shows as it is: names in files may hold control characters."""
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)

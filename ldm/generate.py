@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import threading
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import instantiate_from_config, load_config
+from ldm.config import check_generates, instantiate_from_config, load_config
 from ldm.data.images import WHITE, check_fit, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
-from ldm.files import replacing, writing_to
 from ldm.guards import FirstBad, refuse_bad_latents
+from ldm.memory import check_generating
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
+from ldm.models.diffusion.sampling import MAX_SCALE, Callback, Sampler, draw_noise, seeded_generators
+from ldm.prompts import warn_of_unused
+from ldm.records import PNG_KEY, read_parameters, save_picture
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
@@ -32,10 +32,20 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.prompts import Words
 
+__all__ = [
+    "PNG_KEY",
+    "SAMPLERS",
+    "check_arguments",
+    "load_model_from_config",
+    "main",
+    "open_content",
+    "read_parameters",
+    "save_picture",
+]
+
 logger = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler}
-PNG_KEY = "prospect"  # name of the PNG text chunk that holds the parameters
 _LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
 
 
@@ -58,13 +68,14 @@ def load_model_from_config(
     Raises:
         ConfigError, CheckpointError, ValueError: with one sentence that says what to mend.
     """
-    config = load_config(config) if isinstance(config, (str, Path)) else config.copy()
+    config = load_config(config, flag="config=") if isinstance(config, (str, Path)) else config.copy()
+    check_generates(config)
     OmegaConf.update(config, "model.params.ckpt_path", str(ckpt))
     OmegaConf.update(config, "model.params.frozen_dtype", dtype)
     personalization = config.model.params.get("personalization_config")
     if personalization is not None:
         OmegaConf.update(personalization, "params.initializer_words", None)
-    model = instantiate_from_config(config.model, config.get("allow_targets", ()))
+    model = instantiate_from_config(config.model)
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
@@ -147,11 +158,13 @@ def main(
         "resize": resize,
     }
     check_arguments(model, **settings)
+    check_generating(model, model.device, height=height, width=width, n_samples=n_samples, n_iter=n_iter)
     with _LOADING:  # what is read here stays as it is, whatever another thread loads meanwhile
         if concepts:
             if model.embedding_manager is None:
                 raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
             model.embedding_manager.load(concepts, any_base)
+            warn_of_unused(concepts, prompt, prospect_words)
         cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
         uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
         used_concepts = concept_sources(model)
@@ -226,10 +239,10 @@ def check_arguments(
     """Raise `ValueError`, with the remedy, for what `main` cannot do; no weights are needed."""
     whole = {"ddim_steps": ddim_steps, "seed": seed, "n_iter": n_iter, "n_samples": n_samples, "n_rows": n_rows}
     for name, value in (whole | {"height": height, "width": width}).items():
-        if not isinstance(value, Integral):
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{name} must be a whole number, not {value!r}.")
     for name, value in {"strength": strength, "ddim_eta": ddim_eta, "scale": scale}.items():
-        if not isinstance(value, Real):
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise ValueError(f"{name} must be a number, not {value!r}.")
     if sampler not in SAMPLERS:
         raise ValueError(f"Unknown sampler '{sampler}'; there are {', '.join(SAMPLERS)}.")
@@ -239,12 +252,13 @@ def check_arguments(
         raise ValueError(f"n_iter and n_samples must be at least 1, not {n_iter} and {n_samples}.")
     if n_rows < 0:
         raise ValueError(f"n_rows must be at least 1, or 0 for as square as possible, not {n_rows}.")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in 0..{2**63 - 1}, not {seed}.")
+    last_seed = seed + n_iter * n_samples - 1
+    if not 0 <= seed <= last_seed < 2**63:
+        raise ValueError(f"seed must be in 0..{2**63 - n_iter * n_samples}, not {seed}; picture i has seed + i.")
     if not 1 <= ddim_steps <= model.num_timesteps:
         raise ValueError(f"ddim_steps must be in 1..{model.num_timesteps}, not {ddim_steps}.")
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"scale must be 0 or more and finite, not {scale}; 1 means no guidance.")
+    if not 0 <= scale <= MAX_SCALE:
+        raise ValueError(f"scale must be in 0..{MAX_SCALE}, not {scale}; 1 means no guidance, 5 to 10 are usual.")
     unit = model.size_unit
     for name, size in (("height", height), ("width", width)):
         if size < unit or size % unit:
@@ -271,38 +285,3 @@ def concept_sources(model: LatentDiffusion) -> dict[str, str]:
     """Placeholder -> name of the file it was loaded from."""
     manager = model.embedding_manager
     return {} if manager is None else dict(manager.sources)
-
-
-def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`.
-
-    A second chunk, `parameters`, says it the way AUTOMATIC1111's web UI does, for other tools.
-
-    Raises:
-        WriteError: no room or no right; nothing is left then.
-    """
-    from ldm.export.infotext import NEEDED, infotext
-
-    info = PngInfo()
-    if PNG_KEY in picture.info:
-        info.add_itxt(PNG_KEY, picture.info[PNG_KEY])
-        record = json.loads(picture.info[PNG_KEY])
-        if record.keys() >= NEEDED:
-            info.add_text("parameters", infotext(record))
-    path = Path(path)
-    with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        picture.save(temporary, pnginfo=info)
-
-
-def read_parameters(path: str | Path) -> dict[str, Any]:
-    """The parameters that `save_picture` wrote into a PNG.
-
-    Raises:
-        ValueError: the picture has none.
-    """
-    with Image.open(path) as picture:
-        if PNG_KEY not in picture.info:
-            raise ValueError(f"'{path}' has no ProSpect parameters; only PNG files saved by this program do.")
-        return json.loads(picture.info[PNG_KEY])

@@ -28,22 +28,32 @@ __all__ = [
     "PRESET_STAGES",
     "PromptReader",
     "Words",
+    "check_prompt",
     "check_words",
     "joint",
     "preset",
     "split_pattern",
     "stage_pieces",
+    "warn_of_unused",
 ]
 
 PLACEHOLDER = "*"
 Words = Sequence["str | int | None"]
 
 
+def check_prompt(prompt: str, what: str = "A prompt") -> None:
+    """Raise `ValueError` unless `prompt` is a text that can be written down."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"{what} must be a text, not a {type(prompt).__name__}.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"{what} has bytes that are no text ({prompt[:40]!a}); write it in UTF-8.")
+
+
 def check_words(words: Words, num_stages: int) -> list[str | int | None]:
     """`words` as a checked list.
 
     Raises:
-        ValueError: not a list of S entries, or an entry that is neither a string, a stage number, nor None.
+        ValueError: not a list of S entries, or an entry that is neither a text, a stage number, nor None.
     """
     if isinstance(words, (str, bytes)) or not isinstance(words, Sequence):
         raise ValueError(f"prospect_words must be a list of {num_stages} entries, not a {type(words).__name__}.")
@@ -55,6 +65,7 @@ def check_words(words: Words, num_stages: int) -> list[str | int | None]:
     checked: list[str | int | None] = []
     for i, word in enumerate(words):
         if word is None or isinstance(word, str):
+            check_prompt(word or "", f"prospect_words[{i}]")
             checked.append(word)
         elif isinstance(word, numbers.Integral) and not isinstance(word, bool):
             if not 0 <= word < num_stages:
@@ -65,6 +76,14 @@ def check_words(words: Words, num_stages: int) -> list[str | int | None]:
                 f"prospect_words[{i}] is a {type(word).__name__}; an entry is a text, a stage number, or None."
             )
     return checked
+
+
+def warn_of_unused(concepts: Iterable[str], prompt: str, words: Words | None) -> None:
+    """Warn of concepts that were asked for and that no text names."""
+    text = " ".join([str(prompt), *(word for word in words or () if isinstance(word, str))])
+    for name in concepts:
+        if name not in text:
+            logger.warning("The concept '%s' has no effect: write %s into the prompt where it belongs.", name, name)
 
 
 def split_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:
@@ -126,8 +145,7 @@ class PromptReader:
             ValueError: see `check_words`; or a prompt is not a string.
         """
         for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise ValueError(f"A prompt must be a text, not a {type(prompt).__name__}.")
+            check_prompt(prompt)
         self._warnings.clear()
         if words is not None:
             words = check_words(words, self.num_stages)

@@ -94,15 +94,14 @@ def open_run(options: argparse.Namespace) -> Run:
     """
     now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     if options.resume:
-        run = _run_to_resume(Path(options.resume), now)
+        run, flag = _run_to_resume(Path(options.resume), now), "-r"
     elif options.project:
-        run = Run(Path(options.project), now)
+        run, flag = Run(Path(options.project), now), "-p"
     else:
         data = Path(options.data_root).resolve().name if options.data_root and options.datadir_in_name else ""
         name = options.name or Path(options.base[0]).stem
-        run = Run(Path(options.logdir) / f"{data}{now}_{name}{options.postfix}", now, exact=False)
-    if options.train:
-        check_writable(run.folder)
+        run, flag = Run(Path(options.logdir) / f"{data}{now}_{name}{options.postfix}", now, exact=False), "-l"
+    check_writable(run.folder, flag)
     return run
 
 
@@ -115,6 +114,8 @@ def _run_to_resume(path: Path, now: str) -> Run:
         except CheckpointError as error:
             reason = re.sub(r"; download it again\.$", "", str(error)).rstrip(".")
             raise CheckpointError(f"{reason}; {_way_on(folder, checkpoint)}.") from error
+        if not any((folder / "configs").glob("*-project.yaml")):
+            raise ValueError(f"'{folder}' is no run of main.py (it has no configs/); -r takes a log folder of it.")
         return Run(folder, now, resumed=True, checkpoint=checkpoint)
     if path.is_dir() and (folder / "checkpoints" / PREVIOUS).is_file():
         raise CheckpointError(f"There is no file '{checkpoint}'; {_way_on(folder, checkpoint)}.")

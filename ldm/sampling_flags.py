@@ -76,6 +76,8 @@ def build_parser(description: str, editing: bool) -> Parser:
     add_flag(model, "--ckpt", metavar="FILE", help=help_ckpt)
     add_flag(model, "--dtype", metavar="TYPE", help="of the weights: float32, float16 or bfloat16 (float32)")
     add_flag(model, "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
+    help_allow = "packages of your own whose classes the configuration may name"
+    add_flag(model, "--allow_targets", nargs="+", default=[], metavar="PACKAGE", help=help_allow)
     add_flag(model, "--outdir", type=Path, default=Path("outputs"), metavar="DIR", help="for the pictures (outputs)")
     add_flag(model, "--debug", action="store_true", help="show the whole trace of an error")
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,9 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from ldm.callbacks import CheckpointWriter, EmbeddingSaver, SaveLast
 from ldm.cli import translate_gpus
 from ldm.config import ConfigError, check_parameters, instantiate_from_config, load_config, nearest
-from ldm.data.datamodule import DataModuleFromConfig
 from ldm.files import replacing, writing_to
 from ldm.guards import FiniteGuard
+from ldm.run_checks import check_pictures
 from ldm.runs import Run, check_start
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,12 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     pictures = config.data.params.train
     if str(pictures.get("target")).endswith("PersonalizedBase") and not OmegaConf.select(pictures, "params.data_root"):
         raise ConfigError("Say which pictures to learn from: --data_root, a folder with pictures or one picture.")
-    if "personalization_config" in params and not OmegaConf.select(config, "model.params.ckpt_path"):
+    if "personalization_config" in params and not params.get("ckpt_path"):
+        if "ckpt_path" not in params:
+            raise ConfigError(
+                "Say which base model to learn against: --actual_resume FILE, such as models/sd/sd-v1-4.ckpt "
+                "(model.params.ckpt_path=null tries the machinery on random weights)."
+            )
         logger.warning("No base model is given (--actual_resume): embeddings are learned against random weights.")
     return config
 
@@ -114,24 +120,29 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
         callbacks.append(ProgressBar())
     if getattr(module, "embedding_manager", None) is not None:
         callbacks.append(EmbeddingSaver(run.checkpoints, save_every))
-    allowed = config.get("allow_targets", ())
     for name, callback in (lightning.get("callbacks") or {}).items():
-        if "target" not in callback:
-            raise ConfigError(f"lightning.callbacks.{name} needs a `target:`.")
-        callbacks.append(instantiate_from_config(callback, allowed))
+        if not isinstance(callback, Mapping) or "target" not in callback:
+            raise ConfigError(f"lightning.callbacks.{name} must be a section with a `target:`.")
+        callbacks.append(instantiate_from_config(callback))
+    check_pictures(callbacks, module)
     callbacks.append(SaveLast(run.checkpoints, save_every, guard))
     check_parameters(pl.Trainer, trainer)
     if trainer.get("accumulate_grad_batches", 1) < 1:
         raise ConfigError("accumulate_grad_batches must be at least 1.")
     tensorboard = TensorBoardLogger(run.folder, name="", version="", sub_dir="tensorboard")
     csv = CSVLogger(run.folder, name="csv", version=run.started)  # the logger empties a folder it finds
-    return pl.Trainer(
-        default_root_dir=run.folder,
-        logger=[tensorboard, csv],
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        **{"plugins": CheckpointWriter(), "use_distributed_sampler": False, **trainer},  # `RunningSampler` knows ranks
-    )
+    # no distributed sampler: `RunningSampler` knows ranks
+    trainer = {"plugins": CheckpointWriter(), "use_distributed_sampler": False, **trainer}
+    try:
+        return pl.Trainer(
+            default_root_dir=run.folder,
+            logger=[tensorboard, csv],
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            **trainer,
+        )
+    except (TypeError, KeyError) as error:  # a value of a wrong type; others Lightning explains itself
+        raise ConfigError(f"lightning.trainer cannot be used: {str(error).partition(chr(10))[0]}") from error
 
 
 def saving_interval(modelcheckpoint: Mapping[str, Any]) -> int:
@@ -153,21 +164,6 @@ def saving_interval(modelcheckpoint: Mapping[str, Any]) -> int:
     if not isinstance(interval, int) or interval < 1:
         raise ConfigError(f"{CHECKPOINT_KEYS[0]} must be a number of steps, at least 1, not '{interval}'.")
     return interval
-
-
-def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:
-    """Raise `ValueError` unless the data sets' pictures have a size that the model takes."""
-    if not hasattr(module, "size_unit"):
-        return
-    for split, dataset in data.datasets.items():
-        size = getattr(dataset, "size", getattr(dataset, "resolution", None))
-        if size is None:
-            raise ValueError(f"data.params.{split}.params.size is needed: pictures are learned at one size.")
-        if size % module.size_unit:
-            unit, nearest_size = module.size_unit, max(1, round(size / module.size_unit)) * module.size_unit
-            raise ValueError(
-                f"The {split} pictures' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
-            )
 
 
 class ProgressBar(TQDMProgressBar):
@@ -195,6 +191,8 @@ def set_learning_rate(
         base = float(config.model.base_learning_rate)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"base_learning_rate must be a number, not '{config.model.base_learning_rate}'.") from error
+    if not 0 < base < math.inf:
+        raise ConfigError(f"base_learning_rate must be more than 0 and finite, not {base}.")
     if not scale:
         module.learning_rate = base
         logger.info("Learning rate %.2e (--scale_lr false)", base)

@@ -21,6 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ldm.memory import MemoryShort, check
+
 _LIST_IN_USE = threading.Lock()
 _SUFFIXES = (".ckpt", ".safetensors", ".pt", ".bin")
 
@@ -64,6 +66,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
             state = dict(_tensors(inner if isinstance(inner, Mapping) else content))
     except CheckpointError:
         raise
+    except MemoryShort as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # a malformed file can fail in any way
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose module)", str(error))
         if refused or "Weights only load failed" in str(error):
@@ -77,7 +81,17 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"'{path}' is damaged or incomplete ({reason}); download it again.") from error
     if not state:
         raise CheckpointError(f"'{path}' holds no tensors; use a file with model weights.")
+    for key, tensor in state.items():
+        if not is_whole(tensor):
+            raise CheckpointError(f"'{path}': {key} claims more values than the file holds; use another copy of it.")
     return state
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor's values are all in its file: dense, and not a few that are repeated without end."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def unpickle(path: Path, mapped: bool) -> object:
@@ -99,13 +113,18 @@ def reading_with(stand_in: type, names: Callable[[], Iterable[str]]) -> Iterator
             yield
 
 
-def _tensors(tree: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts under dotted names; everything else is dropped."""
+def _tensors(tree: object, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dicts under dotted names; everything else is dropped.
+
+    A dict that is in several places is read once: such a pickle can stand for more names than memory holds.
+    """
+    seen = set() if seen is None else seen
     if isinstance(tree, Tensor):
         yield prefix, tree.data  # starts a version count of its own, which `MappedFiles.release` reads
-    elif isinstance(tree, Mapping):
+    elif isinstance(tree, Mapping) and id(tree) not in seen:
+        seen.add(id(tree))
         for key, branch in tree.items():
-            yield from _tensors(branch, f"{prefix}.{key}" if prefix else str(key))
+            yield from _tensors(branch, f"{prefix}.{key}" if prefix else str(key), seen)
 
 
 def _sniff(path: Path) -> str:
@@ -124,9 +143,9 @@ def _sniff(path: Path) -> str:
         problem, remedy = "is a git-lfs pointer and not the file itself", "run `git lfs pull`"
     elif head.startswith(b"PK\x03\x04"):
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-            return "mappable" if stored else "torch"
+            if unpacked := packed_size(path):
+                check(unpacked, "cpu", f"'{path}', unpacked,", "a .safetensors version of it")
+            return "torch" if unpacked else "mappable"
         problem, remedy = "is cut off (the download was not finished)", "download it again"
     elif head[8:9] == b"{":
         return "safetensors"
@@ -136,6 +155,15 @@ def _sniff(path: Path) -> str:
         kind = "a text file" if b"\0" not in head and head.isascii() else "of an unknown format"
         problem, remedy = f"is {kind}", "use a .ckpt or .safetensors file, or a diffusers folder"
     raise CheckpointError(f"'{path}' {problem}; {remedy}.")
+
+
+def packed_size(path: Path) -> int:
+    """Bytes that a compressed zip file has when it is unpacked; 0 where nothing is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if all(entry.compress_type == zipfile.ZIP_STORED for entry in entries):
+        return 0
+    return sum(entry.file_size for entry in entries)
 
 
 def missing(path: Path) -> CheckpointError:

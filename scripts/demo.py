@@ -10,6 +10,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,13 +45,19 @@ def execute(notebook: Path, executed: Path, folder: Path = ROOT, timeout: int = 
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
     content = nbformat.read(notebook, as_version=4)
-    manager = AsyncKernelManager(kernel_spec_manager=ThisPython())
-    client = NotebookClient(content, km=manager, timeout=timeout, resources={"metadata": {"path": str(folder)}})
-    try:
-        client.execute(cleanup_kc=True)  # the kernel ends with the notebook
-    finally:
-        executed.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(content, executed)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as sockets:
+        manager = AsyncKernelManager(
+            kernel_spec_manager=ThisPython(),
+            # sockets in a folder: no network is needed, not even this machine's own; Windows has no such sockets
+            transport="tcp" if sys.platform == "win32" else "ipc",
+            connection_file=str(Path(sockets) / "kernel.json"),
+        )
+        client = NotebookClient(content, km=manager, timeout=timeout, resources={"metadata": {"path": str(folder)}})
+        try:
+            client.execute(cleanup_kc=True)  # the kernel ends with the notebook
+        finally:
+            executed.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(content, executed)
 
 
 def learn(concept: str) -> Path:

@@ -26,14 +26,12 @@ def main() -> None:
     add_flag(parser, "--placeholder", default="*", metavar="TEXT", help="what it is called in prompts ('*')")
     add_flag(parser, "--force", action="store_true", help="overwrite the file if it is there")
     options = parser.parse_strictly()
-    try:
+    with parser.sentences():
         from ldm.embeddings import load_concept, save_new_concept
 
         source = options.source[0] if len(options.source) == 1 else options.source
         concept = load_concept(source, options.key, options.rows_are_stages)
         save_new_concept(concept, options.out, options.placeholder, options.force)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     print(f"{options.out}: {concept.num_stages} stages of width {concept.width}")
 
 

@@ -22,7 +22,7 @@ def main() -> None:
     add_flag(parser, "--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     add_flag(parser, "--force", action="store_true", help="overwrite the file if it is there")
     options = parser.parse_strictly()
-    try:
+    with parser.sentences():
         from ldm.embeddings import load_concept, save_new_concept
 
         mixed = load_concept(options.first).lerp(load_concept(options.second), options.weight)
@@ -30,8 +30,6 @@ def main() -> None:
             f"{1 - options.weight:g} {options.first.name} + {options.weight:g} {options.second.name}"
         )
         save_new_concept(mixed, options.out, force=options.force)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     print(f"{options.out}: {mixed.num_stages} stages of width {mixed.width}")
 
 

@@ -8,24 +8,35 @@ The U-Net's averaged weights are taken; what stayed frozen is taken as it is. Ha
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ldm.checkpoint import save_state_dict
+from ldm.checkpoint import read_state_dict, save_state_dict
+from ldm.flags import Parser
 
 PARTS = ("model.", "first_stage_model.", "cond_stage_model.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="log folder of the run")
     parser.add_argument("out", type=Path, help="the .safetensors file to write")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
-    arguments = parser.parse_args()
+    parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
+    arguments = parser.parse_strictly(argv)
+    with parser.sentences(arguments.debug):
+        pack(arguments)
 
-    checkpoint = torch.load(arguments.run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
-    averaged = checkpoint["state_dict"]
+
+def pack(arguments: argparse.Namespace) -> None:
+    path = arguments.run / "checkpoints" / "last.ckpt"
+    read_state_dict(path)  # refuses a missing, damaged or foreign file with a sentence
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    averaged = checkpoint.get("state_dict")
+    if "global_step" not in checkpoint or not any(key.startswith(PARTS[0]) for key in averaged or ()):
+        raise ValueError(f"'{path}' holds no whole model; give the log folder of a run of configs/demo/diffusion.yaml.")
     current = checkpoint.get("current_model_state", averaged)
     dtype = getattr(torch, arguments.dtype)
     # averaging starts before the latents are standardised, so only the U-Net's average is meant

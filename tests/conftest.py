@@ -43,6 +43,14 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files that a user may hand in by mistake."""
+    import bad_files
+
+    return bad_files.write_all(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_config: Path) -> "LatentDiffusion":
     """The tiny model in evaluation mode; shared, so a test that changes it puts it back."""
     from ldm.config import load_config

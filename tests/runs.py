@@ -30,7 +30,7 @@ def every(steps: int, pictures: int | None = None) -> list[str]:
 class Poison(pl.Callback):
     """Makes the gradients of one step infinite, as the backward pass in half precision can.
 
-    Named in a configuration: `allow_targets=[runs] lightning.callbacks.poison.target=runs.Poison`.
+    Named in a configuration: `--allow_targets runs`, and `lightning.callbacks.poison.target=runs.Poison`.
     """
 
     def __init__(self, step: int) -> None:

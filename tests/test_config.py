@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.config import ConfigError, get_class, instantiate_from_config, load_config
+from ldm.config import ConfigError, allow_targets, get_class, instantiate_from_config, load_config
 from ldm.util import instantiate_from_config as from_util
 from ldm.util import pick_device
 
@@ -48,10 +48,14 @@ def test_refuses(config: dict, sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
-def test_allow_list_can_be_extended() -> None:
-    with pytest.raises(ConfigError):
+def test_the_allow_list_can_be_extended_by_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm.config._allowed", set())
+    with pytest.raises(ConfigError, match="allow its package with --allow_targets"):
         get_class("fractions.Fraction")
-    assert get_class("fractions.Fraction", ["fractions"]).__name__ == "Fraction"
+    allow_targets("fractions")
+    assert get_class("fractions.Fraction").__name__ == "Fraction"
+    config = {"target": "torch.nn.Identity", "params": {"inner": {"target": "fractions.Fraction"}}}
+    assert instantiate_from_config(config["params"]["inner"]) == 0  # configurations inside others, too
 
 
 def test_a_key_without_meaning_is_accepted_and_named_once(caplog: pytest.LogCaptureFixture) -> None:

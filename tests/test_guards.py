@@ -54,14 +54,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.C
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    poison = ["allow_targets=[runs]", "lightning.callbacks.poison={target: runs.Poison, params: {step: 4}}"]
+    poison = ["--allow_targets", "runs", "lightning.callbacks.poison={target: runs.Poison, params: {step: 4}}"]
     sentence, step = fail_to_learn(tmp_path, *every(2), *poison, capsys=capsys)
     assert "The weights are not finite after step 4; nothing of it was saved" in sentence and step == 2
     assert not (tmp_path / "checkpoints/embeddings_gs-4.safetensors").exists()
 
 
 def test_nor_at_the_end_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    poison = ["allow_targets=[runs]", "lightning.callbacks.poison={target: runs.Poison, params: {step: 3}}"]
+    poison = ["--allow_targets", "runs", "lightning.callbacks.poison={target: runs.Poison, params: {step: 3}}"]
     arguments = [*LEARN, *MADE_SMALL, *every(100), *poison, "-p", str(tmp_path), "--max_steps", "3"]
     assert program.main(arguments) == 2
     assert "The weights are not finite after step 3" in capsys.readouterr().err

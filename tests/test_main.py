@@ -182,7 +182,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         ([*LEARN, "model.base_learning_rate=fast"], "base_learning_rate must be a number"),
         ([*LEARN, "model.params.channels=8"], "the U-Net takes 4"),
         ([*LEARN, "model.params.channels=[1"], "The configuration cannot be merged"),
-        ([*LEARN, "model.params.prospect_stages=ten"], "cannot be built from its parameters"),
+        ([*LEARN, "model.params.prospect_stages=ten"], "prospect_stages must be a whole number"),
         ([*LEARN, "data.batch_size=4"], "Unknown key 'batch_size' beside"),
         ([*LEARN, "data.params.train=null"], "does not say 'data.params.train:'"),
         ([*LEARN, "data.params.train.params.size=60"], "must be a multiple of 16; nearest: 64"),
@@ -280,8 +280,10 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, capsys: pytest.Capt
     assert str(last) in capsys.readouterr().err
 
 
-def test_learning_without_a_base_model_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    arguments = [text for text in LEARN if text not in ("--actual_resume", str(MODEL))]
+def test_learning_without_a_base_model_is_asked_for_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = [text for text in LEARN if text not in ("--actual_resume", str(MODEL))] + [
+        "model.params.ckpt_path=null"
+    ]
     assert main.main([*arguments, "-p", str(tmp_path / "run"), NO_PICTURES, "--max_steps", "1"]) == 0
     assert any("against random weights" in record.message for record in caplog.records)
 

@@ -1,5 +1,6 @@
 """`ProSpect.ipynb`: saved without outputs, and it runs from its first cell to its last."""
 
+import sys
 from pathlib import Path
 
 import nbformat
@@ -64,6 +65,15 @@ def test_the_notebook_runs(outputs: Path) -> None:
         if "image/png" in output.get("data", {})
     ]
     assert len(shown) == len(names)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the platform has no such sockets")
+def test_the_kernel_needs_no_network(tmp_path: Path) -> None:
+    """Not even the loopback device, which is down where the network is cut off (`make test-offline`)."""
+    source = "import json, ipykernel.connect as c; print(json.loads(c.get_connection_info())['transport'])"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), tmp_path / "a.ipynb")
+    execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
+    assert nbformat.read(tmp_path / "b.ipynb", as_version=4).cells[0].outputs[0].text == "ipc\n"
 
 
 def test_a_missing_concept_is_said_in_one_sentence(

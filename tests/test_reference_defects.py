@@ -219,7 +219,18 @@ def test_each_key_of_the_reference_that_lost_its_meaning_is_named_once(caplog: p
 def test_the_initial_word_is_set_where_the_file_has_a_plain_text(tmp_path: Path) -> None:
     """`--init_word` with the reference's own YAML: `initializer_words: 'teddy'` is a text, and setting it fails."""
     options = cli.parse(
-        ["--base", str(THEIRS), "--init_word", "blue dog", "--placeholder_tokens", "<x>", "--data_root", "x"]
+        [
+            "--base",
+            str(THEIRS),
+            "--init_word",
+            "blue dog",
+            "--placeholder_tokens",
+            "<x>",
+            "--data_root",
+            "x",
+            "--actual_resume",
+            "x.ckpt",
+        ]
     )
     config = build_config(options, open_run(options))
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}

@@ -115,7 +115,7 @@ POISON = "lightning.callbacks.poison={target: runs.Poison, params: {step: 8}}"
 def test_signals_are_the_programs_own_again_after_a_run(run: Path) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
-    for steps, arguments, code in ((7, [], 0), (9, ["allow_targets=[runs]", POISON], 2)):
+    for steps, arguments, code in ((7, [], 0), (9, ["--allow_targets", "runs", POISON], 2)):
         assert main.main(["-r", str(run), "-t", "--max_steps", str(steps), *arguments]) == code
         assert [signal.getsignal(number) for number in numbers] == before
 

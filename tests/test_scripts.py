@@ -330,6 +330,7 @@ def test_debug_shows_the_trace() -> None:
 def test_every_flag_of_main_is_an_argument_of_main() -> None:
     """A flag whose `dest` is no argument of `main` would silently do nothing."""
     own = {"help", "words", "preset", "concept", "source", "config", "ckpt", "dtype", "device", "outdir", "debug"}
+    own |= {"allow_targets"}
     dests = {action.dest for action in commands.build_parser("", editing=True)._actions}
     assert dests - own <= set(inspect.signature(ldm.generate.main).parameters)
     assert own <= dests

@@ -65,10 +65,8 @@ def main(description: str, argv: Sequence[str] | None = None) -> tuple[str, bool
         parser.error(f"--on takes one precision, not {' and '.join(sorted(PRECISIONS))}")
     options.overrides = rest
     options.argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with parser.sentences():
         return _measure(options)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(" ".join(str(error).split()))
 
 
 def _measure(options: argparse.Namespace) -> tuple[str, bool]:

@@ -43,7 +43,7 @@ def build_model(
     # what differs from step to step could not be compared
     OmegaConf.update(config, "model.params.personalization_config.params.dropout", 0.0)
     torch.manual_seed(0)
-    model = instantiate_from_config(config.model, config.get("allow_targets", ()))
+    model = instantiate_from_config(config.model)
     _fill_zeros(model)
     model.unet_sizes = OmegaConf.to_container(params.unet_config.params)  # for networks of other libraries
     return model.to(device)

@@ -60,8 +60,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
         self.batch_size = batch_size
         self.num_workers = num_workers
         configs = {"train": train, "validation": validation, "test": test}

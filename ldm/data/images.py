@@ -5,8 +5,9 @@ Tensors are float32 (3, H, W) in [-1, 1]; H and W are pixels.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,27 @@ def open_image(path: str | Path, background: Colour = WHITE) -> Image.Image:
     Raises:
         ImageError: the file is missing, is no picture, is damaged, too large or of an unusual kind.
     """
+    with _opened(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image), background)
+
+
+def picture_info(path: str | Path) -> dict[str, object]:
+    """What a picture file says beside its pixels, such as the text chunks of a PNG; errors as of `open_image`."""
+    with _opened(path) as image:
+        return dict(image.info)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image), background)
+            yield image
     except FileNotFoundError as error:
         raise ImageError(f"There is no file '{path}'; check the path.") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"'{path}' is a folder; give one picture file.") from error
+    except PermissionError as error:
+        raise ImageError(f"'{path}' may not be read ({error.strerror}); change its permissions.") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"'{path}' is no picture that Pillow can read; save it as PNG or JPEG.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -56,11 +73,14 @@ def open_image(path: str | Path, background: Colour = WHITE) -> Image.Image:
 
 
 def is_picture(path: str | Path) -> bool:
-    """Whether the file's beginning is that of a picture; nothing is decoded."""
+    """Whether the file's beginning is that of a picture; nothing is decoded.
+
+    A file that may not be read counts as one, so that `open_image` says so and it is not passed over.
+    """
     try:
         with Image.open(path):
             return True
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, PermissionError):
         return True  # a picture, which `open_image` then refuses with its reason
     except Exception:
         return False

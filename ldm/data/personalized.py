@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.images import bytes_to_tensor, check_fit, fit, is_picture, open_image
+from ldm.memory import check
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class PersonalizedBase(Dataset):
         self.size, self.repeats, self.interpolation = size, repeats, interpolation
         self.resize = "crop" if center_crop else resize
         check_fit(*((1, 1) if size is None else (size, size)), self.resize, interpolation)
+        if size is not None:  # read, resized, and as a tensor
+            check(9.0 * size * size, "cpu", f"A picture of {size} x {size}", "a smaller size")
         self.is_training = set == "train"
         self.flip_p = flip_p if self.is_training else 0.0
         self.placeholder_token, self.seed = placeholder_token, seed

@@ -91,7 +91,7 @@ def caption(picture: Path) -> str:
     Raises:
         ValueError, OSError: it is no picture, or is not there.
     """
-    from ldm.generate import PNG_KEY, read_parameters
+    from ldm.records import PNG_KEY, read_parameters
 
     with open_image(picture):
         pass

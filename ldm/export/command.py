@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.files import check_writable, writing_to
 from ldm.flags import Parser, add_flag
 from ldm.sampling_flags import word
 
@@ -67,10 +68,8 @@ def run(description: str, argv: Sequence[str] | None = None) -> list[Path]:
     """
     parser = build_parser(description)
     options = parser.parse_strictly(argv)
-    try:
+    with parser.sentences():
         paths, warnings = _export(options)
-    except (ValueError, OSError) as error:  # what a user can mend; everything else is a defect
-        parser.error(" ".join(str(error).split()))
     for warning in warnings:
         sys.stderr.write(f"warning: {warning}\n")
     return paths
@@ -98,13 +97,15 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     if there and not options.force:
         listing = ", ".join(there[:4]) + (", …" if len(there) > 4 else "")
         raise ValueError(f"'{folder}' has {listing} already; say --force to overwrite, or name another --outdir.")
-    warnings = export.write(programs, folder)
-    for picture, copy in copies.items():
-        shutil.copyfile(picture, copy)
-    if options.card:
-        uses = [path.name for path in paths if path.suffix in (".py", ".txt", ".json")]
-        about = {"base_model": options.base_model, "license_id": options.license, "pictures": captions}
-        (folder / "README.md").write_text(model_card(concepts, uses, **about), encoding="utf-8")
+    check_writable(folder, "--outdir")
+    with writing_to(folder):
+        warnings = export.write(programs, folder)
+        for picture, copy in copies.items():
+            shutil.copyfile(picture, copy)
+        if options.card:
+            uses = [path.name for path in paths if path.suffix in (".py", ".txt", ".json")]
+            about = {"base_model": options.base_model, "license_id": options.license, "pictures": captions}
+            (folder / "README.md").write_text(model_card(concepts, uses, **about), encoding="utf-8")
     return paths, warnings
 
 

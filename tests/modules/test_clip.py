@@ -171,12 +171,13 @@ def test_the_hubs_cache_is_used_without_network(tmp_path: Path, monkeypatch: pyt
 
     from ldm.modules.encoders.modules import hub_folder
 
-    asked: list[bool] = []
-
-    def download(repository: str, name: str, local_files_only: bool) -> str:
-        asked.append(local_files_only)
-        return str(tmp_path / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert hub_folder("openai/clip-vit-large-patch14") == tmp_path
-    assert asked == [True] * 3
+    repository = tmp_path / "models--openai--clip-vit-large-patch14"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (snapshot / name).write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert hub_folder("openai/clip-vit-large-patch14") == snapshot

@@ -1,8 +1,8 @@
-"""Latent diffusion (Rombach et al. 2022): the model, its prompts, its first stage, and its loss.
+"""Latent diffusion (Rombach et al. 2022): the model, its prompts, and its first stage.
 
 With a `personalization_config` only the embedding manager is trained, against the frozen model (ProSpect,
 Zhang et al. 2023). Without one the U-Net is trained from scratch, with the text transformer if
-`cond_stage_trainable`. What Lightning calls is in `fitting.py`.
+`cond_stage_trainable`. Its loss, and what Lightning calls, are in `fitting.py`.
 
 Shapes: B batch, C latent channels, H W latent height and width, L tokens, D width of the text transformer.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_weights, read_state_dict
 from ldm.conditioning import Conditioning, Context, Projected, PromptConditioning, SlotEncoder, as_conditioning
+from ldm.memory import check_weights
 from ldm.models.diffusion.acceleration import FixedUNet
 from ldm.models.diffusion.balance import LossBalance
 from ldm.models.diffusion.fitting import Fitting
@@ -115,6 +115,9 @@ class LatentDiffusion(LatentCodec, Fitting):
             raise ValueError(f"parameterization must be 'eps' or 'v', not '{parameterization}'.")
         if frozen_dtype not in DTYPES:
             raise ValueError(f"frozen_dtype must be one of {', '.join(DTYPES)}, not '{frozen_dtype}'.")
+        for name, count in (("timesteps", timesteps), ("prospect_stages", prospect_stages)):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}.")
         if decode_batch is not None and decode_batch < 1:
             raise ValueError(f"decode_batch must be at least 1, or left out for all at once, not {decode_batch}.")
         self.parameterization = parameterization
@@ -146,6 +149,7 @@ class LatentDiffusion(LatentCodec, Fitting):
                 f"channels is {channels}, but the U-Net takes {self.model.diffusion_model.in_channels} (in_channels)."
             )
         if ckpt_path:
+            check_weights(self, DTYPES[frozen_dtype])
             self.init_from_ckpt(ckpt_path, DTYPES[frozen_dtype])
         self._load_parts(first_stage_ckpt, cond_stage_ckpt)
         self._freeze_parts(DTYPES[frozen_dtype], learns_embeddings=personalization_config is not None)
@@ -266,38 +270,6 @@ class LatentDiffusion(LatentCodec, Fitting):
         if self.parameterization == "eps":
             return prediction
         return at(self.sqrt_alphas_cumprod, t) * prediction + at(self.sqrt_one_minus_alphas_cumprod, t) * x_noisy
-
-    def p_losses(
-        self, x_start: Tensor, cond: Cond, t: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss and what is logged of it.
-
-        Args:
-            x_start: scaled latents (B, C, H, W).
-            t: raw timesteps (B,) long.
-            noise: standard normal (B, C, H, W).
-        """
-        noise = torch.randn_like(x_start) if noise is None else noise
-        x_noisy = self.q_sample(x_start, t, noise)
-        prediction = self.apply_model(x_noisy, t, cond)
-        target = noise
-        if self.parameterization == "v":
-            target = at(self.sqrt_alphas_cumprod, t) * noise - at(self.sqrt_one_minus_alphas_cumprod, t) * x_start
-        per_sample = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
-        prefix = "train" if self.training else "val"
-        parts = {
-            f"{prefix}/loss_simple": per_sample.mean(),
-            f"{prefix}/loss_vlb": (self.lvlb_weights[t] * per_sample).mean(),
-        }
-        if self.balance is not None and self.training:
-            per_sample = self.balance(per_sample, t / self.num_timesteps)
-        loss = per_sample.mean()
-        if self.embedding_reg_weight > 0 and self.embedding_manager is not None:
-            regulariser = self.embedding_manager.distance_to_initial()
-            parts[f"{prefix}/loss_emb_reg"] = regulariser
-            loss = loss + self.embedding_reg_weight * regulariser
-        parts[f"{prefix}/loss"] = loss
-        return loss, {name: value.detach() for name, value in parts.items()}
 
     @contextlib.contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What Lightning calls of `LatentDiffusion`: steps, optimizer, saving, and pictures to look at.
+"""The loss of `LatentDiffusion`, and what Lightning calls of it: steps, optimizer, saving, and pictures to look at.
 
 Shapes: B batch, C latent channels, H W latent height and width.
 """
@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import file_hash
 from ldm.models.autoencoder import DiagonalGaussianDistribution, cosine_to_zero
 from ldm.models.diffusion.acceleration import TensorStep
 from ldm.models.diffusion.latents import LatentCache
+from ldm.schedule import at
 
 if TYPE_CHECKING:
     from ldm.conditioning import PromptConditioning
+    from ldm.models.diffusion.ddpm import Cond
     from ldm.modules.embedding_manager import EmbeddingManager
 
 logger = logging.getLogger(__name__)
@@ -107,6 +110,38 @@ class Fitting(pl.LightningModule):
         if self._captures(split):
             return self._captured_step(z, t, noise, cond.rows(t))
         return self.p_losses(z, cond, t, noise)
+
+    def p_losses(
+        self, x_start: Tensor, cond: Cond, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss and what is logged of it.
+
+        Args:
+            x_start: scaled latents (B, C, H, W).
+            t: raw timesteps (B,) long.
+            noise: standard normal (B, C, H, W).
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_noisy = self.q_sample(x_start, t, noise)
+        prediction = self.apply_model(x_noisy, t, cond)
+        target = noise
+        if self.parameterization == "v":
+            target = at(self.sqrt_alphas_cumprod, t) * noise - at(self.sqrt_one_minus_alphas_cumprod, t) * x_start
+        per_sample = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+        prefix = "train" if self.training else "val"
+        parts = {
+            f"{prefix}/loss_simple": per_sample.mean(),
+            f"{prefix}/loss_vlb": (self.lvlb_weights[t] * per_sample).mean(),
+        }
+        if self.balance is not None and self.training:
+            per_sample = self.balance(per_sample, t / self.num_timesteps)
+        loss = per_sample.mean()
+        if self.embedding_reg_weight > 0 and self.embedding_manager is not None:
+            regulariser = self.embedding_manager.distance_to_initial()
+            parts[f"{prefix}/loss_emb_reg"] = regulariser
+            loss = loss + self.embedding_reg_weight * regulariser
+        parts[f"{prefix}/loss"] = loss
+        return loss, {name: value.detach() for name, value in parts.items()}
 
     def _prompts_to_learn(self, captions: tuple[str, ...]) -> PromptConditioning:
         """The prompts of a step; read anew only where they are others than those of the step before."""

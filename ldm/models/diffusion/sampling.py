@@ -22,6 +22,8 @@ from ldm.schedule import ddim_parameters, ddim_timesteps
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import Cond, LatentDiffusion
 
+MAX_SCALE = 1000  # guidance beyond it leaves nothing of a picture; useful scales are below 30
+
 Denoiser = Callable[[Tensor, int], Tensor]  # latents (B, C, H, W), raw timestep -> predicted noise (B, C, H, W)
 NoiseSource = Callable[[], Tensor]  # the next standard normal (B, C, H, W)
 Callback = Callable[[int, int, Tensor, Tensor], None]  # step, timestep, x (after the step), predicted x_0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -100,16 +103,28 @@ class FrozenCLIPEmbedder(nn.Module):
 
 def hub_folder(repository: str) -> Path | None:
     """The folder of the hub's cache with a CLIP vocabulary, fetched if it is not there yet; None if that fails."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
-    for local_files_only in (True, False):
+    names = ("vocab.json", "merges.txt", "tokenizer_config.json")
+    files = [try_to_load_from_cache(repository, name) for name in names]  # asks nobody
+    if not all(isinstance(file, str) for file in files):
+        if constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT):
+            return None  # the hub's client would try again for half a minute
         try:
-            files = [
-                hf_hub_download(repository, name, local_files_only=local_files_only)
-                for name in ("vocab.json", "merges.txt", "tokenizer_config.json")
-            ]
+            files = [hf_hub_download(repository, name) for name in names]
         except (OSError, ValueError, HfHubHTTPError):
-            continue
-        return Path(files[0]).parent
-    return None
+            return None
+    return Path(files[0]).parent
+
+
+def reachable(address: str, seconds: float = 3.0) -> bool:
+    """Whether the server of a web address answers; with a proxy, which only a request could tell, True."""
+    if getproxies():
+        return True
+    parts = urlsplit(address)
+    try:
+        with socket.create_connection((parts.hostname, parts.port or 443), timeout=seconds):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,355 @@
+"""Wrong input for learning and the scripts: one sentence, exit code 2, no trace, and nothing left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import bad_files
+import pytest
+from bad_files import Cases, cases, refused, words
+
+import main
+from ldm import cli
+from ldm.checkpoint import read_state_dict
+from ldm.data.images import open_image
+from ldm.data.personalized import PersonalizedBase, find_pictures
+from ldm.embeddings import load_concept
+
+ROOT = Path(__file__).parents[1]
+
+QUICK = "-t --base configs/demo/finetune.yaml --max_steps 1 --enable_progress_bar false"
+MODEL = " --actual_resume models/demo/model.safetensors"
+PICTURES = " --data_root models/demo/references/dotted-star"
+LEARN = QUICK + MODEL + PICTURES
+BASE = f"{QUICK}{PICTURES} --actual_resume {{bad}}/"
+DATA = f"{QUICK}{MODEL} --data_root {{bad}}/"
+MAKE = "--steps 1 --height 16 --width 16 --device cpu --prompt *"
+EDIT = f"{MAKE} --strength 1 --content "
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configurations name their files relative to it."""
+    monkeypatch.chdir(ROOT)
+
+
+LEARNING: dict[str, Cases] = {
+    "flags": [
+        ("", "a configuration is needed: --base"),
+        (f"{LEARN} --max_stepz 3", "unknown argument '--max_stepz'; did you mean --max_steps?"),
+        (f"{LEARN} --frobnicate", "unknown argument '--frobnicate'; see --help"),
+        (f"{LEARN} stray", "unknown argument 'stray'"),
+        (f"{LEARN} -t maybe", "'maybe' is neither true nor false"),
+        (f"{LEARN} --max_steps many", "invalid int value: 'many'"),
+        (f"{LEARN} --max_steps -5", "max_steps"),
+        (f"{LEARN} --max_steps", "expected one argument"),
+        (f"{LEARN} --devices x", "--devices: 'x' must be"),
+        (f"{LEARN} --devices 0", "--devices: '0' must be"),
+        (f"{LEARN} --devices -3", "--devices: '-3' must be"),
+        (f"{LEARN} lightning.trainer.devices=x", "devices"),
+        (f"{LEARN} --gpus zero", "--gpus takes device numbers"),
+        (f"{LEARN} --gpus 0.5,", "--gpus takes device numbers"),
+        (f"{LEARN} --accelerator quantum", "quantum"),
+        (f"{LEARN} --strategy telepathy", "telepathy"),
+        (f"{LEARN} --precision 7", "precision"),
+        (f"{LEARN} --profiler stopwatch", "profiler"),
+        (f"{LEARN} --max_time soon", "'soon'"),
+        (f"{LEARN} --num_nodes 0", "num_nodes"),
+        (f"{LEARN} --limit_val_batches 1.5", "limit_val_batches"),
+        (f"{LEARN} --limit_val_batches -1", "limit_val_batches"),
+        (f"{LEARN} --limit_train_batches some", "limit_train_batches"),
+        (f"{LEARN} --accumulate_grad_batches 0", "at least 1"),
+        (f"{LEARN} --gradient_clip_val -1", "gradient_clip_val"),
+        (f"{LEARN} --log_every_n_steps -1", "log_every_n_steps"),
+        (f"{LEARN} -s -1", "is not a whole number from 0 to 4294967295"),
+        (f"{LEARN} -s 4294967296", "is not a whole number from 0 to 4294967295"),
+        (f"{LEARN} -r logs/x -n y", "-n/--name and -r/--resume exclude each other"),
+        (f"{LEARN} -n ../../x", "must be a name, not a path"),
+        (f"{LEARN} -f /x", "must be a name, not a path"),
+        (f"{LEARN} -n {'x' * 300}", "too long"),
+        (f"{LEARN} -p {{bad}}/empty.ckpt/x", "is a file"),
+        (f"{LEARN} -l {{bad}}/empty.ckpt", "is a file"),
+        (f"{LEARN} --init_word {{nothing}}", "has no token"),
+        (f"{LEARN} --placeholder_tokens {{nothing}}", "A placeholder must be a visible text"),
+        ("-r {bad}/nowhere -t", "Nothing to resume"),
+        ("-r {bad}/whole.ckpt -t", "is no run of main.py"),
+        ("-r {bad}/good.safetensors -t", "Nothing to resume"),
+    ],
+    "overrides": [
+        (f"{LEARN} model.params.prospect_stage=3", "did you mean 'prospect_stages'?"),
+        (f"{LEARN} modl.x=1", "Unknown section 'modl' in the configuration; did you mean 'model'?"),
+        (f"{LEARN} model.params.prospect_stages=0", "at least 1"),
+        (f"{LEARN} model.params.prospect_stages=2.5", "whole number"),
+        (f"{LEARN} model.params.prospect_stages=ten", "whole number"),
+        (f"{LEARN} model.params.timesteps=0", "timesteps"),
+        (f"{LEARN} model.params.unet_config=5", "must be a mapping, not 5"),
+        (f"{LEARN} model.params=5", "must be a section"),
+        (f"{LEARN} model=5", "must be a section"),
+        (f"{LEARN} data=[1]", "cannot be merged"),
+        (f"{LEARN} lightning=5", "must be a section"),
+        (f"{LEARN} lightning.trainer=5", "must be a section"),
+        (f"{LEARN} lightning.callbacks=5", "must be a section"),
+        (f"{LEARN} lightning.callbacks.image_logger=5", "must be a section"),
+        (f"{LEARN} lightning.modelcheckpoint=5", "must be a section"),
+        (f"{LEARN} data.params.train=5", "must be a section"),
+        (f"{LEARN} model.params.unet_config.params.model_channels=0", "does not fit this model"),
+        (f"{LEARN} model.params.unet_config.params.channel_mult=[]", "does not fit this model"),
+        (f"{LEARN} model.params.unet_config.params.num_heads=0", "UNetModel"),
+        (f"{LEARN} model.params.first_stage_config.params.ddconfig.ch=-1", "norm_num_groups"),
+        (f"{LEARN} model.params.first_stage_config.params.ddconfig=null", "AutoencoderKL"),
+        (f"{LEARN} model.params.cond_stage_config.params.text_config.hidden_size=x", "FrozenCLIPEmbedder"),
+        (f"{LEARN} model.params.cond_stage_config.params.tokenizer={{bad}}", "no CLIP vocabulary"),
+        (f"{LEARN} model.base_learning_rate=-1", "base_learning_rate must be"),
+        (f"{LEARN} model.base_learning_rate=.nan", "base_learning_rate must be"),
+        (f"{LEARN} model.target=os.system", "outside the packages a configuration may name"),
+        (f"{LEARN} model._target_=os.system", "Unknown key '_target_'"),
+        (f"{LEARN} model.params.unet_config.target=subprocess.Popen", "outside the packages"),
+        (f"{LEARN} lightning.callbacks.x.target=builtins.exec", "outside the packages"),
+        (f"{LEARN} data.params.batch_size=0", "batch_size must be"),
+        (f"{LEARN} data.params.batch_size=2.5", "batch_size must be"),
+        (f"{LEARN} data.params.num_workers=-1", "num_workers must be"),
+        (f"{LEARN} data.params.train.params.size=0", "at least 1 x 1 pixels"),
+        (f"{LEARN} data.params.train.params.size=-64", "at least 1 x 1 pixels"),
+        (f"{LEARN} data.params.train.params.size=60", "must be a multiple of 16; nearest: 64"),
+        (f"{LEARN} data.params.train.params.size=99968", "memory"),
+        (f"{LEARN} data.params.train.params.repeats=0", "repeats must be at least 1"),
+        (f"{LEARN} data.params.train.params.flip_p=2", "flip_p is a probability"),
+        (f"{LEARN} lightning.trainer.max_step=3", "did you mean 'max_steps'?"),
+        (f"{LEARN} lightning.callbacks.image_logger.params.log_images_kwargs.stepz=2", "stepz"),
+        (f"{LEARN} lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=0", "ddim_steps must be"),
+        (f"{LEARN} lightning.callbacks.image_logger.params.log_images_kwargs.scale=x", "scale must be"),
+        (f"{LEARN} lightning.callbacks.image_logger.params.batch_frequency=x", "batch_frequency must be"),
+    ],
+    "YAML": [
+        ("-t --base {bad}/nowhere.yaml", "There is no configuration file"),
+        ("-t --base {bad}/folder.yaml", "is a folder and no configuration"),
+        ("-t --base {bad}/binary.yaml", "is not a readable YAML file"),
+        ("-t --base {bad}/empty.yaml", "does not say 'model:'"),
+        ("-t --base {bad}/scalar.yaml", "Unknown section 'a star'"),
+        ("-t --base {bad}/list.yaml", "must hold a YAML mapping"),
+        ("-t --base {bad}/tabs.yaml", "is not a readable YAML file"),
+        ("-t --base {bad}/twice.yaml", "is not a readable YAML file"),
+        ("-t --base {bad}/unknown.yaml", "Unknown section 'modle'"),
+        ("-t --base {bad}/no-data.yaml", "does not say 'data:'"),
+        ("-t --base {bad}/no-model.yaml", "does not say 'model:'"),
+        ("-t --base {bad}/object.yaml", "is not a readable YAML file"),
+        ("-t --base {bad}/deep.yaml", "is nested too deeply"),
+        ("-t --base {bad}/laughs.yaml", "aliases"),
+        ("-t --base {bad}/allowing.yaml", "--allow_targets"),
+        (f"{LEARN} --base {{bad}}/interpolation.yaml", "nowhere"),
+    ],
+    "base models": [
+        (f"{BASE}nowhere.ckpt", "There is no file"),
+        (f"{BASE}empty.ckpt", "is empty; download it again"),
+        (f"{BASE}text.ckpt", "is a text file; use a .ckpt"),
+        (f"{BASE}page.ckpt", "is a web page"),
+        (f"{BASE}pickle.ckpt", "could run code and is not loaded; use a .safetensors version"),
+        (f"{BASE}folder.ckpt", "without model_index.json; use"),
+        (f"{BASE}zip.ckpt", "; "),
+        *(
+            (f"{BASE}cut-{where}.{kind}", "; ")
+            for where in ("header", "middle", "end")
+            for kind in ("ckpt", "safetensors")
+        ),
+        *((f"{BASE}cut-{where}-old.ckpt", "; ") for where in ("header", "middle", "end")),
+        (f"{BASE}sd2.safetensors", "holds Stable Diffusion 2 (context width 1024)"),
+        (f"{BASE}sdxl.safetensors", "holds Stable Diffusion XL (context width 2048)"),
+        (f"{BASE}lora.safetensors", "holds a LoRA"),
+        (f"{BASE}vae.safetensors", "holds a VAE"),
+        (f"{BASE}inversion.safetensors", "holds a textual inversion embedding"),
+        (f"{BASE}shapes.safetensors", "1 misshapen: model.diffusion_model.out.0.bias (7,) instead of (64,)"),
+        (f"{BASE}lacking.safetensors", "1 missing: model.diffusion_model.out.0.bias"),
+        (f"{BASE}more.safetensors", "1 unexpected: model.diffusion_model.label_emb.weight"),
+        (
+            f"{BASE}nan.safetensors",
+            "model.diffusion_model.out.0.bias has values that are not finite in float32; download",
+        ),
+        (f"{BASE}infinite.safetensors", "not finite in float32; download"),
+        (
+            f"{BASE}beyond-half.safetensors model.params.frozen_dtype=float16",
+            "not finite in float16; download it again, or use float32",
+        ),
+        (f"{BASE}integers.safetensors", "holds torch.int8; use a file"),
+        (QUICK + PICTURES, "Say which base model to learn against: --actual_resume FILE"),
+    ],
+    "pictures": [
+        (f"{DATA}nowhere", "There is no data_root"),
+        (f"{DATA}no-pictures", "There is no picture in data_root"),
+        (f"{DATA}only-text", "(only a.txt); put PNG or JPEG files there"),
+        (f"{DATA}one-broken", "one-broken/b.png' cannot be read"),
+        (f"{DATA}x.png", "it is empty"),
+        (f"{DATA}broken-link.png", "broken-link.png"),
+        (f"{DATA}empty.png", "no picture that Pillow can read"),
+        (f"{DATA}text.png", "no picture that Pillow can read"),
+        (f"{DATA}cut-middle.png", "cut-middle.png' cannot be read"),
+        (f"{DATA}bomb.png", "has too many pixels"),
+    ],
+    "concepts": [
+        (f"{LEARN} --embedding_manager_ckpt {{bad}}/nowhere.pt", "there is no such file"),
+        (f"{LEARN} --embedding_manager_ckpt {{bad}}/wide.safetensors", "10 stages of width 768; this run"),
+        (f"{LEARN} --embedding_manager_ckpt {{bad}}/inversion.pt", "1 stages of width 128; this run"),
+        (f"{LEARN} --embedding_manager_ckpt {{bad}}/several.safetensors", "holds 2 embeddings (<a>, <b>)"),
+        (f"{LEARN} --embedding_manager_ckpt {{bad}}/cut-middle-concept.safetensors", "damaged"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("flags", "sentence"), cases(LEARNING))
+def test_learning(flags: str, sentence: str, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = words(flags, bad)
+    with refused(capsys, sentence, tmp_path):
+        sys.exit(main.main(argv if {"-p", "-l"} & set(argv) else [*argv, "-l", str(tmp_path / "logs")]))
+
+
+# The other scripts
+
+SCRIPTS: list[tuple[str, str, str]] = [
+    ("convert_checkpoint", "{bad}/nowhere.ckpt {out}/a.safetensors", "There is no file"),
+    ("convert_checkpoint", "{bad}/cut-middle.ckpt {out}/a.safetensors", "download it again"),
+    ("convert_checkpoint", "{bad}/pickle.ckpt {out}/a.safetensors", "could run code and is not loaded"),
+    ("convert_checkpoint", "{bad}/whole.ckpt {out}/a.ckpt", "the target must end in .safetensors"),
+    ("convert_checkpoint", "{bad}/whole.ckpt {out}/none/a.safetensors", "to write 'a.safetensors' into; make it first"),
+    ("convert_checkpoint", "{bad}/whole.ckpt {out}/a.safetensors --haf", "did you mean --half?"),
+    ("pack_model", "{bad}/nowhere {out}/a.safetensors", "There is no file"),
+    ("pack_model", "{bad}/run {out}/a.safetensors", "holds no whole model; give the log folder"),
+    ("render_world", "--out {out} --count 0", "--count and --resolution must be at least 1"),
+    ("render_world", "--out {out} --seed -1", "--seed in 0..2^62"),
+    ("render_world", "--out {bad}/text.png", "is a file; give a folder with --out"),
+    ("render_world", "--out {out} --name ../../x{{}}", "must be a name, not a path"),
+    ("render_world", "--out {out} --name same", "the same name"),
+    ("render_world", "--out {out} --name {{nothing}}", "cannot be filled in"),
+    ("render_world", "--out {out} --caption-like large,green", "need one word of every factor"),
+    ("render_world", "--out {out} --caption-like enormous", "unknown words ['enormous']"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "sentence"), SCRIPTS)
+def test_scripts(
+    script: str, flags: str, sentence: str, bad: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with refused(capsys, sentence, tmp_path):
+        module.main([word.format(bad=bad, out=tmp_path) for word in flags.split()])
+
+
+# Runs to go on with
+
+
+@pytest.fixture(scope="module")
+def run(bad: Path) -> Path:
+    """A run of one step; tests that damage it take a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert main.main([*LEARN.split(), "-p", str(bad / "run")]) == 0
+    return bad / "run"
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("model.params.prospect_stages=5", "does not fit the configuration (embedding_manager.attention"),
+        ("--base configs/demo/autoencoder.yaml", "; "),
+        ("model.params.personalization_config.params.generator=table", "lacks what this configuration trains"),
+        ("--max_stepz 3", "did you mean --max_steps?"),
+        ("--gpus x", "--gpus takes device numbers"),
+        ("--actual_resume {bad}/nan.safetensors", "not finite in float32"),
+    ],
+)
+def test_resuming_otherwise(
+    flags: str, sentence: str, bad: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(run)
+    with refused(capsys, sentence):
+        sys.exit(main.main(["-r", str(run), "-t", "--enable_progress_bar", "false", *words(flags, bad)]))
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("length", [0, 100, 0.5, -1], ids=str)
+def test_resuming_from_a_part(length: float, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    bad_files.cut(run / "checkpoints/last.ckpt", last, length)
+    before = files(tmp_path)
+    with refused(capsys, f"'{last}' "):
+        sys.exit(main.main(["-r", str(tmp_path / "run"), "-t"]))
+    assert files(tmp_path) == before
+
+
+# Traces, permissions, and what is taken though it looks odd
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"main.py {LEARN} --data_root {{bad}}/cut-middle.png",
+        f"scripts/txt2img.py {MAKE} --concept {{bad}}/cut.pt",
+    ],
+)
+def test_as_programs_with_a_trace_on_request(command: str, bad: Path, tmp_path: Path) -> None:
+    script, *flags = (word.replace("{bad}", str(bad)).replace("{out}", str(tmp_path)) for word in command.split())
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def program(*more: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, script, *flags, *more]
+        return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+
+    plain = program()
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr.splitlines()[-1].startswith(f"{Path(script).name}: error: ") and "Traceback" not in plain.stderr
+    debugged = program("--debug")
+    assert debugged.returncode == 1 and "Traceback (most recent call last)" in debugged.stderr
+    sentence = plain.stderr.splitlines()[-1].partition(": error: ")[2]
+    assert sentence in debugged.stderr and 'File "' in debugged.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def unreadable(bad: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder that an ordinary user may enter, with files that only their owner, another user, may read."""
+    folder = Path(tempfile.mkdtemp(dir=tempfile.gettempdir()))
+    folder.chmod(0o755)
+    for name in ("noise.png", "good.safetensors", "whole.safetensors"):
+        shutil.copy(bad / name, folder / name)
+        (folder / name).chmod(0)
+    root = os.geteuid() == 0
+    if root:  # may read everything, so for a moment we are nobody
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the platform has no such permissions")
+def test_files_that_may_not_be_read(unreadable: Path) -> None:
+    reads = {
+        "noise.png": (open_image, find_pictures, lambda path: PersonalizedBase(path.parent, size=64)),
+        "good.safetensors": (load_concept,),
+        "whole.safetensors": (read_state_dict,),
+    }
+    for name, readers in reads.items():
+        for read in readers:
+            with pytest.raises(ValueError, match="be read.*Permission denied") as caught:
+                found = read(unreadable / name)
+                open_image(found[0])  # `find_pictures` leaves it in, so that it is not passed over
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["1", "1.0", "0", "0.5"])
+def test_a_count_of_batches_stays_a_count(text: str) -> None:
+    """Lightning reads 1 as one batch and 1.0 as all of them."""
+    given = cli.parse(["--base", "x.yaml", "--limit_val_batches", text]).trainer["limit_val_batches"]
+    assert (given, type(given)) == (float(text), float if "." in text else int)
