@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SCHEDULE_BUFFERS = frozenset(schedule_buffers(make_betas(0.00085, 0.012)))
 # What files hold beside the weights: recomputed, unused, or (the embedding manager) kept in files of its own.
-_EXTRA = re.compile(r"(.*\.)?position_ids|logvar|(model_ema|embedding_manager|(first_stage_model\.)?loss)\..*")
+_EXTRA = re.compile(r"(.*\.)?position_ids|logvar|balance\.mean|(model_ema|embedding_manager|(first_stage_model\.)?loss)\..*")
 _FAMILIES = ("Stable Diffusion v1", "Stable Diffusion 2", "Stable Diffusion XL")
 
 
@@ -62,7 +62,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     A parameter on the meta device becomes the tensor of `state`, in its dtype, copied where it is a mapped
     file; any other is copied into and keeps its dtype and device. The schedule buffers are never taken from the
     file: the configuration defines them, and half-precision files hold spoiled ones. They, `position_ids`,
-    `model_ema.*`, `logvar`, `loss.*` and `embedding_manager.*` may be in the file or not.
+    `model_ema.*`, `logvar`, `balance.mean`, `loss.*` and `embedding_manager.*` may be in the file or not.
 
     Args:
         model: any module whose state dict has the names of the CompVis layout, or of a part of it.
