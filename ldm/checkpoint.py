@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 SCHEDULE_BUFFERS = frozenset(schedule_buffers(make_betas(0.00085, 0.012)))
 # What files hold beside the weights: recomputed, unused, or (the embedding manager) kept in files of its own.
-_EXTRA = re.compile(r"(.*\.)?position_ids|logvar|balance\.mean|(model_ema|embedding_manager|(first_stage_model\.)?loss)\..*")
+_EXTRA = re.compile(
+    r"(.*\.)?position_ids|logvar|balance\.mean|(model_ema|embedding_manager|(first_stage_model\.)?loss)\..*"
+)
 _FAMILIES = ("Stable Diffusion v1", "Stable Diffusion 2", "Stable Diffusion XL")
 
 

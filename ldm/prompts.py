@@ -11,9 +11,11 @@ import numbers
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import yaml
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -63,6 +65,26 @@ def preset(
     with_concept = prompt if placeholder in prompt else f"{prompt} {placeholder}".strip()
     plain = " ".join(prompt.replace(placeholder, " ").split())
     return [with_concept if stage in stages else plain for stage in range(num_stages)]
+
+
+def load_presets(path: str | Path | None) -> dict[str, tuple[int, ...]]:
+    """The windows of a YAML file {attribute: [stages of ten]}, for attributes it leaves out the paper's; None: those.
+
+    Raises:
+        ValueError: no such file, an unknown attribute, or something else than a list of stages 0..9.
+    """
+    if path is None:
+        return dict(PRESET_STAGES)
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"The presets '{path}' cannot be read; scripts/spectrum.py writes such files.") from error
+    if not isinstance(content, dict) or not set(content) <= set(PRESET_STAGES):
+        raise ValueError(f"The presets '{path}' must give lists of stages for {', '.join(PRESET_STAGES)}.")
+    for attribute, stages in content.items():
+        if not isinstance(stages, list) or not stages or not all(type(s) is int and 0 <= s <= 9 for s in stages):
+            raise ValueError(f"The preset '{attribute}' in '{path}' must be a list of stages 0..9, not {stages}.")
+    return PRESET_STAGES | {attribute: tuple(stages) for attribute, stages in content.items()}
 
 
 def check_words(words: Words, num_stages: int) -> list[str | int | None]:

@@ -7,7 +7,7 @@ order in which attributes appear during denoising is a property of this world by
 Shapes: N pictures, F = 6 factors in the order of `FACTORS`, R pixels a side.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -173,8 +173,12 @@ def caption(
             index = (index + rng.integers(1, len(values))) % len(values)
         kept = rng is None or rng.random() >= drop
         words[name] = values[index] if kept else ""
-    noun = [words["size"], words["texture"], words["colour"], words["shape"] or "thing"]
-    parts = ["a", *filter(None, noun)]
+    return sentence(words)
+
+
+def sentence(words: Mapping[str, str]) -> str:
+    """A caption from one word of every factor; a part whose word is "" is left out."""
+    parts = ["a", *filter(None, (words["size"], words["texture"], words["colour"])), words["shape"] or "thing"]
     if words["position"]:
         parts += [PREPOSITIONS[words["position"]], words["position"]]
     if words["background"]:

@@ -56,6 +56,8 @@ class LatentDiffusion(Fitting):
         channels_last: memory format of the convolutions' weights.
         cache_latents: encode every picture once (posterior moments, for each flip); the posterior is still
             sampled in every step.
+        time_sampling: `uniform` (the reference), or `stages`: sample n is trained at a random timestep of stage
+            n mod S, so that every stage has its turn.
         balanced_loss: training from scratch: divide the loss by its running mean at that noise level.
 
     Raises:
@@ -99,6 +101,7 @@ class LatentDiffusion(Fitting):
         frozen_dtype: str = "float32",
         channels_last: bool = False,
         cache_latents: bool = True,
+        time_sampling: str = "uniform",
         balanced_loss: bool = False,
     ) -> None:
         super().__init__()
@@ -106,6 +109,9 @@ class LatentDiffusion(Fitting):
             raise ValueError(f"parameterization must be 'eps' or 'v', not '{parameterization}'.")
         if frozen_dtype not in DTYPES:
             raise ValueError(f"frozen_dtype must be one of {', '.join(DTYPES)}, not '{frozen_dtype}'.")
+        if time_sampling not in ("uniform", "stages"):
+            raise ValueError(f"time_sampling must be 'uniform' or 'stages', not '{time_sampling}'.")
+        self.time_sampling = time_sampling
         self.parameterization = parameterization
         self.num_timesteps = timesteps
         self.channels = channels
