@@ -197,21 +197,20 @@ def world_vocabulary() -> list[str]:
 class RenderedWorld(Dataset):
     """Captioned pictures, drawn when they are asked for.
 
-    Sample numbers run on past the length: epoch n // size shows all pictures in a fixed order of its own, and
-    the omissions and errors of sample n's caption are a function of (seed, n) only. With the
-    attribute `with_images` set to False the samples come without pictures.
+    Sample numbers run on past the length: epoch n // size shows all pictures in a fixed order of its own, and the
+    omissions and errors of sample n's caption are a function of (seed, n) only. With `with_images` set to False
+    the samples come without pictures.
 
     Args:
         size: number of different pictures.
         seed: chooses attributes, pictures, order and captions.
         resolution: R, pixels a side.
-        held_out: only (shape, texture, colour) triples that are kept out of training, instead of the others;
-            None: all of them.
+        held_out: (shape, texture, colour) triples that are kept out of training (True), the others, or all (None).
         empty: probability that the whole caption is empty.
         drop, wrong: probabilities, see `caption`.
         errors_from: sample number from which on captions have omissions and errors; those before are whole.
-        crop_until: samples before this number show only `crop` x `crop` pixels around the object, which lets an
-            autoencoder see four times as many objects in the same time.
+        crop_until: samples before this number show only `crop` x `crop` pixels around the object: an autoencoder
+            sees four times as many objects in the same time.
         repeats: epochs that make up the length.
     """
 
