@@ -26,7 +26,8 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
-# Stable Diffusion v1 at its real size, with random weights: needs 8 GB of memory and 3 GB of disk.
+# Twenty kills of one run, a thousand generations, and Stable Diffusion v1 at its real size with random weights, which
+# needs 8 GB of memory and 3 GB of disk.
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slow and not gpu"
 

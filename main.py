@@ -35,33 +35,39 @@ def train(options: argparse.Namespace) -> int:
 
     from ldm import training
     from ldm.config import instantiate_from_config
+    from ldm.files import writing_to
+    from ldm.runs import open_run
 
     pl.seed_everything(options.seed, verbose=False)
-    run = training.open_run(options)
+    run = open_run(options)
     config = training.build_config(options, run)
     allowed = config.get("allow_targets", ())
     data = instantiate_from_config(config.data, allowed)
     module = instantiate_from_config(config.model, allowed)
     module.seed = options.seed
     training.check_sizes(module, data)
-    trainer = training.build_trainer(config, options, run, module)
-    training.set_learning_rate(config, module, data, trainer, options.scale_lr)
-    if not options.train:
-        logger.info("Everything is in place; add -t to train.")
-        return 0
-    if trainer.is_global_zero:
-        training.save_configs(config, run)
-    logger.info("Logging to %s", run.folder)
-    with contextlib.suppress(SIGTERMException):  # Lightning's way to end after the step; `report` says so
-        trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
-    return training.report(run, trainer)
+    with run.opened() if options.train else contextlib.nullcontext():
+        trainer = training.build_trainer(config, options, run, module)
+        training.set_learning_rate(config, module, data, trainer, options.scale_lr)
+        if not options.train:
+            logger.info("Everything is in place; add -t to train.")
+            return 0
+        if trainer.is_global_zero:
+            training.save_configs(config, run)
+            logger.info("Logging to %s", run.folder)
+        with contextlib.suppress(SIGTERMException), writing_to(run.folder):  # the first is how Lightning stops
+            trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+        return training.report(run, trainer)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(argv)
     cli.set_up_logging()
     try:
-        return train(options)
+        with cli.one_sentence(options.debug):
+            return train(options)
+    except KeyboardInterrupt:  # Ctrl-C before the first step; later ones save, see `SaveLast`
+        return 130
     except Exception as error:
         if options.debug or not cli.is_mendable(error):
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import signal
 import threading
 from collections.abc import Mapping
@@ -11,28 +11,51 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from ldm.data.images import make_grid, to_pil
+from ldm.files import replacing, writing_to
+from ldm.guards import FiniteGuard
+
+LAST, PREVIOUS, EMBEDDINGS = "last.ckpt", "previous.ckpt", "embeddings.safetensors"
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, and keeps the one before it as `previous.ckpt`.
+
+    Lightning's own goes through the system's temporary folder, and passes over a folder without permission.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()  # torch hides the reason when a file cannot be written
+        torch.save(checkpoint, content)
+        with replacing(path, keep=Path(path).with_name(PREVIOUS)) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
 
 class SaveLast(pl.Callback):
     """Keep `last.ckpt`: what is trained, the optimizer and the step; enough to resume exactly.
 
     Saves every `every_n_train_steps`, at the end, and on SIGUSR1. Ctrl-C and SIGTERM let the step finish, save and
-    stop; a second Ctrl-C stops at once. Files are written beside the old ones and then renamed, so that they are
-    never half written.
+    stop; a second Ctrl-C stops at once. It must be the last of the callbacks: whatever belongs to the step that
+    `last.ckpt` holds is then on the disk, and a run that was killed and resumed leaves the same files.
+
+    Args:
+        guard: is asked before anything is saved.
     """
 
-    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
-        self.path = Path(dirpath) / "last.ckpt"
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500, guard: FiniteGuard | None = None) -> None:
+        self.path = Path(dirpath) / LAST
         self.every_n_train_steps = every_n_train_steps
+        self.guard = guard
         self.stopped_by: int | None = None  # number of the signal that ended the run
         self._requested = False
         self._saved_step = -1
         self._old_handlers: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # after Lightning has set its handlers: the one for SIGTERM talks to the other processes in the middle of a step
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
         handlers = {"SIGUSR1": self._request, "SIGINT": self._stop, "SIGTERM": self._stop}
@@ -49,32 +72,53 @@ class SaveLast(pl.Callback):
             raise KeyboardInterrupt
         self.stopped_by = number
 
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """The handlers that were there, before Lightning in its turn puts back what it found."""
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        stop = self.stopped_by is not None
-        if stop:
+        stopped_by, requested = self._agreed(trainer)
+        if stopped_by:
+            self.stopped_by = stopped_by
             trainer.should_stop = True
-        if stop or self._requested or trainer.global_step % self.every_n_train_steps == 0:
+        if stopped_by or requested or trainer.global_step % self.every_n_train_steps == 0:
             self._requested = False
             self.save(trainer, module)
 
+    def _agreed(self, trainer: pl.Trainer) -> tuple[int, int]:
+        """What is stopped by and whether saving was asked for, the same in all processes: they do both together.
+
+        A signal that comes meanwhile counts in the next step.
+        """
+        flags = self.stopped_by or 0, int(self._requested)
+        if trainer.world_size == 1:
+            return flags
+        reduced = torch.tensor(flags, device=trainer.strategy.root_device)
+        return tuple(trainer.strategy.reduce(reduced, reduce_op="max").tolist())
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.save(trainer, module)
+        self._put_back()
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The embeddings again, for a run that was complete when it was resumed and has made no step."""
+        if trainer.is_global_zero and trainer.global_step > 0 and hasattr(module, "save_embeddings"):
+            module.save_embeddings(self.path.with_name(EMBEDDINGS))
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.global_step in (0, self._saved_step):
             return  # with accumulation the same step comes several times
         self._saved_step = trainer.global_step
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            os.replace(temporary, self.path)
-            if hasattr(module, "save_embeddings"):
-                module.save_embeddings(self.path.with_name("embeddings.safetensors"))
+        if self.guard is not None:
+            self.guard.check(trainer, module)
+        if trainer.is_global_zero and hasattr(module, "save_embeddings"):
+            module.save_embeddings(self.path.with_name(EMBEDDINGS))
+        trainer.save_checkpoint(self.path)
 
 
 class EmbeddingSaver(pl.Callback):
@@ -146,11 +190,14 @@ class ImageLogger(pl.Callback):
             pictures = module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
         module.train(was_training)
         folder = Path(trainer.default_root_dir) / "images" / split
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         where = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx + 1:06}"
         for key, tensor in pictures.items():
             self._save(tensor[: self.max_images], folder / f"{key}_{where}.jpg")
 
     @staticmethod
     def _save(pictures: Tensor, path: Path) -> None:
-        make_grid([to_pil(picture.float().cpu()) for picture in pictures]).save(path, quality=95)
+        grid = make_grid([to_pil(picture.float().cpu()) for picture in pictures])
+        with replacing(path) as temporary:
+            grid.save(temporary, quality=95)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.diffusers_layout import TEXT, UNET, find_weights, to_compvis
+from ldm.files import replacing
 from ldm.schedule import make_betas, schedule_buffers
 from ldm.weight_files import CheckpointError, MappedFiles, missing, model_files, read_file
 
@@ -173,9 +174,11 @@ def refuse_other_families(state: Mapping[str, Tensor], model: nn.Module, path: s
 
 
 def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file in one step: readers see the old file or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a safetensors file in one step: readers see the old file or the whole new one.
+
+    Raises:
+        WriteError: no room or no right; the old file is as it was.
+    """
     storages: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -183,14 +186,15 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Map
         # the format has no shared storage, so a second tensor on the same memory is written out
         tensors[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
         storages.add(tensor.untyped_storage().data_ptr())
-    try:
+    with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), str(error)) if number else error from error
         temporary.chmod(mode)  # safetensors leaves files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def file_hash(path: str | Path) -> str:

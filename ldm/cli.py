@@ -6,8 +6,10 @@ import argparse
 import logging
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ldm.flags import Parser, add_flag
 
@@ -174,6 +176,18 @@ def is_mendable(error: Exception) -> bool:
     return isinstance(error, (ValueError, OSError, ImportError, MisconfigurationException))
 
 
+@contextmanager
+def one_sentence(debug: bool = False) -> Iterator[None]:
+    """Keep threads from showing the trace of an `OSError` that they hand on, as TensorBoard's writing thread does."""
+    shown = threading.excepthook
+    if not debug:
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else shown(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = shown
+
+
 def set_up_logging() -> None:
     """Let the program's own lines through, and quieten libraries that talk about themselves."""
     import pytorch_lightning  # noqa: F401, sets its own level when it is imported
@@ -187,5 +201,6 @@ def set_up_logging() -> None:
         ".*resuming from a checkpoint that ended before the epoch",  # `RunningSampler` takes the order up
         ".*does not have many workers",  # pictures are in memory
         "Total length of `list` across ranks is zero",  # no validation set
+        "You have overridden `on_before_batch_transfer`",  # on purpose
     ):
         warnings.filterwarnings("ignore", message)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ldm.files import check_writable, writing_to
 from ldm.sampling_flags import MODEL_DEFAULTS, build_parser
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     _check(arguments, outline, editing)
     if options.outdir.exists() and not options.outdir.is_dir():
         raise ValueError(f"'{options.outdir}' is a file; give a folder with --outdir.")
+    check_writable(options.outdir)
 
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
     return _save(main(model=model, **arguments), setup, options.outdir)
@@ -231,7 +233,11 @@ def _save(result: Image.Image, setup: Mapping[str, str], folder: Path) -> list[P
     def save(picture: Image.Image, stem: str, record: Mapping[str, Any]) -> Path:
         picture.info[PNG_KEY] = json.dumps(record)
         path = _new_file(folder, stem)
-        save_picture(picture, path)
+        try:
+            save_picture(picture, path)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         return path
 
     if count == 1:
@@ -247,12 +253,13 @@ def _save(result: Image.Image, setup: Mapping[str, str], folder: Path) -> list[P
 
 def _new_file(folder: Path, stem: str) -> Path:
     """An empty file made at `folder/stem.png`, or with the first free number behind it."""
-    folder.mkdir(parents=True, exist_ok=True)
     number = 1
-    while True:
-        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
-        try:
-            path.touch(exist_ok=False)  # so that two programs at once do not take the same name
-            return path
-        except FileExistsError:
-            number += 1
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            try:
+                path.touch(exist_ok=False)  # so that two programs at once do not take the same name
+                return path
+            except FileExistsError:
+                number += 1

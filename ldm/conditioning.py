@@ -60,23 +60,52 @@ class Context(NamedTuple):
         return Context(k, k if shared else join([part.v for part in parts]))
 
 
+class Projected(NamedTuple):
+    """A context as the keys and values (B, heads, L, d) of each cross-attention layer, in order of execution.
+
+    They depend on the prompt only, so they are kept while the bucket stays the same. `k` and `v` are the context's
+    own, for whoever wants to see what the U-Net is told.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    k: Tensor
+    v: Tensor
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.layers[index]
+
+    def tensors(self) -> list[Tensor]:
+        return [*(x for pair in self.layers for x in pair), self.k, self.v]
+
+    def clone(self) -> Projected:
+        return Projected(tuple((k.clone(), v.clone()) for k, v in self.layers), self.k.clone(), self.v.clone())
+
+
 class Conditioning:
     """A batch of prompts over time, with `num_buckets` distinct contexts.
 
     Args:
-        encode: bucket (int) -> Context of the whole batch. Called once per bucket and remembered.
+        encode: bucket (int) -> Context of the whole batch. Called once per bucket and remembered. None where a
+            subclass has a method for it.
         batch_size: B.
         num_buckets: number of equal parts that the T timesteps are cut into; 1 for a plain prompt.
     """
 
     def __init__(
-        self, encode: Callable[[int], Context], batch_size: int, num_buckets: int = 1, num_timesteps: int = 1000
+        self,
+        encode: Callable[[int], Context] | None,
+        batch_size: int,
+        num_buckets: int = 1,
+        num_timesteps: int = 1000,
     ) -> None:
-        self._encode = encode
+        self._given_encode = encode
         self.batch_size = batch_size
         self.num_buckets = num_buckets
         self.num_timesteps = num_timesteps
         self._memo: dict[int, Context] = {}
+
+    def _encode(self, bucket: int) -> Context:
+        return self._given_encode(bucket)
 
     def bucket(self, t: int | Tensor) -> int | Tensor:
         """The part of time that raw DDPM timestep t (int or (B,)) lies in; equal bucket, equal context."""
@@ -132,6 +161,31 @@ def as_conditioning(
     raise TypeError(f"Conditioning must be a tensor (B, L, D) or a list of them, not {type(cond).__name__}.")
 
 
+class SlotEncoder:
+    """Encodes token slots with the learned vectors of one moment; None, and with gradients: those of each call.
+
+    Two are equal when they give the same contexts, so that their prompts can be encoded in one batch.
+
+    Args:
+        encode: slots (N, L), vectors (R, D) or None -> contexts (N, L, D).
+    """
+
+    __hash__ = None
+
+    def __init__(self, encode: Callable[[Tensor, Tensor | None], Tensor], vectors: Tensor | None) -> None:
+        self.encode, self.vectors = encode, vectors
+
+    def __call__(self, slots: Tensor) -> Tensor:
+        return self.encode(slots, None if torch.is_grad_enabled() else self.vectors)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SlotEncoder) or self.encode != other.encode:
+            return False
+        if self.vectors is None or other.vectors is None:
+            return self.vectors is other.vectors
+        return self.vectors.shape == other.vectors.shape and torch.equal(self.vectors, other.vectors)
+
+
 class PromptConditioning(Conditioning):
     """Prompts as token slots (S, B, L), encoded when a timestep asks for them.
 
@@ -139,28 +193,33 @@ class PromptConditioning(Conditioning):
     Otherwise all distinct rows are encoded in one batch at the first use, and remembered.
 
     Args:
+        slots: on the CPU; they are moved to `device`.
         encode_slots: slots (N, L) -> contexts (N, L, D).
     """
 
-    def __init__(self, slots: Tensor, encode_slots: Callable[[Tensor], Tensor], num_timesteps: int = 1000) -> None:
-        constant = bool((slots == slots[:1]).all())
-        self.slots = slots[:1] if constant else slots
-        super().__init__(
-            lambda stage: Context.of(self._contexts(stage)), slots.shape[1], len(self.slots), num_timesteps
-        )
+    def __init__(
+        self,
+        slots: Tensor,
+        encode_slots: Callable[[Tensor], Tensor],
+        num_timesteps: int = 1000,
+        device: torch.device | str | None = None,
+    ) -> None:
+        constant = bool((slots == slots[:1]).all())  # before the move: nothing here waits for a device
+        self.slots = (slots[:1] if constant else slots).to(device, non_blocking=True)
+        super().__init__(None, slots.shape[1], len(self.slots), num_timesteps)
         self._encode_slots = encode_slots
         self._distinct: tuple[Tensor, Tensor] | None = None
 
     def at(self, t: int | Tensor) -> Context:
         if torch.is_grad_enabled():
-            return Context.of(self._encode_slots(self._rows(t)))
+            return Context.of(self._encode_slots(self.rows(t)))
         return super().at(t)
 
     def of_bucket(self, bucket: int) -> Context:
         # with gradients nothing is remembered: the learned vectors change from step to step
         return self._encode(bucket) if torch.is_grad_enabled() else super().of_bucket(bucket)
 
-    def _rows(self, t: int | Tensor) -> Tensor:
+    def rows(self, t: int | Tensor) -> Tensor:
         """The slots (B, L) that the batch needs at timestep t, an int or (B,)."""
         if not isinstance(t, Tensor):
             return self.slots[self.bucket(int(t))]
@@ -168,11 +227,29 @@ class PromptConditioning(Conditioning):
         stage = self.bucket(t)
         return self.slots[stage.to(self.slots.device), torch.arange(self.batch_size, device=self.slots.device)]
 
-    def _contexts(self, stage: int) -> Tensor:
+    def _encode(self, stage: int) -> Context:
+        # a method: a function that holds `self` would keep the contexts in memory until the garbage collector comes
         if torch.is_grad_enabled():
-            return self._encode_slots(self.slots[stage])
+            return Context.of(self._encode_slots(self.slots[stage]))
         if self._distinct is None:
-            distinct, place = torch.unique(self.slots.flatten(0, 1), dim=0, return_inverse=True)
-            self._distinct = self._encode_slots(distinct), place.unflatten(0, self.slots.shape[:2])
+            encode_together(self)
         contexts, place = self._distinct
-        return contexts[place[stage]]
+        return Context.of(contexts[place[stage]])
+
+
+def encode_together(*conditionings: Conditioning) -> None:
+    """Encode the distinct rows of prompts in one batch, where they are prompts of the same encoder.
+
+    Without gradients only: with them nothing is remembered.
+    """
+    prompts = [c for c in conditionings if isinstance(c, PromptConditioning) and c._distinct is None]
+    if torch.is_grad_enabled() or not prompts:
+        return
+    encode = prompts[0]._encode_slots
+    prompts = [c for c in prompts if c._encode_slots == encode and c.slots.shape[-1] == prompts[0].slots.shape[-1]]
+    rows = torch.cat([c.slots.flatten(0, 1) for c in prompts])
+    distinct, place = torch.unique(rows, dim=0, return_inverse=True)
+    contexts = encode(distinct)
+    places = place.split([c.slots.shape[0] * c.slots.shape[1] for c in prompts])
+    for conditioning, own in zip(prompts, places, strict=True):
+        conditioning._distinct = contexts, own.unflatten(0, conditioning.slots.shape[:2])

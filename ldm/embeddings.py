@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
+from ldm.weight_files import reading_with
 
 _VERSION = "1"
 _STAGES = "prospect.num_stages"
@@ -204,17 +204,17 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _unpickle(path: Path) -> object:
     """Torch's `weights_only` reader: makes tensors, plain data and stand-ins for modules; imports nothing."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols
-            is_zip = zipfile.is_zipfile(path)
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-            modules = [(_StandIn, name) for name in unknown if name.startswith(_STAND_IN_FOR)]
-            with torch.serialization.safe_globals(modules):
-                return torch.load(path, map_location="cpu", weights_only=True)
+        with reading_with(_StandIn, lambda: _modules_in(path)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a malformed file can fail in any way
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose module)", str(error))
         what = f"it names '{refused[1]}', which was not run" if refused else "it is damaged, or not only data"
         raise EmbeddingError(f"{what}; use another copy, best a .safetensors file that you trust.") from error
+
+
+def _modules_in(path: Path) -> list[str]:
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+    return [name for name in unknown if name.startswith(_STAND_IN_FOR)]
 
 
 @torch.no_grad()

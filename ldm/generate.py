@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -19,6 +20,8 @@ from tqdm import tqdm
 
 from ldm.config import instantiate_from_config, load_config
 from ldm.data.images import WHITE, check_fit, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
+from ldm.files import replacing, writing_to
+from ldm.guards import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler}
 PNG_KEY = "prospect"  # name of the PNG text chunk that holds the parameters
+_LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
 
 
 def load_model_from_config(
@@ -120,6 +124,7 @@ def main(
 
     Raises:
         ValueError: an argument out of range, with the nearest usable value.
+        NotFiniteError: the latents became infinite or NaN.
     """
     if model is None:
         raise ValueError("main() needs model=…; make one with load_model_from_config(config, checkpoint).")
@@ -139,12 +144,14 @@ def main(
         "resize": resize,
     }
     check_arguments(model, **settings)
-    if concepts:
-        if model.embedding_manager is None:
-            raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
-        model.embedding_manager.load(concepts)
-    cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
-    uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
+    with _LOADING:  # what is read here stays as it is, whatever another thread loads meanwhile
+        if concepts:
+            if model.embedding_manager is None:
+                raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
+            model.embedding_manager.load(concepts)
+        cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
+        uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
+        used_concepts = concept_sources(model)
     door = SAMPLERS[sampler](model)
     door.make_schedule(ddim_num_steps=ddim_steps, ddim_eta=ddim_eta, verbose=False)
     posterior = None
@@ -156,9 +163,11 @@ def main(
 
     pictures: list[Image.Image] = []
     with tqdm(total=n_iter * steps, desc="sampling", disable=not progress, leave=False) as bar:
+        watch = FirstBad()
 
         def report(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
             bar.update()
+            watch.add(t, x)
             if callback is not None:
                 callback(step, t, x, x_0)
 
@@ -175,6 +184,7 @@ def main(
                     level = torch.full((n_samples,), steps, device=model.device)
                     x = door.stochastic_encode(x, level, noise=draw_noise(generators, shape, model.device))
             latents = door.decode(x, cond, steps, scale, uncond, generators, report)
+            refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
             pictures += [to_pil(picture) for picture in model.decode_first_stage(latents)]
 
     result = pictures[0] if len(pictures) == 1 else make_grid(pictures, n_rows or None)
@@ -185,7 +195,7 @@ def main(
             "content_dir": content_source(content_dir),
             **settings,
             "legacy_word_tokens": legacy_word_tokens,
-            "concepts": concept_sources(model),
+            "concepts": used_concepts,
             "base_model": model.base_model.get("base_model"),
         },
         default=lambda number: number.item(),  # NumPy's
@@ -260,12 +270,19 @@ def concept_sources(model: LatentDiffusion) -> dict[str, str]:
 
 
 def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`."""
+    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`.
+
+    Raises:
+        WriteError: no room or no right; nothing is left then.
+    """
     info = PngInfo()
     if PNG_KEY in picture.info:
         info.add_itxt(PNG_KEY, picture.info[PNG_KEY])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, pnginfo=info)
+    path = Path(path)
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        picture.save(temporary, pnginfo=info)
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:

@@ -49,6 +49,11 @@ def vlb_weights(betas: np.ndarray) -> Tensor:
     return weights
 
 
+def at(values: Tensor, t: Tensor) -> Tensor:
+    """Entries t (B,) of a schedule buffer (T,), shaped (B, 1, 1, 1)."""
+    return values[t].view(-1, 1, 1, 1)
+
+
 def stage_of(t: int | Tensor, num_stages: int, num_timesteps: int = 1000) -> int | Tensor:
     """Stage floor(t·S/T) of a raw DDPM timestep, 0 ≤ t < T. Stage 0 is the END of generation."""
     return t * num_stages // num_timesteps

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from ldm.callbacks import EmbeddingSaver, SaveLast
-from ldm.checkpoint import read_state_dict
+from ldm.callbacks import CheckpointWriter, EmbeddingSaver, SaveLast
 from ldm.cli import translate_gpus
 from ldm.config import ConfigError, check_parameters, instantiate_from_config, load_config, nearest
 from ldm.data.datamodule import DataModuleFromConfig
+from ldm.files import replacing, writing_to
+from ldm.guards import FiniteGuard
+from ldm.runs import Run, check_start
 
 logger = logging.getLogger(__name__)
 
@@ -34,53 +33,9 @@ DEFAULT_CONFIG = {
 }
 
 
-@dataclass
-class Run:
-    """Where a run logs, and what it resumes from (None for a new run)."""
-
-    folder: Path
-    started: str
-    checkpoint: Path | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def configs(self) -> Path:
-        return self.folder / "configs"
-
-
-def open_run(options: argparse.Namespace) -> Run:
-    """The log folder of a new run (not made yet) or of the run to resume.
-
-    Raises:
-        ValueError: there is nothing to resume at the place given.
-    """
-    now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    if options.resume:
-        path = Path(options.resume)
-        folder = path if path.is_dir() else path.parent.parent
-        checkpoint = folder / "checkpoints" / "last.ckpt" if path.is_dir() else path
-        if not checkpoint.is_file() or checkpoint.suffix != ".ckpt":
-            raise ValueError(f"Nothing to resume: there is no file '{checkpoint}'; -r takes a log folder of main.py.")
-        read_state_dict(checkpoint)  # refuses a damaged or foreign file with a sentence
-        return Run(folder, now, checkpoint)
-    if options.project:
-        return Run(Path(options.project), now)
-    data = Path(options.data_root).resolve().name if options.data_root and options.datadir_in_name else ""
-    name = options.name or Path(options.base[0]).stem
-    folder = Path(options.logdir) / f"{data}{now}_{name}{options.postfix}"
-    number = 1
-    while folder.exists():  # another run of the same second
-        number += 1
-        folder = folder.with_name(f"{data}{now}_{name}{options.postfix}-{number}")
-    return Run(folder, now)
-
-
 def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     """The configurations of the command line (and of the resumed run), with its flags put in."""
-    saved = [sorted(run.configs.glob(f"*-{kind}.yaml"))[-1:] for kind in ("project", "lightning") if run.checkpoint]
+    saved = [sorted(run.configs.glob(f"*-{kind}.yaml"))[-1:] for kind in ("project", "lightning") if run.resumed]
     config = load_config(*sum(saved, []), *options.base, overrides=options.overrides)
     config = OmegaConf.merge(DEFAULT_CONFIG, config)
     for section in ("model", "data", "model.base_learning_rate", "data.params"):
@@ -113,6 +68,8 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
         if "personalization_config" not in params:
             raise ConfigError(f"{flag} needs a configuration that learns embeddings (personalization_config).")
         OmegaConf.update(config, key, value)
+    if options.embedding_manager_ckpt:
+        check_start(options.embedding_manager_ckpt)
     for name, value in options.trainer.items():
         OmegaConf.update(config, f"lightning.trainer.{name}", value)
     pictures = config.data.params.train
@@ -151,7 +108,8 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
     if devices.isdigit():
         trainer["devices"] = int(devices)
     save_every = saving_interval(lightning.get("modelcheckpoint") or {})
-    callbacks: list[pl.Callback] = [SaveLast(run.checkpoints, save_every)]
+    guard = FiniteGuard(save_every)
+    callbacks: list[pl.Callback] = [guard]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(ProgressBar())
     if getattr(module, "embedding_manager", None) is not None:
@@ -161,6 +119,7 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
         if "target" not in callback:
             raise ConfigError(f"lightning.callbacks.{name} needs a `target:`.")
         callbacks.append(instantiate_from_config(callback, allowed))
+    callbacks.append(SaveLast(run.checkpoints, save_every, guard))
     check_parameters(pl.Trainer, trainer)
     if trainer.get("accumulate_grad_batches", 1) < 1:
         raise ConfigError("accumulate_grad_batches must be at least 1.")
@@ -171,7 +130,7 @@ def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, mod
         logger=[tensorboard, csv],
         callbacks=callbacks,
         enable_checkpointing=False,
-        **trainer,
+        **{"plugins": CheckpointWriter(), "use_distributed_sampler": False, **trainer},  # `RunningSampler` knows ranks
     )
 
 
@@ -212,10 +171,20 @@ def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's, without the loggers' version number."""
+    """Lightning's, with the loss and without the loggers' version number.
 
-    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
-        return {key: value for key, value in super().get_metrics(*arguments).items() if key != "v_num"}
+    Showing a number waits for the device, so beside a CPU the bar moves only as often as the logs are written.
+    """
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, module, stage)
+        if trainer.strategy.root_device.type != "cpu":
+            self._refresh_rate = max(self._refresh_rate, trainer.log_every_n_steps)
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        metrics = {key: value for key, value in super().get_metrics(trainer, module).items() if key != "v_num"}
+        loss = trainer.callback_metrics.get("loss")
+        return metrics if loss is None else {"loss": f"{loss.item():.3g}", **metrics}
 
 
 def set_learning_rate(
@@ -240,12 +209,14 @@ def set_learning_rate(
 
 def save_configs(config: DictConfig, run: Run) -> None:
     """Write the run's configuration into its folder, as `<time>-project.yaml` and `<time>-lightning.yaml`."""
-    for folder in (run.checkpoints, run.configs):
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(run.folder):
+        for folder in (run.checkpoints, run.configs):
+            folder.mkdir(parents=True, exist_ok=True)
     project = OmegaConf.masked_copy(config, [key for key in config if key != "lightning"])
-    OmegaConf.save(project, run.configs / f"{run.started}-project.yaml")
     lightning = OmegaConf.create({"lightning": config.lightning})
-    OmegaConf.save(lightning, run.configs / f"{run.started}-lightning.yaml")
+    for kind, part in {"project": project, "lightning": lightning}.items():
+        with replacing(run.configs / f"{run.started}-{kind}.yaml") as temporary:
+            OmegaConf.save(part, temporary)
 
 
 def report(run: Run, trainer: pl.Trainer) -> int:
@@ -254,6 +225,8 @@ def report(run: Run, trainer: pl.Trainer) -> int:
     if saver.stopped_by is not None:
         logger.info("Stopped and saved at step %d; go on with: main.py -r %s -t", trainer.global_step, run.folder)
         return 128 + saver.stopped_by
+    if not trainer.is_global_zero:
+        return 0
     results = sorted(path.name for path in run.checkpoints.iterdir())
     logger.info("Step %d reached; %s: %s", trainer.global_step, run.checkpoints, ", ".join(results))
     return 0

@@ -10,15 +10,18 @@ import ctypes
 import difflib
 import mmap
 import re
+import threading
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+_LIST_IN_USE = threading.Lock()
 _SUFFIXES = (".ckpt", ".safetensors", ".pt", ".bin")
 
 
@@ -56,7 +59,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt", device="cpu") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         else:
-            content = _unpickle(path, mapped=kind == "mappable")
+            content = unpickle(path, mapped=kind == "mappable")
             inner = content.get("state_dict") if isinstance(content, Mapping) else None
             state = dict(_tensors(inner if isinstance(inner, Mapping) else content))
     except CheckpointError:
@@ -77,10 +80,23 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _unpickle(path: Path, mapped: bool) -> object:
-    with torch.serialization.safe_globals([(_Inert, name) for name in _STAND_INS]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickle protocols
+def unpickle(path: Path, mapped: bool) -> object:
+    """What a torch file holds, read without running any of its code; tensors are views of the file if `mapped`."""
+    with reading_with(_Inert, lambda: _STAND_INS):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+@contextmanager
+def reading_with(stand_in: type, names: Callable[[], Iterable[str]]) -> Iterator[None]:
+    """Let `torch.load` make `stand_in` where a file names one of these classes.
+
+    Torch has one list of such names for all threads, so that one thread at a time changes it and reads with it;
+    `names` is called when no other thread's are on it.
+    """
+    with _LIST_IN_USE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols
+        with torch.serialization.safe_globals([(stand_in, name) for name in names()]):
+            yield
 
 
 def _tensors(tree: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

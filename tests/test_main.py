@@ -83,7 +83,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
 
     checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
     numbered = {"embeddings_gs-2.safetensors", "embeddings_gs-4.safetensors"}
-    assert checkpoints == {"last.ckpt", "embeddings.safetensors"} | numbered
+    assert checkpoints == {"last.ckpt", "previous.ckpt", "embeddings.safetensors"} | numbered
     configs = {re.sub(r"^[\dT:-]+", "", path.name) for path in (run / "configs").iterdir()}
     assert configs == {"project.yaml", "lightning.yaml"}
     pictures = {path.name for path in (run / "images" / "train").iterdir()}
@@ -111,7 +111,8 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
 
 
 def test_only_the_embedding_is_trained(tmp_path: Path) -> None:
-    from ldm.training import build_config, build_trainer, open_run, save_configs
+    from ldm.runs import open_run
+    from ldm.training import build_config, build_trainer, save_configs
     from ldm.util import instantiate_from_config
 
     options = cli.parse([*LEARN, "-p", str(tmp_path / "run"), "--max_steps", "2", NO_PICTURES])

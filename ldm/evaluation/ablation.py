@@ -16,13 +16,13 @@ from ldm.evaluation.concepts import TRANSFERS, bring, brought, concept_attribute
 from ldm.evaluation.jobs import Result, run_jobs
 from ldm.evaluation.statistics import bootstrap
 
-KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale", "default", "variants"}
+KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale", "default", "settings", "variants"}
 INITIAL_WORDS = "model.params.personalization_config.params.initializer_words"
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """An ablation's YAML; `variants` are {name: {dotted key of the configuration: value}}, and `concepts`, how many."""
+    """An ablation's YAML; `variants` are {name: {dotted key: value}} of the configuration, and `concepts`, how many."""
 
     config: str
     ckpt: str
@@ -32,6 +32,7 @@ class Ablation:
     steps: int
     scale: float
     default: str
+    settings: dict[str, Any]
     variants: dict[str, dict[str, Any]]
 
     @classmethod
@@ -60,7 +61,7 @@ class Ablation:
 
     def overrides(self, variant: str, number: int) -> dict[str, Any]:
         """What the variant changes in the configuration; `word: FACTOR` starts from the picture's word of it."""
-        values = {key: value for key, value in self.variants[variant].items() if key != "concepts"}
+        values = self.settings | {key: value for key, value in self.variants[variant].items() if key != "concepts"}
         factor = values.pop("word", None)
         if factor is not None:
             picture, _ = concept_attributes(number, self.seed)

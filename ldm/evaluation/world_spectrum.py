@@ -14,6 +14,7 @@ from ldm.evaluation.concepts import COLUMNS, TRANSFERS, brought, concept_attribu
 from ldm.evaluation.jobs import run_jobs
 from ldm.evaluation.spectrum import Experiment, add, all_windows, place, switch, withhold
 
+SETTINGS = {"model.params.frozen_dtype": "bfloat16"}  # as in configs/evidence/ablation.yaml
 SEED = 61  # of captions and of the concepts that windows are chosen on; the ablation's concepts have another
 
 
@@ -42,7 +43,7 @@ def caption_experiments(count: int, width: int) -> dict[str, Experiment]:
 
 def learn_concepts(config: str, ckpt: str, count: int, folder: Path, workers: int | None = None) -> dict[str, str]:
     """Learn `count` held-out pictures with the configuration as it is: {placeholder: file}."""
-    shared = {"config": config, "ckpt": ckpt, "seed": SEED, "overrides": {}}
+    shared = {"config": config, "ckpt": ckpt, "seed": SEED, "overrides": SETTINGS}
     jobs = {f"concept-{i:02d}": shared | {"number": i} for i in range(count)}
     files = {}
     for i, result in enumerate(run_jobs(learn_concept, jobs, folder / "learned", workers, "learning").values()):

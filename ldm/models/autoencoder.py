@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
+
+logger = logging.getLogger(__name__)
 
 
 class DiagonalGaussianDistribution:
@@ -61,6 +64,21 @@ class FirstStage(pl.LightningModule, ABC):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
+
+    def in_range(
+        self, function: Callable[[Tensor], Tensor | DiagonalGaussianDistribution], x: Tensor
+    ) -> Tensor | DiagonalGaussianDistribution:
+        """`encode` or `decode` of x, which may be of any dtype, in this network's own.
+
+        Where float16 is too narrow for a finite x, the network becomes float32, once, and says so in the log.
+        """
+        dtype = next(self.parameters()).dtype
+        result = function(x.to(dtype))
+        values = result.parameters if isinstance(result, DiagonalGaussianDistribution) else result
+        if dtype != torch.float16 or values.isfinite().all() or not x.isfinite().all():
+            return result
+        logger.warning("The first stage (VAE) overflows in float16; from now on it works in float32.")
+        return function(x.to(next(self.float().parameters()).dtype))
 
     @abstractmethod
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,26 +5,47 @@ Shapes: B batch, N query tokens (H·W inside the U-Net), L context tokens, C cha
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.conditioning import Context
+from ldm.conditioning import Context, Projected
 from ldm.modules.diffusionmodules.util import zero_module
 
-# Up to this many query-key pairs the CPU's plain products are used for training; more would cost memory.
-PLAIN_ATTENTION_PAIRS = 2**20
+# Up to this many query-key pairs the CPU's plain products train faster than the fused kernel (docs/benchmarks.md).
+PLAIN_ATTENTION_PAIRS = 2**17
+PLAIN_ATTENTION_PAIRS_HALF = 2**20
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto", causal: bool = False) -> Tensor:
     """Softmax attention; q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d).
 
-    PyTorch's fused attention, except where its backward pass on the CPU is slower than plain products (measured
-    1.6 times for a whole training step of the demo model).
+    Args:
+        causal: query i reads keys 0 … i only.
+        backend: `plain` products, PyTorch's `fused` attention, or `auto`: fused, except where its backward pass on
+            the CPU is slower than plain products (measured 1.6 times for a training step of the demo model).
     """
-    if q.device.type == "cpu" and q.requires_grad and q.shape[-2] * k.shape[-2] <= PLAIN_ATTENTION_PAIRS:
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    if backend == "auto":
+        limit = PLAIN_ATTENTION_PAIRS if q.dtype == torch.float32 else PLAIN_ATTENTION_PAIRS_HALF
+        few = q.shape[-2] * k.shape[-2] <= limit
+        backend = "plain" if q.device.type == "cpu" and q.requires_grad and few else "fused"
+    if backend == "fused":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores.softmax(dim=-1) @ v
+
+
+def set_attention(module: nn.Module, backend: str) -> None:
+    """Choose how all attention inside `module` is computed: `auto`, `plain` or `fused`; see `attend`."""
+    if backend not in ("auto", "plain", "fused"):
+        raise ValueError(f"Attention is 'auto', 'plain' or 'fused', not '{backend}'.")
+    for part in module.modules():
+        if hasattr(type(part), "attention_backend"):
+            part.attention_backend = backend
 
 
 class GEGLU(nn.Module):
@@ -53,6 +74,8 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x (B, N, C) to `k_in`, `v_in` (B, L, D); to itself when they are None."""
 
+    attention_backend = "auto"  # see `set_attention`
+
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
     ) -> None:
@@ -65,12 +88,22 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, k_in: Tensor | None = None, v_in: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, k_in: Tensor | None = None, v_in: Tensor | None = None, projected: bool = False
+    ) -> Tensor:
+        """With `projected`, `k_in` and `v_in` are what `project` made of them."""
         k_in = x if k_in is None else k_in
         v_in = k_in if v_in is None else v_in
-        projections = self.to_q(x), self.to_k(k_in), self.to_v(v_in)
-        q, k, v = (rearrange(p, "b n (h d) -> b h n d", h=self.heads) for p in projections)
-        return self.to_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+        k, v = (k_in, v_in) if projected else self.project(k_in, v_in)
+        out = attend(self._heads(self.to_q(x)), k, v, self.attention_backend)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+    def project(self, k_in: Tensor, v_in: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, L, d) of `k_in`, `v_in` (B, L, D)."""
+        return self._heads(self.to_k(k_in)), self._heads(self.to_v(v_in))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -88,9 +121,10 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.layer_index = layer_index
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context | Projected) -> Tensor:
         x = self.attn1(self.norm1(x)) + x
-        x = self.attn2(self.norm2(x), *context.layer(self.layer_index)) + x
+        k, v = context.layer(self.layer_index)
+        x = self.attn2(self.norm2(x), k, v, projected=isinstance(context, Projected)) + x
         return self.ff(self.norm3(x)) + x
 
 
@@ -121,7 +155,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero_module(nn.Conv2d(inner, channels, 1))
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context | Projected) -> Tensor:
         height = x.shape[-2]
         h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:

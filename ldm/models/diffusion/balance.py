@@ -20,7 +20,8 @@ class LossBalance(nn.Module):
     def forward(self, losses: Tensor, time: Tensor) -> Tensor:
         """losses (B,) at times (B,) in [0, 1) -> balanced losses (B,)."""
         place = (time * len(self.mean)).long()
-        for bin_, loss in zip(place.tolist(), losses.detach(), strict=True):
-            old = self.mean[bin_]
-            self.mean[bin_] = torch.where(old > 0, self.decay * old + (1 - self.decay) * loss, loss)
+        # one after the other, as several samples may share a level; by index operations, which need no waiting
+        for level, loss in zip(place.split(1), losses.detach().split(1), strict=True):
+            old = self.mean[level]
+            self.mean[level] = torch.where(old > 0, self.decay * old + (1 - self.decay) * loss, loss)
         return losses / self.mean[place].clamp(min=1e-8)

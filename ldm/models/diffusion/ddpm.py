@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_weights, read_state_dict
-from ldm.conditioning import Conditioning, Context, PromptConditioning, as_conditioning
-from ldm.models.autoencoder import DiagonalGaussianDistribution
+from ldm.conditioning import Conditioning, Context, Projected, PromptConditioning, SlotEncoder, as_conditioning
+from ldm.models.diffusion.acceleration import FixedUNet
 from ldm.models.diffusion.balance import LossBalance
 from ldm.models.diffusion.fitting import Fitting
+from ldm.models.diffusion.latents import LatentCodec
 from ldm.prompts import PromptReader, Words
-from ldm.schedule import make_betas, schedule_buffers, vlb_weights
+from ldm.schedule import at, make_betas, schedule_buffers, vlb_weights
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class DiffusionWrapper(nn.Module):
         self.diffusion_model = unet
 
 
-class LatentDiffusion(Fitting):
+class LatentDiffusion(LatentCodec, Fitting):
     """Parameters as in the reference's YAML, and these:
 
     Args:
@@ -59,6 +60,10 @@ class LatentDiffusion(Fitting):
         time_sampling: `uniform` (the reference), or `stages`: sample n is trained at a random timestep of stage
             n mod S, so that every stage has its turn.
         balanced_loss: training from scratch: divide the loss by its running mean at that noise level.
+        fused_adamw: PyTorch's fused kernel for the embeddings' optimizer.
+        decode_batch: pictures that the first stage decodes at a time, when memory is short; None for all.
+        compile_unet: torch.compile the U-Net; see `accelerate`.
+        cuda_graph: capture the U-Net call, and the training step, in CUDA graphs; see `accelerate`.
 
     Raises:
         ValueError: an unknown choice, or parts that do not fit each other.
@@ -103,6 +108,10 @@ class LatentDiffusion(Fitting):
         cache_latents: bool = True,
         time_sampling: str = "uniform",
         balanced_loss: bool = False,
+        fused_adamw: bool = True,
+        decode_batch: int | None = None,
+        compile_unet: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__()
         if parameterization not in ("eps", "v"):
@@ -112,6 +121,8 @@ class LatentDiffusion(Fitting):
         if time_sampling not in ("uniform", "stages"):
             raise ValueError(f"time_sampling must be 'uniform' or 'stages', not '{time_sampling}'.")
         self.time_sampling = time_sampling
+        if decode_batch is not None and decode_batch < 1:
+            raise ValueError(f"decode_batch must be at least 1, or left out for all at once, not {decode_batch}.")
         self.parameterization = parameterization
         self.num_timesteps = timesteps
         self.channels = channels
@@ -122,6 +133,7 @@ class LatentDiffusion(Fitting):
         self.embedding_reg_weight = embedding_reg_weight
         self.cache_latents = cache_latents
         self.standardize_latents = standardize_latents
+        self.fused_adamw, self.decode_batch = fused_adamw, decode_batch
         self.base_model: dict[str, str] = {}
 
         betas = make_betas(linear_start, linear_end, timesteps)
@@ -156,6 +168,15 @@ class LatentDiffusion(Fitting):
                 self.embedding_manager.start_from(embedding_manager_ckpt)
             elif embedding_manager_ckpt:
                 self.embedding_manager.load(embedding_manager_ckpt)
+        self.accelerate(compile_unet, cuda_graph)
+
+    def accelerate(self, compile_unet: bool = False, cuda_graph: bool = False) -> None:
+        """Choose how the U-Net is called: as it is, compiled, captured in a CUDA graph (other devices: as it is), or
+        both. The first call of each size takes long (compiling: a minute or more); it then serves all stages,
+        prompts and seeds."""
+        self.cuda_graph = cuda_graph
+        unet = self.model.diffusion_model
+        self._fixed_unet = FixedUNet(unet, compile_unet, cuda_graph) if compile_unet or cuda_graph else None
 
     @property
     def size_unit(self) -> int:
@@ -186,7 +207,7 @@ class LatentDiffusion(Fitting):
     def train(self, mode: bool = True) -> LatentDiffusion:
         super().train(mode)
         for module in (self.model, self.first_stage_model, self.cond_stage_model):
-            if is_frozen(module):
+            if not any(p.requires_grad for p in module.parameters()):
                 module.eval()
         return self
 
@@ -214,37 +235,19 @@ class LatentDiffusion(Fitting):
         encoder = self.cond_stage_model
         rows = manager.rows() if manager is not None else {}
         reader = PromptReader(encoder.tokenizer, rows, self.num_stages, encoder.max_length)
-        slots = reader.read(prompts, prospect_words, legacy_word_tokens).to(self.device)
+        slots = reader.read(prompts, prospect_words, legacy_word_tokens)
+        # outside learning, the vectors are those of now, as `rows` is, whatever another thread loads meanwhile
+        vectors = manager.vectors() if rows and not torch.is_grad_enabled() else None
+        return PromptConditioning(slots, SlotEncoder(self.encode_slots, vectors), self.num_timesteps, self.device)
 
-        def encode(slots: Tensor) -> Tensor:
-            return encoder(slots, manager.vectors() if manager is not None and bool(rows) else None)
+    def encode_slots(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
+        """Contexts (N, L, D) of token slots (N, L), with `vectors` (R, D) in the learned places.
 
-        return PromptConditioning(slots, encode, self.num_timesteps)
-
-    # --- first stage -------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def encode_first_stage(self, images: Tensor) -> DiagonalGaussianDistribution | Tensor:
-        """Pictures (B, 3, 8H, 8W) in [-1, 1] to the posterior of their latents."""
-        dtype = next(self.first_stage_model.parameters()).dtype
-        posterior = self.first_stage_model.encode(images.to(self.device, dtype))
-        if isinstance(posterior, DiagonalGaussianDistribution):
-            return DiagonalGaussianDistribution(posterior.parameters.float())
-        return posterior.float()
-
-    def get_first_stage_encoding(
-        self, posterior: DiagonalGaussianDistribution | Tensor, noise: Tensor | None = None
-    ) -> Tensor:
-        """Scaled latents (B, C, H, W): a sample of the posterior, by `noise` (B, C, H, W) if it is given."""
-        if isinstance(posterior, DiagonalGaussianDistribution):
-            posterior = posterior.sample(noise)
-        return self.scale_factor * posterior
-
-    @torch.no_grad()
-    def decode_first_stage(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, C, H, W) to pictures (B, 3, 8H, 8W), about [-1, 1], not clamped; float32."""
-        dtype = next(self.first_stage_model.parameters()).dtype
-        return self.first_stage_model.decode((z / self.scale_factor).to(self.device, dtype)).float()
+        None: what is learned or loaded now.
+        """
+        if vectors is None and self.embedding_manager is not None:
+            vectors = self.embedding_manager.vectors()
+        return self.cond_stage_model(slots, vectors)
 
     # --- diffusion ---------------------------------------------------------------------------------------------
 
@@ -254,8 +257,14 @@ class LatentDiffusion(Fitting):
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """What the U-Net predicts, float32 (B, C, H, W), for latents at raw timesteps t (B,)."""
-        context = as_conditioning(cond, self.num_timesteps).at(t)
-        return self.model.diffusion_model(x_noisy, t, context)
+        if not isinstance(cond, Projected):
+            cond = as_conditioning(cond, self.num_timesteps).at(t)
+        unet = self._fixed_unet or self.model.diffusion_model
+        return unet(x_noisy, t, cond)
+
+    def project_context(self, context: Context) -> Projected:
+        """Keys and values of all cross-attention layers, which may take a context's place in `apply_model`."""
+        return self.model.diffusion_model.project(context)
 
     def to_eps(self, prediction: Tensor, x_noisy: Tensor, t: Tensor) -> Tensor:
         """The predicted noise, whatever the parameterization (v: Salimans and Ho 2022, appendix D)."""
@@ -299,12 +308,3 @@ class LatentDiffusion(Fitting):
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
         """Averaged weights, as LDM code asks for them; a frozen model has only the ones it has."""
         yield
-
-
-def at(values: Tensor, t: Tensor) -> Tensor:
-    """Entries t (B,) of a schedule buffer (T,), shaped (B, 1, 1, 1)."""
-    return values[t].view(-1, 1, 1, 1)
-
-
-def is_frozen(module: nn.Module) -> bool:
-    return not any(p.requires_grad for p in module.parameters())

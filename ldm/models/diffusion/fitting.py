@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import file_hash
 from ldm.models.autoencoder import DiagonalGaussianDistribution, cosine_to_zero
+from ldm.models.diffusion.acceleration import TensorStep
 from ldm.models.diffusion.latents import LatentCache
 
 if TYPE_CHECKING:
+    from ldm.conditioning import PromptConditioning
     from ldm.modules.embedding_manager import EmbeddingManager
+
+logger = logging.getLogger(__name__)
 
 
 class Fitting(pl.LightningModule):
@@ -31,9 +36,14 @@ class Fitting(pl.LightningModule):
         super().__init__()
         self.learning_rate = 1e-4
         self.seed = 23
+        self.timesteps: Tensor | None = None  # (B,), of the latest batch
         self._latents: LatentCache | None = None
+        self._captured: dict[Any, TensorStep] = {}  # by the sizes of their inputs; no submodules of this one
+        self._prompts: tuple[Any, PromptConditioning] | None = None
 
     def on_fit_start(self) -> None:
+        if self.cuda_graph and not self._captures("train"):
+            logger.info("cuda_graph is not used: it needs a CUDA device, embeddings to learn, and no accumulation.")
         if not self.cache_latents:
             return
         datasets = getattr(self.trainer.datamodule, "datasets", {})
@@ -42,8 +52,28 @@ class Fitting(pl.LightningModule):
             if self.standardize_latents and self.trainer.ckpt_path is None:
                 self._latents.standardize(self.first_stage_model)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Draw on the host while the device works on the step before; the step itself never waits for the device."""
+        if "sample" not in batch:
+            return batch
+        draw = self._draw(batch, self._latent_shape(batch), "train" if self.trainer.training else "val")
+        if self.device.type == "cuda":
+            draw = {name: values.pin_memory() for name, values in draw.items()}
+        return {**batch, "draw": draw, "dropout_seed": self._dropout_seed(batch)}
+
+    def _dropout_seed(self, batch: Mapping[str, Any]) -> int:
+        # dropout takes no generator; seeding by the first sample of all processes' batches makes it, too, the same
+        # in a resumed run and in every process
+        return mix_seed(self.seed, int(batch["sample"][0]) - self.global_rank * len(batch["sample"]))
+
+    def _latent_shape(self, batch: Mapping[str, Any]) -> torch.Size:
+        if self.image_key not in batch:
+            return self._latents.shape
+        sides = batch[self.image_key].shape[1:3]
+        return torch.Size((self.channels, *(side // self.first_stage_model.downsampling for side in sides)))
+
     def _draw(self, batch: Mapping[str, Any], x_start_shape: torch.Size, split: str) -> dict[str, Tensor]:
-        """Timesteps and noises of a batch: a function of the seed and each sample's running number only."""
+        """Timesteps and noises of a batch, on the host: a function of the seed and each sample's number only."""
         draws = []
         for number in batch["sample"].tolist():
             generator = torch.Generator().manual_seed(mix_seed(self.seed, number, split == "val"))
@@ -54,7 +84,7 @@ class Fitting(pl.LightningModule):
                     torch.randn(x_start_shape, generator=generator),
                 )
             )
-        t, posterior_noise, noise = (torch.stack(column).to(self.device) for column in zip(*draws, strict=True))
+        t, posterior_noise, noise = (torch.stack(column) for column in zip(*draws, strict=True))
         return {"t": t, "posterior_noise": posterior_noise, "noise": noise}
 
     def _draw_timestep(self, number: int, generator: torch.Generator) -> Tensor:
@@ -72,19 +102,45 @@ class Fitting(pl.LightningModule):
         return self._latents.posterior(batch["picture"], batch["flipped"])
 
     def shared_step(self, batch: Mapping[str, Any], split: str) -> tuple[Tensor, dict[str, Tensor]]:
-        posterior = self.posterior(batch)
-        shape = (posterior.mean if isinstance(posterior, DiagonalGaussianDistribution) else posterior).shape[1:]
-        draw = self._draw(batch, shape, split)
-        z = self.get_first_stage_encoding(posterior, draw["posterior_noise"])
-        cond = self.get_learned_conditioning(batch[self.caption_key])
-        return self.p_losses(z, cond, draw["t"], draw["noise"])
+        draw = batch.get("draw") or self._draw(batch, self._latent_shape(batch), split)
+        t, noise, posterior_noise = (
+            draw[name].to(self.device, non_blocking=True) for name in ("t", "noise", "posterior_noise")
+        )
+        self.timesteps = t
+        z = self.get_first_stage_encoding(self.posterior(batch), posterior_noise)
+        captions = tuple(batch[self.caption_key])
+        if not torch.is_grad_enabled():
+            return self.p_losses(z, self.get_learned_conditioning(captions), t, noise)
+        cond = self._prompts_to_learn(captions)
+        if self._captures(split):
+            return self._captured_step(z, t, noise, cond.rows(t))
+        return self.p_losses(z, cond, t, noise)
+
+    def _prompts_to_learn(self, captions: tuple[str, ...]) -> PromptConditioning:
+        """The prompts of a step; read anew only where they are others than those of the step before."""
+        key = captions, None if self.embedding_manager is None else self.embedding_manager.rows()
+        if self._prompts is None or self._prompts[0] != key or self._prompts[1].slots.device != self.device:
+            self._prompts = key, self.get_learned_conditioning(captions)
+        return self._prompts[1]
+
+    def _captures(self, split: str) -> bool:
+        """Whether the step runs as a CUDA graph: with accumulation its gradients would be overwritten."""
+        accumulates = self._trainer is not None and self._trainer.accumulate_grad_batches > 1
+        learns = self.embedding_manager is not None and split == "train"
+        return self.cuda_graph and self.device.type == "cuda" and learns and not accumulates
+
+    def _captured_step(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sizes = tuple(x.shape for x in inputs)
+        if sizes not in self._captured:
+            self._captured[sizes] = TensorStep(self).capture(inputs)
+        step = self._captured[sizes]
+        return step.named(step(*inputs))
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
-        # dropout takes no generator; seeding by the sample makes it, too, the same in a resumed run
-        torch.manual_seed(mix_seed(self.seed, int(batch["sample"][0])))
+        torch.manual_seed(batch["dropout_seed"] if "dropout_seed" in batch else self._dropout_seed(batch))
         loss, parts = self.shared_step(batch, "train")
         self.log_dict(parts, prog_bar=False, batch_size=len(batch["sample"]))
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        self.log("loss", loss.detach(), logger=False)  # for the bar, which asks for it when it moves
         return loss
 
     @torch.no_grad()
@@ -104,7 +160,10 @@ class Fitting(pl.LightningModule):
         """AdamW at a constant rate for embeddings; with warm-up and decay to zero for training from scratch."""
         parameters = self.trainable_parameters()
         if self.embedding_manager is not None:
-            return torch.optim.AdamW(parameters, lr=self.learning_rate)
+            # Lightning clips gradients only for optimizers that are not fused
+            clips = self._trainer is not None and self._trainer.gradient_clip_val
+            fused = self.fused_adamw and not clips and self.device.type in ("cpu", "cuda")
+            return torch.optim.AdamW(parameters, lr=self.learning_rate, fused=fused or None)
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99))
         return {"optimizer": optimizer, "lr_scheduler": cosine_to_zero(optimizer, self.trainer)}
 

@@ -1,4 +1,7 @@
-"""Pictures are encoded once: posterior moments for every picture and flip, kept on the device."""
+"""Pictures to latents and back; pictures to learn from are encoded once.
+
+Shapes: B batch, C latent channels, H W latent height and width; f = 8 in Stable Diffusion v1.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,54 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussianDistribution
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussianDistribution, FirstStage
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+class LatentCodec:
+    """The first stage as `LatentDiffusion` uses it: scaled latents, float32 outside."""
+
+    first_stage_model: FirstStage
+    scale_factor: float
+    device: torch.device
+    decode_batch: int | None
+
+    @torch.no_grad()
+    def encode_first_stage(self, images: Tensor) -> DiagonalGaussianDistribution | Tensor:
+        """Pictures (B, 3, f·H, f·W) in [-1, 1] to the posterior of their latents."""
+        first_stage = self.first_stage_model
+        posterior = first_stage.in_range(first_stage.encode, images.to(self.device))
+        if isinstance(posterior, DiagonalGaussianDistribution):
+            return DiagonalGaussianDistribution(posterior.parameters.float())
+        return posterior.float()
+
+    def get_first_stage_encoding(
+        self, posterior: DiagonalGaussianDistribution | Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """Scaled latents (B, C, H, W): a sample of the posterior, by `noise` (B, C, H, W) if it is given."""
+        if isinstance(posterior, DiagonalGaussianDistribution):
+            posterior = posterior.sample(noise)
+        return self.scale_factor * posterior
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, C, H, W) to pictures (B, 3, f·H, f·W), about [-1, 1], not clamped; float32.
+
+        `decode_batch` pictures at a time; one at a time where the device's memory does not hold them all.
+        """
+        z = (z / self.scale_factor).to(self.device)
+        try:
+            return self._decode_in_slices(z, self.decode_batch or len(z))
+        except torch.OutOfMemoryError:
+            if len(z) == 1:
+                raise
+        return self._decode_in_slices(z, 1)
+
+    def _decode_in_slices(self, z: Tensor, size: int) -> Tensor:
+        first_stage = self.first_stage_model
+        return torch.cat([first_stage.in_range(first_stage.decode, part).float() for part in z.split(size)])
 
 
 class PictureSet(Protocol):
@@ -47,10 +94,16 @@ class LatentCache:
         self._moments = torch.cat(parts)
         dataset.with_images = False
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of a picture's latents, (C, H, W)."""
+        _, channels, *size = self._moments.shape
+        return torch.Size((channels // 2 if self._is_gaussian else channels, *size))
+
     def posterior(self, pictures: Tensor, flipped: Tensor) -> DiagonalGaussianDistribution | Tensor:
         """The posterior of pictures (B,), flipped where `flipped` (B,) says so."""
         rows = pictures * 2 + flipped.long() if self._flips else pictures
-        moments = self._moments[rows.to(self._moments.device)]
+        moments = self._moments[rows.to(self._moments.device, non_blocking=True)]
         return DiagonalGaussianDistribution(moments) if self._is_gaussian else moments
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.conditioning import Context, as_conditioning
+from ldm.conditioning import Context, Projected, as_conditioning, encode_together
 from ldm.schedule import ddim_parameters, ddim_timesteps
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ Callback = Callable[[int, int, Tensor, Tensor], None]  # step, timestep, x (afte
 def guided(model: LatentDiffusion, cond: Cond, uncond: Cond | None = None, guidance_scale: float = 1.0) -> Denoiser:
     """The model's noise prediction under classifier-free guidance (Ho and Salimans 2022, eq. 6, with w + 1).
 
-    Both predictions are made in one batch of 2B; at scale 1 only the conditional one is made.
+    Both predictions are made in one batch of 2B; at scale 1 only the conditional one is made. All prompts are
+    encoded in one batch, and the keys and values of cross-attention are kept while the stage stays the same.
 
     Raises:
         ValueError: guidance without an unconditional prompt.
@@ -39,16 +40,25 @@ def guided(model: LatentDiffusion, cond: Cond, uncond: Cond | None = None, guida
     if guidance_scale != 1.0 and uncond is None:
         raise ValueError(f"A guidance scale of {guidance_scale} needs unconditional_conditioning (the prompt '').")
     uncond = None if uncond is None or guidance_scale == 1.0 else as_conditioning(uncond, model.num_timesteps)
+    prompts = [cond] if uncond is None else [uncond, cond]
+    kept: tuple[list[Context], Projected] | None = None
+
+    def projected(t: int) -> Projected:
+        nonlocal kept
+        contexts = [prompt.at(t) for prompt in prompts]
+        if kept is None or any(new is not old for new, old in zip(contexts, kept[0], strict=True)):
+            kept = contexts, model.project_context(Context.cat(*contexts))
+        return kept[1]
 
     @torch.no_grad()
     def denoise(x: Tensor, t: int) -> Tensor:
+        encode_together(*prompts)
+        x = torch.cat([x] * len(prompts))
+        timesteps = torch.full((len(x),), t, device=x.device)
+        eps = model.to_eps(model.apply_model(x, timesteps, projected(t)), x, timesteps)
         if uncond is None:
-            timesteps = torch.full((len(x),), t, device=x.device)
-            return model.to_eps(model.apply_model(x, timesteps, cond), x, timesteps)
-        doubled = torch.cat([x, x])
-        timesteps = torch.full((len(doubled),), t, device=x.device)
-        prediction = model.apply_model(doubled, timesteps, Context.cat(uncond.at(t), cond.at(t)))
-        eps_uncond, eps_cond = model.to_eps(prediction, doubled, timesteps).chunk(2)
+            return eps
+        eps_uncond, eps_cond = eps.chunk(2)
         return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
 
     return denoise

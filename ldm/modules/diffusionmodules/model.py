@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.modules.attention import attend
+
 
 def normalize(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
@@ -38,6 +40,8 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all positions; (B, C, H, W) -> (B, C, H, W)."""
 
+    attention_backend = "fused"  # see `ldm.modules.attention.set_attention`
+
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = normalize(channels, groups)
@@ -49,7 +53,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v, self.attention_backend)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
 
 

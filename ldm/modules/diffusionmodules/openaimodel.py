@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.conditioning import Context
-from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
+from ldm.conditioning import Context, Projected
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.modules.diffusionmodules.util import enter, leave, timestep_embedding, zero_module
 
 
 class ResBlock(nn.Module):
@@ -61,7 +61,7 @@ class Upsample(nn.Module):
 class Block(nn.ModuleList):
     """The layers of one `input_blocks` / `middle_block` / `output_blocks` entry, each with what it needs."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -171,14 +171,23 @@ class UNetModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.out[2].weight.dtype
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Context) -> Tensor:
+    def project(self, context: Context) -> Projected:
+        """The keys and values that all cross-attention layers make of a context; they do not depend on x or t."""
+        context = context.map(lambda c: c.to(self.dtype))
+        blocks = [module for module in self.modules() if isinstance(module, BasicTransformerBlock)]
+        blocks.sort(key=lambda block: block.layer_index)
+        layers = tuple(block.attn2.project(*context.layer(block.layer_index)) for block in blocks)
+        return Projected(layers, *context)
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Context | Projected) -> Tensor:
         """Prediction (B, C_out, H, W), in float32, for noised latents x (B, C_in, H, W) at timesteps (B,).
 
-        H and W must be multiples of 2^(levels - 1).
+        H and W must be multiples of 2^(levels - 1). `context` may be what `project` made of it.
         """
         dtype = self.dtype
-        h = x.to(dtype)
-        context = context.map(lambda c: c.to(dtype))
+        h = enter(x, dtype)
+        if isinstance(context, Context):
+            context = context.map(lambda c: enter(c, dtype))
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (B, E)
         skips = []
         for block in self.input_blocks:
@@ -187,9 +196,9 @@ class UNetModel(nn.Module):
         h = self._run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.out(h).float()
+        return leave(self.out(h))
 
-    def _run(self, block: Block, h: Tensor, emb: Tensor, context: Context) -> Tensor:
+    def _run(self, block: Block, h: Tensor, emb: Tensor, context: Context | Projected) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(block, h, emb, context, use_reentrant=False)
         return block(h, emb, context)

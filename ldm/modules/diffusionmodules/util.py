@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Gradients pass through float16 layers enlarged by this power of two: those of a picture's mean loss would vanish.
+FLOAT16_GRADIENT_SCALE = 2.0**10
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by `factor`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def enter(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as layers in `dtype` read it; float16 layers give back enlarged gradients, see `leave`."""
+    if dtype == torch.float16 and x.requires_grad:
+        x = ScaleGradient.apply(x.float(), 1 / FLOAT16_GRADIENT_SCALE)
+    return x.to(dtype)
+
+
+def leave(x: Tensor) -> Tensor:
+    """What layers give, as float32; the gradient that enters float16 layers here is enlarged."""
+    out = x.float()
+    return ScaleGradient.apply(out, FLOAT16_GRADIENT_SCALE) if x.dtype == torch.float16 and x.requires_grad else out
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

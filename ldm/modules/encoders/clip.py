@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.modules.attention import attend
+
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
@@ -43,6 +45,8 @@ class CLIPTextConfig:
 class CLIPAttention(nn.Module):
     """Causal multi-head self-attention with biases; (B, L, D) -> (B, L, D)."""
 
+    attention_backend = "auto"  # see `ldm.modules.attention.set_attention`
+
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
@@ -52,7 +56,8 @@ class CLIPAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (rearrange(p, "b l (h d) -> b h l d", h=self.heads) for p in projections)
-        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v, is_causal=True), "b h l d -> b l (h d)"))
+        out = attend(q, k, v, self.attention_backend, causal=True)
+        return self.out_proj(rearrange(out, "b h l d -> b l (h d)"))
 
 
 class CLIPMLP(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import nearest
+from ldm.modules.diffusionmodules.util import enter, leave
 from ldm.modules.encoders.clip import CLIPTextConfig, CLIPTextModel
 
 if TYPE_CHECKING:
@@ -89,12 +90,12 @@ class FrozenCLIPEmbedder(nn.Module):
         inputs = nn.functional.embedding(slots.clamp(min=0), table)
         if vectors is None:
             return inputs
-        learned = nn.functional.embedding((-1 - slots).clamp(min=0), vectors.to(table.dtype))
+        learned = nn.functional.embedding((-1 - slots).clamp(min=0), enter(vectors, table.dtype))
         return torch.where((slots < 0).unsqueeze(-1), learned, inputs)
 
     def forward(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """Contexts (B, L, D); see `embed` for the arguments."""
-        return self.transformer.text_model(self.embed(slots, vectors))
+        """Contexts (B, L, D), float32; see `embed` for the arguments."""
+        return leave(self.transformer.text_model(self.embed(slots, vectors)))
 
 
 def hub_folder(repository: str) -> Path | None:

@@ -1,0 +1,1 @@
+"""What `scripts/benchmark.py` does: the same work in several ways, compared first, then timed in turns."""

@@ -1,0 +1,47 @@
+"""The optimisations by name. Imports nothing heavy, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+WHATS = ("train", "sample", "text", "vae", "load")
+
+# name -> (on by default, where it matters, what it does)
+SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
+    "latents": (True, ("train",), "posterior moments are computed once, not in every step"),
+    "stages": (True, ("train",), "only the stages that occur in the batch are encoded, not all S"),
+    "frozen": (True, ("train",), "no gradients of frozen weights"),
+    "fused_adamw": (True, ("train",), "PyTorch's fused optimizer kernel"),
+    "batch": (True, ("train", "sample"), "the samples of a batch at once, not one after the other"),
+    "attention": (True, ("train", "sample", "vae"), "the kernel that was measured to be faster, not plain products"),
+    "text_batch": (True, ("sample", "text"), "one text pass for all distinct prompts, not one for each stage"),
+    "guidance_batch": (True, ("sample",), "both predictions of guidance in one batch"),
+    "kv": (True, ("sample",), "keys and values of the context kept while the stage does not change"),
+    "fused_attention": (False, ("train", "sample", "vae"), "PyTorch's fused attention everywhere"),
+    "channels_last": (False, ("train", "sample", "vae"), "memory format of the convolutions"),
+    "bfloat16": (False, ("train", "sample", "text", "vae"), "frozen weights in bfloat16"),
+    "float16": (False, ("train", "sample", "text", "vae"), "frozen weights in float16"),
+    "compile": (False, ("train", "sample"), "torch.compile of the U-Net"),
+    "cuda_graph": (False, ("train", "sample"), "U-Net call, or the whole step, captured in a CUDA graph"),
+    "decode_slices": (False, ("sample", "vae"), "the first stage decodes one picture at a time"),
+}
+DEFAULTS = frozenset(name for name, (on, _, _) in SWITCHES.items() if on)
+# The reference too keeps no gradients of frozen weights, and makes both predictions of guidance in one batch.
+REFERENCE = frozenset({"frozen", "guidance_batch"})
+PEERS = ("diffusers", "diffusers-compiled")
+
+
+def describe() -> str:
+    """The switches as lines for `--help`."""
+    lines = ["switches (--on, --off; those marked * are on):"]
+    for name, (on, whats, text) in SWITCHES.items():
+        lines.append(f"  {'*' if on else ' '} {name:15} {text} ({', '.join(whats)})")
+    return "\n".join(lines)
+
+
+def is_opaque(switches: frozenset[str]) -> bool:
+    """Whether a compiled or captured call hides its operations from torch's counter."""
+    return bool(switches & {"compile", "cuda_graph"})
+
+
+def dtype_name(switches: frozenset[str]) -> str:
+    """The precision of the frozen weights, as LatentDiffusion's `frozen_dtype`."""
+    return next((name for name in ("bfloat16", "float16") if name in switches), "float32")

@@ -1,0 +1,124 @@
+"""The U-Net call and the training step at fixed addresses, to be compiled or captured in a CUDA graph once.
+
+Both compute what the plain call computes: they are switches (`compile_unet`, `cuda_graph`), off by default.
+Shapes: B batch, C latent channels, H W latent height and width, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning import Context, Projected
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+WARM_UP = 3  # calls before a capture, in which libraries choose their kernels and allocate
+
+
+class FixedUNet:
+    """A U-Net called through buffers of its own, one set for each size of its inputs.
+
+    A compiled or captured call then serves all stages, prompts and seeds: a new stage is copied into the buffers.
+    With gradients (training) the call goes to the compiled U-Net directly.
+    """
+
+    def __init__(self, unet: UNetModel, compiled: bool = False, captured: bool = False) -> None:
+        self.unet = unet
+        self.captured = captured
+        self.call: Callable[..., Tensor] = torch.compile(unet, fullgraph=True) if compiled else unet
+        self._buffers: dict[object, _Buffers] = {}
+
+    def __call__(self, x: Tensor, timesteps: Tensor, context: Context | Projected) -> Tensor:
+        """As `UNetModel.forward`."""
+        if torch.is_grad_enabled():
+            return self.call(x, timesteps, context)
+        if isinstance(context, Context):
+            context = self.unet.project(context)
+        # the address of a weight: a model that was moved or loaded anew must be captured anew
+        key = x.shape, x.device, context.layer(0)[0].shape, self.unet.dtype, self.unet.out[2].weight.data_ptr()
+        if key not in self._buffers:
+            self._buffers[key] = _Buffers(self.call, x, timesteps, context, self.captured and x.is_cuda)
+        return self._buffers[key](x, timesteps, context)
+
+
+class _Buffers:
+    """Copies of the inputs, and a call that reads them."""
+
+    def __init__(
+        self, call: Callable[..., Tensor], x: Tensor, timesteps: Tensor, context: Projected, capture: bool
+    ) -> None:
+        self.x, self.timesteps = x.clone(), timesteps.clone()
+        self.context = context.clone()
+        self.current = context
+        self._run: Callable[[], Tensor] = lambda: call(self.x, self.timesteps, self.context)
+        if capture:
+            self._capture()
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self._run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out.clone()  # the next replay writes into the same place
+
+        self._run = replay
+
+    def __call__(self, x: Tensor, timesteps: Tensor, context: Projected) -> Tensor:
+        self.x.copy_(x)
+        self.timesteps.copy_(timesteps)
+        if context is not self.current:
+            for own, new in zip(self.context.tensors(), context.tensors(), strict=True):
+                own.copy_(new)
+            self.current = context
+        return self._run()
+
+
+class TensorStep(nn.Module):
+    """The loss of one training step as a function of tensors only, whose parameters are what is learned."""
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        super().__init__()
+        self.learned = model.embedding_manager
+        self._model = (model,)  # in a tuple, so that its frozen weights are no parameters of the step
+        self._names: list[str] = []
+
+    def forward(self, z: Tensor, t: Tensor, noise: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
+        """The loss, then the values to be logged.
+
+        Args:
+            z, noise: (B, C, H, W).
+            t: (B,).
+            slots: (B, L).
+        """
+        (model,) = self._model
+        loss, parts = model.p_losses(z, Context.of(model.encode_slots(slots)), t, noise)
+        self._names = list(parts)
+        return loss, *parts.values()
+
+    def named(self, values: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, parts) as `p_losses` gives them."""
+        loss, *parts = values
+        # what is logged is read later than the next replay writes it
+        return loss, {name: part.detach().clone() for name, part in zip(self._names, parts, strict=True)}
+
+    def capture(self, examples: Sequence[Tensor]) -> TensorStep:
+        """Capture forward and backward pass in CUDA graphs, for inputs of the sizes of `examples`.
+
+        Dropout stays random: a replay reads the device's generator.
+        """
+        examples = tuple(x.detach().clone() for x in examples)
+        return torch.cuda.make_graphed_callables(self, examples, num_warmup_iters=WARM_UP, allow_unused_input=True)

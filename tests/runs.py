@@ -1,0 +1,81 @@
+"""Real runs of `main.py` on the small model, in processes of their own or in this one."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models/demo/model.safetensors"
+CONFIG = ROOT / "configs/demo/finetune.yaml"
+PICTURES = ROOT / "models/demo/references/dotted-star"
+LEARN = ["--base", str(CONFIG), "-t", "--actual_resume", str(MODEL), "--data_root", str(PICTURES)]
+LEARN += ["--enable_progress_bar", "false"]
+NO_PICTURES = "lightning.callbacks.image_logger.params.disabled=true"
+LOGGER = "lightning.callbacks.image_logger.params"
+MADE_SMALL = ["data.params.batch_size=2", f"{LOGGER}.max_images=2", f"{LOGGER}.log_images_kwargs.ddim_steps=2"]
+
+
+def every(steps: int, pictures: int | None = None) -> list[str]:
+    """Overrides: save every `steps` steps and log pictures every `pictures` steps (None: never)."""
+    saving = f"lightning.modelcheckpoint.params.every_n_train_steps={steps}"
+    return [saving, NO_PICTURES if pictures is None else f"{LOGGER}.batch_frequency={pictures}"]
+
+
+class Poison(pl.Callback):
+    """Makes the gradients of one step infinite, as the backward pass in half precision can.
+
+    Named in a configuration: `allow_targets=[runs] lightning.callbacks.poison.target=runs.Poison`.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, _: object) -> None:
+        if trainer.global_step + 1 == self.step:
+            for parameter in module.trainable_parameters():
+                parameter.grad.fill_(torch.inf)
+
+
+def start(program: str, *arguments: str, launcher: Sequence[str] = (), **options: object) -> subprocess.Popen:
+    """A process of its own, on one thread, that finds the code beside these tests."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, sys.executable, program, *arguments]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[str | None, str]:
+    """Wait for the end; what it wrote on standard output (where that is a pipe) and standard error."""
+    try:
+        return process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def saved_tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments of `last.ckpt`, and the embeddings."""
+    from ldm.embeddings import load_concept
+
+    state = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    flat = dict(state["state_dict"])
+    for number, moments in state["optimizer_states"][0]["state"].items():
+        flat |= {f"{number}.{name}": value for name, value in moments.items()}
+    return flat | {path.name: load_concept(path).vectors for path in checkpoints.glob("*.safetensors")}
+
+
+def unfinished(folder: Path) -> list[str]:
+    """What lies below `folder` and was not written to its end."""
+    return sorted(path.name for path in folder.rglob(".*"))

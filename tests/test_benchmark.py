@@ -1,0 +1,202 @@
+"""scripts/benchmark.py: all ways to do the work give the same results, and the numbers are what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.benchmark import command, models, sample, train
+from ldm.benchmark.load import alternate_loads
+from ldm.benchmark.measure import Contender, alternate, count_flop, deviations, matmul_ceiling
+from ldm.benchmark.peer import peer_contender
+from ldm.benchmark.report import make_row, table
+from ldm.benchmark.switches import DEFAULTS, REFERENCE, SWITCHES
+from ldm.models.diffusion.ddpm import LatentDiffusion
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+COMPILED = {"compile", "cuda_graph"}  # shown in tests/models/test_acceleration.py
+SLOW = {("sample", "float16"), ("vae", "float16")}  # on the CPU
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
+
+
+@pytest.fixture(scope="module")
+def base() -> LatentDiffusion:
+    return models.build_model("demo", CPU)
+
+
+def make(base: LatentDiffusion, what: str, switches: frozenset[str]) -> Contender:
+    if what == "train":
+        return train.contender(base, "it", switches, 2, 64)
+    return getattr(sample, {"sample": "sampling", "text": "text", "vae": "vae"}[what] + "_contender")(
+        base, "it", switches, 2, 64, 4
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(base: LatentDiffusion) -> dict[str, torch.Tensor]:
+    return {what: make(base, what, REFERENCE).result() for what in ("train", "sample", "text", "vae")}
+
+
+@pytest.mark.parametrize(
+    ("what", "switch"),
+    [
+        (what, name)
+        for name, (_, whats, _) in SWITCHES.items()
+        for what in whats
+        if name not in COMPILED and (what, name) not in SLOW
+    ],
+)
+def test_every_switch_computes_the_same(
+    base: LatentDiffusion, reference: dict[str, torch.Tensor], what: str, switch: str
+) -> None:
+    """Against the reference's way, with the switch turned, in every work where it matters."""
+    contender = make(base, what, DEFAULTS ^ {switch})
+    found = {"reference": reference[what], "ours": contender.result()}
+    assert found["ours"].shape == found["reference"].shape and found["ours"].isfinite().all()
+    assert found["reference"].std() > 0
+    tolerance = TOLERANCES[str(contender.dtype).removeprefix("torch.")]
+    assert deviations(found, "reference")["ours"] < tolerance
+
+
+@pytest.mark.parametrize("what", ["train", "sample", "vae"])
+def test_diffusers_computes_the_same(base: LatentDiffusion, reference: dict[str, torch.Tensor], what: str) -> None:
+    contender = peer_contender(base, "diffusers", what, DEFAULTS, 2, 64, 4)
+    result = contender.result()
+    assert deviations({"ours": reference[what], "theirs": result}, "ours")["theirs"] < 1e-4
+    contender.run()
+    if what == "train":
+        assert contender.result() != result, "a step was made"
+
+
+def test_text_passes_of_a_picture(base: LatentDiffusion) -> None:
+    """Distinct stage prompts (five learned, one text) and the unconditional one; the reference's, twice S."""
+    rows = {}
+    for name, switches in {"ours": DEFAULTS, "reference": REFERENCE}.items():
+        contender = sample.sampling_contender(base, name, switches, 1, 64, 2)
+        contender.result()
+        rows[name] = contender.details["text_rows"]
+    assert rows == {"ours": 5 + 1 + 1, "reference": 20}
+
+
+def test_variants_leave_the_base_alone(base: LatentDiffusion) -> None:
+    """Weights are shared where they can be, and what is learned never is."""
+    same, other = models.variant(base, DEFAULTS), models.variant(base, DEFAULTS | {"bfloat16", "channels_last"})
+    weight = next(base.model.parameters())
+    assert next(same.model.parameters()).data_ptr() == weight.data_ptr()
+    assert next(other.model.parameters()).dtype == torch.bfloat16 and weight.dtype == torch.float32
+    pairs = zip(base.embedding_manager.parameters(), same.embedding_manager.parameters(), strict=True)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in pairs)
+
+
+# Measuring
+
+
+def test_operations_are_counted_with_attention_on_the_cpu() -> None:
+    q = torch.randn(1, 2, 16, 8, requires_grad=True)
+    assert count_flop(lambda: torch.randn(3, 5) @ torch.randn(5, 7)) == 2 * 3 * 5 * 7
+    forward = 2 * 2 * (2 * 16 * 16 * 8)  # two products of two heads
+    assert count_flop(lambda: F.scaled_dot_product_attention(q, q, q)) == forward
+    both = count_flop(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
+    assert both == pytest.approx(3.5 * forward)  # the backward pass makes the scores again
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+
+    def named(name: str, seconds: float) -> Contender:
+        return Contender(name, lambda: (order.append(name), time.sleep(seconds)), lambda: torch.zeros(1))
+
+    found = alternate([named("a", 0.001), named("b", 0.02)], CPU, repeats=3)
+    assert order[-6:] == ["a", "b"] * 3
+    assert [len(m.wall_ms) for m in found.values()] == [3, 3]
+    assert 1 <= found["a"].median("wall") < 20 <= found["b"].median("wall")
+    assert found["b"].median("cpu") < 20, "sleeping is no work"
+    assert found["a"].peak_bytes > 1e7
+    row = make_row("b", found["b"], found["a"], "wall", samples=4)
+    assert row.per_second == pytest.approx(4000 / row.ms) and row.times_first < 1
+
+
+def test_ceiling_and_deviation() -> None:
+    assert matmul_ceiling(CPU, torch.float32, repeats=2) > 1e5  # 0.1 GFLOP per second
+    results = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([3.0, 4.5]), "c": torch.tensor([3.0])}
+    assert deviations(results, "a") == {"a": 0, "b": pytest.approx(0.1), "c": 0}
+
+
+# The command
+
+
+def test_the_command_writes_table_and_json(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    arguments = f"--what train --mode reference --off stages --repeats 2 --clock cpu --device cpu --json {path}"
+    text, agree = command.main("", arguments.split())
+    assert agree
+    content = json.loads(path.read_text())
+    assert [row["name"] for row in content["rows"]] == ["reference", "ours", "ours without stages"]
+    assert content["clock"] == "cpu" and content["ceiling_gflop_per_s"]["float32"] > 0
+    first, ours, without = content["rows"]
+    assert ours["gflop"] < without["gflop"] < first["gflop"], "less arithmetic for the same result"
+    assert all(row["deviation"] < 1e-4 and row["ms"] > 0 and row["peak_mb"] > 1 for row in content["rows"])
+    assert "ours without stages" in text and "times first" in text
+
+
+def test_a_wrong_result_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.TrainingStep, "result", lambda step: torch.tensor([float(len(step.switches))]))
+    assert not command.main("", ["--mode", "reference", "--repeats", "1", "--device", "cpu"])[1]
+
+
+def test_stages_side_by_side() -> None:
+    arguments = "--stages 1 50 --repeats 1 --device cpu model.params.personalization_config.params.generator=table"
+    text, _ = command.main("", arguments.split())
+    assert "ours, S = 1 " in text and "ours, S = 50" in text
+
+
+def test_loading_is_measured_in_a_process_of_its_own() -> None:
+    checkpoint = ROOT / models.DEMO_WEIGHTS
+    found = alternate_loads(["ours"], "demo", checkpoint, "float16", 1, "cpu")["ours"]
+    assert 0 < found.median("wall") < 60_000 and found.peak_bytes > checkpoint.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ("--what nothing", "invalid choice: 'nothing'"),
+        ("--of kv", "did you mean --off?"),
+        ("--repeats 0", "--repeats must be at least 1, not 0"),
+        ("--resolution 60 --device cpu", "must be a multiple of 16"),
+        ("--what load", "--what load needs --ckpt FILE"),
+        ("--off kv", "'kv' makes no difference to --what train, only to sample"),
+        ("--on float16 bfloat16", "--on takes one precision, not bfloat16 and float16"),
+        ("--on cuda_graph --device cpu", "cuda_graph needs a CUDA device"),
+        ("--what text --peer diffusers --device cpu", "it can be train, sample or vae"),
+        ("model.params.nothing=1 --device cpu", "nothing"),
+    ],
+)
+def test_bad_input_gets_one_sentence(arguments: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main("", arguments.split())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and part in error and error.count("\n") == 1
+
+
+def test_help_is_quick() -> None:
+    begin = time.perf_counter()
+    out = subprocess.run(
+        [sys.executable, "scripts/benchmark.py", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert time.perf_counter() - begin < 2  # 0.2 s on a free machine
+    assert all(name in out for name in SWITCHES)
+
+
+def test_the_table_is_aligned() -> None:
+    measured = alternate([Contender("a long name", lambda: None, lambda: torch.zeros(1))], CPU, 1)["a long name"]
+    rows = [make_row(name, measured, measured, "wall") for name in ("a", "a long name")]
+    lines = table(rows).splitlines()
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1

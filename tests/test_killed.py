@@ -1,0 +1,146 @@
+"""`kill -9` at any moment, and signals: a resumed run ends as one that was never interrupted, bit for bit."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from runs import LEARN, MADE_SMALL, every, saved_tensors, start, unfinished, wait_for
+
+from ldm.callbacks import LAST, PREVIOUS
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are stopped and inspected by signals")
+PHASES = ("start-up", "step", "checkpoint", "pictures")
+
+
+class Attempt:
+    """One start of a run that is killed in a given phase.
+
+    The process is stopped (SIGSTOP), what it has written shows in which phase it stands, and it is killed or let go on.
+    """
+
+    def __init__(self, run: Path, steps: int) -> None:
+        self.run = run
+        self.started = time.time_ns()
+        began = all(any(run.glob(f"configs/*-{kind}.yaml")) for kind in ("project", "lightning"))  # else start anew
+        arguments = ["-r", str(run)] if began else [*LEARN, *MADE_SMALL, *every(2, pictures=3), "-p", str(run)]
+        flags = ["-t", "--max_steps", str(steps), "--enable_progress_bar", "false"]
+        self.process = start("main.py", *arguments, *flags, stderr=subprocess.DEVNULL)
+
+    def written(self, pattern: str) -> int:
+        """How many such files this start has written."""
+        count = 0
+        for path in self.run.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                count += path.stat().st_mtime_ns > self.started
+        return count
+
+    def phase(self) -> str:
+        if self.written(f"checkpoints/.*{LAST}"):
+            return "checkpoint"
+        if self.written("images/train/.*") or self.written("images/train/[!.]*") % 3:  # three pictures a step
+            return "pictures"
+        return "step" if self.written("checkpoints/embeddings*") else "start-up"
+
+    def kill_in(self, phase: str, delay: float, skip: int) -> str:
+        """Kill after `delay` seconds (start-up), or when `phase` is met for the `skip`-th time; where it was killed."""
+        while phase != "start-up" and self.process.poll() is None and self.phase() == "start-up":
+            time.sleep(0.002)
+        time.sleep(delay if phase == "start-up" else delay / 10)
+        while self.process.poll() is None:
+            self.process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if self.process.poll() is not None:
+                break
+            found = self.phase()
+            skip -= found == phase
+            if skip < 0 or phase == "start-up":
+                self.process.kill()
+                self.process.wait()
+                return found
+            self.process.send_signal(signal.SIGCONT)
+            time.sleep(0.001)
+        raise AssertionError(f"the run ended (code {self.process.returncode}) before it could be killed in: {phase}")
+
+
+def kill_and_resume(folder: Path, phases: list[str], steps: int, seed: int) -> Counter[str]:
+    """Kill one run in each of `phases`, in this order, and compare its end with that of an unharmed run.
+
+    Returns:
+        How often it was killed in which phase.
+    """
+    draw = random.Random(seed)
+    kills: Counter[str] = Counter()
+    whole, killed = folder / "whole", folder / "killed"
+    attempt = Attempt(whole, steps)
+    wait_for(lambda: attempt.phase() != "start-up")
+    start_up = time.time() - attempt.started / 1e9  # seconds that it takes here
+    assert attempt.process.wait() == 0
+    for phase in phases:
+        attempt = Attempt(killed, steps)
+        try:
+            kills[attempt.kill_in(phase, delay=draw.uniform(0, 0.9 * start_up), skip=draw.randrange(3))] += 1
+        finally:
+            attempt.process.kill()
+            attempt.process.wait()
+        for name in (LAST, PREVIOUS):  # at every moment they are whole, or not there yet
+            if (killed / "checkpoints" / name).exists():
+                torch.load(killed / "checkpoints" / name, weights_only=True)
+    assert Attempt(killed, steps).process.wait() == 0
+    expected, got = saved_tensors(whole / "checkpoints"), saved_tensors(killed / "checkpoints")
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    assert unfinished(killed) == []
+    names = [sorted(path.name for path in (run / "images/train").iterdir()) for run in (whole, killed)]
+    assert names[0] == names[1]
+    return kills
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    kills = kill_and_resume(tmp_path, ["checkpoint", "pictures"], steps=20, seed=1)
+    assert kills == {"checkpoint": 1, "pictures": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    """At a step when nothing is due to be saved: it is saved, and resumed from there."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for run in (whole, stopped):
+        flags = ["-p", str(run), "--max_steps", "40"]
+        process = start("main.py", *LEARN, *MADE_SMALL, *every(1000, pictures=1), *flags)
+        if run == stopped:
+            wait_for(lambda: len(list(stopped.glob("images/train/samples_gs*"))) > 3)
+            process.send_signal(number)
+            assert process.wait() == 128 + number
+        assert process.wait() in (0, 128 + number)
+    step = torch.load(stopped / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 3 < step < 40
+    assert start("main.py", "-r", str(stopped), "-t", "--max_steps", "40").wait() == 0
+    expected, got = saved_tensors(whole / "checkpoints"), saved_tensors(stopped / "checkpoints")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_ctrl_c_before_the_first_step_shows_no_trace(tmp_path: Path) -> None:
+    process = start("main.py", *LEARN, *MADE_SMALL, "-p", str(tmp_path / "run"))
+    lines = iter(process.stderr.readline, "")
+    assert any("tensors loaded" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode in (1, 130)  # the first from within Lightning
+    assert "Traceback" not in rest
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path: Path) -> None:
+    phases = list(PHASES) * 5
+    random.Random(7).shuffle(phases)
+    kills = kill_and_resume(tmp_path, phases, steps=150, seed=2)
+    assert sum(kills.values()) == 20
+    assert all(kills[phase] >= 3 for phase in PHASES), kills  # a start-up may have been over

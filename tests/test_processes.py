@@ -1,0 +1,122 @@
+"""Several processes: one run in two of them, and two runs that start together."""
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from runs import LEARN, ROOT, every, finish, saved_tensors, start, wait_for
+
+import main
+
+TWO = ["--devices", "2", "--accelerator", "cpu", "--strategy", "ddp"]
+SMALL_PICTURES = "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2"
+# Sums are made in another order, and Adam divides small gradients by small ones; relative, of 8 steps.
+TOLERANCE = 2e-3
+
+
+def test_two_processes_learn_what_one_learns_with_twice_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same embedding from the same samples at the same rate; rank 0 alone writes, and all end well."""
+    monkeypatch.chdir(ROOT)
+    common = [*LEARN, *every(4, pictures=8), SMALL_PICTURES, "--max_steps", "8", "--log_every_n_steps", "4"]
+    two = start("main.py", *common, "-l", str(tmp_path / "two"), "-n", "x", *TWO, "data.params.batch_size=2")
+    seen = set()
+    while two.poll() is None:
+        seen |= {path.name for path in tmp_path.glob("two/*")}
+        time.sleep(0.01)
+    _, errors = finish(two)
+    assert two.returncode == 0, errors
+    assert len(seen) == 1, "at no time had the second process a folder of its own"
+    assert "error" not in errors
+    assert main.main([*common, "-l", str(tmp_path / "one"), "-n", "x", "data.params.batch_size=4"]) == 0
+    assert len(re.findall(r"Learning rate 1.20e-04 = .* 2 \(devices\) x 2 \(batch size\)", errors)) >= 1
+
+    folders = [run for name in ("one", "two") for run in (tmp_path / name).iterdir()]
+    assert len(folders) == 2, "one log folder for both processes"
+    names = [sorted(re.sub(r"[\dT:-]{19}|\.\d{9,}.*", "", str(file.relative_to(run))) for file in run.rglob("*"))
+             for run in folders]  # fmt: skip
+    assert names[0] == names[1] and len(names[0]) == len(set(names[0]))
+
+    one, two = (saved_tensors(run / "checkpoints") for run in folders)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one if name.endswith("step"))
+    learned, again = one["embeddings.safetensors"], two["embeddings.safetensors"]
+    earlier = one["embeddings_gs-4.safetensors"]
+    assert (learned - again).norm() < TOLERANCE * learned.norm()
+    assert (learned - earlier).norm() > 20 * TOLERANCE * learned.norm(), "it would notice other steps"
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
+    """To the one that does not write."""
+    run = tmp_path / "run"
+    process = start("main.py", *LEARN, *every(5), "-p", str(run), "--max_steps", "100000", *TWO)
+    wait_for((run / "checkpoints/last.ckpt").exists)
+    (second,) = psutil.Process(process.pid).children()
+    second.terminate()
+    _, errors = finish(process, seconds=60)
+    assert process.returncode == 128 + 15, errors
+    assert "Stopped and saved at step" in errors
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] > 0
+
+
+SAME_SECOND = """
+import sys
+import time
+from pathlib import Path
+from ldm.runs import Run
+wanted, ready, go = map(Path, sys.argv[1:])
+ready.touch()
+while not go.exists():
+    pass
+# a pause before each folder is made: whatever looked before whether it is there will be wrong
+sys.addaudithook(lambda event, _: time.sleep(0.002) if event == "os.mkdir" else None)
+for _ in range(15):
+    run = Run(wanted, "now", exact=False)
+    with run.opened():
+        (run.folder / "mine").touch()
+        print(run.folder)
+"""
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    """Two processes open 15 runs of one name each, as fast as they can."""
+    signs = [tmp_path / "ready1", tmp_path / "ready2"]
+    processes = [
+        start("-c", SAME_SECOND, str(tmp_path / "logs/run"), str(sign), str(tmp_path / "go"), stdout=subprocess.PIPE)
+        for sign in signs
+    ]
+    while not all(sign.exists() for sign in signs):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    folders = [finish(process)[0].split() for process in processes]
+    assert [len(names) for names in folders] == [15, 15]
+    assert len({*folders[0], *folders[1]}) == 30
+
+
+@pytest.mark.slow
+def test_two_whole_runs_started_together(tmp_path: Path) -> None:
+    arguments = [*LEARN, *every(2), "-l", str(tmp_path), "-n", "x", "--max_steps", "2"]
+    processes = [start("main.py", *arguments) for _ in range(2)]
+    errors = [finish(process)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert len(list(tmp_path.glob("*/checkpoints/last.ckpt"))) == 2
+
+
+def test_a_folder_that_is_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
+    from ldm.runs import Run
+
+    run = Run(tmp_path / "run", "now")
+    with pytest.raises(KeyError), run.opened():
+        raise KeyError
+    assert not run.folder.exists(), "nothing is left of a run that did not begin"
+    run.folder.mkdir()
+    (run.folder / ".tmp-1-2-last.ckpt").write_text("half")
+    with pytest.raises(KeyError), run.opened():
+        raise KeyError
+    assert list(run.folder.iterdir()) == [], "what was half written is cleared, the folder stays"
