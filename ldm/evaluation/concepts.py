@@ -124,7 +124,6 @@ def learn_concept(
     config: str, ckpt: str, number: int, seed: int, overrides: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Learn concept `number`: vectors (S, D), and the seconds that it took."""
-    torch.set_num_threads(1)
     start = time.monotonic()
     concept = learn(config, ckpt, concept_picture(number, seed), overrides)
     return {"vectors": concept.vectors.numpy(), "seconds": np.array(time.monotonic() - start)}

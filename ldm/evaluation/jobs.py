@@ -66,14 +66,23 @@ def _results(function: Callable[..., Result], jobs: Mapping[str, Mapping[str, An
         yield from ((name, function(**arguments)) for name, arguments in jobs.items())
         return
     context = multiprocessing.get_context("spawn")  # a forked child would hang in the parent's thread pools
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(function, **arguments): name for name, arguments in jobs.items()}
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {pool.submit(_work, function, arguments): name for name, arguments in jobs.items()}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _work(function: Callable[..., Result], arguments: Mapping[str, Any]) -> Result:
+    """One job in a process of its own, which does not go on when the one that asked is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
+    torch.set_num_threads(1)
+    return function(**arguments)
 
 
 def _key(function: Callable[..., Result], arguments: Mapping[str, Any]) -> str:
