@@ -63,7 +63,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     A parameter on the meta device becomes the tensor of `state`, in its dtype, copied where it is a mapped
     file; any other is copied into and keeps its dtype and device. The schedule buffers are never taken from the
     file: the configuration defines them, and half-precision files hold spoiled ones. They, `position_ids`,
-    `model_ema.*`, `logvar`, `loss.*` and `embedding_manager.*` may be in the file or not.
+    `model_ema.*`, `logvar`, `balance.mean`, `loss.*` and `embedding_manager.*` may be in the file or not.
 
     Args:
         model: any module whose state dict has the names of the CompVis layout, or of a part of it.

@@ -62,7 +62,7 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     outline = _outline(config, setup["dtype"])
     if outline.embedding_manager is not None:
         outline.embedding_manager.base_path = Path(setup["ckpt"])
-    arguments = _native(config, main) | _arguments(options, recorded, outline, main)
+    arguments = _native(config, main) | _arguments(options, recorded, outline, main, setup["ckpt"])
     check_writable(options.outdir, "--outdir")
     _check(arguments, outline, editing, options.device)
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
@@ -119,10 +119,11 @@ def _native(config: DictConfig, main: Any) -> dict[str, Any]:
 
 
 def _arguments(
-    options: argparse.Namespace, recorded: Mapping[str, Any], outline: LatentDiffusion, main: Any
+    options: argparse.Namespace, recorded: Mapping[str, Any], outline: LatentDiffusion, main: Any, ckpt: str
 ) -> dict[str, Any]:
     """The arguments of `main` that the picture, the YAML file and the flags give."""
     from ldm.config import nearest
+    from ldm.presets import presets_beside
     from ldm.prompts import PLACEHOLDER, preset
 
     settable = [name for name in inspect.signature(main).parameters if name not in NOT_SETTABLE]
@@ -139,7 +140,8 @@ def _arguments(
     if options.preset is not None:
         concepts, prompt = arguments.get("concepts") or {PLACEHOLDER: ""}, arguments.get("prompt", "")
         placeholder = next((name for name in concepts if name in prompt), next(iter(concepts)))
-        words = preset(options.preset, prompt, num_stages=outline.num_stages, placeholder=placeholder)
+        where = {"num_stages": outline.num_stages, "placeholder": placeholder, "windows": presets_beside(ckpt)}
+        words = preset(options.preset, prompt, **where)
         arguments |= {"prompt": PLACEHOLDER, "prospect_words": words}
     if arguments.get("prospect_words") is not None:
         arguments.setdefault("prompt", PLACEHOLDER)

@@ -23,6 +23,7 @@ from ldm.memory import check_generating
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import MAX_SCALE, Callback, Sampler, draw_noise, seeded_generators
+from ldm.presets import presets_beside
 from ldm.prompts import warn_of_unused
 from ldm.records import PNG_KEY, read_parameters, save_picture
 from ldm.util import pick_device
@@ -79,6 +80,7 @@ def load_model_from_config(
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
+    model.presets = presets_beside(ckpt)
     return model.to(pick_device(device)).eval().requires_grad_(False)
 
 

@@ -1,8 +1,17 @@
-"""The paper's presets: which stages take an attribute from a learned picture, as lists for `prospect_words`."""
+"""Presets: which stages take an attribute from a learned picture, as lists for `prospect_words`.
+
+The paper's windows of stages are those of Stable Diffusion v1.4. A model for which others were measured
+(`scripts/spectrum.py --write-presets`) has them in a file `presets.yaml` beside its checkpoint.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+PRESETS_FILE = "presets.yaml"
 
 # Stages (of ten) in which the paper lets `*` carry an attribute of the picture; the other stages follow the class
 # prompt. Zhang et al. 2023, section 5 and the authors' README; for `style` they name no stages and count it with
@@ -15,8 +24,43 @@ PRESET_STAGES: dict[str, tuple[int, ...]] = {
 }
 
 
+def load_presets(path: str | Path | None) -> dict[str, tuple[int, ...]]:
+    """The windows of a YAML file {attribute: [stages of ten]}, for attributes it leaves out the paper's; None: those.
+
+    Raises:
+        ValueError: no such file, an unknown attribute, or something else than a list of stages 0..9.
+    """
+    if path is None:
+        return dict(PRESET_STAGES)
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"The presets '{path}' cannot be read; scripts/spectrum.py writes such files.") from error
+    if not isinstance(content, dict) or not set(content) <= set(PRESET_STAGES):
+        raise ValueError(f"The presets '{path}' must give lists of stages for {', '.join(PRESET_STAGES)}.")
+    for attribute, stages in content.items():
+        if not isinstance(stages, list) or not stages or not all(type(s) is int and 0 <= s <= 9 for s in stages):
+            raise ValueError(f"The preset '{attribute}' in '{path}' must be a list of stages 0..9, not {stages}.")
+    return PRESET_STAGES | {attribute: tuple(stages) for attribute, stages in content.items()}
+
+
+def presets_beside(ckpt: str | Path) -> dict[str, tuple[int, ...]]:
+    """The windows of `presets.yaml` beside a checkpoint (inside it, if it is a folder), or the paper's.
+
+    Raises:
+        ValueError: see `load_presets`.
+    """
+    folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
+    return load_presets(folder / PRESETS_FILE if (folder / PRESETS_FILE).is_file() else None)
+
+
 def preset(
-    attribute: str, prompt: str, stages: Sequence[int] | None = None, num_stages: int = 10, placeholder: str = "*"
+    attribute: str,
+    prompt: str,
+    stages: Sequence[int] | None = None,
+    num_stages: int = 10,
+    placeholder: str = "*",
+    windows: Mapping[str, Sequence[int]] = PRESET_STAGES,
 ) -> list[str]:
     """The `prospect_words` that take one attribute from the picture and the rest from the text.
 
@@ -25,14 +69,15 @@ def preset(
 
     Args:
         attribute: content, layout, material or style.
-        stages: stages that carry the placeholder, instead of the paper's.
-        num_stages: S; the paper's windows, which are tenths, are scaled to it.
+        stages: stages that carry the placeholder, instead of the window's.
+        num_stages: S; windows, which are tenths, are scaled to it.
+        windows: attribute -> tenths; the paper's, or `model.presets`, which are measured if a file says so.
 
     Raises:
         ValueError: unknown attribute, or a stage outside 0..S-1.
     """
     if stages is None:
-        stages = _window(attribute, num_stages)
+        stages = _window(attribute, num_stages, windows)
     _check_stages(attribute, stages, num_stages)
     return [_with_only(prompt, {placeholder: stage in stages}) for stage in range(num_stages)]
 
@@ -42,6 +87,7 @@ def joint(
     prompt: str = "",
     stages: Mapping[str, Sequence[int]] | None = None,
     num_stages: int = 10,
+    windows: Mapping[str, Sequence[int]] = PRESET_STAGES,
 ) -> list[str]:
     """The `prospect_words` that take several attributes, each from a concept of its own, and the rest from the text.
 
@@ -51,15 +97,15 @@ def joint(
 
     Args:
         concepts: attribute -> placeholder. A placeholder that the prompt does not have is appended in its stages.
-        stages: attribute -> stages that carry its placeholder, instead of the paper's.
-        num_stages: S.
+        stages: attribute -> stages that carry its placeholder, instead of the window's.
+        num_stages, windows: as for `preset`.
 
     Raises:
         ValueError: no attribute, an unknown one, or a stage outside 0..S-1.
     """
     if not concepts:
         raise ValueError(f"joint needs a concept for at least one attribute: {', '.join(PRESET_STAGES)}.")
-    windows = {attribute: set(_window(attribute, num_stages)) for attribute in concepts}
+    windows = {attribute: set(_window(attribute, num_stages, windows)) for attribute in concepts}
     for attribute in ("material", "style"):
         if attribute in concepts and concepts[attribute] != concepts.get("content"):
             windows.get("content", set()).difference_update(windows[attribute])
@@ -80,11 +126,11 @@ def joint(
     return [text(stage) for stage in range(num_stages)]
 
 
-def _window(attribute: str, num_stages: int) -> list[int]:
-    """The paper's stages of an attribute; a stage of another number is inside when its middle is."""
+def _window(attribute: str, num_stages: int, windows: Mapping[str, Sequence[int]]) -> list[int]:
+    """The stages of an attribute; a stage of another number is inside when its middle is."""
     if attribute not in PRESET_STAGES:
         raise ValueError(f"Unknown preset '{attribute}'; there are {', '.join(PRESET_STAGES)}.")
-    return [s for s in range(num_stages) if int((s + 0.5) * 10 / num_stages) in PRESET_STAGES[attribute]]
+    return [s for s in range(num_stages) if int((s + 0.5) * 10 / num_stages) in windows[attribute]]
 
 
 def _check_stages(attribute: str, stages: Sequence[int], num_stages: int) -> None:

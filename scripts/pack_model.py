@@ -1,6 +1,7 @@
-"""Pack a model trained from scratch (configs/demo/diffusion.yaml) into one file in the CompVis layout.
+"""Pack a model trained from scratch into one file: a diffusion model in the CompVis layout, or the classifier.
 
     python scripts/pack_model.py logs/…_diffusion models/demo/model.safetensors
+    python scripts/pack_model.py logs/…_classifier models/demo/classifier.safetensors
 
 The U-Net's averaged weights are taken; what stayed frozen is taken as it is. Half precision by default.
 """
@@ -17,6 +18,7 @@ from ldm.checkpoint import read_state_dict, save_state_dict
 from ldm.flags import Parser
 
 PARTS = ("model.", "first_stage_model.", "cond_stage_model.")
+CLASSIFIER = ("features.", "heads.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +45,7 @@ def pack(arguments: argparse.Namespace) -> None:
     state = {
         key: (averaged if key.startswith("model.") else current)[key].to(dtype)
         for key in current
-        if key.startswith(PARTS)
+        if key.startswith((*PARTS, *CLASSIFIER))
     }
     save_state_dict(state, arguments.out, {"format": "pt", "step": str(checkpoint["global_step"])})
     size = arguments.out.stat().st_size / 1e6

@@ -7,7 +7,7 @@ order in which attributes appear during denoising is a property of this world by
 Shapes: N pictures, F = 6 factors in the order of `FACTORS`, R pixels a side.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -57,8 +57,8 @@ def is_held_out(attributes: Tensor) -> Tensor:
     return (2 * shape + 5 * texture + colour) % 12 == 4
 
 
-def random_attributes(n: int, seed: int, held_out: bool = False) -> Tensor:
-    """Independent uniform attributes, long (n, F), over the training triples or over the held-out ones only.
+def random_attributes(n: int, seed: int, held_out: bool | None = False) -> Tensor:
+    """Independent uniform attributes, long (n, F), over the training triples, the held-out ones, or all (None).
 
     A larger n continues the rows of a smaller one.
     """
@@ -67,7 +67,7 @@ def random_attributes(n: int, seed: int, held_out: bool = False) -> Tensor:
     kept = torch.empty(0, len(FACTORS), dtype=torch.long)
     while len(kept) < n:
         drawn = torch.randint(1 << 40, (4096, len(FACTORS)), generator=generator) % choices
-        kept = torch.cat([kept, drawn[is_held_out(drawn) == held_out]])
+        kept = torch.cat([kept, drawn if held_out is None else drawn[is_held_out(drawn) == held_out]])
     return kept[:n]
 
 
@@ -173,8 +173,12 @@ def caption(
             index = (index + rng.integers(1, len(values))) % len(values)
         kept = rng is None or rng.random() >= drop
         words[name] = values[index] if kept else ""
-    noun = [words["size"], words["texture"], words["colour"], words["shape"] or "thing"]
-    parts = ["a", *filter(None, noun)]
+    return sentence(words)
+
+
+def sentence(words: Mapping[str, str]) -> str:
+    """A caption from one word of every factor; a part whose word is "" is left out."""
+    parts = ["a", *filter(None, (words["size"], words["texture"], words["colour"])), words["shape"] or "thing"]
     if words["position"]:
         parts += [PREPOSITIONS[words["position"]], words["position"]]
     if words["background"]:
@@ -193,20 +197,20 @@ def world_vocabulary() -> list[str]:
 class RenderedWorld(Dataset):
     """Captioned pictures, drawn when they are asked for.
 
-    Sample numbers run on past the length: epoch n // size shows all pictures in a fixed order of its own, and
-    the omissions and errors of sample n's caption are a function of (seed, n) only. With the
-    attribute `with_images` set to False the samples come without pictures.
+    Sample numbers run on past the length: epoch n // size shows all pictures in a fixed order of its own, and the
+    omissions and errors of sample n's caption are a function of (seed, n) only. With `with_images` set to False
+    the samples come without pictures.
 
     Args:
         size: number of different pictures.
         seed: chooses attributes, pictures, order and captions.
         resolution: R, pixels a side.
-        held_out: only (shape, texture, colour) triples that are kept out of training, instead of the others.
+        held_out: (shape, texture, colour) triples that are kept out of training (True), the others, or all (None).
         empty: probability that the whole caption is empty.
         drop, wrong: probabilities, see `caption`.
         errors_from: sample number from which on captions have omissions and errors; those before are whole.
-        crop_until: samples before this number show only `crop` x `crop` pixels around the object, which lets an
-            autoencoder see four times as many objects in the same time.
+        crop_until: samples before this number show only `crop` x `crop` pixels around the object: an autoencoder
+            sees four times as many objects in the same time.
         repeats: epochs that make up the length.
     """
 
@@ -218,7 +222,7 @@ class RenderedWorld(Dataset):
         size: int = 50000,
         seed: int = 0,
         resolution: int = 64,
-        held_out: bool = False,
+        held_out: bool | None = False,
         empty: float = 0.1,
         drop: float = 0.1,
         wrong: float = 0.0,
@@ -265,12 +269,13 @@ class RenderedWorld(Dataset):
         return int(self._epoch[1][place])
 
     def __getitem__(self, n: int) -> dict[str, object]:
-        """Sample n >= 0: image float32 (R, R, 3) in [-1, 1], caption, picture, flipped, sample."""
+        """Sample n >= 0: image float32 (R, R, 3) in [-1, 1], attributes (F,), caption, picture, flipped, sample."""
         i = self.picture_number(n)
         rng = np.random.default_rng((self.seed, n, 1))
         errors = (self.drop, self.wrong) if n >= self.errors_from else (0.0, 0.0)
         text = "" if rng.random() < self.empty else caption(self.attributes[i], rng, *errors)
         sample: dict[str, object] = {"caption": text, "picture": i, "flipped": False, "sample": n}
+        sample["attributes"] = self.attributes[i]
         if self.with_images:
             sample["image"] = self._view(n, i, self.picture(i))
         return sample

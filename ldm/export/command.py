@@ -36,6 +36,7 @@ def build_parser(description: str) -> Parser:
     add_flag(words, "--words", metavar="FILE", help="YAML list, one entry for each stage, the END of generation first")
     add_flag(words, "--word", action="append", type=word, metavar="TEXT", help="one entry of it, once for each stage")
     add_flag(words, "--preset", metavar="ATTRIBUTE", help="content, layout, material or style from the first concept")
+    add_flag(what, "--presets", metavar="YAML", help="the presets' stages, as measured for a model (the paper's)")
     help_sampler = "as AUTOMATIC1111 names it: ddim, plms, 'Euler a', 'DPM++ 2M Karras', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)
     add_flag(what, "--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
@@ -113,6 +114,7 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
     """What the flags say of the prompt and of sampling."""
     from ldm.commands import words_file
     from ldm.export.files import Use
+    from ldm.presets import load_presets
     from ldm.prompts import PLACEHOLDER, preset
 
     prompt, words = options.prompt, options.word
@@ -126,7 +128,8 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
         words, prompt = given.get("prospect_words"), given.get("prompt") if prompt is None else prompt
     if options.preset is not None:
         placeholder, (_, concept) = next(iter(concepts.items()))
-        words = preset(options.preset, prompt or "", num_stages=concept.num_stages, placeholder=placeholder)
+        where = {"num_stages": concept.num_stages, "placeholder": placeholder}
+        words = preset(options.preset, prompt or "", **where, windows=load_presets(options.presets))
         prompt = PLACEHOLDER
     settings = {name: getattr(options, name) for name in ("sampler", "steps", "scale", "seed", "width", "height")}
     return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, documented=options.documented_counting)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.base_model import refuse_other_base
@@ -57,6 +58,7 @@ class EmbeddingManager(nn.Module):
         generator: `block` (the reference's transformer block) or `table` (S free vectors).
         initial_spread: `table` only: standard deviation of what tells the stages apart at the start, relative to
             the initial embedding's own.
+        norm: `free` (the reference), or `word`: every vector keeps the length of the initial embedding.
     """
 
     ignored_keys = {
@@ -75,12 +77,16 @@ class EmbeddingManager(nn.Module):
         generator: str = "block",
         dropout: float = 0.1,
         initial_spread: float = 1.0,
+        norm: str = "free",
     ) -> None:
         super().__init__()
         if num_stages < 1:
             raise ValueError(f"The number of stages must be at least 1, not {num_stages}.")
         if generator not in ("block", "table"):
             raise ValueError(f"generator must be 'block' or 'table', not '{generator}'.")
+        if norm not in ("free", "word"):
+            raise ValueError(f"norm must be 'free' or 'word', not '{norm}'.")
+        self.norm = norm
         self.placeholder_strings = (
             [placeholder_strings] if isinstance(placeholder_strings, str) else list(placeholder_strings)
         )
@@ -117,7 +123,10 @@ class EmbeddingManager(nn.Module):
             return self.loaded[self.placeholder_strings[0]].vectors.to(self.initial_embeddings.device)
         if not self.learning:
             raise ValueError("No embedding is learned or loaded; call embedding_manager.load(path) first.")
-        return self.attention(self.initial_embeddings) if self.attention is not None else self.table
+        vectors = self.attention(self.initial_embeddings) if self.attention is not None else self.table
+        if self.norm == "word":
+            vectors = F.normalize(vectors, dim=-1) * self.initial_embeddings.norm()
+        return vectors
 
     def rows(self) -> dict[str, list[int]]:
         """Placeholder -> its row in `vectors()` for each of the S stages.

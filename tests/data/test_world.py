@@ -153,7 +153,8 @@ def test_samples():
     assert sample["image"].shape == (32, 32, 3)
     assert torch.equal(sample["image"].permute(2, 0, 1), world.pictures(range(20))[sample["picture"]])
     world.with_images = False
-    assert set(world[5]) == {"caption", "picture", "flipped", "sample"}
+    assert set(world[5]) == {"attributes", "caption", "picture", "flipped", "sample"}
+    assert torch.equal(sample["attributes"], world.attributes[sample["picture"]])
 
 
 def test_every_epoch_shows_every_picture_in_its_own_order():
@@ -168,7 +169,9 @@ def test_a_sample_depends_on_its_number_only():
     forwards, backwards = RenderedWorld(30, seed=1, wrong=0.5), RenderedWorld(30, seed=1, wrong=0.5)
     forwards.with_images = backwards.with_images = False
     numbers = [0, 7, 31, 95, 1234]
-    assert [forwards[n] for n in numbers] == [backwards[n] for n in reversed(numbers)][::-1]
+    there, back = [forwards[n] for n in numbers], [backwards[n] for n in reversed(numbers)][::-1]
+    assert [sample.pop("attributes").tolist() for sample in there] == [s.pop("attributes").tolist() for s in back]
+    assert there == back
 
 
 def test_share_of_empty_captions():

@@ -57,6 +57,8 @@ class LatentDiffusion(LatentCodec, Fitting):
         channels_last: memory format of the convolutions' weights.
         cache_latents: encode every picture once (posterior moments, for each flip); the posterior is still
             sampled in every step.
+        time_sampling: `uniform` (the reference), or `stages`: sample n is trained at a random timestep of stage
+            n mod S, so that every stage has its turn.
         balanced_loss: training from scratch: divide the loss by its running mean at that noise level.
         fused_adamw: PyTorch's fused kernel for the embeddings' optimizer.
         decode_batch: pictures that the first stage decodes at a time, when memory is short; None for all.
@@ -104,6 +106,7 @@ class LatentDiffusion(LatentCodec, Fitting):
         frozen_dtype: str = "float32",
         channels_last: bool = False,
         cache_latents: bool = True,
+        time_sampling: str = "uniform",
         balanced_loss: bool = False,
         fused_adamw: bool = True,
         decode_batch: int | None = None,
@@ -118,6 +121,9 @@ class LatentDiffusion(LatentCodec, Fitting):
         for name, count in (("timesteps", timesteps), ("prospect_stages", prospect_stages)):
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}.")
+        if time_sampling not in ("uniform", "stages"):
+            raise ValueError(f"time_sampling must be 'uniform' or 'stages', not '{time_sampling}'.")
+        self.time_sampling = time_sampling
         if decode_batch is not None and decode_batch < 1:
             raise ValueError(f"decode_batch must be at least 1, or left out for all at once, not {decode_batch}.")
         self.parameterization = parameterization

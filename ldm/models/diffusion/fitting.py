@@ -82,13 +82,21 @@ class Fitting(pl.LightningModule):
             generator = torch.Generator().manual_seed(mix_seed(self.seed, number, split == "val"))
             draws.append(
                 (
-                    torch.randint(0, self.num_timesteps, (), generator=generator),
+                    self._draw_timestep(number, generator),
                     torch.randn(x_start_shape, generator=generator),
                     torch.randn(x_start_shape, generator=generator),
                 )
             )
         t, posterior_noise, noise = (torch.stack(column) for column in zip(*draws, strict=True))
         return {"t": t, "posterior_noise": posterior_noise, "noise": noise}
+
+    def _draw_timestep(self, number: int, generator: torch.Generator) -> Tensor:
+        """Uniform over all timesteps, or over those of stage `number` mod S."""
+        first, last = 0, self.num_timesteps
+        if self.time_sampling == "stages":
+            stage = number % self.num_stages
+            first, last = (-(-i * self.num_timesteps // self.num_stages) for i in (stage, stage + 1))
+        return torch.randint(first, last, (), generator=generator)
 
     def posterior(self, batch: Mapping[str, Any]) -> DiagonalGaussianDistribution | Tensor:
         """The posterior of a batch's latents, from the cache or from the first stage."""

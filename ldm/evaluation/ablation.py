@@ -1,0 +1,160 @@
+"""Ways of learning concepts, compared on the same pictures: which bring the picture back, which bring its parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from ldm.data.world import FACTORS
+from ldm.evaluation.concepts import TRANSFERS, bring, brought, concept_attributes, learn_concept
+from ldm.evaluation.jobs import Result, run_jobs
+from ldm.evaluation.statistics import bootstrap
+
+KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale", "default", "settings", "variants"}
+INITIAL_WORDS = "model.params.personalization_config.params.initializer_words"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """An ablation's YAML; `variants` are {name: {dotted key: value}} of the configuration, and `concepts`, how many."""
+
+    config: str
+    ckpt: str
+    classifier: str
+    seed: int
+    pictures: int
+    steps: int
+    scale: float
+    default: str
+    settings: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path, only: Sequence[str] | None = None, limit: int | None = None) -> Ablation:
+        """Raises ValueError for keys that are missing or unknown, and for unknown variants."""
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(content, dict) or set(content) != KEYS:
+            raise ValueError(f"'{path}' must have the keys {', '.join(sorted(KEYS))}, and no others.")
+        unknown = [name for name in only or () if name not in content["variants"]]
+        if unknown:
+            raise ValueError(f"'{path}' has no variants {unknown}; there are {', '.join(content['variants'])}.")
+        variants = {name: v for name, v in content["variants"].items() if only is None or name in only}
+        for name, values in variants.items():
+            if "concepts" not in values:
+                raise ValueError(f"The variant '{name}' in '{path}' does not say how many `concepts` it learns.")
+            values["concepts"] = min(values["concepts"], limit or values["concepts"])
+        return cls(**(content | {"variants": variants}))
+
+    def jobs(self) -> dict[str, tuple[str, int]]:
+        """Name of a job -> (variant, number of the concept)."""
+        return {
+            f"{variant}-{number:02d}": (variant, number)
+            for variant, values in self.variants.items()
+            for number in range(values["concepts"])
+        }
+
+    def overrides(self, variant: str, number: int) -> dict[str, Any]:
+        """What the variant changes in the configuration; `word: FACTOR` starts from the picture's word of it."""
+        values = self.settings | {key: value for key, value in self.variants[variant].items() if key != "concepts"}
+        factor = values.pop("word", None)
+        if factor is not None:
+            picture, _ = concept_attributes(number, self.seed)
+            values[INITIAL_WORDS] = [FACTORS[factor][picture[list(FACTORS).index(factor)]]]
+        return values
+
+    def learn(self, folder: Path, workers: int | None = None) -> dict[str, Result]:
+        shared = {"config": self.config, "ckpt": self.ckpt, "seed": self.seed}
+        jobs = {
+            name: shared | {"number": number, "overrides": self.overrides(variant, number)}
+            for name, (variant, number) in self.jobs().items()
+        }
+        return run_jobs(learn_concept, jobs, folder / "learned", workers, "learning concepts")
+
+    def measure(
+        self,
+        folder: Path,
+        learned: Mapping[str, Result],
+        windows: Mapping[str, Sequence[int]],
+        workers: int | None = None,
+    ) -> dict[str, Result]:
+        shared = {"config": self.config, "ckpt": self.ckpt, "classifier": self.classifier, "seed": self.seed}
+        shared |= {"windows": {name: list(stages) for name, stages in windows.items()}}
+        shared |= {"seeds": self.pictures, "steps": self.steps, "scale": self.scale}
+        jobs = {
+            name: shared | {"number": number, "vectors": learned[name]["vectors"].tolist()}
+            for name, (_, number) in self.jobs().items()
+        }
+        return run_jobs(bring, jobs, folder / "measured", workers, "counting")
+
+
+def summary(
+    ablation: Ablation, measured: Mapping[str, Result], variant: str, suffix: str = ""
+) -> dict[str, np.ndarray]:
+    """One value for each concept of a variant: (concepts,) under each name.
+
+    Names: reconstruction (share of attributes), distance (of latents), wanted/…, leaked/…, transferred/… of each
+    preset, and transferred/all, their mean. With the suffix `-everywhere`, the concept stands in all stages.
+    """
+    rows = []
+    for name, (owner, _) in ablation.jobs().items():
+        if owner != variant:
+            continue
+        result = measured[name]
+        row = {
+            "reconstruction": (result["read/reconstruction"] == result["picture"]).mean(),
+            "distance": result["latent_distance"].mean(),
+        }
+        for preset, transfer in TRANSFERS.items():
+            found = brought(result[f"read/{preset}{suffix}"], result["picture"], transfer)
+            row |= {f"{kind}/{preset}": values.mean() for kind, values in found.items()}
+        row["transferred/all"] = np.mean([row[f"transferred/{preset}"] for preset in TRANSFERS])
+        rows.append(row)
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[str, Result], folder: Path) -> str:
+    """The comparison as Markdown; also written, with plots, into `folder`."""
+    from ldm.evaluation.plots import plot_transfers, plot_variants
+
+    summaries = {variant: summary(ablation, measured, variant) for variant in ablation.variants}
+    everywhere = {
+        f"{variant}, `*` in all stages": summary(ablation, measured, variant, "-everywhere")
+        for variant in (ablation.default, "textual-inversion")
+        if variant in ablation.variants
+    }
+    presets = list(TRANSFERS)
+    lines = ["| variant | concepts | attributes regenerated | latent distance | transfer, mean of presets | "]
+    lines[0] += " | ".join(presets) + " | seconds to learn |"
+    lines.append("|" + "---|" * (6 + len(presets)))
+    for name, values in (summaries | everywhere).items():
+        seconds = [float(learned[job]["seconds"]) for job, (v, _) in ablation.jobs().items() if v == name]
+        cells = [name, str(len(values["distance"])), share(values["reconstruction"])]
+        cells += [f"{values['distance'].mean():.3f}", share(values["transferred/all"])]
+        cells += [f"{values[f'transferred/{preset}'].mean():.2f}" for preset in presets]
+        lines.append(f"| {' | '.join(cells)} | {np.median(seconds):.0f} |" if seconds else f"| {' | '.join(cells)} | |")
+    lines += ["", "| variant | " + " | ".join(f"{p}: wanted / leaked" for p in presets) + " |"]
+    lines.append("|" + "---|" * (1 + len(presets)))
+    for name, values in (summaries | everywhere).items():
+        cells = [f"{share(values[f'wanted/{p}'])} / {values[f'leaked/{p}'].mean():.2f}" for p in presets]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    (folder / "ablation.md").write_text(text, encoding="utf-8")
+    everything = summaries | everywhere
+    numbers = {name: {key: x.tolist() for key, x in values.items()} for name, values in everything.items()}
+    (folder / "ablation.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    plot_transfers(everything, presets, folder / "transfer.png")
+    plot_variants(summaries, folder / "stages.png")
+    return text
+
+
+def share(values: np.ndarray) -> str:
+    """Mean of one value for each concept, with the 95 % interval over concepts."""
+    low, high = bootstrap(values)
+    return f"{values.mean():.2f} ({low:.2f}–{high:.2f})"

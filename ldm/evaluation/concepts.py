@@ -1,0 +1,180 @@
+"""What a learned concept is worth: does it bring the picture back, and does it bring one attribute without the rest?
+
+Counted on the rendered world, where picture and text have known attributes that differ in every factor.
+
+Shapes: N pictures, F factors, S stages, D width.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ldm.config import instantiate_from_config, load_config
+from ldm.data.images import to_pil
+from ldm.data.world import FACTORS, PREPOSITIONS, random_attributes, render
+from ldm.embeddings import Concept
+from ldm.evaluation.captions import load, load_judge, to_bytes
+from ldm.evaluation.pictures import generate
+from ldm.prompts import preset
+
+COLUMNS = {name: column for column, name in enumerate(FACTORS)}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a preset should take from the picture, and the prompt that names what it should not.
+
+    Args:
+        prompt: with {words of the text's factors}, and `*` for the concept.
+        wanted: the factor that should be the picture's.
+        unwanted: the factors that should not; those in neither may be either.
+    """
+
+    prompt: str
+    wanted: str
+    unwanted: tuple[str, ...]
+
+
+OBJECT = "a {size} * {shape} {preposition} {position} on a {background} background"
+TRANSFERS = {
+    "content": Transfer("a * thing {preposition} {position} on a {background} background", "shape",
+                        ("position", "background")),
+    "layout": Transfer("a {texture} {colour} {shape}", "position", ("shape", "texture", "colour")),
+    "material": Transfer(OBJECT, "texture", ("position", "size", "shape", "background")),
+    "style": Transfer(OBJECT, "colour", ("position", "size", "shape", "background")),
+}  # fmt: skip
+
+
+def concept_attributes(number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The attributes of picture `number`, a held-out combination, and of its text: long (F,) each, all different."""
+    picture = random_attributes(number + 1, seed, held_out=True)[number]
+    rng = np.random.default_rng((seed, number))
+    choices = np.array([len(words) for words in FACTORS.values()])
+    text = (picture.numpy() + rng.integers(1, choices)) % choices
+    return picture, torch.from_numpy(text)
+
+
+def concept_picture(number: int, seed: int) -> Tensor:
+    """The picture to learn, (3, 64, 64) in [-1, 1]."""
+    picture, _ = concept_attributes(number, seed)
+    return render(picture[None], [seed * 1000 + number])[0]
+
+
+def fill(transfer: Transfer, attributes: Tensor) -> str:
+    """The transfer's prompt with the words of the text's attributes (F,)."""
+    words = {name: values[i] for (name, values), i in zip(FACTORS.items(), attributes.tolist(), strict=True)}
+    return transfer.prompt.format(**words, preposition=PREPOSITIONS[words["position"]])
+
+
+def learn(config: str, ckpt: str, picture: Tensor, overrides: Mapping[str, Any], seed: int = 23) -> Concept:
+    """Learn one picture (3, R, R) as `main.py` does, with `overrides` of the configuration's dotted keys.
+
+    `learning_rate` among them is the final one, not multiplied by the batch size.
+    """
+    overrides = dict(overrides)
+    settings = load_config(config)
+    learning_rate = overrides.pop("learning_rate", None)
+    for key, value in overrides.items():
+        OmegaConf.update(settings, key, value)
+    settings.model.params.ckpt_path = ckpt
+    pl.seed_everything(seed, verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        to_pil(picture).save(Path(folder) / "picture.png")
+        settings.data.params.train.params.data_root = folder
+        model = instantiate_from_config(settings.model)
+        model.seed = seed
+        data = instantiate_from_config(settings.data)
+        model.learning_rate = learning_rate or settings.model.base_learning_rate * settings.data.params.batch_size
+        trainer = pl.Trainer(
+            max_steps=settings.lightning.trainer.max_steps, accelerator="auto", devices=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(model, data)
+    model.eval()
+    with torch.no_grad():
+        return Concept(model.embedding_manager.embeddings().detach().float().cpu())
+
+
+def windowed(prompt: str, window: Sequence[int], stages: int) -> list[str]:
+    """`prompt` with its `*` in a window of tenths of time and without it elsewhere: `stages` texts.
+
+    A stage carries the `*` when its middle lies in the window.
+    """
+    inside = [s for s in range(stages) if int((s + 0.5) * 10 / stages) in window]
+    return preset("content", prompt, stages=inside, num_stages=stages)
+
+
+def stages_for(concept_stages: int) -> int:
+    """The number of stages in which both tenths and the concept's own stages have their bounds."""
+    return int(np.lcm(10, concept_stages))
+
+
+def learn_concept(
+    config: str, ckpt: str, number: int, seed: int, overrides: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Learn concept `number`: vectors (S, D), and the seconds that it took."""
+    start = time.monotonic()
+    concept = learn(config, ckpt, concept_picture(number, seed), overrides)
+    return {"vectors": concept.vectors.numpy(), "seconds": np.array(time.monotonic() - start)}
+
+
+@torch.no_grad()
+def bring(
+    config: str, ckpt: str, classifier: str, vectors: Sequence[Sequence[float]], number: int, seed: int,
+    windows: Mapping[str, Sequence[int]], seeds: int = 4, steps: int = 50, scale: float = 2.5,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """What the learned vectors (S, D) of concept `number` bring into pictures.
+
+    Returns:
+        picture and text, the attributes (F,); latent_distance (N,) of the regenerated picture to the picture, root
+        mean square; read/reconstruction and, for all of TRANSFERS, read/NAME (N, F) with the concept in the
+        windows and read/NAME-everywhere with the concept in all stages; pictures/… uint8 beside them.
+    """
+    concept = Concept(torch.tensor(vectors))
+    picture = concept_picture(number, seed)
+    attributes, text = concept_attributes(number, seed)
+    stages = stages_for(concept.num_stages)
+    model, judge = load(config, ckpt, stages), load_judge(classifier)
+    model.embedding_manager.load(concept)
+    texts = {"reconstruction": ["a *"] * stages}
+    for name, transfer in TRANSFERS.items():
+        prompt = fill(transfer, text)
+        texts[name] = windowed(prompt, windows[name], stages)
+        texts[f"{name}-everywhere"] = windowed(prompt, range(10), stages)
+    names = [name for name in texts for _ in range(seeds)]
+    columns = [[texts[name][stage] for name in names] for stage in range(stages)]
+    pictures = generate(model, columns, list(range(seeds)) * len(texts), steps, scale)
+    latents = model.encode_first_stage(pictures[:seeds]).mode()
+    wanted = model.encode_first_stage(picture[None]).mode()
+    result = {
+        "picture": attributes.numpy(),
+        "text": text.numpy(),
+        "latent_distance": (latents - wanted).pow(2).mean(dim=(1, 2, 3)).sqrt().cpu().numpy(),
+    }
+    for i, (name, read) in enumerate(zip(texts, judge.read(pictures).split(seeds), strict=True)):
+        result[f"read/{name}"] = read.numpy()
+        result[f"pictures/{name}"] = to_bytes(pictures[i * seeds : (i + 1) * seeds])
+    return result
+
+
+def brought(read: np.ndarray, picture: np.ndarray, transfer: Transfer) -> dict[str, np.ndarray]:
+    """How pictures (N, F) of one concept compare with its picture (F,): bool (N,) for each factor, and together.
+
+    `wanted`: the wanted factor is the picture's. `leaked`: share of the unwanted factors that are. `transferred`:
+    the wanted factor is and none of the unwanted ones.
+    """
+    same = read == picture
+    unwanted = same[:, [COLUMNS[name] for name in transfer.unwanted]]
+    wanted = same[:, COLUMNS[transfer.wanted]]
+    return {"wanted": wanted, "leaked": unwanted.mean(axis=1), "transferred": wanted & ~unwanted.any(axis=1)}

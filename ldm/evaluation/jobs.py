@@ -1,0 +1,106 @@
+"""Many independent measurements: in several processes, each result kept in a file as soon as it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, np.ndarray]
+
+
+def run_jobs(
+    function: Callable[..., Result],
+    jobs: Mapping[str, Mapping[str, Any]],
+    folder: str | Path,
+    workers: int | None = None,
+    description: str = "measuring",
+) -> dict[str, Result]:
+    """The results of `function(**arguments)` for every named job.
+
+    Results lie in `folder` as NAME.npz with the job's arguments; a job whose file is there with the same arguments
+    is not run again, so an interrupted measurement goes on where it was.
+
+    Args:
+        function: defined at the top level of a module; its arguments are plain data (JSON).
+        workers: processes of one thread each; None: one for each core, or one in all where there is a GPU.
+
+    Raises:
+        Whatever a job raises; results that are there by then stay.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results, waiting = {}, {}
+    for name, arguments in jobs.items():
+        key = _key(function, arguments)
+        found = _read(folder / f"{name}.npz", key)
+        if found is None:
+            waiting[name] = key
+        else:
+            results[name] = found
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    workers = max(1, min(workers, len(waiting)))
+    with tqdm(total=len(jobs), initial=len(results), desc=description, disable=not waiting) as bar:
+        for name, result in _results(function, {name: jobs[name] for name in waiting}, workers):
+            _write(folder / f"{name}.npz", waiting[name], result)
+            results[name] = result
+            bar.update()
+    return {name: results[name] for name in jobs}
+
+
+def _results(function: Callable[..., Result], jobs: Mapping[str, Mapping[str, Any]], workers: int):
+    if workers == 1:
+        yield from ((name, function(**arguments)) for name, arguments in jobs.items())
+        return
+    context = multiprocessing.get_context("spawn")  # a forked child would hang in the parent's thread pools
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {pool.submit(_work, function, arguments): name for name, arguments in jobs.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _work(function: Callable[..., Result], arguments: Mapping[str, Any]) -> Result:
+    """One job in a process of its own, which does not go on when the one that asked is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
+    torch.set_num_threads(1)
+    return function(**arguments)
+
+
+def _key(function: Callable[..., Result], arguments: Mapping[str, Any]) -> str:
+    """What tells jobs apart; files that are named count by their content's time and size."""
+    files = sorted({value for value in arguments.values() if isinstance(value, str) and Path(value).is_file()})
+    state = [(os.path.getsize(file), os.path.getmtime(file)) for file in files]
+    text = json.dumps([function.__qualname__, arguments, state], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(path: Path, key: str) -> Result | None:
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files if name != "key"} if str(file["key"]) == key else None
+
+
+def _write(path: Path, key: str, result: Result) -> None:
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(temporary, key=np.array(key), **result)
+    temporary.replace(path)

@@ -1,0 +1,123 @@
+"""Figures of the measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from ldm.evaluation.judges import Judge  # noqa: E402
+from ldm.evaluation.spectrum import Experiment, matrix  # noqa: E402
+from ldm.evaluation.statistics import bootstrap  # noqa: E402
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def heat_map(
+    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path, label: str = "stage"
+) -> None:
+    """Shares (rows, columns) in 0..1, numbers written into the cells."""
+    figure, axes = plt.subplots(figsize=(1.5 + 0.62 * len(columns), 1.1 + 0.42 * len(rows)))
+    axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(label)
+    axes.set_title(title, fontsize=10)
+    for (y, x), value in np.ndenumerate(values):
+        axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k")
+    _save(figure, path)
+
+
+def plot_transfers(summaries: Mapping[str, Mapping[str, np.ndarray]], presets: Sequence[str], path: Path) -> None:
+    """Transfer of the first two variants and of those with the concept in all stages, by preset."""
+    names = [name for name in summaries if "all stages" in name] or list(summaries)
+    names = list(dict.fromkeys([*(n for n in ("prospect", "textual-inversion") if n in summaries), *names]))
+    figure, axes = plt.subplots(figsize=(8, 3.4))
+    groups = [*presets, "all"]
+    for i, name in enumerate(names):
+        values = [summaries[name][f"transferred/{group}"] for group in groups]
+        means = np.array([v.mean() for v in values])
+        errors = np.abs(np.array([bootstrap(v) for v in values]).T - means)
+        width = 0.8 / len(names)
+        axes.bar(np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width, means, width, yerr=errors, label=name)
+    axes.set_xticks(range(len(groups)), [*presets, "mean"])
+    axes.set_ylabel("wanted attribute only")
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_variants(summaries: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
+    """Transfer, and attributes regenerated, of every variant."""
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.3 * len(summaries)))
+    places = np.arange(len(summaries))[::-1]
+    for key, label, marker in (
+        ("reconstruction", "attributes regenerated", "o"),
+        ("transferred/all", "transfer, mean of presets", "s"),
+    ):
+        values = [summary[key] for summary in summaries.values()]
+        means = np.array([v.mean() for v in values])
+        errors = np.abs(np.array([bootstrap(v) for v in values]).T - means)
+        axes.errorbar(means, places, xerr=errors, fmt=marker, label=label, capsize=2)
+    axes.set_yticks(places, list(summaries))
+    axes.set_xlim(0, 1.02)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    _save(figure, path)
+
+
+def plot_spectrum(
+    found: Mapping[str, Mapping[str, np.ndarray]], experiments: Mapping[str, Experiment], judge: Judge, folder: Path
+) -> list[str]:
+    """A heat map and a strip of pictures for each kind of experiment; the names of the files."""
+    files = []
+    titles = {
+        "withhold": "goes along with the prompt, which is withheld in these stages",
+        "switch": "goes along with prompt A, which is replaced by B below this stage",
+        "add": "goes along with a word that is there in these stages only",
+    }
+    adds = [name for name in found if name.startswith("add")]
+    for name in ("withhold", "switch"):
+        if name in found:
+            heat_map(matrix(found[name], judge), judge.names, list(found[name]), titles[name], folder / f"{name}.png")
+            files.append(f"{name}.png")
+    if adds:
+        rows = [(name, judged) for name in adds for judged in experiments[name].judged or judge.names]
+        values = np.concatenate([matrix(found[name], judge, experiments[name].judged) for name in adds])
+        windows = list(found[adds[0]])
+        heat_map(values, [judged for _, judged in rows], windows, titles["add"], folder / "add.png", "stages")
+        files.append("add.png")
+    for name in [name for name in found if name.startswith("concept")]:
+        title = f"{name}: comes from the learned picture, `*` in these stages only"
+        chosen = {w: x for w, x in found[name].items() if w.startswith("0") or w.endswith("9")} or found[name]
+        heat_map(matrix(chosen, judge), judge.names, list(chosen), title, folder / f"{name}.png", "stages")
+        files.append(f"{name}.png")
+    for name, experiment in experiments.items():
+        strip(folder / "pictures", name, list(experiment.conditions), folder / f"strip-{name}.png")
+        files.append(f"strip-{name}.png")
+    return files
+
+
+def strip(pictures: Path, experiment: str, conditions: Sequence[str], path: Path, rows: int = 4) -> None:
+    """The first pictures of every condition side by side, its stages above."""
+    conditions = conditions[:12]
+    columns = [np.load(pictures / f"{experiment}-{condition}.npz")["pictures"][:rows] for condition in conditions]
+    rows = len(columns[0])
+    figure, axes = plt.subplots(
+        rows, len(columns), figsize=(0.9 * len(columns), 0.95 * rows), squeeze=False, layout="constrained"
+    )
+    for x, (condition, column) in enumerate(zip(conditions, columns, strict=True)):
+        axes[0, x].set_title(condition, fontsize=8)
+        for y in range(rows):
+            axes[y, x].imshow(column[y])
+            axes[y, x].axis("off")
+    figure.suptitle(f"{experiment}: stages", fontsize=9)
+    _save(figure, path)

@@ -1,0 +1,47 @@
+"""Learn concepts in several ways, on pictures whose attributes are known, and count what they bring.
+
+    python scripts/ablate.py configs/evidence/ablation.yaml --outdir outputs/ablation
+    python scripts/ablate.py configs/evidence/ablation.yaml --only prospect textual-inversion --limit 4
+
+Every learned concept and every count stays in --outdir, where an interrupted run goes on. `--limit` and `--only`
+take part of the YAML; run again without them for the rest. The tables go to --outdir/ablation.{md,json}.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("yaml", type=Path, help="the variants")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most so many concepts of each variant")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (one for each core)")
+    parser.add_argument(
+        "--presets", type=Path, help="YAML of windows (presets.yaml beside the checkpoint, or the paper's)"
+    )
+    parser.add_argument("--outdir", type=Path, default=Path("outputs/ablation"))
+    args = parser.parse_args()
+    if not args.yaml.is_file():
+        parser.error(f"there is no '{args.yaml}'; configs/evidence/ablation.yaml is one")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit must be at least 1, not {args.limit}")
+
+    from ldm.evaluation.ablation import Ablation, tables
+    from ldm.presets import load_presets, presets_beside
+
+    try:
+        ablation = Ablation.read(args.yaml, args.only, args.limit)
+        windows = load_presets(args.presets) if args.presets else presets_beside(ablation.ckpt)
+    except ValueError as error:
+        parser.error(str(error))
+    learned = ablation.learn(args.outdir, args.workers)
+    text = tables(ablation, ablation.measure(args.outdir, learned, windows, args.workers), learned, args.outdir)
+    print(text)
+    print(f"{args.outdir}: ablation.md, ablation.json, transfer.png, stages.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""On the small model that ships: the judge can be trusted, captions are followed, and stages mean something."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data.world import FACTORS, random_attributes, render
+from ldm.evaluation import spectrum
+from ldm.evaluation.captions import follow_captions, load, load_judge
+from ldm.evaluation.concepts import TRANSFERS, brought, concept_attributes, fill, windowed
+from ldm.evaluation.judges import AttributeJudge, DistanceJudge
+from ldm.evaluation.pictures import generate, staged
+from ldm.evaluation.world_spectrum import best_windows, caption_experiments
+
+ROOT = Path(__file__).parents[2]
+CONFIG, MODEL = "configs/demo/finetune.yaml", "models/demo/model.safetensors"
+CLASSIFIER = "models/demo/classifier.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def judge() -> AttributeJudge:
+    return load_judge(CLASSIFIER)
+
+
+def test_the_judge_reads_rendered_and_reconstructed_pictures(judge: AttributeJudge):
+    attributes = random_attributes(256, 77, held_out=True)
+    pictures = render(attributes, range(256))
+    assert ((judge.read(pictures) == attributes).float().mean(dim=0) >= 0.98).all()
+    model = load(CONFIG, MODEL)
+    with torch.no_grad():
+        again = model.decode_first_stage(model.get_first_stage_encoding(model.encode_first_stage(pictures).mode()))
+    assert ((judge.read(again) == attributes).float().mean(dim=0) >= 0.95).all()
+
+
+def test_the_judge_follows_pictures_and_attributes_alike(judge: AttributeJudge):
+    attributes = random_attributes(8, 3)
+    pictures = render(attributes, range(8))
+    others = attributes.roll(1, dims=0)
+    assert (judge.follows(pictures, attributes, others) == judge.follows(pictures, pictures, others)).all()
+    assert torch.equal(judge.follows(pictures, others, attributes), (attributes == others).float())
+
+
+def test_the_distance_judge_tells_the_poles_apart():
+    judge = DistanceJudge()
+    rows = random_attributes(2, 1)
+    a, b = render(rows, [1, 2]).split(1)
+    assert judge.names == ("colour", "structure")
+    assert torch.allclose(judge.follows(a, a, b), torch.ones(1, 2))
+    assert torch.allclose(judge.follows(b, a, b), torch.zeros(1, 2), atol=1e-6)
+    grey = a.mean(dim=1, keepdim=True).expand_as(a)
+    colour, structure = judge.follows(grey, a, b)[0]
+    assert structure > 0.8 and colour < structure
+
+
+def test_captions_are_followed_on_combinations_that_training_never_showed():
+    correct = follow_captions(CONFIG, MODEL, CLASSIFIER, seed=5, count=32, held_out=True, steps=20, scale=2.5)[
+        "correct"
+    ]
+    assert (correct.mean(axis=0) >= 0.8).all(), dict(zip(FACTORS, correct.mean(axis=0), strict=True))
+
+
+def test_layout_is_decided_early_and_texture_late(judge: AttributeJudge):
+    """The prompt spectrum in small; with stages that did nothing both shares would be equal."""
+    experiment = caption_experiments(24, 3)["switch"]
+    pictures = generate(load(CONFIG, MODEL), experiment.conditions["4"], experiment.seeds, steps=20)
+    same = dict(zip(FACTORS, judge.follows(pictures, experiment.toward, experiment.away).mean(dim=0), strict=True))
+    other = dict(zip(FACTORS, judge.follows(pictures, experiment.away, experiment.toward).mean(dim=0), strict=True))
+    assert same["position"] > 0.8 and same["background"] > 0.8
+    assert same["texture"] < same["position"] - 0.3 and other["texture"] > other["position"] + 0.3
+
+
+def test_stages_of_their_own_text_are_the_models_own():
+    model = load(CONFIG, MODEL)
+    texts = [["a red star", "a star"]] * 7 + [["a blue star", "a star"]] * 3
+    cond = staged(model, texts)
+    with torch.no_grad():
+        expected = model.get_learned_conditioning(["a blue star", "a star"]).at(950)
+    assert torch.allclose(cond.at(750).k, expected.k) and torch.allclose(cond.at(950).k, expected.k)
+    assert not torch.allclose(cond.at(650).k[0], expected.k[0])
+
+
+def test_windows():
+    assert spectrum.sliding(3)[0] == (0, 2) and spectrum.sliding(3)[-1] == (7, 9)
+    assert len(spectrum.all_windows()) == 55
+    texts = spectrum.switch(["A"], ["B"], [0]).conditions
+    assert [stage[0] for stage in texts["7"]] == ["B"] * 7 + ["A"] * 3
+    assert {stage[0] for stage in texts["0"]} == {"A"} and {stage[0] for stage in texts["10"]} == {"B"}
+    placed = spectrum.place(["a <1> star"], [0], [(2, 4)], {"<1>": "file"})
+    assert [stage[0] for stage in placed.conditions["2-4"]] == ["a star"] * 2 + ["a <1> star"] * 3 + ["a star"] * 5
+    assert windowed("a * star", [0, 1], 5) == ["a * star", *["a star"] * 4]
+
+
+def test_picture_and_text_of_a_transfer_differ_in_every_factor():
+    for number in range(10):
+        picture, text = concept_attributes(number, 50)
+        assert (picture != text).all()
+    assert "*" in fill(TRANSFERS["material"], text) and FACTORS["shape"][text[2]] in fill(TRANSFERS["material"], text)
+
+
+def test_what_was_brought():
+    transfer = TRANSFERS["layout"]  # wants the position, and neither shape nor texture nor colour
+    picture = np.zeros(6, dtype=int)
+    read = np.array([[0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    found = brought(read, picture, transfer)
+    assert found["wanted"].tolist() == [True, True, False]
+    assert found["transferred"].tolist() == [True, False, False]
+    assert found["leaked"] == pytest.approx([0, 1 / 3, 0])
+
+
+def test_the_best_window_is_the_shortest_of_the_best():
+    same = {"3": [0, 0, 0, 1, 0, 0], "2-3": [0, 0, 0, 1, 0, 0], "0-9": [1, 1, 1, 1, 1, 1], "5": [0, 0, 0, 0, 0, 0]}
+    found = {f"concept-{name}": {w: np.array([x]) for w, x in same.items()} for name in TRANSFERS}
+    assert best_windows(found)["material"] == [3]
