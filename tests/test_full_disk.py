@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,8 @@ def files_up_to(size: int) -> Iterator[None]:
 def has_namespaces() -> bool:
     if not shutil.which("unshare"):
         return False
-    mount = [*NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"]
+    # the interpreter may be where only root, which this process then only seems to be, can reach it
+    mount = [*NAMESPACE, "sh", "-c", 'mount -t tmpfs none /mnt && exec "$0" -c ""', sys.executable]
     return subprocess.run(mount, capture_output=True).returncode == 0
 
 
