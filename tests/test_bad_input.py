@@ -215,7 +215,11 @@ SCRIPTS: list[tuple[str, str, str]] = [
     ("convert_checkpoint", "{bad}/cut-middle.ckpt {out}/a.safetensors", "download it again"),
     ("convert_checkpoint", "{bad}/pickle.ckpt {out}/a.safetensors", "could run code and is not loaded"),
     ("convert_checkpoint", "{bad}/whole.ckpt {out}/a.ckpt", "the target must end in .safetensors"),
-    ("convert_checkpoint", "{bad}/whole.ckpt {out}/none/a.safetensors", "to write 'a.safetensors' into; make it first"),
+    (
+        "convert_checkpoint",
+        "{bad}/whole.ckpt {out}/none/a.safetensors",
+        "Cannot write 'a.safetensors': there is no folder",
+    ),
     ("convert_checkpoint", "{bad}/whole.ckpt {out}/a.safetensors --haf", "did you mean --half?"),
     ("pack_model", "{bad}/nowhere {out}/a.safetensors", "There is no file"),
     ("pack_model", "{bad}/run {out}/a.safetensors", "holds no whole model; give the log folder"),
