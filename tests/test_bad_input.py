@@ -23,6 +23,7 @@ from ldm.checkpoint import read_state_dict
 from ldm.data.images import open_image
 from ldm.data.personalized import PersonalizedBase, find_pictures
 from ldm.embeddings import Concept, load_concept, save_concept
+from ldm.files import WriteError
 
 ROOT = Path(__file__).parents[1]
 
@@ -372,6 +373,6 @@ def test_a_count_of_batches_stays_a_count(text: str) -> None:
 
 def test_a_concept_is_not_saved_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
     concept = Concept(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="There is no folder '.*none' to write 'a.safetensors' into; make it first."):
+    with pytest.raises(WriteError, match="Cannot write 'a.safetensors': there is no folder '.*none'; make it first."):
         save_concept(concept, tmp_path / "none/a.safetensors")
     assert not list(tmp_path.iterdir())
