@@ -153,7 +153,7 @@ def words_file(path: str) -> dict[str, Any]:
     from ldm.config import read_yaml
 
     hint = "an entry that begins with * needs quotes"
-    text = read_yaml(path, "--words", hint)
+    text = read_yaml(path, "--words", "file", hint)
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # tags, keys and dates that cannot be made

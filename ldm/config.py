@@ -49,7 +49,7 @@ def allow_targets(*packages: str) -> None:
     _allowed.update(packages)
 
 
-def read_yaml(path: str | Path, flag: str, hint: str = "mend that place") -> str:
+def read_yaml(path: str | Path, flag: str, what: str = "configuration file", hint: str = "mend that place") -> str:
     """The text of a YAML file that is safe to parse; `flag` is where the path came from.
 
     Raises:
@@ -57,12 +57,8 @@ def read_yaml(path: str | Path, flag: str, hint: str = "mend that place") -> str
     """
     path = Path(path)
     if not path.is_file():
-        what = (
-            f"'{path}' is a folder and no configuration"
-            if path.is_dir()
-            else f"There is no configuration file '{path}'"
-        )
-        raise ConfigError(f"{what}; check the path given with {flag}.")
+        problem = f"'{path}' is a folder and no {what}" if path.is_dir() else f"There is no {what} '{path}'"
+        raise ConfigError(f"{problem}; check the path given with {flag}.")
     try:
         text = path.read_text(encoding="utf-8")
         nodes = _count_nodes(yaml.compose(text, yaml.SafeLoader), {})

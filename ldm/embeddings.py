@@ -182,7 +182,7 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
     """
     listed = [source] if isinstance(source, (str, Path)) else source
     if not isinstance(listed, Sequence) or not all(isinstance(path, (str, Path)) for path in listed):
-        raise EmbeddingError(f"a concept is read from the path of a file, or a list of such, not from {source!r}.")
+        raise EmbeddingError(f"a concept is read from a file's path, or a list of such, not from {source!r}.")
     if not listed:
         raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
     if listed is source:

@@ -254,8 +254,7 @@ def check_arguments(
         raise ValueError(f"n_iter and n_samples must be at least 1, not {n_iter} and {n_samples}.")
     if n_rows < 0:
         raise ValueError(f"n_rows must be at least 1, or 0 for as square as possible, not {n_rows}.")
-    last_seed = seed + n_iter * n_samples - 1
-    if not 0 <= seed <= last_seed < 2**63:
+    if not 0 <= seed <= 2**63 - n_iter * n_samples:
         raise ValueError(f"seed must be in 0..{2**63 - n_iter * n_samples}, not {seed}; picture i has seed + i.")
     if not 1 <= ddim_steps <= model.num_timesteps:
         raise ValueError(f"ddim_steps must be in 1..{model.num_timesteps}, not {ddim_steps}.")

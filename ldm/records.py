@@ -48,8 +48,8 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"'{path}' has no ProSpect parameters; only PNG files saved by this program do.")
     try:
         parameters = json.loads(info[PNG_KEY])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' has no readable ProSpect parameters; use another copy of it.") from error
+    except (ValueError, RecursionError):
+        parameters = None
     if not isinstance(parameters, dict):
         raise ValueError(f"'{path}' has no readable ProSpect parameters; use another copy of it.")
     return parameters

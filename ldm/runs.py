@@ -50,7 +50,7 @@ class Run:
     def opened(self) -> Iterator[None]:
         """Make the folder, which is no other run's, and clear what a killed process left half written in it.
 
-        Of several processes only the first does that. A folder that was made and stays empty is removed again.
+        Of several processes only the first does that. What was made and stays empty is removed again.
 
         Raises:
             WriteError: the folder cannot be made.
@@ -58,6 +58,7 @@ class Run:
         if rank_zero_only.rank != 0:
             yield
             return
+        made = [place for place in self.folder.parents if not place.exists()]
         with writing_to(self.folder):
             is_new = self._make()
             remove_unfinished(self.folder)
@@ -66,7 +67,8 @@ class Run:
         finally:
             if is_new:
                 with suppress(OSError):
-                    self.folder.rmdir()
+                    for place in (self.folder, *made):
+                        place.rmdir()
 
     def _make(self) -> bool:
         """Whether the folder was made; False where it is there and is the one that was asked for."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import bad_files
 import pytest
+import torch
 from bad_files import Cases, cases, refused, words
 
 import main
@@ -20,7 +22,8 @@ from ldm import cli
 from ldm.checkpoint import read_state_dict
 from ldm.data.images import open_image
 from ldm.data.personalized import PersonalizedBase, find_pictures
-from ldm.embeddings import load_concept
+from ldm.embeddings import Concept, load_concept, save_concept
+from ldm.files import WriteError
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,7 +218,11 @@ SCRIPTS: list[tuple[str, str, str]] = [
     ("convert_checkpoint", "{bad}/cut-middle.ckpt {out}/a.safetensors", "download it again"),
     ("convert_checkpoint", "{bad}/pickle.ckpt {out}/a.safetensors", "could run code and is not loaded"),
     ("convert_checkpoint", "{bad}/whole.ckpt {out}/a.ckpt", "the target must end in .safetensors"),
-    ("convert_checkpoint", "{bad}/whole.ckpt {out}/none/a.safetensors", "to write 'a.safetensors' into; make it first"),
+    (
+        "convert_checkpoint",
+        "{bad}/whole.ckpt {out}/none/a.safetensors",
+        "Cannot write 'a.safetensors': there is no folder",
+    ),
     ("convert_checkpoint", "{bad}/whole.ckpt {out}/a.safetensors --haf", "did you mean --half?"),
     ("pack_model", "{bad}/nowhere {out}/a.safetensors", "There is no file"),
     ("pack_model", "{bad}/run {out}/a.safetensors", "holds no whole model; give the log folder"),
@@ -316,24 +323,33 @@ def test_as_programs_with_a_trace_on_request(command: str, bad: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@contextlib.contextmanager
+def without_the_rights_of_root() -> Iterator[None]:
+    """Root may read any file: for a moment this thread gives that up (the capabilities 1 and 2 of Linux)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    kind = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(kind, held) == 0
+    less = (ctypes.c_uint32 * 6)(*held)
+    less[0] &= ~0b110
+    assert libc.capset(kind, less) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(kind, held) == 0
+
+
 @pytest.fixture
 def unreadable(bad: Path, tmp_path: Path) -> Iterator[Path]:
-    """A folder that an ordinary user may enter, with files that only their owner, another user, may read."""
-    folder = Path(tempfile.mkdtemp(dir=tempfile.gettempdir()))
-    folder.chmod(0o755)
+    """A folder of files that nobody may read."""
     for name in ("noise.png", "good.safetensors", "whole.safetensors"):
-        shutil.copy(bad / name, folder / name)
-        (folder / name).chmod(0)
-    root = os.geteuid() == 0
-    if root:  # may read everything, so for a moment we are nobody
-        os.seteuid(65534)
-    yield folder
-    if root:
-        os.seteuid(0)
-    shutil.rmtree(folder)
+        shutil.copy(bad / name, tmp_path / name)
+        (tmp_path / name).chmod(0)
+    with without_the_rights_of_root():
+        yield tmp_path
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the platform has no such permissions")
+@pytest.mark.skipif(sys.platform != "linux", reason="gives up the rights of root as Linux knows them")
 def test_files_that_may_not_be_read(unreadable: Path) -> None:
     reads = {
         "noise.png": (open_image, find_pictures, lambda path: PersonalizedBase(path.parent, size=64)),
@@ -353,3 +369,10 @@ def test_a_count_of_batches_stays_a_count(text: str) -> None:
     """Lightning reads 1 as one batch and 1.0 as all of them."""
     given = cli.parse(["--base", "x.yaml", "--limit_val_batches", text]).trainer["limit_val_batches"]
     assert (given, type(given)) == (float(text), float if "." in text else int)
+
+
+def test_a_concept_is_not_saved_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    concept = Concept(torch.ones(2, 3))
+    with pytest.raises(WriteError, match="Cannot write 'a.safetensors': there is no folder '.*none'; make it first."):
+        save_concept(concept, tmp_path / "none/a.safetensors")
+    assert not list(tmp_path.iterdir())

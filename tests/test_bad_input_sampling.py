@@ -98,7 +98,10 @@ GENERATING: dict[str, Cases] = {
         (f"{CONCEPT}x.png", "this is a folder"),
         (f"{CONCEPT}empty.ckpt", "the file is empty"),
         (f"{CONCEPT}text.ckpt", "holds no embedding; use"),
-        (f"{CONCEPT}wide.safetensors", "has width 768, but this model's text encoder has width 128"),
+        (
+            f"{CONCEPT}wide.safetensors",
+            "has width 768 (base model: unknown), but this model's text encoder has width 128",
+        ),
         (f"{CONCEPT}several.safetensors", "the file holds 2 embeddings (<a>, <b>); give the name of one"),
         (f"{CONCEPT}stages.safetensors", "there are 7 vectors for 10 stages"),
         (f"{CONCEPT}tokens.safetensors", "its 10 vectors are for 10 consecutive tokens"),

@@ -13,6 +13,7 @@ from torch import nn
 
 import main as program
 from ldm import commands
+from ldm.embeddings import Concept, save_concept
 from ldm.generate import load_model_from_config
 from ldm.generate import main as generate
 from ldm.guards import FiniteGuard, FirstBad, NotFiniteError
@@ -103,9 +104,12 @@ def test_the_first_bad_step_is_remembered() -> None:
 def test_latents_that_are_not_finite_make_no_picture(
     small_model: "LatentDiffusion", tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    huge = tmp_path / "huge.safetensors"  # finite, but their mean is not
+    save_concept(Concept(torch.full((10, small_model.embedding_manager.width), 3e38)), huge)
     with pytest.raises(NotFiniteError, match=r"from timestep \d+ on \(stage \d\); use float32"):
-        generate("a star", model=small_model, scale=1e38, ddim_steps=4, height=64, width=64, progress=False)
-    flags = ["--prompt", "a star", "--steps", "2", "--scale", "1e38", "--outdir", str(tmp_path / "out")]
+        settings = {"ddim_steps": 4, "height": 64, "width": 64, "progress": False}
+        generate("a <huge> star", model=small_model, concepts={"<huge>": huge}, **settings)
+    flags = ["--prompt", "a * star", "--concept", str(huge), "--steps", "2", "--outdir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ending:
         commands.run("Generate.", argv=flags)
     assert ending.value.code == 2 and "The latents are not finite" in capsys.readouterr().err

@@ -246,9 +246,9 @@ def test_the_first_stage_keeps_no_pairs_of_positions(model: LatentDiffusion, mon
     seen: list[bool] = []
     attention = torch.nn.functional.scaled_dot_product_attention
 
-    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: bool) -> torch.Tensor:
         seen.append(all(x.stride(-1) == 1 for x in (q, k, v)))
-        return attention(q, k, v)
+        return attention(q, k, v, **options)
 
     monkeypatch.setattr("ldm.modules.diffusionmodules.model.F.scaled_dot_product_attention", watched)
     model.decode_first_stage(torch.zeros(1, 4, 8, 8))
