@@ -51,7 +51,7 @@ def plot_transfers(summaries: Mapping[str, Mapping[str, np.ndarray]], presets: S
     axes.set_xticks(range(len(groups)), [*presets, "mean"])
     axes.set_ylabel("wanted attribute only")
     axes.set_ylim(0, 1)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _save(figure, path)
 
 
