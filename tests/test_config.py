@@ -120,7 +120,7 @@ def test_names_that_existing_files_rely_on(path: str) -> None:
 
 def test_every_configuration_that_ships_builds() -> None:
     root = Path(__file__).parent.parent
-    for path in sorted((root / "configs").rglob("*.yaml")):
+    for path in sorted(path for path in (root / "configs").rglob("*.yaml") if path.parent.name != "evidence"):
         config = load_config(path)
         with torch.device("meta"):
             config.model.params.pop("personalization_config", None)

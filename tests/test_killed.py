@@ -136,7 +136,9 @@ def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def test_ctrl_c_before_the_first_step_shows_no_trace(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     process = start("main.py", *LEARN, *MADE_SMALL, "-p", str(tmp_path / "run"))
+    signal.signal(signal.SIGINT, before)
     lines = iter(process.stderr.readline, "")
     assert any("tensors loaded" in line for line in lines)
     process.send_signal(signal.SIGINT)

@@ -1,0 +1,42 @@
+"""Windows of stages that were measured for a model."""
+
+from pathlib import Path
+
+import pytest
+
+from ldm.presets import PRESET_STAGES, joint, load_presets, preset, presets_beside
+
+
+def test_measured_windows_take_the_place_of_the_papers(tmp_path: Path) -> None:
+    (tmp_path / "presets.yaml").write_text("layout: [7, 8]\nmaterial: [2]\n")
+    windows = presets_beside(tmp_path / "model.safetensors")
+    assert windows == PRESET_STAGES | {"layout": (7, 8), "material": (2,)}
+    assert presets_beside(tmp_path) == windows  # a diffusers folder
+    assert preset("layout", "a star", windows=windows) == ["a star"] * 7 + ["a star *"] * 2 + ["a star"]
+    both = joint({"layout": "<a>", "material": "<b>"}, "star", windows=windows)
+    assert [stage for stage, text in enumerate(both) if "<a>" in text] == [7, 8]
+    assert [stage for stage, text in enumerate(both) if "<b>" in text] == [2]
+
+
+def test_without_a_file_the_papers_hold(tmp_path: Path) -> None:
+    assert presets_beside(tmp_path / "model.safetensors") == load_presets(None) == PRESET_STAGES
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("[1, 2]", "content, layout"),
+        ("colour: [1]", "content, layout"),
+        ("layout: 9", "'layout'"),
+        ("layout: []", "'layout'"),
+        ("layout: [10]", "0..9"),
+        ("layout: [true]", "'layout'"),
+        ("layout: [", "cannot be read"),
+        ("\x00", "cannot be read"),
+    ],
+)
+def test_other_files_get_one_sentence(text: str, names: str, tmp_path: Path) -> None:
+    (tmp_path / "presets.yaml").write_text(text)
+    with pytest.raises(ValueError, match="presets.yaml") as error:
+        presets_beside(tmp_path)
+    assert names in str(error.value) and "\n" not in str(error.value)
