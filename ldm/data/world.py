@@ -206,11 +206,9 @@ class RenderedWorld(Dataset):
         seed: chooses attributes, pictures, order and captions.
         resolution: R, pixels a side.
         held_out: (shape, texture, colour) triples that are kept out of training (True), the others, or all (None).
-        empty: probability that the whole caption is empty.
-        drop, wrong: probabilities, see `caption`.
-        errors_from: sample number from which on captions have omissions and errors; those before are whole.
-        crop_until: samples before this number show only `crop` x `crop` pixels around the object: an autoencoder
-            sees four times as many objects in the same time.
+        empty, drop, wrong: probabilities: that the whole caption is empty; see `caption`.
+        errors_from: sample number from which captions have omissions and errors.
+        crop_until: samples before this number show only `crop` x `crop` pixels around the object.
         repeats: epochs that make up the length.
     """
 
