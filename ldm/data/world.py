@@ -1,8 +1,7 @@
 """A captioned world of rendered pictures whose attributes are known.
 
-One object (position, size, shape, texture, colour) on a plain background. The palette has moderate chroma and
-the textures moderate contrast, so that a diffusion model has to decide them late, after layout and shape: the
-order in which attributes appear during denoising is a property of this world by construction.
+One object (position, size, shape, texture, colour) on a plain background. Palette and textures are muted, so that a
+diffusion model has to decide them late, after layout and shape: that order is this world's by construction.
 
 Shapes: N pictures, F = 6 factors in the order of `FACTORS`, R pixels a side.
 """
