@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.flags import Parser
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml", type=Path, help="the variants")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
     parser.add_argument("--limit", type=int, metavar="N", help="at most so many concepts of each variant")
@@ -23,20 +25,20 @@ def main() -> None:
         "--presets", type=Path, help="YAML of windows (presets.yaml beside the checkpoint, or the paper's)"
     )
     parser.add_argument("--outdir", type=Path, default=Path("outputs/ablation"))
-    args = parser.parse_args()
-    if not args.yaml.is_file():
-        parser.error(f"there is no '{args.yaml}'; configs/evidence/ablation.yaml is one")
+    args = parser.parse_strictly()
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit must be at least 1, not {args.limit}")
+    with parser.sentences():
+        compare(args)
 
+
+def compare(args: argparse.Namespace) -> None:
+    """Learn, count, print and write."""
     from ldm.evaluation.ablation import Ablation, tables
     from ldm.presets import load_presets, presets_beside
 
-    try:
-        ablation = Ablation.read(args.yaml, args.only, args.limit)
-        windows = load_presets(args.presets) if args.presets else presets_beside(ablation.ckpt)
-    except ValueError as error:
-        parser.error(str(error))
+    ablation = Ablation.read(args.yaml, args.only, args.limit)
+    windows = load_presets(args.presets) if args.presets else presets_beside(ablation.ckpt)
     learned = ablation.learn(args.outdir, args.workers)
     text = tables(ablation, ablation.measure(args.outdir, learned, windows, args.workers), learned, args.outdir)
     print(text)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm.flags import Parser
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo/finetune.yaml")
     parser.add_argument("--ckpt", default="models/demo/model.safetensors")
     parser.add_argument("--classifier", default="models/demo/classifier.safetensors")
@@ -26,10 +28,15 @@ def main() -> None:
     parser.add_argument("--seen", action="store_true", help="combinations that training showed, instead")
     parser.add_argument("--workers", type=int, help="processes (one for each core)")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/accuracy"))
-    args = parser.parse_args()
+    args = parser.parse_strictly()
     if args.count < 1:
         parser.error(f"--count must be at least 1, not {args.count}")
+    with parser.sentences():
+        count(args)
 
+
+def count(args: argparse.Namespace) -> None:
+    """Draw, count, print and write."""
     from ldm.data.images import make_grid
     from ldm.data.world import FACTORS
     from ldm.evaluation.captions import follow_captions, judge_itself

@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.flags import Parser
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo/finetune.yaml")
     parser.add_argument("--ckpt", default="models/demo/model.safetensors")
     parser.add_argument("--classifier", default="models/demo/classifier.safetensors")
@@ -44,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = build_parser()
-    args = parser.parse_args()
+    args = parser.parse_strictly()
     if not 1 <= args.width <= 10:
         parser.error(f"--width must be in 1..10, not {args.width}")
     if args.count < 1 or args.concepts < 0:
@@ -53,7 +55,12 @@ def main() -> None:
         parser.error("--concept takes FILE=PROMPT, such as teddy.safetensors='a * mug'")
     if args.write_presets and (args.prompt or not args.concepts):
         parser.error("--write-presets needs concepts of the rendered world: leave --prompt away, --concepts at least 1")
+    with parser.sentences():
+        measure(args)
 
+
+def measure(args: argparse.Namespace) -> None:
+    """Draw, judge and write."""
     import yaml
 
     from ldm.evaluation import spectrum, world_spectrum

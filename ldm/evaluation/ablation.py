@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
 
+from ldm.config import read_yaml
 from ldm.data.world import FACTORS
 from ldm.evaluation.concepts import TRANSFERS, bring, brought, concept_attributes, learn_concept
 from ldm.evaluation.jobs import Result, run_jobs
 from ldm.evaluation.statistics import bootstrap
 
 KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale", "default", "settings", "variants"}
+EXAMPLE = "configs/evidence/ablation.yaml is one"
 INITIAL_WORDS = "model.params.personalization_config.params.initializer_words"
 
 
@@ -38,7 +40,10 @@ class Ablation:
     @classmethod
     def read(cls, path: Path, only: Sequence[str] | None = None, limit: int | None = None) -> Ablation:
         """Raises ValueError for keys that are missing or unknown, and for unknown variants."""
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        try:
+            content = yaml.safe_load(read_yaml(path, "the command", "file of variants", EXAMPLE))
+        except yaml.YAMLError as error:
+            raise ValueError(f"'{path}' is not a readable YAML file; {EXAMPLE}.") from error
         if not isinstance(content, dict) or set(content) != KEYS:
             raise ValueError(f"'{path}' must have the keys {', '.join(sorted(KEYS))}, and no others.")
         unknown = [name for name in only or () if name not in content["variants"]]
