@@ -7,8 +7,10 @@ Shapes: N pictures, F factors, S stages, D width.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +91,9 @@ def learn(config: str, ckpt: str, picture: Tensor, overrides: Mapping[str, Any],
         OmegaConf.update(settings, key, value)
     settings.model.params.ckpt_path = ckpt
     pl.seed_everything(seed, verbose=False)
-    with tempfile.TemporaryDirectory() as folder:
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its notices would hide the progress bar
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         to_pil(picture).save(Path(folder) / "picture.png")
         settings.data.params.train.params.data_root = folder
         model = instantiate_from_config(settings.model)

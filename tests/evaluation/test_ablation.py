@@ -31,6 +31,45 @@ def test_one_value_for_each_concept():
     assert values["transferred/all"].tolist() == [0, 0]  # the first brings the unwanted, too
 
 
+TINY = """
+config: configs/demo/finetune.yaml
+ckpt: models/demo/model.safetensors
+classifier: models/demo/classifier.safetensors
+seed: 50
+pictures: 1
+steps: 2
+scale: 2.5
+settings: {lightning.trainer.max_steps: 2}
+default: prospect
+variants:
+  prospect: {concepts: 1, learning_rate: 1.0e-3}
+  textual-inversion: {concepts: 1, model.params.prospect_stages: 1, word: shape}
+  other: {concepts: 1, model.params.time_sampling: stages, model.params.personalization_config.params.norm: word}
+"""
+
+
+def test_the_command_learns_counts_and_goes_on(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(YAML.parents[2])
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(
+        "sys.argv", ["ablate.py", str(tmp_path / "tiny.yaml"), "--workers", "1", "--outdir", str(tmp_path)]
+    )
+    ablate.main()
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("| prospect", "| text", "| other"))
+    ]
+    assert len(rows) == 10  # two tables; two variants again with the concept in all stages
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    assert len(files) == 6 and {"ablation.md", "ablation.json", "transfer.png", "stages.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    vectors = np.load(tmp_path / "learned" / "other-00.npz")["vectors"]
+    lengths = np.linalg.norm(vectors, axis=1)
+    assert vectors.shape == (10, 128) and np.allclose(lengths, lengths[0], rtol=1e-4)
+    ablate.main()
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [
