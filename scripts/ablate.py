@@ -42,7 +42,7 @@ def compare(args: argparse.Namespace) -> None:
     learned = ablation.learn(args.outdir, args.workers)
     text = tables(ablation, ablation.measure(args.outdir, learned, windows, args.workers), learned, args.outdir)
     print(text)
-    print(f"{args.outdir}: ablation.md, ablation.json, transfer.png, stages.png")
+    print(f"{args.outdir}: ablation.md, ablation.json, transfer.png, variants.png")
 
 
 if __name__ == "__main__":

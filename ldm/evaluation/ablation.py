@@ -17,14 +17,22 @@ from ldm.evaluation.concepts import TRANSFERS, bring, brought, concept_attribute
 from ldm.evaluation.jobs import Result, run_jobs
 from ldm.evaluation.statistics import bootstrap
 
-KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale", "default", "settings", "variants"}
+KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale"}
+KEYS |= {"default", "everywhere", "settings", "variants"}
 EXAMPLE = "configs/evidence/ablation.yaml is one"
 INITIAL_WORDS = "model.params.personalization_config.params.initializer_words"
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """An ablation's YAML; `variants` are {name: {dotted key: value}} of the configuration, and `concepts`, how many."""
+    """An ablation's YAML.
+
+    Args:
+        default: the variant that the others are compared with.
+        everywhere: the variants that are also counted with the concept in all stages.
+        settings: {dotted key: value} of the configuration, for all variants.
+        variants: {name: {dotted key: value}}, and `concepts`, how many pictures are learned so.
+    """
 
     config: str
     ckpt: str
@@ -34,6 +42,7 @@ class Ablation:
     steps: int
     scale: float
     default: str
+    everywhere: list[str]
     settings: dict[str, Any]
     variants: dict[str, dict[str, Any]]
 
@@ -92,8 +101,9 @@ class Ablation:
         shared |= {"windows": {name: list(stages) for name, stages in windows.items()}}
         shared |= {"seeds": self.pictures, "steps": self.steps, "scale": self.scale}
         jobs = {
-            name: shared | {"number": number, "vectors": learned[name]["vectors"].tolist()}
-            for name, (_, number) in self.jobs().items()
+            name: shared
+            | {"number": number, "vectors": learned[name]["vectors"].tolist(), "everywhere": variant in self.everywhere}
+            for name, (variant, number) in self.jobs().items()
         }
         return run_jobs(bring, jobs, folder / "measured", workers, "counting")
 
@@ -130,19 +140,21 @@ def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[
     summaries = {variant: summary(ablation, measured, variant) for variant in ablation.variants}
     everywhere = {
         f"{variant}, `*` in all stages": summary(ablation, measured, variant, "-everywhere")
-        for variant in (ablation.default, "textual-inversion")
+        for variant in ablation.everywhere
         if variant in ablation.variants
     }
     presets = list(TRANSFERS)
     lines = ["| variant | concepts | attributes regenerated | latent distance | transfer, mean of presets | "]
-    lines[0] += " | ".join(presets) + " | seconds to learn |"
-    lines.append("|" + "---|" * (6 + len(presets)))
+    lines[0] += " | ".join(presets) + f" | transfer − {ablation.default}'s, same pictures | seconds to learn |"
+    lines.append("|" + "---|" * (7 + len(presets)))
     for name, values in (summaries | everywhere).items():
         seconds = [float(learned[job]["seconds"]) for job, (v, _) in ablation.jobs().items() if v == name]
         cells = [name, str(len(values["distance"])), share(values["reconstruction"])]
         cells += [f"{values['distance'].mean():.3f}", share(values["transferred/all"])]
         cells += [f"{values[f'transferred/{preset}'].mean():.2f}" for preset in presets]
-        lines.append(f"| {' | '.join(cells)} | {np.median(seconds):.0f} |" if seconds else f"| {' | '.join(cells)} | |")
+        cells.append(gain(values, summaries[ablation.default]) if ablation.default in summaries else "")
+        cells.append(f"{np.median(seconds):.0f}" if seconds else "")
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| variant | " + " | ".join(f"{p}: wanted / leaked" for p in presets) + " |"]
     lines.append("|" + "---|" * (1 + len(presets)))
     for name, values in (summaries | everywhere).items():
@@ -155,8 +167,18 @@ def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[
     numbers = {name: {key: x.tolist() for key, x in values.items()} for name, values in everything.items()}
     (folder / "ablation.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     plot_transfers(everything, presets, folder / "transfer.png")
-    plot_variants(summaries, folder / "stages.png")
+    plot_variants(summaries, folder / "variants.png")
     return text
+
+
+def gain(values: Mapping[str, np.ndarray], default: Mapping[str, np.ndarray]) -> str:
+    """Transfer minus the default's on the same concepts, with the 95 % interval over concepts."""
+    if values is default:
+        return ""
+    count = min(len(values["transferred/all"]), len(default["transferred/all"]))
+    differences = values["transferred/all"][:count] - default["transferred/all"][:count]
+    low, high = bootstrap(differences)
+    return f"{differences.mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def share(values: np.ndarray) -> str:

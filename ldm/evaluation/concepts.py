@@ -137,13 +137,15 @@ def learn_concept(
 def bring(
     config: str, ckpt: str, classifier: str, vectors: Sequence[Sequence[float]], number: int, seed: int,
     windows: Mapping[str, Sequence[int]], seeds: int = 4, steps: int = 50, scale: float = 2.5,
+    everywhere: bool = True,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """What the learned vectors (S, D) of concept `number` bring into pictures.
 
     Returns:
         picture and text, the attributes (F,); latent_distance (N,) of the regenerated picture to the picture, root
         mean square; read/reconstruction and, for all of TRANSFERS, read/NAME (N, F) with the concept in the
-        windows and read/NAME-everywhere with the concept in all stages; pictures/… uint8 beside them.
+        windows and, where `everywhere`, read/NAME-everywhere with the concept in all stages; pictures/… uint8 beside
+        them.
     """
     concept = Concept(torch.tensor(vectors))
     picture = concept_picture(number, seed)
@@ -155,7 +157,8 @@ def bring(
     for name, transfer in TRANSFERS.items():
         prompt = fill(transfer, text)
         texts[name] = windowed(prompt, windows[name], stages)
-        texts[f"{name}-everywhere"] = windowed(prompt, range(10), stages)
+        if everywhere:
+            texts[f"{name}-everywhere"] = windowed(prompt, range(10), stages)
     names = [name for name in texts for _ in range(seeds)]
     columns = [[texts[name][stage] for name in names] for stage in range(stages)]
     pictures = generate(model, columns, list(range(seeds)) * len(texts), steps, scale)

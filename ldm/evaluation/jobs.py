@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ldm.base_model import base_hash
+
 logger = logging.getLogger(__name__)
 
 Result = dict[str, np.ndarray]
@@ -86,10 +88,11 @@ def _work(function: Callable[..., Result], arguments: Mapping[str, Any]) -> Resu
 
 
 def _key(function: Callable[..., Result], arguments: Mapping[str, Any]) -> str:
-    """What tells jobs apart; files that are named count by their content's time and size."""
-    files = sorted({value for value in arguments.values() if isinstance(value, str) and Path(value).is_file()})
-    state = [(os.path.getsize(file), os.path.getmtime(file)) for file in files]
-    text = json.dumps([function.__qualname__, arguments, state], sort_keys=True)
+    """What tells jobs apart; files that are named count by their content, so any checkout has the same keys."""
+    content = {
+        name: base_hash(value) for name, value in arguments.items() if isinstance(value, str) and Path(value).is_file()
+    }
+    text = json.dumps([function.__qualname__, {**arguments, **content}], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -41,6 +41,7 @@ steps: 2
 scale: 2.5
 settings: {lightning.trainer.max_steps: 2}
 default: prospect
+everywhere: [prospect, textual-inversion]
 variants:
   prospect: {concepts: 1, learning_rate: 1.0e-3}
   textual-inversion: {concepts: 1, model.params.prospect_stages: 1, word: shape}
@@ -60,7 +61,7 @@ def test_the_command_learns_counts_and_goes_on(tmp_path: Path, capsys, monkeypat
     ]
     assert len(rows) == 10  # two tables; two variants again with the concept in all stages
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
-    assert len(files) == 6 and {"ablation.md", "ablation.json", "transfer.png", "stages.png"} <= {
+    assert len(files) == 6 and {"ablation.md", "ablation.json", "transfer.png", "variants.png"} <= {
         path.name for path in tmp_path.iterdir()
     }
     vectors = np.load(tmp_path / "learned" / "other-00.npz")["vectors"]
