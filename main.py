@@ -33,7 +33,7 @@ def train(options: argparse.Namespace) -> int:
     import pytorch_lightning as pl
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from ldm import memory, run_checks, training
+    from ldm import memory, parts, run_checks, training
     from ldm.config import allow_targets, instantiate_from_config
     from ldm.files import writing_to
     from ldm.runs import open_run
@@ -42,6 +42,7 @@ def train(options: argparse.Namespace) -> int:
     allow_targets(*options.allow_targets)
     run = open_run(options)
     config = training.build_config(options, run)
+    missing = parts.missing_parts(config)
     data = instantiate_from_config(config.data)
     module = instantiate_from_config(config.model)
     module.seed = options.seed
@@ -49,6 +50,7 @@ def train(options: argparse.Namespace) -> int:
     run_checks.check_resumable(module, run.checkpoint)
     with run.opened() if options.train else contextlib.nullcontext():
         trainer = training.build_trainer(config, options, run, module)
+        parts.check_alone(missing, trainer)
         memory.check_learning(module, data, trainer.strategy.root_device)
         training.set_learning_rate(config, module, data, trainer, options.scale_lr)
         if not options.train:
@@ -57,6 +59,12 @@ def train(options: argparse.Namespace) -> int:
         if trainer.is_global_zero:
             training.save_configs(config, run)
             logger.info("Logging to %s", run.folder)
+        if missing:
+            code = parts.train_parts(missing, config, options, run, main)
+            if code:
+                return code
+            training.save_configs(config, run)
+            module.load_parts(**{key: config.model.params[key] for key in missing})
         with contextlib.suppress(SIGTERMException), writing_to(run.folder):  # the first is how Lightning stops
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
         return training.report(run, trainer)

@@ -28,10 +28,16 @@ ALLOWED_TARGETS = (
     "taming.modules.vqvae",
 )
 CONFIG_KEYS = ("target", "params", "base_learning_rate")  # of a section that names a class
-TOP_LEVEL_KEYS = ("model", "data", "lightning")
+TOP_LEVEL_KEYS = ("model", "data", "lightning", "parts")
 SECTIONS = (
     *("model", "model.params", "data", "data.params", "data.params.train", "data.params.validation", "lightning"),
-    *("lightning.trainer", "lightning.callbacks", "lightning.modelcheckpoint", "lightning.modelcheckpoint.params"),
+    *(
+        "lightning.trainer",
+        "lightning.callbacks",
+        "lightning.modelcheckpoint",
+        "lightning.modelcheckpoint.params",
+        "parts",
+    ),
 )
 # What constructors do with values of a wrong type or size, beside the ValueErrors that they raise themselves.
 MISMATCHES = (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)

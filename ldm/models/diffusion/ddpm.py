@@ -74,7 +74,7 @@ class LatentDiffusion(LatentCodec, Fitting):
         "log_every_t": "samplers report every step through a callback",
         "conditioning_key": "conditioning is always cross-attention",
         "monitor": "the last checkpoint is kept",
-        "use_ema": "averaged weights come from the callback pytorch_lightning.callbacks.EMAWeightAveraging",
+        "use_ema": "averaged weights come from the callback ldm.callbacks.AveragedWeights",
         "scheduler_config": "the learning rate is constant when embeddings are learned",
         "unfreeze_model": "frozen weights stay frozen",
         "model_lr": "frozen weights stay frozen",
@@ -157,7 +157,7 @@ class LatentDiffusion(LatentCodec, Fitting):
         if ckpt_path:
             check_weights(self, DTYPES[frozen_dtype])
             self.init_from_ckpt(ckpt_path, DTYPES[frozen_dtype])
-        self._load_parts(first_stage_ckpt, cond_stage_ckpt)
+        self.load_parts(first_stage_ckpt, cond_stage_ckpt)
         self._freeze_parts(DTYPES[frozen_dtype], learns_embeddings=personalization_config is not None)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -188,8 +188,8 @@ class LatentDiffusion(LatentCodec, Fitting):
         """What the height and width of pictures, in pixels, must be multiples of: 64 for Stable Diffusion v1."""
         return self.first_stage_model.downsampling * self.model.diffusion_model.downsampling
 
-    def _load_parts(self, first_stage_ckpt: str | None, cond_stage_ckpt: str | None) -> None:
-        """Take the parts that other runs trained."""
+    def load_parts(self, first_stage_ckpt: str | None = None, cond_stage_ckpt: str | None = None) -> None:
+        """Take the parts that other runs trained, from their checkpoints."""
         if first_stage_ckpt:
             load_weights(self.first_stage_model, read_state_dict(first_stage_ckpt), first_stage_ckpt)
         if cond_stage_ckpt:

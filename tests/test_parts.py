@@ -1,0 +1,108 @@
+"""A configuration with `parts:` trains them first, in the run's folder, and goes on with them after an interruption."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from runs import ROOT, finish, start, wait_for
+
+import main
+from ldm.config import load_config
+
+PARTS = {"first_stage_ckpt": "autoencoder", "cond_stage_ckpt": "text"}
+QUICK = ["-t", "--enable_progress_bar", "false", "--accelerator", "cpu"]
+
+
+def small(name: str, folder: Path, steps: int = 2) -> Path:
+    """configs/demo/NAME.yaml for a few steps of two pictures."""
+    config = load_config(ROOT / "configs/demo" / f"{name}.yaml")
+    for key, value in {
+        "data.params.batch_size": 2,
+        "data.params.train.params.size": 8,
+        "data.params.validation": None,
+        "lightning.trainer.max_steps": steps,
+        "lightning.modelcheckpoint.params.every_n_train_steps": 1,
+        "lightning.callbacks.image_logger": None,
+    }.items():
+        OmegaConf.update(config, key, value)
+    config.lightning.callbacks.pop("image_logger") if "callbacks" in config.lightning else None
+    for key in config.get("parts") or ():
+        config.parts[key] = str(folder / f"{PARTS[key]}.yaml")
+    OmegaConf.save(config, folder / f"{name}.yaml")
+    return folder / f"{name}.yaml"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture
+def at_root(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """A configuration whose parts take two steps each."""
+    small("autoencoder", tmp_path)
+    small("text", tmp_path)
+    return str(small("diffusion", tmp_path))
+
+
+def test_parts_come_first_and_are_the_same_as_given_ones(base: str, tmp_path: Path, at_root):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert main.main(["--base", base, "-p", str(whole), *QUICK]) == 0
+    saved = weights(whole)
+    parts = {f"first_stage_model.{key}": value for key, value in weights(whole / "first_stage").items()}
+    parts |= {key: value for key, value in weights(whole / "cond_stage").items() if key.startswith("cond_stage_model.")}
+    kept = [key for key in parts if "quant_conv" not in key]  # those take up the standardization of the latents
+    assert len(kept) > 150 and all(torch.equal(saved[key], parts[key]) for key in kept)
+    given = [f"model.params.{key}={whole / key.removesuffix('_ckpt')}/checkpoints/last.ckpt" for key in PARTS]
+    assert main.main(["--base", base, "-p", str(again), *QUICK, *given]) == 0
+    assert not (again / "first_stage").exists()
+    other = weights(again)
+    assert saved.keys() == other.keys() and all(torch.equal(saved[key], other[key]) for key in saved)
+
+
+def test_an_interrupted_part_goes_on(base: str, tmp_path: Path, at_root):
+    small("text", tmp_path, steps=100_000)
+    run = tmp_path / "run"
+    process = start("main.py", "--base", base, "-p", str(run), *QUICK)
+    wait_for((run / "cond_stage/checkpoints/last.ckpt").is_file)
+    process.send_signal(signal.SIGINT)
+    _, errors = finish(process)
+    assert process.returncode == 130 and f"main.py -r {run} -t" in errors
+    assert not (run / "checkpoints/last.ckpt").exists()
+    before = (run / "first_stage/checkpoints/last.ckpt").read_bytes()
+    reached = torch.load(run / "cond_stage/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    (saved,) = (run / "cond_stage/configs").glob("*-lightning.yaml")
+    saved.write_text(saved.read_text().replace("100000", str(reached + 2)))
+    assert main.main(["-r", str(run), *QUICK]) == 0
+    assert torch.load(run / "cond_stage/checkpoints/last.ckpt", weights_only=True)["global_step"] == reached + 2
+    assert (run / "first_stage/checkpoints/last.ckpt").read_bytes() == before
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["parts.first_stage_ckpt=none.yaml"], "no configuration file 'none.yaml'"),
+        (["parts.first_stag_ckpt=a.yaml"], "did you mean 'first_stage_ckpt'?"),
+        (["parts=a.yaml"], "'parts:' must be a section"),
+        (["--devices", "2", "--strategy", "ddp"], "use --devices 1"),
+    ],
+)
+def test_wrong_parts_get_one_sentence(arguments: list[str], names: str, base: str, tmp_path: Path, capsys, at_root):
+    run = tmp_path / "run"
+    assert main.main(["--base", base, "-p", str(run), *QUICK, *arguments]) == 2
+    assert names in capsys.readouterr().err and not run.exists()
+
+
+def test_a_whole_model_needs_no_parts(base: str, tmp_path: Path, at_root):
+    model = ROOT / "models/demo/model.safetensors"
+    run = tmp_path / "run"
+    settings = ["--max_steps", "1", "model.params.standardize_latents=false"]
+    assert main.main(["--base", base, "-p", str(run), "--actual_resume", str(model), *settings, *QUICK]) == 0
+    assert not (run / "first_stage").exists()
