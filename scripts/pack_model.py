@@ -1,6 +1,6 @@
 """Pack a model trained from scratch into one file: a diffusion model in the CompVis layout, or the classifier.
 
-    python scripts/pack_model.py logs/…_diffusion models/demo/model.safetensors
+    python scripts/pack_model.py logs/…_small models/demo/model.safetensors
     python scripts/pack_model.py logs/…_classifier models/demo/classifier.safetensors
 
 The U-Net's averaged weights are taken; what stayed frozen is taken as it is. Half precision by default.
@@ -37,8 +37,11 @@ def pack(arguments: argparse.Namespace) -> None:
     read_state_dict(path)  # refuses a missing, damaged or foreign file with a sentence
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     averaged = checkpoint.get("state_dict")
-    if "global_step" not in checkpoint or not any(key.startswith(PARTS[0]) for key in averaged or ()):
-        raise ValueError(f"'{path}' holds no whole model; give the log folder of a run of configs/demo/diffusion.yaml.")
+    if "global_step" not in checkpoint or not any(key.startswith((PARTS[0], CLASSIFIER[0])) for key in averaged or ()):
+        raise ValueError(
+            f"'{path}' holds no whole model; give the log folder of a run of configs/demo/diffusion.yaml or "
+            "configs/demo/classifier.yaml."
+        )
     current = checkpoint.get("current_model_state", averaged)
     dtype = getattr(torch, arguments.dtype)
     # averaging starts before the latents are standardised, so only the U-Net's average is meant

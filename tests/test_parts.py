@@ -1,4 +1,4 @@
-"""A configuration with `parts:` trains them first, in the run's folder, and goes on with them after an interruption."""
+"""A configuration with `parts:` trains them first, in the folder of the run, and what comes out can be packed."""
 
 import signal
 from pathlib import Path
@@ -7,9 +7,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from runs import ROOT, finish, start, wait_for
+from safetensors.torch import load_file
 
 import main
 from ldm.config import load_config
+from ldm.evaluation.captions import load, load_judge
+from ldm.evaluation.pictures import generate
+from scripts import pack_model
 
 PARTS = {"first_stage_ckpt": "autoencoder", "cond_stage_ckpt": "text"}
 QUICK = ["-t", "--enable_progress_bar", "false", "--accelerator", "cpu"]
@@ -24,10 +28,10 @@ def small(name: str, folder: Path, steps: int = 2) -> Path:
         "data.params.validation": None,
         "lightning.trainer.max_steps": steps,
         "lightning.modelcheckpoint.params.every_n_train_steps": 1,
-        "lightning.callbacks.image_logger": None,
     }.items():
         OmegaConf.update(config, key, value)
-    config.lightning.callbacks.pop("image_logger") if "callbacks" in config.lightning else None
+    config.lightning.trainer.pop("val_check_interval", None)
+    config.lightning.get("callbacks", {}).pop("image_logger", None)
     for key in config.get("parts") or ():
         config.parts[key] = str(folder / f"{PARTS[key]}.yaml")
     OmegaConf.save(config, folder / f"{name}.yaml")
@@ -83,6 +87,23 @@ def test_an_interrupted_part_goes_on(base: str, tmp_path: Path, at_root):
     assert torch.load(run / "cond_stage/checkpoints/last.ckpt", weights_only=True)["global_step"] == reached + 2
     assert (run / "first_stage/checkpoints/last.ckpt").read_bytes() == before
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_the_trained_model_is_packed_and_generates(base: str, tmp_path: Path, at_root):
+    run, packed = tmp_path / "run", tmp_path / "model.safetensors"
+    assert main.main(["--base", base, "-p", str(run), *QUICK]) == 0
+    pack_model.main([str(run), str(packed)])
+    shipped, own = (load_file(file) for file in (ROOT / "models/demo/model.safetensors", packed))
+    assert {key: x.shape for key, x in own.items()} == {key: x.shape for key, x in shipped.items()}
+    model = load("configs/demo/finetune.yaml", str(packed), stages=1)
+    assert generate(model, [["a star"]], [0], steps=2, scale=2.5).shape == (1, 3, 64, 64)
+
+
+def test_the_trained_classifier_is_packed_and_reads(tmp_path: Path, at_root):
+    run, packed = tmp_path / "run", tmp_path / "classifier.safetensors"
+    assert main.main(["--base", str(small("classifier", tmp_path)), "-p", str(run), *QUICK]) == 0
+    pack_model.main([str(run), str(packed)])
+    assert load_judge(str(packed)).read(torch.zeros(1, 3, 64, 64)).shape == (1, 6)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Several processes: one run in two of them, and two runs that start together."""
 
 import re
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +19,19 @@ SMALL_PICTURES = "lightning.callbacks.image_logger.params.log_images_kwargs.ddim
 TOLERANCE = 2e-3
 
 
+def loopback_is_up() -> bool:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        try:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+        except OSError:
+            return False
+    return True
+
+
+needs_loopback = pytest.mark.skipif(not loopback_is_up(), reason="processes of one run talk over the loopback device")
+
+
+@needs_loopback
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,6 +65,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(
     assert (learned - earlier).norm() > 20 * TOLERANCE * learned.norm(), "it would notice other steps"
 
 
+@needs_loopback
 def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
     """To the one that does not write."""
     run = tmp_path / "run"
