@@ -6,6 +6,7 @@ Shapes: N pictures, A names of what is judged, F factors of the rendered world.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from ldm.checkpoint import load_weights, read_state_dict
 from ldm.data.world import FACTORS
 from ldm.models.classifier import AttributeClassifier
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # of pictures (N, 3, R, R) and (N, 3, R, R): (N,)
 
 
 class Judge(ABC):
@@ -65,10 +68,13 @@ class DistanceJudge(Judge):
     Args:
         clip: folder of transformers' `CLIPModel`, or None.
         lpips: measure LPIPS with torchmetrics, whose weights have to be on this machine.
+
+    Raises:
+        ValueError: there is no such CLIP model, or no LPIPS.
     """
 
     def __init__(self, clip: str | Path | None = None, lpips: bool = False) -> None:
-        self.distances = {"colour": colour_distance, "structure": structure_distance}
+        self.distances: dict[str, Distance] = {"colour": colour_distance, "structure": structure_distance}
         if clip is not None:
             self.distances["clip"] = _clip_distance(clip)
         if lpips:
@@ -109,10 +115,12 @@ def structure_distance(a: Tensor, b: Tensor) -> Tensor:
     return (edges(a) - edges(b)).abs().mean(dim=(1, 2, 3))
 
 
-def _clip_distance(folder: str | Path):
+def _clip_distance(folder: str | Path) -> Distance:
     from transformers import CLIPModel
 
-    model = CLIPModel.from_pretrained(str(folder), local_files_only=True).eval()
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"There is no CLIP model in '{folder}'; give a folder with its config.json and .safetensors.")
+    model = CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True).eval()
     size = model.config.vision_config.image_size
     mean, std = torch.tensor([0.4815, 0.4578, 0.4082]), torch.tensor([0.2686, 0.2613, 0.2758])
 
@@ -126,11 +134,19 @@ def _clip_distance(folder: str | Path):
     return lambda a, b: 1 - (features(a) * features(b)).sum(dim=1)
 
 
-def _lpips_distance():
-    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as lpips
+def _lpips_distance() -> Distance:
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex")
+    except (ImportError, OSError) as error:
+        needs = "torchvision and AlexNet's weights in torch's cache, or a network to fetch them"
+        raise ValueError(
+            f"LPIPS cannot be measured here ({str(error).partition('. ')[0]}); it needs {needs}."
+        ) from error
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
         pairs = zip(a.clamp(-1, 1).split(1), b.clamp(-1, 1).split(1), strict=True)
-        return torch.stack([lpips(x, y, net_type="alex") for x, y in pairs])
+        return torch.stack([metric(x, y) for x, y in pairs])
 
     return distance

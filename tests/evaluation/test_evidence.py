@@ -1,10 +1,12 @@
 """On the small model that ships: the judge can be trusted, captions are followed, and stages mean something."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel
 
 from ldm.data.world import FACTORS, random_attributes, render
 from ldm.evaluation import spectrum
@@ -57,6 +59,35 @@ def test_the_distance_judge_tells_the_poles_apart():
     grey = a.mean(dim=1, keepdim=True).expand_as(a)
     colour, structure = judge.follows(grey, a, b)[0]
     assert structure > 0.8 and colour < structure
+
+
+def test_a_clip_model_judges_too(tmp_path: Path):
+    """A real `CLIPModel` of tiny size with random weights; its own features are the oracle."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=sizes | {"vocab_size": 16}, vision_config=sizes | {"image_size": 64, "patch_size": 16}
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    judge = DistanceJudge(tmp_path)
+    a, b, c = render(random_attributes(3, 2), [1, 2, 3]).split(1)
+    assert judge.names == ("colour", "structure", "clip")
+    assert judge.follows(a, a, b)[0, 2] > 0.999 and judge.follows(b, a, b)[0, 2] < 0.001
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]))
+    with torch.no_grad():
+        vision = [model.vision_model(pixel_values=((x + 1) / 2 - mean) / std).pooler_output for x in (a, b, c)]
+        x, y, z = (torch.nn.functional.normalize(model.visual_projection(v), dim=-1)[0] for v in vision)
+    near, far = 1 - x @ y, 1 - x @ z
+    torch.testing.assert_close(judge.follows(a, b, c)[0, 2], far / (near + far), rtol=1e-3, atol=1e-4)
+
+
+def test_judges_that_are_not_at_hand_are_named_before_work_starts(tmp_path: Path):
+    with pytest.raises(ValueError, match="There is no CLIP model in"):
+        DistanceJudge(clip=tmp_path)
+    if importlib.util.find_spec("torchvision") is None:
+        with pytest.raises(ValueError, match="LPIPS cannot be measured here"):
+            DistanceJudge(lpips=True)
 
 
 def test_captions_are_followed_on_combinations_that_training_never_showed():
