@@ -91,7 +91,7 @@ def open_run(options: argparse.Namespace) -> Run:
     """The log folder of a new run, which is not made yet, or of the run to resume.
 
     Raises:
-        ValueError: there is nothing to resume at the place given, or it is damaged.
+        ValueError: there is nothing to resume at the place given, or it is damaged; a new run would overwrite another.
         WriteError: the place has no room or gives no right.
     """
     now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
@@ -99,6 +99,10 @@ def open_run(options: argparse.Namespace) -> Run:
         run, flag = _run_to_resume(Path(options.resume), now), "-r"
     elif options.project:
         run, flag = Run(Path(options.project), now), "-p"
+        if any((run.checkpoints / name).is_file() for name in (LAST, PREVIOUS)):
+            raise ValueError(
+                f"'{run.folder}' holds a run already: go on with it (-r {run.folder}) or name another folder."
+            )
     else:
         data = Path(options.data_root).resolve().name if options.data_root and options.datadir_in_name else ""
         name = options.name or Path(options.base[0]).stem

@@ -66,6 +66,7 @@ def learn(concept: str) -> Path:
     command = ["main.py", "--base", "configs/demo/finetune.yaml", "-t"]
     command += ["--actual_resume", "models/demo/model.safetensors"]
     command += ["--data_root", (REFERENCES / concept).as_posix(), "-p", run.as_posix()]
+    shutil.rmtree(ROOT / run, ignore_errors=True)  # of an earlier demo
     print(f"Learning '{concept}' from one picture: python {' '.join(command)}", flush=True)
     exit_code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     if exit_code:

@@ -134,3 +134,10 @@ def test_a_folder_without_a_configuration_is_not_resumed(run: Path, capsys: pyte
     shutil.rmtree(run / "configs")
     assert resume(run) == 2
     assert "Nothing to resume" in capsys.readouterr().err
+
+
+def test_a_new_run_overwrites_no_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main.main([*LEARN, *MADE_SMALL, "-p", str(run), "--max_steps", "1"]) == 2
+    assert f"'{run}' holds a run already: go on with it (-r {run})" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
