@@ -143,6 +143,11 @@ def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[
         for variant in ablation.everywhere
         if variant in ablation.variants
     }
+    gains = {
+        name: gain(values, summaries[ablation.default])
+        for name, values in (summaries | everywhere).items()
+        if ablation.default in summaries and name != ablation.default
+    }
     presets = list(TRANSFERS)
     lines = ["| variant | concepts | attributes regenerated | latent distance | transfer, mean of presets | "]
     lines[0] += " | ".join(presets) + f" | transfer − {ablation.default}'s, same pictures | seconds to learn |"
@@ -152,7 +157,7 @@ def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[
         cells = [name, str(len(values["distance"])), share(values["reconstruction"])]
         cells += [f"{values['distance'].mean():.3f}", share(values["transferred/all"])]
         cells += [f"{values[f'transferred/{preset}'].mean():.2f}" for preset in presets]
-        cells.append(gain(values, summaries[ablation.default]) if ablation.default in summaries else "")
+        cells.append(share(gains[name], "+") if name in gains else "")
         cells.append(f"{np.median(seconds):.0f}" if seconds else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| variant | " + " | ".join(f"{p}: wanted / leaked" for p in presets) + " |"]
@@ -167,21 +172,18 @@ def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[
     numbers = {name: {key: x.tolist() for key, x in values.items()} for name, values in everything.items()}
     (folder / "ablation.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     plot_transfers(everything, presets, folder / "transfer.png")
-    plot_variants(summaries, folder / "variants.png")
+    plot_variants(summaries, {name: x for name, x in gains.items() if name in summaries}, folder / "variants.png")
     return text
 
 
-def gain(values: Mapping[str, np.ndarray], default: Mapping[str, np.ndarray]) -> str:
-    """Transfer minus the default's on the same concepts, with the 95 % interval over concepts."""
-    if values is default:
-        return ""
+def gain(values: Mapping[str, np.ndarray], default: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Transfer minus the default's on the same concepts, one value for each."""
     count = min(len(values["transferred/all"]), len(default["transferred/all"]))
-    differences = values["transferred/all"][:count] - default["transferred/all"][:count]
-    low, high = bootstrap(differences)
-    return f"{differences.mean():+.2f} ({low:+.2f} to {high:+.2f})"
+    return values["transferred/all"][:count] - default["transferred/all"][:count]
 
 
-def share(values: np.ndarray) -> str:
-    """Mean of one value for each concept, with the 95 % interval over concepts."""
+def share(values: np.ndarray, sign: str = "") -> str:
+    """Mean of one value for each concept, with the 95 % interval over concepts; `+` writes a sign before each."""
     low, high = bootstrap(values)
-    return f"{values.mean():.2f} ({low:.2f}–{high:.2f})"
+    to = " to " if sign else "–"
+    return f"{values.mean():{sign}.2f} ({low:{sign}.2f}{to}{high:{sign}.2f})"

@@ -55,23 +55,37 @@ def plot_transfers(summaries: Mapping[str, Mapping[str, np.ndarray]], presets: S
     _save(figure, path)
 
 
-def plot_variants(summaries: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> None:
-    """Transfer, and attributes regenerated, of every variant."""
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.3 * len(summaries)))
+def plot_variants(
+    summaries: Mapping[str, Mapping[str, np.ndarray]], gains: Mapping[str, np.ndarray], path: Path
+) -> None:
+    """Transfer, and attributes regenerated, of every variant; beside them what each gains over the default, where
+    `gains` has that of every concept."""
+    figure, (axes, right) = plt.subplots(
+        1, 2, figsize=(9, 0.8 + 0.28 * len(summaries)), width_ratios=(3, 2), sharey=True, layout="constrained"
+    )
     places = np.arange(len(summaries))[::-1]
     for key, label, marker in (
         ("reconstruction", "attributes regenerated", "o"),
         ("transferred/all", "transfer, mean of presets", "s"),
     ):
-        values = [summary[key] for summary in summaries.values()]
-        means = np.array([v.mean() for v in values])
-        errors = np.abs(np.array([bootstrap(v) for v in values]).T - means)
-        axes.errorbar(means, places, xerr=errors, fmt=marker, label=label, capsize=2)
+        _dots(axes, [summary[key] for summary in summaries.values()], places, fmt=marker, label=label)
     axes.set_yticks(places, list(summaries))
-    axes.set_xlim(0, 1.02)
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    if gains:
+        shown = [place for place, name in zip(places, summaries, strict=True) if name in gains]
+        _dots(right, list(gains.values()), shown, fmt="s", color="C1")
+    right.axvline(0, color="k", linewidth=0.8)
+    right.set_title("transfer, minus the default's\non the same pictures", fontsize=8)
+    for panel in (axes, right):
+        panel.grid(axis="x", alpha=0.3)
     _save(figure, path)
+
+
+def _dots(axes: plt.Axes, values: Sequence[np.ndarray], places: Sequence[float], **style: str) -> None:
+    """Means of values of one concept each, with their intervals, at heights `places`."""
+    means = np.array([v.mean() for v in values])
+    errors = np.abs(np.array([bootstrap(v) for v in values]).T - means)
+    axes.errorbar(means, places, xerr=errors, capsize=2, **style)
 
 
 def plot_spectrum(

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm.evaluation.ablation import INITIAL_WORDS, Ablation, summary
+from ldm.evaluation.ablation import INITIAL_WORDS, Ablation, gain, share, summary
 from ldm.evaluation.concepts import TRANSFERS, concept_attributes
 from scripts import ablate
 
@@ -29,6 +29,12 @@ def test_one_value_for_each_concept():
     values = summary(ablation, measured, "prospect")
     assert values["reconstruction"].tolist() == [1, 0] and values["wanted/style"].tolist() == [1, 0]
     assert values["transferred/all"].tolist() == [0, 0]  # the first brings the unwanted, too
+
+
+def test_variants_are_compared_on_the_same_concepts():
+    default = {"transferred/all": np.array([0.5, 1.0, 0.0, 0.0])}
+    differences = gain({"transferred/all": np.array([0.75, 0.75])}, default)
+    assert differences.tolist() == [0.25, -0.25] and share(differences, "+") == "+0.00 (-0.25 to +0.25)"
 
 
 TINY = """
