@@ -7,6 +7,8 @@ import json
 import logging
 import multiprocessing
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.base_model import base_hash
+from ldm.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +36,13 @@ def run_jobs(
     """The results of `function(**arguments)` for every named job.
 
     Results lie in `folder` as NAME.npz with the job's arguments; a job whose file is there with the same arguments
-    is not run again, so an interrupted measurement goes on where it was.
+    is not run again, so an interrupted measurement goes on where it was. (A change of the code does not count: then
+    take another folder.)
 
     Args:
         function: defined at the top level of a module; its arguments are plain data (JSON).
-        workers: processes of one thread each; None: one for each core, or one in all where there is a GPU.
+        workers: processes of one thread each, so that results do not depend on their number; None: one for each
+            core, or one in all where there is a GPU.
 
     Raises:
         Whatever a job raises; results that are there by then stay.
@@ -53,7 +58,7 @@ def run_jobs(
         else:
             results[name] = found
     if workers is None:
-        workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+        workers = 1 if torch.cuda.is_available() else _cores()
     workers = max(1, min(workers, len(waiting)))
     with tqdm(total=len(jobs), initial=len(results), desc=description, disable=not waiting) as bar:
         for name, result in _results(function, {name: jobs[name] for name in waiting}, workers):
@@ -65,7 +70,12 @@ def run_jobs(
 
 def _results(function: Callable[..., Result], jobs: Mapping[str, Mapping[str, Any]], workers: int):
     if workers == 1:
-        yield from ((name, function(**arguments)) for name, arguments in jobs.items())
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from ((name, function(**arguments)) for name, arguments in jobs.items())
+        finally:
+            torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")  # a forked child would hang in the parent's thread pools
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -87,23 +97,47 @@ def _work(function: Callable[..., Result], arguments: Mapping[str, Any]) -> Resu
     return function(**arguments)
 
 
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: those that this process may use
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _key(function: Callable[..., Result], arguments: Mapping[str, Any]) -> str:
-    """What tells jobs apart; files that are named count by their content, so any checkout has the same keys."""
-    content = {
-        name: base_hash(value) for name, value in arguments.items() if isinstance(value, str) and Path(value).is_file()
-    }
-    text = json.dumps([function.__qualname__, {**arguments, **content}], sort_keys=True)
+    """What tells jobs apart; files (and models' folders) count by their content, so any checkout has the same keys."""
+    text = json.dumps([function.__qualname__, _by_content(arguments)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _by_content(value: Any) -> Any:
+    """Plain data with the names of files replaced by what they hold."""
+    if isinstance(value, Mapping):
+        return {key: _by_content(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_content(entry) for entry in value]
+    return base_hash(value) if isinstance(value, str) and _is_file(value) else value
+
+
+def _is_file(text: str) -> bool:
+    """Whether a text names a file, or a model's folder in the layout of diffusers."""
+    try:
+        return Path(text).is_file() or (Path(text) / "model_index.json").is_file()
+    except (OSError, ValueError):  # too long, or with characters that no path has
+        return False
+
+
 def _read(path: Path, key: str) -> Result | None:
+    """The result, or None where it is not there, is of another job or is damaged."""
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if name != "key"} if str(file["key"]) == key else None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name != "key"} if str(file["key"]) == key else None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        logger.warning("'%s' is damaged, and is made anew.", path)
+        return None
 
 
 def _write(path: Path, key: str, result: Result) -> None:
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, key=np.array(key), **result)
-    temporary.replace(path)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, key=np.array(key), **result)

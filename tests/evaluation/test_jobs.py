@@ -2,12 +2,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ldm.evaluation.jobs import run_jobs
 
 
-def square(number: int, folder: str) -> dict[str, np.ndarray]:
-    """Leaves a line for each time that it is run."""
+def square(number: int, folder: str, content: object = None) -> dict[str, np.ndarray]:
+    """Leaves a line for each time that it is run in the folder."""
     if number < 0:
         raise ValueError("negative")
     with (Path(folder) / "ran").open("a") as file:
@@ -35,3 +36,42 @@ def test_what_is_done_by_the_time_of_an_error_stays(tmp_path: Path):
     with pytest.raises(ValueError, match="negative"):
         run_jobs(square, jobs, tmp_path / "jobs", 1)
     assert (tmp_path / "jobs" / "good.npz").exists() and not (tmp_path / "jobs" / "bad.npz").exists()
+
+
+def runs(folder: Path) -> int:
+    return len((folder / "ran").read_text().split())
+
+
+@pytest.mark.parametrize("wrapped", [lambda path: path, lambda path: {"*": [path]}])
+def test_files_count_by_content_wherever_they_are(wrapped, tmp_path: Path):
+    def run(name: str, content: str) -> int:
+        (tmp_path / name).write_text(content)
+        job = {"number": 2, "folder": str(tmp_path), "content": wrapped(str(tmp_path / name))}
+        run_jobs(square, {"job": job}, tmp_path / "jobs", 1)
+        return runs(tmp_path)
+
+    assert [run("one", "a"), run("two", "a"), run("two", "b"), run("two", "b")] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("content", [b"", b"0" * 500, None])
+def test_a_damaged_result_is_made_anew(content: bytes | None, tmp_path: Path, caplog):
+    job = {"job": {"number": 3, "folder": str(tmp_path)}}
+    run_jobs(square, job, tmp_path / "jobs", 1)
+    path = tmp_path / "jobs" / "job.npz"
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    assert run_jobs(square, job, tmp_path / "jobs", 1)["job"]["square"] == 9
+    assert runs(tmp_path) == 2 and f"'{path}' is damaged" in caplog.text
+    assert sorted(file.name for file in path.parent.iterdir()) == ["job.npz"]
+
+
+def threads() -> dict[str, np.ndarray]:
+    return {"threads": np.array(torch.get_num_threads())}
+
+
+def test_a_job_has_one_thread_whatever_the_number_of_workers(tmp_path: Path):
+    torch.set_num_threads(2)
+    try:
+        assert run_jobs(threads, {"job": {}}, tmp_path, 1)["job"]["threads"] == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
