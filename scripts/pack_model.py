@@ -3,7 +3,7 @@
     python scripts/pack_model.py logs/…_small models/demo/model.safetensors
     python scripts/pack_model.py logs/…_classifier models/demo/classifier.safetensors
 
-The U-Net's averaged weights are taken; what stayed frozen is taken as it is. Half precision by default.
+Averaged weights where the run averaged them. Half precision by default.
 """
 
 from __future__ import annotations
@@ -36,20 +36,14 @@ def pack(arguments: argparse.Namespace) -> None:
     path = arguments.run / "checkpoints" / "last.ckpt"
     read_state_dict(path)  # refuses a missing, damaged or foreign file with a sentence
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    averaged = checkpoint.get("state_dict")
-    if "global_step" not in checkpoint or not any(key.startswith((PARTS[0], CLASSIFIER[0])) for key in averaged or ()):
+    saved = checkpoint.get("state_dict")
+    if "global_step" not in checkpoint or not any(key.startswith((PARTS[0], CLASSIFIER[0])) for key in saved or ()):
         raise ValueError(
             f"'{path}' holds no whole model; give the log folder of a run of configs/demo/diffusion.yaml or "
             "configs/demo/classifier.yaml."
         )
-    current = checkpoint.get("current_model_state", averaged)
     dtype = getattr(torch, arguments.dtype)
-    # averaging starts before the latents are standardised, so only the U-Net's average is meant
-    state = {
-        key: (averaged if key.startswith("model.") else current)[key].to(dtype)
-        for key in current
-        if key.startswith((*PARTS, *CLASSIFIER))
-    }
+    state = {key: value.to(dtype) for key, value in saved.items() if key.startswith((*PARTS, *CLASSIFIER))}
     save_state_dict(state, arguments.out, {"format": "pt", "step": str(checkpoint["global_step"])})
     size = arguments.out.stat().st_size / 1e6
     print(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, step {checkpoint['global_step']}")

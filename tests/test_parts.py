@@ -95,6 +95,12 @@ def test_the_trained_model_is_packed_and_generates(base: str, tmp_path: Path, at
     pack_model.main([str(run), str(packed)])
     shipped, own = (load_file(file) for file in (ROOT / "models/demo/model.safetensors", packed))
     assert {key: x.shape for key, x in own.items()} == {key: x.shape for key, x in shipped.items()}
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    assert all(torch.equal(x, averaged[key].half()) for key, x in own.items())
+    assert not torch.equal(averaged["model.diffusion_model.out.2.bias"], current["model.diffusion_model.out.2.bias"])
+    frozen = [key for key in averaged if key.startswith(("first_stage_model.", "cond_stage_model."))]
+    assert all(torch.equal(averaged[key], current[key]) for key in frozen)  # standardization of the latents included
     model = load("configs/demo/finetune.yaml", str(packed), stages=1)
     assert generate(model, [["a star"]], [0], steps=2, scale=2.5).shape == (1, 3, 64, 64)
 
@@ -104,6 +110,16 @@ def test_the_trained_classifier_is_packed_and_reads(tmp_path: Path, at_root):
     assert main.main(["--base", str(small("classifier", tmp_path)), "-p", str(run), *QUICK]) == 0
     pack_model.main([str(run), str(packed)])
     assert load_judge(str(packed)).read(torch.zeros(1, 3, 64, 64)).shape == (1, 6)
+
+
+def test_a_run_that_ends_between_savings_keeps_average_and_weights(tmp_path: Path, at_root):
+    run = tmp_path / "run"
+    saving = "lightning.modelcheckpoint.params.every_n_train_steps=2"
+    assert main.main(["--base", str(small("autoencoder", tmp_path, steps=3)), "-p", str(run), *QUICK, saving]) == 0
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    assert checkpoint["global_step"] == 3
+    assert not torch.equal(averaged["encoder.conv_in.weight"], current["encoder.conv_in.weight"])
 
 
 @pytest.mark.parametrize(
