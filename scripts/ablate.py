@@ -35,10 +35,16 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> None:
     """Learn, count, print and write."""
     from ldm.evaluation.ablation import Ablation, tables
+    from ldm.evaluation.captions import load, load_judge
+    from ldm.evaluation.concepts import TRANSFERS
     from ldm.presets import load_presets, presets_beside
 
     ablation = Ablation.read(args.yaml, args.only, args.limit)
     windows = load_presets(args.presets) if args.presets else presets_beside(ablation.ckpt)
+    if missing := sorted(TRANSFERS.keys() - windows.keys()):
+        raise ValueError(f"The presets have no window for {', '.join(missing)}; see models/demo/presets.yaml.")
+    load(ablation.config, ablation.ckpt)  # what is missing or does not fit is found before the hour of learning
+    load_judge(ablation.classifier)
     learned = ablation.learn(args.outdir, args.workers)
     text = tables(ablation, ablation.measure(args.outdir, learned, windows, args.workers), learned, args.outdir)
     print(text)

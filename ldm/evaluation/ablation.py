@@ -13,8 +13,9 @@ import yaml
 
 from ldm.config import read_yaml
 from ldm.data.world import FACTORS
-from ldm.evaluation.concepts import TRANSFERS, bring, brought, concept_attributes, learn_concept
+from ldm.evaluation.concepts import MAX_STEPS, TRANSFERS, bring, brought, concept_attributes, learn_concept
 from ldm.evaluation.jobs import Result, run_jobs
+from ldm.evaluation.plots import plot_transfers, plot_variants
 from ldm.evaluation.statistics import bootstrap
 
 KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale"}
@@ -55,15 +56,20 @@ class Ablation:
             raise ValueError(f"'{path}' is not a readable YAML file; {EXAMPLE}.") from error
         if not isinstance(content, dict) or set(content) != KEYS:
             raise ValueError(f"'{path}' must have the keys {', '.join(sorted(KEYS))}, and no others.")
-        unknown = [name for name in only or () if name not in content["variants"]]
-        if unknown:
-            raise ValueError(f"'{path}' has no variants {unknown}; there are {', '.join(content['variants'])}.")
-        variants = {name: v for name, v in content["variants"].items() if only is None or name in only}
+        variants = content["variants"]
+        if not isinstance(variants, dict) or not variants or not isinstance(content["settings"], dict):
+            raise ValueError(
+                f"'variants' and 'settings' in '{path}' must be sections with keys of their own; {EXAMPLE}."
+            )
+        named = [*(only or ()), content["default"], *(content["everywhere"] or ())]
+        if unknown := [str(name) for name in named if name not in variants]:
+            raise ValueError(f"'{path}' has no variants {', '.join(unknown)}; there are {', '.join(variants)}.")
         for name, values in variants.items():
-            if "concepts" not in values:
-                raise ValueError(f"The variant '{name}' in '{path}' does not say how many `concepts` it learns.")
+            _check_variant(values, content["settings"], f"The variant '{name}' in '{path}'")
+        kept = {name: values for name, values in variants.items() if only is None or name in only}
+        for values in kept.values():
             values["concepts"] = min(values["concepts"], limit or values["concepts"])
-        return cls(**(content | {"variants": variants}))
+        return cls(**(content | {"everywhere": list(content["everywhere"] or ()), "variants": kept}))
 
     def jobs(self) -> dict[str, tuple[str, int]]:
         """Name of a job -> (variant, number of the concept)."""
@@ -108,6 +114,18 @@ class Ablation:
         return run_jobs(bring, jobs, folder / "measured", workers, "counting")
 
 
+def _check_variant(values: object, settings: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError for what would be learned otherwise than it says, or not at all."""
+    count = values.get("concepts") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{what} must be a section that says how many `concepts` it learns, 1 or more.")
+    if values.get("word", "shape") not in FACTORS:
+        raise ValueError(f"{what} starts from the word of '{values['word']}'; choose from {', '.join(FACTORS)}.")
+    for key in settings | values:
+        if key.startswith("lightning.") and key != MAX_STEPS:
+            raise ValueError(f"{what} sets '{key}'; of the trainer only {MAX_STEPS} counts here.")
+
+
 def summary(
     ablation: Ablation, measured: Mapping[str, Result], variant: str, suffix: str = ""
 ) -> dict[str, np.ndarray]:
@@ -135,8 +153,6 @@ def summary(
 
 def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[str, Result], folder: Path) -> str:
     """The comparison as Markdown; also written, with plots, into `folder`."""
-    from ldm.evaluation.plots import plot_transfers, plot_variants
-
     summaries = {variant: summary(ablation, measured, variant) for variant in ablation.variants}
     everywhere = {
         f"{variant}, `*` in all stages": summary(ablation, measured, variant, "-everywhere")

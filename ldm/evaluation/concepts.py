@@ -30,6 +30,7 @@ from ldm.evaluation.captions import load, load_judge, to_bytes
 from ldm.evaluation.pictures import generate
 from ldm.prompts import preset
 
+MAX_STEPS = "lightning.trainer.max_steps"
 COLUMNS = {name: column for column, name in enumerate(FACTORS)}
 
 
@@ -82,7 +83,8 @@ def fill(transfer: Transfer, attributes: Tensor) -> str:
 def learn(config: str, ckpt: str, picture: Tensor, overrides: Mapping[str, Any], seed: int = 23) -> Concept:
     """Learn one picture (3, R, R) as `main.py` does, with `overrides` of the configuration's dotted keys.
 
-    `learning_rate` among them is the final one, not multiplied by the batch size.
+    `learning_rate` among them is the final one, not multiplied by the batch size; of the trainer's settings only
+    `MAX_STEPS` counts.
     """
     overrides = dict(overrides)
     settings = load_config(config)
@@ -101,7 +103,7 @@ def learn(config: str, ckpt: str, picture: Tensor, overrides: Mapping[str, Any],
         data = instantiate_from_config(settings.data)
         model.learning_rate = learning_rate or settings.model.base_learning_rate * settings.data.params.batch_size
         trainer = pl.Trainer(
-            max_steps=settings.lightning.trainer.max_steps, accelerator="auto", devices=1, logger=False,
+            max_steps=OmegaConf.select(settings, MAX_STEPS), accelerator="auto", devices=1, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(model, data)
