@@ -67,17 +67,16 @@ def train_parts(
     Args:
         train: `main.main`.
     """
-    flags = ["-t", "--seed", str(options.seed), "--devices", "1"]
-    flags += ["--gpus", options.gpus] if options.gpus else []
-    flags += ["--accelerator", options.trainer["accelerator"]] if "accelerator" in options.trainer else []
-    flags += ["--enable_progress_bar", "false"] if options.trainer.get("enable_progress_bar") is False else []
-    flags += ["--debug"] if options.debug else []
+    handed_on = {"seed": options.seed, "devices": 1, "gpus": options.gpus, "scale_lr": options.scale_lr}
+    handed_on |= {"accelerator": (config.lightning.get("trainer") or {}).get("accelerator"), "debug": options.debug}
+    handed_on |= {name: options.trainer.get(name) for name in ("precision", "deterministic", "enable_progress_bar")}
+    flags = [text for name, value in handed_on.items() if value is not None for text in (f"--{name}", str(value))]
     for number, (key, base) in enumerate(parts.items(), 1):
         folder = run.folder / key.removesuffix("_ckpt")
         logger.info("Part %d of %d, trained before the model: %s", number, len(parts), base)
         begun = any((folder / "configs").glob("*-lightning.yaml"))
         with isolate_rng():
-            code = train([*(("-r", str(folder)) if begun else ("--base", base, "-p", str(folder))), *flags])
+            code = train([*(("-r", str(folder)) if begun else ("--base", base, "-p", str(folder))), "-t", *flags])
         if code:
             logger.info("To go on with all of it: main.py -r %s -t", run.folder)
             return code

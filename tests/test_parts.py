@@ -70,6 +70,19 @@ def test_parts_come_first_and_are_the_same_as_given_ones(base: str, tmp_path: Pa
     assert saved.keys() == other.keys() and all(torch.equal(saved[key], other[key]) for key in saved)
 
 
+def test_parts_are_trained_where_and_how_the_model_is(base: str, tmp_path: Path, at_root):
+    run = tmp_path / "run"
+    settings = ["--precision", "32-true", "--scale_lr", "false", "-s", "7", "lightning.trainer.accelerator=cpu"]
+    quick = [flag for flag in QUICK if flag not in ("--accelerator", "cpu")]
+    assert main.main(["--base", base, "-p", str(run), *quick, *settings]) == 0
+    for folder in (run, run / "first_stage", run / "cond_stage"):
+        (lightning,) = (OmegaConf.load(file).lightning for file in folder.glob("configs/*-lightning.yaml"))
+        assert (lightning.trainer.precision, lightning.trainer.accelerator) == ("32-true", "cpu")
+    rates = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"][0]
+             ["initial_lr"] for folder in (run / "first_stage", run / "cond_stage")]  # fmt: skip
+    assert rates == [4.0e-5, 4.0e-6]  # not times the batch
+
+
 def test_an_interrupted_part_goes_on(base: str, tmp_path: Path, at_root):
     small("text", tmp_path, steps=100_000)
     run = tmp_path / "run"
