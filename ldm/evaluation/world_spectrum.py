@@ -42,14 +42,16 @@ def caption_experiments(count: int, width: int) -> dict[str, Experiment]:
 
 
 def learn_concepts(config: str, ckpt: str, count: int, folder: Path, workers: int | None = None) -> dict[str, str]:
-    """Learn `count` held-out pictures with the configuration as it is: {placeholder: file}."""
+    """Learn `count` held-out pictures as the configuration says, but with frozen parts in bfloat16: {placeholder: file}.
+
+    The files in `folder`/learned are written anew each time: they are those of this model and configuration.
+    """
     shared = {"config": config, "ckpt": ckpt, "seed": SEED, "overrides": SETTINGS}
     jobs = {f"concept-{i:02d}": shared | {"number": i} for i in range(count)}
     files = {}
     for i, result in enumerate(run_jobs(learn_concept, jobs, folder / "learned", workers, "learning").values()):
         path = folder / "learned" / f"concept-{i:02d}.safetensors"
-        if not path.exists():
-            save_concept(Concept(torch.from_numpy(result["vectors"])), path)
+        save_concept(Concept(torch.from_numpy(result["vectors"])), path)
         files[f"<{i}>"] = str(path)
     return files
 
