@@ -24,6 +24,7 @@ class Judge(ABC):
     """What is judged has a name each, in `names`."""
 
     names: tuple[str, ...]
+    counts: bool  # whether what it gives is 0 or 1 and nothing between
 
     @abstractmethod
     def follows(self, pictures: Tensor, toward: Tensor, away: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ class AttributeJudge(Judge):
     """Reads the attributes of the rendered world with the classifier; 1 where an attribute is that of `toward`."""
 
     names = tuple(FACTORS)
+    counts = True
 
     def __init__(self, path: str | Path) -> None:
         state = read_state_dict(path)
@@ -72,6 +74,8 @@ class DistanceJudge(Judge):
     Raises:
         ValueError: there is no such CLIP model, or no LPIPS.
     """
+
+    counts = False
 
     def __init__(self, clip: str | Path | None = None, lpips: bool = False) -> None:
         self.distances: dict[str, Distance] = {"colour": colour_distance, "structure": structure_distance}

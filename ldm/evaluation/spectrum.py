@@ -26,7 +26,7 @@ from ldm.evaluation.captions import load, to_bytes
 from ldm.evaluation.jobs import run_jobs
 from ldm.evaluation.judges import Judge
 from ldm.evaluation.pictures import generate
-from ldm.evaluation.statistics import wilson
+from ldm.evaluation.statistics import bootstrap, wilson
 from ldm.prompts import preset
 
 STAGES = 10
@@ -43,6 +43,8 @@ class Experiment:
         seeds: N.
         toward, away: the poles: texts to be drawn, or known attributes long (N, F).
         judged: names that count here; None for all that the judge has.
+        concepts: {placeholder: file}, what is loaded for the texts.
+        together: how many consecutive pictures belong to one concept, and are not independent.
     """
 
     conditions: dict[str, Texts]
@@ -51,6 +53,7 @@ class Experiment:
     away: Texts | Tensor
     judged: Sequence[str] | None = None
     concepts: dict[str, str] = field(default_factory=dict)
+    together: int = 1
 
 
 def throughout(texts: Sequence[str]) -> Texts:
@@ -154,6 +157,19 @@ def from_bytes(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def interval(values: np.ndarray, together: int, counts: bool) -> tuple[float, float]:
+    """95 % interval of the mean of values (N,) in 0..1; (0, 1) where one concept or picture is all there is.
+
+    Args:
+        together: `Experiment.together`; N is a multiple of it.
+        counts: `Judge.counts`; counts of independent pictures have Wilson's interval, all else the bootstrap's.
+    """
+    if counts and together == 1:
+        return wilson(values.sum(), len(values))
+    means = values.reshape(-1, together).mean(axis=1)
+    return bootstrap(means) if len(means) > 1 else (0.0, 1.0)
+
+
 def _write(
     found: Mapping[str, Mapping[str, np.ndarray]], experiments: Mapping[str, Experiment], judge: Judge, path: Path
 ) -> None:
@@ -164,7 +180,7 @@ def _write(
             for condition, values in conditions.items():
                 for judged in experiments[name].judged or judge.names:
                     column = values[:, judge.names.index(judged)]
-                    low, high = wilson(column.sum(), len(column))
+                    low, high = interval(column, experiments[name].together, judge.counts)
                     numbers = [round(float(x), 4) for x in (column.sum(), column.mean(), low, high)]
                     writer.writerow([name, condition, judged, len(column), *numbers])
 

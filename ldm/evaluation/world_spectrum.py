@@ -72,6 +72,7 @@ def concept_experiments(concepts: Mapping[str, str], seeds: int = 4) -> dict[str
         experiments[f"concept-{name}"] = place(prompts, numbers, all_windows(), dict(concepts))
         experiments[f"concept-{name}"].toward = torch.stack(rows)
         experiments[f"concept-{name}"].away = torch.stack(others)
+        experiments[f"concept-{name}"].together = seeds
     return experiments
 
 
