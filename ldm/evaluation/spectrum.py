@@ -5,8 +5,10 @@ Four experiments of windows of stages (the paper's section 3, and its presets), 
 * withhold: the prompt is left away in a window; poles: the prompt throughout, and no prompt.
 * add: a word is there in a window only; poles: with the word throughout, and without it.
 * switch: prompt A from the start down to stage k, prompt B below; poles: A, and B.
-* concept: a learned `*` stands in the prompt in a window only; poles: the picture that was learned, and the text.
+* concept: a learned `*` stands in the prompt in a window only; poles: with `*` throughout, and without it.
 
+On the rendered world known attributes stand for the first pole: those of the prompt (A), or of the picture that was
+learned, whatever the model makes of them.
 Stages here are tenths of time, 0 = end of generation, whatever the number of stages of model or concept.
 """
 
