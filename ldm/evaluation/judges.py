@@ -99,13 +99,9 @@ def colour_distance(a: Tensor, b: Tensor) -> Tensor:
     def histogram(pictures: Tensor) -> Tensor:
         level = ((pictures.clamp(-1, 1) + 1) * 3.999).long()  # (N, 3, R, R) in 0..7
         bins = (level[:, 0] * 64 + level[:, 1] * 8 + level[:, 2]).flatten(1)
-        return F.one_hot(bins, 512).float().mean(dim=1) if bins.numel() < 2**20 else _counts(bins)
+        return torch.stack([torch.bincount(row, minlength=512) / len(row) for row in bins])
 
     return (histogram(a) - histogram(b)).abs().sum(dim=1) / 2
-
-
-def _counts(bins: Tensor) -> Tensor:
-    return torch.stack([torch.bincount(row, minlength=512) / len(row) for row in bins])
 
 
 def structure_distance(a: Tensor, b: Tensor) -> Tensor:

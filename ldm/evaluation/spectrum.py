@@ -139,15 +139,14 @@ def run(
                 "concepts": experiment.concepts, "options": dict(options),
             }  # fmt: skip
     drawn = run_jobs(draw, jobs, folder / "pictures", workers, "drawing")
-    pictures = {name: from_bytes(result["pictures"]) for name, result in drawn.items()}
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, experiment in experiments.items():
         toward, away = (
-            pole if isinstance(pole, Tensor) else pictures[f"{name}-{key}"]
+            pole if isinstance(pole, Tensor) else from_bytes(drawn[f"{name}-{key}"]["pictures"])
             for key, pole in (("toward", experiment.toward), ("away", experiment.away))
         )
         found[name] = {
-            condition: judge.follows(pictures[f"{name}-{condition}"], toward, away).numpy()
+            condition: judge.follows(from_bytes(drawn[f"{name}-{condition}"]["pictures"]), toward, away).numpy()
             for condition in experiment.conditions
         }
     _write(found, experiments, judge, folder / "spectrum.csv")
