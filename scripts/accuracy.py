@@ -43,8 +43,8 @@ def count(args: argparse.Namespace) -> None:
     from ldm.evaluation.jobs import run_jobs
     from ldm.evaluation.statistics import wilson
 
-    shared = {"config": args.config, "ckpt": args.ckpt, "classifier": args.classifier}
-    settings = shared | {"held_out": not args.seen, "steps": args.steps, "scale": args.scale}
+    shared = {"config": args.config, "ckpt": args.ckpt, "classifier": args.classifier, "held_out": not args.seen}
+    settings = shared | {"steps": args.steps, "scale": args.scale}
     chunks = {
         f"captions-{start:04d}": settings | {"seed": 1000 + start, "count": min(50, args.count - start)}
         for start in range(0, args.count, 50)

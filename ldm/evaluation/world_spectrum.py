@@ -42,9 +42,9 @@ def caption_experiments(count: int, width: int) -> dict[str, Experiment]:
 
 
 def learn_concepts(config: str, ckpt: str, count: int, folder: Path, workers: int | None = None) -> dict[str, str]:
-    """Learn `count` held-out pictures as the configuration says, but with frozen parts in bfloat16: {placeholder: file}.
+    """Learn `count` held-out pictures with the configuration, but frozen parts in bfloat16: {placeholder: file}.
 
-    The files in `folder`/learned are written anew each time: they are those of this model and configuration.
+    The files in `folder`/learned are written anew each time: they are of this model and this configuration.
     """
     shared = {"config": config, "ckpt": ckpt, "seed": SEED, "overrides": SETTINGS}
     jobs = {f"concept-{i:02d}": shared | {"number": i} for i in range(count)}
