@@ -90,7 +90,7 @@ def test_the_rendered_world(tmp_path: Path, config: Path, changed_model: Path, r
     assert ("0.0", "1.0") not in {(row["low"], row["high"]) for row in table if row["experiment"] == "switch"}
 
     before = load_concept(out / "learned" / "concept-00.safetensors").vectors
-    monkeypatch.setattr(plots, "strip", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_spectrum", lambda *_: [])
     pictures = out / "pictures" / "concept-content-0-9.npz"
     old = np.load(pictures)["pictures"]
     run(command, *flags, "--ckpt", changed_model, "--outdir", out)
@@ -130,7 +130,7 @@ def test_ones_own_prompts(tmp_path: Path, run: Run, monkeypatch):
 
 def test_an_empty_prompt_is_a_prompt(tmp_path: Path, run: Run, monkeypatch):
     monkeypatch.setattr(plots, "plot_spectrum", lambda *_: [])
-    flags = ["--prompt", "", "--add", "", "--size", 16, "--width", 10, "--count", 1, "--steps", 1]
+    flags = ["--prompt", "", "--add", "", "--size", 16, "--width", 10, "--count", 1, "--steps", 1, "--concepts", 0]
     run(command, *flags, "--workers", 1, "--outdir", tmp_path)
     assert {row["experiment"] for row in rows(tmp_path)} == {"withhold", "add"}
 
