@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm.cli import positive
 from ldm.flags import Parser
 
 
@@ -22,15 +23,13 @@ def main() -> None:
     parser.add_argument("--config", default="configs/demo/finetune.yaml")
     parser.add_argument("--ckpt", default="models/demo/model.safetensors")
     parser.add_argument("--classifier", default="models/demo/classifier.safetensors")
-    parser.add_argument("--count", type=int, default=500, help="captions (500)")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (50)")
+    parser.add_argument("--count", type=positive, default=500, help="captions (500)")
+    parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (50)")
     parser.add_argument("--scale", type=float, default=2.5, help="guidance scale (2.5)")
     parser.add_argument("--seen", action="store_true", help="combinations that training showed, instead")
-    parser.add_argument("--workers", type=int, help="processes (one for each core)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (one for each core)")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/accuracy"))
     args = parser.parse_strictly()
-    if args.count < 1:
-        parser.error(f"--count must be at least 1, not {args.count}")
     with parser.sentences():
         count(args)
 
@@ -39,12 +38,17 @@ def count(args: argparse.Namespace) -> None:
     """Draw, count, print and write."""
     from ldm.data.images import make_grid
     from ldm.data.world import FACTORS
-    from ldm.evaluation.captions import follow_captions, judge_itself
+    from ldm.evaluation.captions import follow_captions, judge_itself, load_judge
     from ldm.evaluation.jobs import run_jobs
+    from ldm.evaluation.pictures import check
     from ldm.evaluation.statistics import wilson
+    from ldm.files import check_writable
 
-    shared = {"config": args.config, "ckpt": args.ckpt, "classifier": args.classifier}
-    settings = shared | {"held_out": not args.seen, "steps": args.steps, "scale": args.scale}
+    check(args.config, args.ckpt, args.steps, args.scale)
+    check_writable(args.outdir, "--outdir")
+    load_judge(args.classifier)
+    shared = {"config": args.config, "ckpt": args.ckpt, "classifier": args.classifier, "held_out": not args.seen}
+    settings = shared | {"steps": args.steps, "scale": args.scale}
     chunks = {
         f"captions-{start:04d}": settings | {"seed": 1000 + start, "count": min(50, args.count - start)}
         for start in range(0, args.count, 50)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.cli import natural, positive
 from ldm.flags import Parser
 
 
@@ -23,15 +24,14 @@ def build_parser() -> Parser:
     parser.add_argument("--config", default="configs/demo/finetune.yaml")
     parser.add_argument("--ckpt", default="models/demo/model.safetensors")
     parser.add_argument("--classifier", default="models/demo/classifier.safetensors")
-    parser.add_argument("--count", type=int, default=96, help="captions, or seeds of your prompt (96)")
-    parser.add_argument(
-        "--concepts", type=int, default=8, help="concepts to learn on the rendered world, 0 for none (8)"
-    )
-    parser.add_argument("--width", type=int, default=3, help="stages in a window (3)")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (20: two for each stage)")
+    parser.add_argument("--count", type=positive, default=96, help="captions, or seeds of your prompt (96)")
+    help_concepts = "concepts to learn on the rendered world, 0 for none (8)"
+    parser.add_argument("--concepts", type=natural, default=8, help=help_concepts)
+    parser.add_argument("--width", type=positive, default=3, help="stages in a window (3)")
+    parser.add_argument("--steps", type=positive, default=20, help="DDIM steps (20: two for each stage)")
     parser.add_argument("--scale", type=float, default=2.5, help="guidance scale (2.5)")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side (64)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures at a time (64)")
+    parser.add_argument("--size", type=positive, default=64, help="pixels a side of your prompt's pictures (64)")
+    parser.add_argument("--batch", type=positive, default=64, help="pictures at a time (64)")
     parser.add_argument("--prompt", help="judge your own prompt instead of the rendered world's")
     parser.add_argument("--add", metavar="TEXT", help="the prompt with one more word")
     parser.add_argument("--switch", metavar="TEXT", help="another prompt to switch to")
@@ -39,7 +39,7 @@ def build_parser() -> Parser:
     parser.add_argument("--clip", metavar="FOLDER", help="judge with this CLIP model, too")
     parser.add_argument("--lpips", action="store_true", help="judge with LPIPS, too")
     parser.add_argument("--write-presets", type=Path, metavar="YAML", help="write the best windows of the presets")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one for each core)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (one for each core)")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/spectrum"))
     return parser
 
@@ -47,16 +47,27 @@ def build_parser() -> Parser:
 def main() -> None:
     parser = build_parser()
     args = parser.parse_strictly()
-    if not 1 <= args.width <= 10:
-        parser.error(f"--width must be in 1..10, not {args.width}")
-    if args.count < 1 or args.concepts < 0:
-        parser.error("--count must be at least 1 and --concepts at least 0")
-    if args.concept and "=" not in args.concept:
-        parser.error("--concept takes FILE=PROMPT, such as teddy.safetensors='a * mug'")
-    if args.write_presets and (args.prompt or not args.concepts):
-        parser.error("--write-presets needs concepts of the rendered world: leave --prompt away, --concepts at least 1")
+    refuse_misuse(parser, args)
     with parser.sentences():
         measure(args)
+
+
+def refuse_misuse(parser: Parser, args: argparse.Namespace) -> None:
+    """End with a sentence where flags do not go together."""
+    if args.width > 10:
+        parser.error(f"--width must be in 1..10, not {args.width}")
+    if args.prompt is None:
+        for name in ("add", "switch", "concept", "clip", "lpips"):
+            if getattr(args, name) not in (None, False):
+                parser.error(f"--{name} goes with --prompt; the rendered world has its own prompts and judge")
+        if args.size != 64:
+            parser.error(f"the rendered world's pictures have 64 pixels a side, not {args.size}; leave --size away")
+    if args.concept is not None and "*" not in args.concept.partition("=")[2]:
+        parser.error("--concept takes FILE=PROMPT with a * in the prompt, such as teddy.safetensors='a * mug'")
+    if args.write_presets and (args.prompt is not None or not args.concepts):
+        parser.error("--write-presets needs concepts of the rendered world: leave --prompt away, --concepts at least 1")
+    if args.write_presets and args.write_presets.is_dir():
+        parser.error(f"--write-presets takes a file, not the folder '{args.write_presets}'")
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -65,8 +76,15 @@ def measure(args: argparse.Namespace) -> None:
 
     from ldm.evaluation import spectrum, world_spectrum
     from ldm.evaluation.judges import AttributeJudge, DistanceJudge
+    from ldm.evaluation.pictures import check
     from ldm.evaluation.plots import plot_spectrum
+    from ldm.files import check_writable, replacing, writing_to
 
+    file, _, text = (args.concept or "").partition("=")
+    check(args.config, args.ckpt, args.steps, args.scale, args.size, {"*": file} if args.concept else None)
+    check_writable(args.outdir, "--outdir")
+    if args.write_presets:
+        check_writable(args.write_presets.parent, "--write-presets")
     place = {"config": args.config, "ckpt": args.ckpt}
     if args.prompt is None:
         judge = AttributeJudge(args.classifier)
@@ -80,12 +98,11 @@ def measure(args: argparse.Namespace) -> None:
         judge = DistanceJudge(args.clip, args.lpips)
         seeds, prompts = list(range(args.count)), [args.prompt] * args.count
         experiments = {"withhold": spectrum.withhold(prompts, seeds, args.width)}
-        if args.add:
+        if args.add is not None:
             experiments["add"] = spectrum.add(prompts, [args.add] * args.count, seeds, args.width)
-        if args.switch:
+        if args.switch is not None:
             experiments["switch"] = spectrum.switch(prompts, [args.switch] * args.count, seeds)
         if args.concept:
-            file, text = args.concept.split("=", 1)
             windows = spectrum.sliding(args.width)
             experiments["concept"] = spectrum.place([text] * args.count, seeds, windows, {"*": file})
     options = {"steps": args.steps, "scale": args.scale, "size": args.size, "batch_size": args.batch}
@@ -96,7 +113,11 @@ def measure(args: argparse.Namespace) -> None:
         comment = (
             f"# Stages in which a learned * brings one attribute, measured by scripts/spectrum.py on {args.ckpt}.\n"
         )
-        args.write_presets.write_text(comment + yaml.safe_dump(windows, default_flow_style=None, sort_keys=False))
+        content = comment + yaml.safe_dump(windows, default_flow_style=None, sort_keys=False)
+        with writing_to(args.write_presets.parent):
+            args.write_presets.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(args.write_presets) as path:
+            path.write_text(content)
         print(f"{args.write_presets}: {windows}")
     print(f"{args.outdir}: spectrum.csv, {', '.join(figures)}")
 

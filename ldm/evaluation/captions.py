@@ -44,9 +44,11 @@ def follow_captions(
 
 
 @torch.no_grad()
-def judge_itself(config: str, ckpt: str, classifier: str, seed: int, count: int) -> dict[str, np.ndarray]:
-    """What the classifier reads from rendered pictures, and from the first stage's reconstructions: bool (N, F)."""
-    attributes = random_attributes(count, seed, held_out=True)
+def judge_itself(
+    config: str, ckpt: str, classifier: str, seed: int, count: int, held_out: bool
+) -> dict[str, np.ndarray]:
+    """Whether the classifier reads rendered pictures, and the first stage's reconstructions, right: bool (N, F)."""
+    attributes = random_attributes(count, seed, held_out)
     pictures = render(attributes, range(seed * 100_000, seed * 100_000 + count))
     model, judge = load(config, ckpt), load_judge(classifier)
     parts = [

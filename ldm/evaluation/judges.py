@@ -24,6 +24,7 @@ class Judge(ABC):
     """What is judged has a name each, in `names`."""
 
     names: tuple[str, ...]
+    counts: bool  # whether what it gives is 0 or 1 and nothing between
 
     @abstractmethod
     def follows(self, pictures: Tensor, toward: Tensor, away: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ class AttributeJudge(Judge):
     """Reads the attributes of the rendered world with the classifier; 1 where an attribute is that of `toward`."""
 
     names = tuple(FACTORS)
+    counts = True
 
     def __init__(self, path: str | Path) -> None:
         state = read_state_dict(path)
@@ -73,6 +75,8 @@ class DistanceJudge(Judge):
         ValueError: there is no such CLIP model, or no LPIPS.
     """
 
+    counts = False
+
     def __init__(self, clip: str | Path | None = None, lpips: bool = False) -> None:
         self.distances: dict[str, Distance] = {"colour": colour_distance, "structure": structure_distance}
         if clip is not None:
@@ -95,13 +99,9 @@ def colour_distance(a: Tensor, b: Tensor) -> Tensor:
     def histogram(pictures: Tensor) -> Tensor:
         level = ((pictures.clamp(-1, 1) + 1) * 3.999).long()  # (N, 3, R, R) in 0..7
         bins = (level[:, 0] * 64 + level[:, 1] * 8 + level[:, 2]).flatten(1)
-        return F.one_hot(bins, 512).float().mean(dim=1) if bins.numel() < 2**20 else _counts(bins)
+        return torch.stack([torch.bincount(row, minlength=512) / len(row) for row in bins])
 
     return (histogram(a) - histogram(b)).abs().sum(dim=1) / 2
-
-
-def _counts(bins: Tensor) -> Tensor:
-    return torch.stack([torch.bincount(row, minlength=512) / len(row) for row in bins])
 
 
 def structure_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ldm.commands import _outline
 from ldm.conditioning import Conditioning
+from ldm.config import check_generates, load_config
+from ldm.generate import check_arguments
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.sampling import draw_noise, seeded_generators
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+def check(
+    config: str, ckpt: str, steps: int, scale: float, size: int = 64, concepts: Mapping[str, str] | None = None
+) -> None:
+    """Find what `generate` could not do with a model, before its weights are read.
+
+    Args:
+        concepts: {placeholder: file}.
+
+    Raises:
+        ValueError: a number out of range, with the nearest usable one; or a concept that the model does not take.
+    """
+    settings = load_config(config, flag="--config")
+    check_generates(settings)
+    outline = _outline(settings, "float32")
+    check_arguments(
+        outline, ddim_steps=steps, scale=scale, height=size, width=size, strength=0.0, ddim_eta=0.0, seed=0,
+        n_iter=1, n_samples=1, n_rows=0, sampler="ddim", resize="crop",
+    )  # fmt: skip
+    if concepts and outline.embedding_manager is None:
+        raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
+    if concepts:
+        outline.embedding_manager.base_path = Path(ckpt)
+        outline.embedding_manager.load(concepts)
 
 
 def staged(model: LatentDiffusion, texts: Sequence[Sequence[str]]) -> Conditioning:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from ldm.evaluation.judges import Judge  # noqa: E402
-from ldm.evaluation.spectrum import Experiment, matrix  # noqa: E402
+from ldm.evaluation.spectrum import Experiment, all_windows, matrix  # noqa: E402
 from ldm.evaluation.statistics import bootstrap  # noqa: E402
 
 
@@ -110,8 +110,11 @@ def plot_spectrum(
         heat_map(values, [judged for _, judged in rows], windows, titles["add"], folder / "add.png", "stages")
         files.append("add.png")
     for name in [name for name in found if name.startswith("concept")]:
-        title = f"{name}: comes from the learned picture, `*` in these stages only"
-        chosen = {w: x for w, x in found[name].items() if w.startswith("0") or w.endswith("9")} or found[name]
+        known = not isinstance(experiments[name].toward, list)  # attributes of the learned picture
+        what = "comes from the learned picture" if known else "goes along with `*` in all stages"
+        title, chosen = f"{name}: {what}, `*` in these stages only", found[name]
+        if len(chosen) == len(all_windows()):  # too many for a figure: those at one end
+            chosen = {w: x for w, x in chosen.items() if w.startswith("0") or w.endswith("9")}
         heat_map(matrix(chosen, judge), judge.names, list(chosen), title, folder / f"{name}.png", "stages")
         files.append(f"{name}.png")
     for name, experiment in experiments.items():

@@ -5,8 +5,10 @@ Four experiments of windows of stages (the paper's section 3, and its presets), 
 * withhold: the prompt is left away in a window; poles: the prompt throughout, and no prompt.
 * add: a word is there in a window only; poles: with the word throughout, and without it.
 * switch: prompt A from the start down to stage k, prompt B below; poles: A, and B.
-* concept: a learned `*` stands in the prompt in a window only; poles: the picture that was learned, and the text.
+* concept: a learned `*` stands in the prompt in a window only; poles: with `*` throughout, and without it.
 
+On the rendered world known attributes stand for the first pole: those of the prompt (A), or of the picture that was
+learned, whatever the model makes of them.
 Stages here are tenths of time, 0 = end of generation, whatever the number of stages of model or concept.
 """
 
@@ -26,7 +28,7 @@ from ldm.evaluation.captions import load, to_bytes
 from ldm.evaluation.jobs import run_jobs
 from ldm.evaluation.judges import Judge
 from ldm.evaluation.pictures import generate
-from ldm.evaluation.statistics import wilson
+from ldm.evaluation.statistics import bootstrap, wilson
 from ldm.prompts import preset
 
 STAGES = 10
@@ -43,6 +45,8 @@ class Experiment:
         seeds: N.
         toward, away: the poles: texts to be drawn, or known attributes long (N, F).
         judged: names that count here; None for all that the judge has.
+        concepts: {placeholder: file}, what is loaded for the texts.
+        together: how many consecutive pictures belong to one concept, and are not independent.
     """
 
     conditions: dict[str, Texts]
@@ -51,6 +55,7 @@ class Experiment:
     away: Texts | Tensor
     judged: Sequence[str] | None = None
     concepts: dict[str, str] = field(default_factory=dict)
+    together: int = 1
 
 
 def throughout(texts: Sequence[str]) -> Texts:
@@ -134,15 +139,14 @@ def run(
                 "concepts": experiment.concepts, "options": dict(options),
             }  # fmt: skip
     drawn = run_jobs(draw, jobs, folder / "pictures", workers, "drawing")
-    pictures = {name: from_bytes(result["pictures"]) for name, result in drawn.items()}
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, experiment in experiments.items():
         toward, away = (
-            pole if isinstance(pole, Tensor) else pictures[f"{name}-{key}"]
+            pole if isinstance(pole, Tensor) else from_bytes(drawn[f"{name}-{key}"]["pictures"])
             for key, pole in (("toward", experiment.toward), ("away", experiment.away))
         )
         found[name] = {
-            condition: judge.follows(pictures[f"{name}-{condition}"], toward, away).numpy()
+            condition: judge.follows(from_bytes(drawn[f"{name}-{condition}"]["pictures"]), toward, away).numpy()
             for condition in experiment.conditions
         }
     _write(found, experiments, judge, folder / "spectrum.csv")
@@ -152,6 +156,19 @@ def run(
 def from_bytes(pictures: np.ndarray) -> Tensor:
     """uint8 (N, R, R, 3) to (N, 3, R, R) in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def interval(values: np.ndarray, together: int, counts: bool) -> tuple[float, float]:
+    """95 % interval of the mean of values (N,) in 0..1; (0, 1) where one concept or picture is all there is.
+
+    Args:
+        together: `Experiment.together`; N is a multiple of it.
+        counts: `Judge.counts`; counts of independent pictures have Wilson's interval, all else the bootstrap's.
+    """
+    if counts and together == 1:
+        return wilson(values.sum(), len(values))
+    means = values.reshape(-1, together).mean(axis=1)
+    return bootstrap(means) if len(means) > 1 else (0.0, 1.0)
 
 
 def _write(
@@ -164,7 +181,7 @@ def _write(
             for condition, values in conditions.items():
                 for judged in experiments[name].judged or judge.names:
                     column = values[:, judge.names.index(judged)]
-                    low, high = wilson(column.sum(), len(column))
+                    low, high = interval(column, experiments[name].together, judge.counts)
                     numbers = [round(float(x), 4) for x in (column.sum(), column.mean(), low, high)]
                     writer.writerow([name, condition, judged, len(column), *numbers])
 

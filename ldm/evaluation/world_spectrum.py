@@ -42,14 +42,16 @@ def caption_experiments(count: int, width: int) -> dict[str, Experiment]:
 
 
 def learn_concepts(config: str, ckpt: str, count: int, folder: Path, workers: int | None = None) -> dict[str, str]:
-    """Learn `count` held-out pictures with the configuration as it is: {placeholder: file}."""
+    """Learn `count` held-out pictures with the configuration, but frozen parts in bfloat16: {placeholder: file}.
+
+    The files in `folder`/learned are written anew each time: they are of this model and this configuration.
+    """
     shared = {"config": config, "ckpt": ckpt, "seed": SEED, "overrides": SETTINGS}
     jobs = {f"concept-{i:02d}": shared | {"number": i} for i in range(count)}
     files = {}
     for i, result in enumerate(run_jobs(learn_concept, jobs, folder / "learned", workers, "learning").values()):
         path = folder / "learned" / f"concept-{i:02d}.safetensors"
-        if not path.exists():
-            save_concept(Concept(torch.from_numpy(result["vectors"])), path)
+        save_concept(Concept(torch.from_numpy(result["vectors"])), path)
         files[f"<{i}>"] = str(path)
     return files
 
@@ -70,6 +72,7 @@ def concept_experiments(concepts: Mapping[str, str], seeds: int = 4) -> dict[str
         experiments[f"concept-{name}"] = place(prompts, numbers, all_windows(), dict(concepts))
         experiments[f"concept-{name}"].toward = torch.stack(rows)
         experiments[f"concept-{name}"].away = torch.stack(others)
+        experiments[f"concept-{name}"].together = seeds
     return experiments
 
 

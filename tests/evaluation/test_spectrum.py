@@ -1,0 +1,270 @@
+"""`scripts/spectrum.py` and `scripts/accuracy.py` from end to end on the small model that ships, in few steps."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ldm.embeddings import load_concept
+from ldm.evaluation import captions, plots, spectrum, world_spectrum
+from ldm.evaluation.judges import DistanceJudge, colour_distance
+from ldm.evaluation.statistics import bootstrap, wilson
+from ldm.presets import load_presets
+from scripts import accuracy
+from scripts import spectrum as command
+
+ROOT = Path(__file__).parents[2]
+MODEL, CONCEPT = "models/demo/model.safetensors", "models/demo/concepts/dotted-star.safetensors"
+FEW = [(3, 4), (0, 9)]  # windows of the rendered world's concepts; all 55 take too long here
+Run = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    def call(script, *flags: object) -> None:
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        script.main()
+
+    return call
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The small model's configuration, but with two steps of learning."""
+    settings = yaml.safe_load(Path("configs/demo/finetune.yaml").read_text())
+    settings["lightning"]["trainer"]["max_steps"] = 2
+    path = tmp_path / "two-steps.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def changed_model(tmp_path: Path) -> Path:
+    """The small model with a little more on the embedding of every token."""
+    state = load_file(MODEL)
+    name = next(name for name in state if name.endswith("token_embedding.weight"))
+    state[name] = state[name] + 0.01
+    with safe_open(MODEL, "pt") as file:
+        save_file(state, tmp_path / "changed.safetensors", file.metadata())
+    return tmp_path / "changed.safetensors"
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "spectrum.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_rendered_world(tmp_path: Path, config: Path, changed_model: Path, run: Run, monkeypatch):
+    """Presets, figures and table; then another model, which has to learn its concepts anew."""
+    monkeypatch.setattr(world_spectrum, "all_windows", lambda: FEW)
+    out, presets = tmp_path / "out", tmp_path / "new" / "presets.yaml"
+    flags = ["--config", config, "--concepts", 1, "--count", 2, "--width", 10, "--steps", 2, "--workers", 1]
+    run(command, *flags, "--write-presets", presets, "--outdir", out)
+    windows = {tuple(range(first, last + 1)) for first, last in FEW}
+    assert set(load_presets(presets).values()) <= windows and len(yaml.safe_load(presets.read_text())) == 4
+    concepts = [f"concept-{name}" for name in ("content", "layout", "material", "style")]
+    strips = {path.name for path in out.glob("strip-*.png")}
+    assert {path.name for path in out.glob("*.png")} - strips == {
+        f"{name}.png" for name in ("withhold", "add", "switch", *concepts)
+    }
+    assert len(strips) == 1 + 6 + 1 + 4
+    table = rows(out)
+    assert {row["pictures"] for row in table if row["experiment"] in concepts} == {"4"}
+    assert {row["pictures"] for row in table if row["experiment"] not in concepts} == {"2"}
+    assert [row["stages"] for row in table if row["experiment"] == "concept-style"][::6] == ["3-4", "0-9"]
+    # one concept tells nothing of others; captions do
+    assert {(row["low"], row["high"]) for row in table if row["experiment"] in concepts} == {("0.0", "1.0")}
+    assert ("0.0", "1.0") not in {(row["low"], row["high"]) for row in table if row["experiment"] == "switch"}
+
+    before = load_concept(out / "learned" / "concept-00.safetensors").vectors
+    monkeypatch.setattr(plots, "plot_spectrum", lambda *_: [])
+    monkeypatch.setattr(world_spectrum, "caption_experiments", lambda *_: {})
+    pictures = out / "pictures" / "concept-content-0-9.npz"
+    old = np.load(pictures)["pictures"]
+    run(command, *flags, "--ckpt", changed_model, "--outdir", out)
+    now = load_concept(out / "learned" / "concept-00.safetensors").vectors
+    assert not torch.allclose(before, now)
+    assert np.array_equal(now.numpy(), np.load(out / "learned" / "concept-00.npz")["vectors"])
+    assert not np.array_equal(old, np.load(pictures)["pictures"])
+
+
+def test_ones_own_prompts(tmp_path: Path, run: Run, monkeypatch):
+    maps, heat_map = {}, plots.heat_map
+
+    def record(values, rows, columns, title, path, label="stage"):
+        assert values.shape == (len(rows), len(columns)) and ((values >= 0) & (values <= 1)).all()
+        maps[path.name] = list(rows), list(columns), title
+        heat_map(values, rows, columns, title, path, label)
+
+    monkeypatch.setattr(plots, "heat_map", record)
+    flags = ["--prompt", "a heart", "--add", "a blue heart", "--switch", "a star", "--size", 32]
+    flags += ["--concept", f"{CONCEPT}=a * heart", "--count", 2, "--steps", 2, "--workers", 1, "--outdir", tmp_path]
+    run(command, *flags)
+    sliding = ["0-2", "1-3", "2-4", "3-5", "4-6", "5-7", "6-8", "7-9"]
+    windows = {"withhold": sliding, "add": sliding, "switch": [str(k) for k in range(11)], "concept": sliding}
+    assert {name: columns for name, (_, columns, _) in maps.items()} == {f"{k}.png": v for k, v in windows.items()}
+    made = {path.name for path in tmp_path.glob("*.png")}
+    assert made == {*maps, *(f"strip-{name}" for name in maps)}
+    assert {tuple(rows) for rows, _, _ in maps.values()} == {("colour", "structure")}
+    assert "`*` in all stages" in maps["concept.png"][2] and "learned picture" not in maps["concept.png"][2]
+    table = rows(tmp_path)
+    assert len(table) == 2 * sum(map(len, windows.values()))
+    poles = {row["stages"]: row["mean"] for row in table if row["experiment"] == "switch" and row["judged"] == "colour"}
+    assert (poles["0"], poles["10"]) == ("1.0", "0.0")
+    assert np.load(tmp_path / "pictures" / "concept-0-2.npz")["pictures"].shape == (2, 32, 32, 3)
+    concept = [np.load(tmp_path / "pictures" / f"concept-{pole}.npz")["pictures"] for pole in ("toward", "away")]
+    assert not np.array_equal(*concept)
+
+
+def test_an_empty_prompt_is_a_prompt(tmp_path: Path, run: Run, monkeypatch):
+    monkeypatch.setattr(plots, "plot_spectrum", lambda *_: [])
+    flags = ["--prompt", "", "--add", "", "--size", 16, "--width", 10, "--count", 1, "--steps", 1, "--concepts", 0]
+    run(command, *flags, "--workers", 1, "--outdir", tmp_path)
+    assert {row["experiment"] for row in rows(tmp_path)} == {"withhold", "add"}
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_accuracy(tmp_path: Path, run: Run, monkeypatch, seen: bool):
+    """Captions and the classifier's own columns are of the same kind of combinations."""
+    asked, judge_itself, random_attributes = [], captions.judge_itself, captions.random_attributes
+
+    def judge_few(count: int, **arguments):
+        assert count == 500
+        return judge_itself(count=8, **arguments)
+
+    def spy(count, seed, held_out):
+        asked.append((count, held_out))
+        return random_attributes(count, seed, held_out)
+
+    monkeypatch.setattr(captions, "judge_itself", judge_few)
+    monkeypatch.setattr(captions, "random_attributes", spy)
+    flags = ["--count", 2, "--steps", 2, "--workers", 1, "--outdir", tmp_path]
+    run(accuracy, *flags, *["--seen"] * seen)
+    assert asked == [(2, not seen), (8, not seen)]
+    table = json.loads((tmp_path / "accuracy.json").read_text())
+    assert table["captions"] == 2 and table["steps"] == 2 and table["held_out"] == (not seen)
+    correct = np.load(tmp_path / "jobs" / "captions-0000.npz")["correct"]
+    low, high = wilson(correct[:, 0].sum(), 2)
+    assert table["position"]["share"] == correct[:, 0].mean()
+    assert (table["position"]["low"], table["position"]["high"]) == (low, high)
+    assert table["position"]["rendered"] >= 0.9 and (tmp_path / "pictures.png").is_file()
+
+
+OWN = ["--prompt", "a star"]
+PRESETS = "--write-presets"
+NUMBERS = {"0": ("--count", "--steps", "--workers"), "-1": ("--count", "--steps", "--workers"), "x": ("--steps",)}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "sentence"),
+    [
+        *((s, [flag, n], f"{flag}:") for s in (command, accuracy) for n, flags in NUMBERS.items() for flag in flags),
+        *((s, ["--steps", 1001], "must be in 1..1000, not 1001") for s in (command, accuracy)),
+        *((s, ["--scale", "nan"], "scale must be in 0..") for s in (command, accuracy)),
+        *((s, ["--outdir", "README.md"], "give a folder with --outdir") for s in (command, accuracy)),
+        *((s, ["--classifier", "none.safetensors"], "There is no file 'none.") for s in (command, accuracy)),
+        (command, ["--batch", -1], "--batch:"),
+        (command, ["--concepts", -1], "--concepts:"),
+        (command, ["--width", 0], "--width:"),
+        (command, ["--width", 11], "--width must be in 1..10, not 11"),
+        (command, ["--size", 0], "--size:"),
+        (command, ["--size", 128], "64 pixels a side, not 128"),
+        (command, [*OWN, "--size", 60], "must be a multiple of 16 for this model, not 60; nearest: 64"),
+        *(
+            (command, [flag, "a"], f"{flag} goes with --prompt")
+            for flag in ("--add", "--switch", "--concept", "--clip")
+        ),
+        (command, ["--add", ""], "--add goes with --prompt"),
+        (command, ["--lpips"], "--lpips goes with --prompt"),
+        (command, [*OWN, "--concept", CONCEPT], "--concept takes FILE=PROMPT"),
+        (command, [*OWN, "--concept", ""], "--concept takes FILE=PROMPT"),
+        (command, [*OWN, "--concept", f"{CONCEPT}=a mug"], "with a * in the prompt"),
+        (command, [*OWN, "--concept", "none.safetensors=a *"], "'none.safetensors': there is no such file"),
+        (command, [*OWN, "--concept", "README.md=a *"], "'README.md': "),
+        (command, [PRESETS, "README.md/presets.yaml"], "'README.md': '"),
+        (command, [PRESETS, "docs"], "takes a file, not the folder 'docs'"),
+        (command, [PRESETS, "p.yaml", "--concepts", 0], "needs concepts of the rendered world"),
+        (command, [PRESETS, "p.yaml", "--prompt", ""], "needs concepts of the rendered world"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_before_drawing(
+    script, flags: list[object], sentence: str, tmp_path: Path, capsys, run: Run, monkeypatch
+):
+    def draw(*_, **__):
+        raise AssertionError("work has started")
+
+    for module, name in ((spectrum, "run_jobs"), (world_spectrum, "run_jobs"), (captions, "generate")):
+        monkeypatch.setattr(module, name, draw)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        run(script, "--outdir", out, *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in error and error.count("\n") == 1, error
+    assert not out.exists()
+
+
+def test_intervals_count_what_is_independent():
+    """Eight concepts of four pictures each, which are all alike within a concept."""
+    concepts = np.array([1, 1, 1, 1, 1, 0, 0, 0.0])
+    values = concepts.repeat(4)
+    assert spectrum.interval(values, 1, counts=True) == wilson(20, 32)
+    assert spectrum.interval(values, 4, counts=True) == bootstrap(concepts)
+    distances = np.linspace(0.4, 0.6, 32)
+    assert spectrum.interval(distances, 1, counts=False) == bootstrap(distances)
+    assert spectrum.interval(values[:4], 4, counts=True) == (0.0, 1.0)
+    made = world_spectrum.concept_experiments({"<0>": "a", "<1>": "b"}, seeds=3)["concept-style"]
+    assert made.together == 3 and made.seeds == [0, 1, 2] * 2
+    assert world_spectrum.caption_experiments(2, 3)["switch"].together == 1
+
+
+def test_the_table_has_the_intervals_of_its_judge(tmp_path: Path):
+    texts = spectrum.throughout(["a"] * 4)
+    values = np.array([[0.5, 0.1], [0.5, 0.2], [0.5, 0.3], [0.5, 0.4]])
+    spectrum._write(
+        {"withhold": {"0": values}},
+        {"withhold": spectrum.Experiment({"0": texts}, [0, 1, 2, 3], texts, texts)},
+        DistanceJudge(),
+        tmp_path / "spectrum.csv",
+    )
+    colour, structure = rows(tmp_path)
+    assert [colour[key] for key in ("sum", "mean", "low", "high")] == ["2.0", "0.5", "0.5", "0.5"]
+    assert (float(structure["low"]), float(structure["high"])) == pytest.approx(bootstrap(values[:, 1]), abs=1e-4)
+
+
+def test_a_concept_of_all_windows_is_drawn_with_those_at_one_end(tmp_path: Path, monkeypatch):
+    maps = {}
+    monkeypatch.setattr(plots, "heat_map", lambda values, rows, columns, title, *_: maps.update({title: columns}))
+    monkeypatch.setattr(plots, "strip", lambda *_: None)
+    made = world_spectrum.concept_experiments({"<0>": "a"}, seeds=1)["concept-style"]
+    found = {"concept-style": {window: np.zeros((1, 2)) for window in made.conditions}}
+    plots.plot_spectrum(found, {"concept-style": made}, DistanceJudge(), tmp_path)
+    ((title, columns),) = maps.items()
+    assert len(columns) == 19 and {"0", "0-9", "9", "4-9"} <= set(columns) and "4-8" not in columns
+    assert "comes from the learned picture" in title
+
+
+def test_colours_are_counted_in_little_memory():
+    with torch.profiler.profile(profile_memory=True) as watch:
+        colour_distance(torch.zeros(2, 3, 64, 64), torch.ones(2, 3, 64, 64))
+    assert max(event.cpu_memory_usage for event in watch.key_averages()) < 2**21  # one-hot: 2**25
+
+
+def test_colours_are_counted():
+    red, blue = (torch.full((1, 3, 4, 4), -1.0) for _ in range(2))
+    red[:, 0], blue[:, 2] = 1.0, 1.0
+    half = torch.cat([red[..., :2], blue[..., :2]], dim=-1)
+    pictures, others = torch.cat([red, red, half]), torch.cat([red, blue, blue])
+    assert colour_distance(pictures, others).tolist() == [0.0, 1.0, 0.5]
