@@ -59,7 +59,7 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     allow_targets(*options.allow_targets)
     config = load_config(setup["config"], flag="--config")
     check_generates(config)
-    outline = _outline(config, setup["dtype"])
+    outline = model_outline(config, setup["dtype"])
     if outline.embedding_manager is not None:
         outline.embedding_manager.base_path = Path(setup["ckpt"])
     arguments = _native(config, main) | _arguments(options, recorded, outline, main, setup["ckpt"])
@@ -85,7 +85,7 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     return recorded
 
 
-def _outline(config: DictConfig, dtype: str) -> LatentDiffusion:
+def model_outline(config: DictConfig, dtype: str) -> LatentDiffusion:
     """The configured model without weights, to check arguments against; it needs no memory."""
     import torch
     from omegaconf import OmegaConf

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ldm.commands import _outline
+from ldm.commands import model_outline
 from ldm.conditioning import Conditioning
 from ldm.config import check_generates, load_config
 from ldm.generate import check_arguments
@@ -33,7 +33,7 @@ def check(
     """
     settings = load_config(config, flag="--config")
     check_generates(settings)
-    outline = _outline(settings, "float32")
+    outline = model_outline(settings, "float32")
     check_arguments(
         outline, ddim_steps=steps, scale=scale, height=size, width=size, strength=0.0, ddim_eta=0.0, seed=0,
         n_iter=1, n_samples=1, n_rows=0, sampler="ddim", resize="crop",
