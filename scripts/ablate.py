@@ -43,7 +43,7 @@ def compare(args: argparse.Namespace) -> None:
     windows = load_presets(args.presets) if args.presets else presets_beside(ablation.ckpt)
     if missing := sorted(TRANSFERS.keys() - windows.keys()):
         raise ValueError(f"The presets have no window for {', '.join(missing)}; see models/demo/presets.yaml.")
-    load(ablation.config, ablation.ckpt)  # what is missing or does not fit is found before the hour of learning
+    load(ablation.config, ablation.ckpt)  # what is missing or does not fit is found before hours of learning
     load_judge(ablation.classifier)
     learned = ablation.learn(args.outdir, args.workers)
     text = tables(ablation, ablation.measure(args.outdir, learned, windows, args.workers), learned, args.outdir)
