@@ -90,6 +90,12 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
                 temporary.unlink()
 
 
+def replace_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 in place of `path`, all of it or nothing; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def _rename_aside(path: Path, keep: Path) -> None:
     """Give `path` the second name `keep`, so that at every moment it has at least one."""
     link = keep.with_name(f"{TEMPORARY}-{os.getpid()}-{keep.name}")

@@ -42,7 +42,7 @@ def count(args: argparse.Namespace) -> None:
     from ldm.evaluation.jobs import run_jobs
     from ldm.evaluation.pictures import check
     from ldm.evaluation.statistics import wilson
-    from ldm.files import check_writable
+    from ldm.files import check_writable, replace_text
 
     check(args.config, args.ckpt, args.steps, args.scale)
     check_writable(args.outdir, "--outdir")
@@ -65,7 +65,7 @@ def count(args: argparse.Namespace) -> None:
         own = [float(itself[kind][:, column].mean()) for kind in ("rendered", "reconstructed")]
         table[name] = {"share": float(share), "low": low, "high": high, "rendered": own[0], "reconstructed": own[1]}
         print(f"{name:12} {share:8.3f} ({low:.3f} to {high:.3f})   {own[0]:.3f} / {own[1]:.3f}")
-    (args.outdir / "accuracy.json").write_text(json.dumps(table, indent=2) + "\n")
+    replace_text(args.outdir / "accuracy.json", json.dumps(table, indent=2) + "\n")
 
     from PIL import Image
 

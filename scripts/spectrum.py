@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> None:
     from ldm.evaluation.judges import AttributeJudge, DistanceJudge
     from ldm.evaluation.pictures import check
     from ldm.evaluation.plots import plot_spectrum
-    from ldm.files import check_writable, replacing, writing_to
+    from ldm.files import check_writable, replace_text, writing_to
 
     file, _, text = (args.concept or "").partition("=")
     check(args.config, args.ckpt, args.steps, args.scale, args.size, {"*": file} if args.concept else None)
@@ -116,8 +116,7 @@ def measure(args: argparse.Namespace) -> None:
         content = comment + yaml.safe_dump(windows, default_flow_style=None, sort_keys=False)
         with writing_to(args.write_presets.parent):
             args.write_presets.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(args.write_presets) as path:
-            path.write_text(content)
+            replace_text(args.write_presets, content)
         print(f"{args.write_presets}: {windows}")
     print(f"{args.outdir}: spectrum.csv, {', '.join(figures)}")
 

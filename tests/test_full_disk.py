@@ -17,6 +17,7 @@ from runs import LEARN, MADE_SMALL, ROOT, every, finish, saved_tensors, start, u
 import main
 from ldm import commands
 from ldm.checkpoint import save_state_dict
+from ldm.export import command as export
 from ldm.files import WriteError, check_writable, replacing
 
 NAMESPACE = ["unshare", "-rm"]
@@ -158,3 +159,19 @@ def test_errors_of_other_places_are_left_alone(tmp_path: Path) -> None:
         (Path(__file__) / "elsewhere").read_text()
     check_writable(tmp_path / "any/number/of/new/folders", "-l")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "star_diffusers.py"])
+def test_texts_of_an_export_without_room(
+    tmp_path: Path, in_root: None, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    flags = ["models/demo/concepts/dotted-star.safetensors", "--name", "star", "--outdir", str(tmp_path), "--card"]
+    flags += ["--to", "diffusers"] if name.endswith(".py") else ["--base_model", "of/a-long-name" * 40]
+    export.run("Export.", flags)
+    before = (tmp_path / name).read_bytes()
+    assert len(before) == max(path.stat().st_size for path in tmp_path.iterdir())
+    with files_up_to(len(before) - 1), pytest.raises(SystemExit) as ending:
+        export.run("Export.", [*flags, "--force"])
+    assert ending.value.code == 2
+    assert f"Cannot write to '{tmp_path}': the file would be" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == before and unfinished(tmp_path) == []

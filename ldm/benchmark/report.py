@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.benchmark.measure import Measurement
+from ldm.files import replace_text
 
 HEADER = ("", "ms", "from", "to", "per s", "peak MB", "GFLOP", "GFLOP/s", "of ceiling", "deviation", "times first")
 
@@ -86,4 +87,4 @@ def table(rows: Sequence[Row]) -> str:
 def write_json(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**about, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=1) + "\n")

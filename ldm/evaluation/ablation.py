@@ -17,6 +17,7 @@ from ldm.evaluation.concepts import MAX_STEPS, TRANSFERS, bring, brought, concep
 from ldm.evaluation.jobs import Result, run_jobs
 from ldm.evaluation.plots import plot_transfers, plot_variants
 from ldm.evaluation.statistics import bootstrap
+from ldm.files import replace_text
 
 KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale"}
 KEYS |= {"default", "everywhere", "settings", "variants"}
@@ -183,10 +184,10 @@ def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[
         lines.append(f"| {name} | {' | '.join(cells)} |")
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines) + "\n"
-    (folder / "ablation.md").write_text(text, encoding="utf-8")
+    replace_text(folder / "ablation.md", text)
     everything = summaries | everywhere
     numbers = {name: {key: x.tolist() for key, x in values.items()} for name, values in everything.items()}
-    (folder / "ablation.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    replace_text(folder / "ablation.json", json.dumps(numbers, indent=1) + "\n")
     plot_transfers(everything, presets, folder / "transfer.png")
     plot_variants(summaries, {name: x for name, x in gains.items() if name in summaries}, folder / "variants.png")
     return text

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.files import check_writable, writing_to
+from ldm.files import check_writable, replace_text, writing_to
 from ldm.flags import Parser, add_flag
 from ldm.sampling_flags import word
 
@@ -106,7 +106,7 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
         if options.card:
             uses = [path.name for path in paths if path.suffix in (".py", ".txt", ".json")]
             about = {"base_model": options.base_model, "license_id": options.license, "pictures": captions}
-            (folder / "README.md").write_text(model_card(concepts, uses, **about), encoding="utf-8")
+            replace_text(folder / "README.md", model_card(concepts, uses, **about))
     return paths, warnings
 
 

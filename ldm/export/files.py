@@ -11,6 +11,7 @@ from pathlib import Path
 from ldm.embeddings import Concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.texts import check_name, stage_texts
+from ldm.files import replace_text
 from ldm.prompts import Words
 
 _ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
@@ -92,7 +93,7 @@ class Export:
         contents = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}
         for program in programs:
             path = folder / f"{self.name}_{_ENDINGS[program]}"
-            path.write_text(contents[program](warnings), encoding="utf-8")
+            replace_text(path, contents[program](warnings))
         return warnings
 
     def _texts(self, spell: Callable[[str], str] = str, escape: Callable[[str], str] = str) -> list[str]:
