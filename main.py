@@ -38,21 +38,21 @@ def train(options: argparse.Namespace) -> int:
     from ldm.files import writing_to
     from ldm.runs import open_run
 
-    pl.seed_everything(options.seed, verbose=False)
     allow_targets(*options.allow_targets)
     run = open_run(options)
     config = training.build_config(options, run)
+    pl.seed_everything(config.lightning.seed, verbose=False)
     missing = parts.missing_parts(config)
     data = instantiate_from_config(config.data)
     module = instantiate_from_config(config.model)
-    module.seed = options.seed
+    module.seed = config.lightning.seed
     run_checks.check_sizes(module, data)
     run_checks.check_resumable(module, run.checkpoint)
     with run.opened() if options.train else contextlib.nullcontext():
-        trainer = training.build_trainer(config, options, run, module)
+        trainer = training.build_trainer(config, run, module)
         parts.check_alone(missing, trainer)
         memory.check_learning(module, data, trainer.strategy.root_device)
-        training.set_learning_rate(config, module, data, trainer, options.scale_lr)
+        training.set_learning_rate(config, module, data, trainer)
         if not options.train:
             logger.info("Everything is in place; add -t to train.")
             return 0

@@ -140,7 +140,7 @@ def build_parser() -> Parser:
     )
     add_flag(run, "-t", "--train", default=False, help="train (without it, only the set-up is checked)", **switch)
     add_flag(run, "-r", "--resume", metavar="DIR|CKPT", help="go on with the run in this log folder")
-    add_flag(run, "-s", "--seed", type=seed, default=23, help="seed of everything random (23)")
+    add_flag(run, "-s", "--seed", type=seed, help="seed of everything random (23)")
     add_flag(
         run,
         "--allow_targets",
@@ -169,7 +169,7 @@ def build_parser() -> Parser:
     trainer = parser.add_argument_group("trainer (handed to pytorch_lightning.Trainer)")
     add_flag(trainer, "--gpus", metavar="0,1,", help="CUDA devices by number; translated to accelerator and devices")
     help_lr = "multiply the learning rate by batch size, devices and accumulation (true)"
-    add_flag(trainer, "--scale_lr", default=True, help=help_lr, **switch)
+    add_flag(trainer, "--scale_lr", help=help_lr, **switch)
     for name, kind in TRAINER_FLAGS.items():
         options = dict(switch, default=None) if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
         add_flag(trainer, f"--{name}", **options)

@@ -67,8 +67,9 @@ def train_parts(
     Args:
         train: `main.main`.
     """
-    handed_on = {"seed": options.seed, "devices": 1, "gpus": options.gpus, "scale_lr": options.scale_lr}
-    handed_on |= {"accelerator": (config.lightning.get("trainer") or {}).get("accelerator"), "debug": options.debug}
+    trainer = config.lightning.get("trainer") or {}
+    handed_on = {"seed": config.lightning.seed, "scale_lr": config.lightning.scale_lr, "debug": options.debug}
+    handed_on |= {"devices": 1, "gpus": trainer.get("gpus"), "accelerator": trainer.get("accelerator")}
     handed_on |= {name: options.trainer.get(name) for name in ("precision", "deterministic", "enable_progress_bar")}
     flags = [text for name, value in handed_on.items() if value is not None for text in (f"--{name}", str(value))]
     for number, (key, base) in enumerate(parts.items(), 1):

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from ldm.callbacks import CheckpointWriter, EmbeddingSaver, SaveLast
-from ldm.cli import translate_gpus
+from ldm.cli import MAX_SEED, translate_gpus
 from ldm.config import ConfigError, check_parameters, instantiate_from_config, load_config, nearest
 from ldm.files import replacing, writing_to
 from ldm.guards import FiniteGuard
@@ -26,9 +26,11 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SAVE_EVERY = 500
 CHECKPOINT_KEYS = ("every_n_train_steps", "monitor", "save_top_k", "save_last", "dirpath", "filename", "verbose")
-LIGHTNING_KEYS = ("trainer", "callbacks", "modelcheckpoint")
+LIGHTNING_KEYS = ("trainer", "callbacks", "modelcheckpoint", "seed", "scale_lr")
 DEFAULT_CONFIG = {
     "lightning": {
+        "seed": 23,
+        "scale_lr": True,
         "trainer": {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "enable_model_summary": False},
     }
 }
@@ -45,13 +47,19 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     for key in config.lightning or ():
         if key not in LIGHTNING_KEYS:
             raise ConfigError(f"Unknown key 'lightning.{key}'{nearest(key, LIGHTNING_KEYS)}")
+    for name in ("seed", "scale_lr"):
+        if getattr(options, name) is not None:
+            config.lightning[name] = getattr(options, name)
+    if options.gpus is not None or "devices" in options.trainer:  # what was saved gives way to either
+        OmegaConf.update(config, "lightning.trainer.gpus", options.gpus)
+    check_seed(config.lightning.seed)
     params = config.model.get("params") or {}
     if OmegaConf.select(config, "data.params.train") is None:
         raise ConfigError("The configuration does not say 'data.params.train:', the pictures to learn from.")
     if options.data_root:
         for split in ("train", "validation"):
             if config.data.params.get(split):
-                pictures = {"data_root": options.data_root, "seed": options.seed}
+                pictures = {"data_root": options.data_root, "seed": config.lightning.seed}
                 if options.placeholder_tokens:
                     pictures["placeholder_token"] = options.placeholder_tokens[0]
                 OmegaConf.update(config, f"data.params.{split}.params", pictures)
@@ -86,12 +94,19 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     return config
 
 
-def choose_devices(trainer: Mapping[str, Any], gpus: str | None) -> dict[str, Any]:
-    """Translate `--gpus 0,` (or `gpus:` in the YAML) into Lightning's accelerator and devices.
+def check_seed(seed: object) -> None:
+    """Raise `ConfigError` for a `lightning.seed` that is no seed."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"lightning.seed must be a whole number from 0 to {MAX_SEED}, not '{seed}'.")
+
+
+def choose_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate `gpus: 0,` (the flag `--gpus`) into Lightning's accelerator and devices.
 
     With no usable GPU the run says so once and uses the CPU.
     """
     chosen = {key: value for key, value in trainer.items() if key != "gpus"}
+    gpus = trainer.get("gpus")
     numbers = translate_gpus(str(gpus) if gpus is not None else None)
     if numbers is None or "accelerator" in chosen:
         return chosen
@@ -105,11 +120,11 @@ def choose_devices(trainer: Mapping[str, Any], gpus: str | None) -> dict[str, An
     return {**chosen, "accelerator": "cpu", "devices": 1}
 
 
-def build_trainer(config: DictConfig, options: argparse.Namespace, run: Run, module: pl.LightningModule) -> pl.Trainer:
+def build_trainer(config: DictConfig, run: Run, module: pl.LightningModule) -> pl.Trainer:
     """The Lightning trainer with loggers (TensorBoard, CSV) and callbacks (saving, pictures, the YAML's own)."""
     lightning = OmegaConf.to_container(config.lightning, resolve=True)
     trainer = lightning.get("trainer") or {}
-    trainer = choose_devices(trainer, options.gpus or trainer.get("gpus"))
+    trainer = choose_devices(trainer)
     devices = str(trainer.get("devices", ""))
     if devices.isdigit():
         trainer["devices"] = int(devices)
@@ -183,9 +198,7 @@ class ProgressBar(TQDMProgressBar):
         return metrics if loss is None else {"loss": f"{loss.item():.3g}", **metrics}
 
 
-def set_learning_rate(
-    config: DictConfig, module: pl.LightningModule, data: Any, trainer: pl.Trainer, scale: bool
-) -> None:
+def set_learning_rate(config: DictConfig, module: pl.LightningModule, data: Any, trainer: pl.Trainer) -> None:
     """Give the module its learning rate and log how it came about, in one line."""
     try:
         base = float(config.model.base_learning_rate)
@@ -193,7 +206,7 @@ def set_learning_rate(
         raise ConfigError(f"base_learning_rate must be a number, not '{config.model.base_learning_rate}'.") from error
     if not 0 < base < math.inf:
         raise ConfigError(f"base_learning_rate must be more than 0 and finite, not {base}.")
-    if not scale:
+    if not config.lightning.scale_lr:
         module.learning_rate = base
         logger.info("Learning rate %.2e (--scale_lr false)", base)
         return

@@ -47,8 +47,9 @@ def saved_tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
 
 
 def test_resumed_run_is_the_same_run(tmp_path: Path) -> None:
-    """Interrupted between validation-free epochs or within one: weights and optimizer end bit-identical."""
+    """Interrupted between epochs or within one, with flags that are not given again: bit-identical."""
     steps = ["data.params.train.params.repeats=24", "data.params.batch_size=4"]  # epochs of 6 steps
+    steps += ["-s", "7", "--scale_lr", "false", "model.base_learning_rate=1e-4", "--gpus", "0"]
     whole = learn(tmp_path / "whole", "--max_steps", "16", *steps)
     for stop in ("6", "9"):
         part = tmp_path / f"part{stop}"
@@ -59,6 +60,29 @@ def test_resumed_run_is_the_same_run(tmp_path: Path) -> None:
         assert all(torch.equal(expected[key], got[key]) for key in expected)
         one, two = (load_concept(run / "embeddings.safetensors") for run in (whole, part / "checkpoints"))
         assert torch.equal(one.vectors, two.vectors)
+
+
+def test_a_run_that_has_no_checkpoint_yet_begins_with_its_own_flags(tmp_path: Path) -> None:
+    steps = ["--max_steps", "2", "-s", "7", "--scale_lr", "false"]
+    whole, again = learn(tmp_path / "whole", *steps), learn(tmp_path / "again", *steps)
+    for path in again.iterdir():
+        path.unlink()
+    assert main.main(["-r", str(tmp_path / "again"), "-t", "--enable_progress_bar", "false"]) == 0
+    expected, got = saved_tensors(whole), saved_tensors(again)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+@pytest.mark.parametrize("seed", ["-1", "x", "true", "4294967296"])
+def test_a_seed_in_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: str) -> None:
+    assert main.main([*LEARN, "-p", str(tmp_path / "run"), f"lightning.seed={seed}"]) == 2
+    assert "lightning.seed must be a whole number" in capsys.readouterr().err
+
+
+def test_steps_of_several_batches(tmp_path: Path) -> None:
+    """Also where they do not divide an epoch, here of 4 batches."""
+    steps = ["data.params.train.params.repeats=8", "data.params.batch_size=2", "--accumulate_grad_batches", "3"]
+    checkpoints = learn(tmp_path / "run", *steps, "--max_steps", "3", "--max_epochs", "9")
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
@@ -122,7 +146,7 @@ def test_only_the_embedding_is_trained(tmp_path: Path) -> None:
     save_configs(config, run)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     initial = module.embedding_manager.eval().embeddings().detach()
-    build_trainer(config, options, run, module).fit(module, datamodule=data)
+    build_trainer(config, run, module).fit(module, datamodule=data)
     for key, value in module.state_dict().items():
         if not key.startswith("embedding_manager.attention."):
             assert torch.equal(before[key], value), key

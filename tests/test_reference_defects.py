@@ -251,7 +251,7 @@ def test_the_references_trainer_flags_reach_the_trainer(tmp_path: Path) -> None:
     given = {"max_steps": 7, "accumulate_grad_batches": 3, "precision": "bf16-mixed", "accelerator": "cpu"}
     given |= {"devices": "2", "strategy": "ddp", "num_nodes": 1}
     assert {name: config.lightning.trainer[name] for name in given} == given
-    trainer = build_trainer(config, options, run, pl.LightningModule())
+    trainer = build_trainer(config, run, pl.LightningModule())
     assert (trainer.max_steps, trainer.accumulate_grad_batches, trainer.precision) == (7, 3, "bf16-mixed")
     assert (trainer.num_devices, trainer.num_nodes) == (2, 1)
     assert type(trainer.strategy).__name__ == "DDPStrategy"
@@ -275,14 +275,14 @@ def test_without_a_usable_gpu_the_run_says_so_once(
 
 def test_gpus_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_devices({"max_steps": 5}, "0,") == {"max_steps": 5, "accelerator": "gpu", "devices": [0]}
-    assert choose_devices({"gpus": "0,1"}, "0,1") == {"accelerator": "gpu", "devices": [0, 1]}
-    assert choose_devices({"accelerator": "cpu"}, "0,") == {"accelerator": "cpu"}
-    assert choose_devices({"max_steps": 5}, None) == {"max_steps": 5}
+    assert choose_devices({"max_steps": 5, "gpus": "0,"}) == {"max_steps": 5, "accelerator": "gpu", "devices": [0]}
+    assert choose_devices({"gpus": "0,1"}) == {"accelerator": "gpu", "devices": [0, 1]}
+    assert choose_devices({"accelerator": "cpu", "gpus": "0,"}) == {"accelerator": "cpu"}
+    assert choose_devices({"max_steps": 5}) == {"max_steps": 5}
     without_gpu(monkeypatch)
-    assert choose_devices({}, "0,1") == {"accelerator": "cpu", "devices": 1}
+    assert choose_devices({"gpus": "0,1"}) == {"accelerator": "cpu", "devices": 1}
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_devices({}, "0,") == {"accelerator": "mps", "devices": 1}
+    assert choose_devices({"gpus": "0,"}) == {"accelerator": "mps", "devices": 1}
 
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d"

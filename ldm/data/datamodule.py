@@ -22,14 +22,21 @@ class RunningSampler(Sampler[int]):
     Args:
         samples_per_epoch: length of the data set.
         position: returns how many global batches the run has consumed.
+        accumulate: batches in a step; an epoch has whole steps only, since a shorter one would end it early.
     """
 
     def __init__(
-        self, samples_per_epoch: int, batch_size: int, position: Callable[[], int], rank: int = 0, world: int = 1
+        self,
+        samples_per_epoch: int,
+        batch_size: int,
+        position: Callable[[], int],
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
     ) -> None:
         self.batch_size, self.rank, self.world = batch_size, rank, world
         self.position = position
-        self.batches_per_epoch = max(1, samples_per_epoch // (batch_size * world))
+        self.batches_per_epoch = max(1, samples_per_epoch // (batch_size * world * accumulate)) * accumulate
 
     def __len__(self) -> int:
         return self.batches_per_epoch * self.batch_size
@@ -90,6 +97,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             position=lambda: trainer.global_step * trainer.accumulate_grad_batches,
             rank=trainer.global_rank,
             world=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
         )
         return self._loader("train", sampler)
 

@@ -330,6 +330,18 @@ def test_gradients_through_half_precision(dtype: str, tolerance: float) -> None:
     assert (gradient[1] - gradient[0]).norm() < tolerance * gradient[0].norm()
 
 
+def test_gradients_under_autocast_are_not_enlarged() -> None:
+    """The trainer's own scaler does that, where the weights are float32."""
+    gradient = []
+    for enabled in (False, True):
+        model = build().train()
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            cond = model.get_learned_conditioning(["*"])
+            model.p_losses(noise(seed=1), cond, torch.tensor([500]), noise(seed=2))[0].backward()
+        gradient.append(gradients(model))
+    assert (gradient[1] - gradient[0]).norm() < 0.05 * gradient[0].norm()
+
+
 def test_fused_adamw_is_adamw() -> None:
     """To the last digit of float32 after five steps."""
     batch = batch_of(PersonalizedBase(PICTURES, size=64), [0, 1])

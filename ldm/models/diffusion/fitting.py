@@ -66,8 +66,9 @@ class Fitting(pl.LightningModule):
 
     def _dropout_seed(self, batch: Mapping[str, Any]) -> int:
         # dropout takes no generator; seeding by the first sample of all processes' batches makes it, too, the same
-        # in a resumed run and in every process
-        return mix_seed(self.seed, int(batch["sample"][0]) - self.global_rank * len(batch["sample"]))
+        # in a resumed run and in every process; all processes validate on the same samples
+        before = self.global_rank * len(batch["sample"]) if self.trainer.training else 0
+        return mix_seed(self.seed, int(batch["sample"][0]) - before)
 
     def _latent_shape(self, batch: Mapping[str, Any]) -> torch.Size:
         if self.image_key not in batch:

@@ -196,7 +196,7 @@ class UNetModel(nn.Module):
         h = self._run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
-        return leave(self.out(h))
+        return leave(self.out(h), dtype)
 
     def _run(self, block: Block, h: Tensor, emb: Tensor, context: Context | Projected) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():

@@ -32,10 +32,14 @@ def enter(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def leave(x: Tensor) -> Tensor:
-    """What layers give, as float32; the gradient that enters float16 layers here is enlarged."""
+def leave(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What layers in `dtype` give, as float32; the gradient that enters float16 layers here is enlarged.
+
+    What counts is the dtype of the layers' weights, as in `enter`: under autocast to float16 the trainer's own scaler
+    enlarges the gradients of float32 weights.
+    """
     out = x.float()
-    return ScaleGradient.apply(out, FLOAT16_GRADIENT_SCALE) if x.dtype == torch.float16 and x.requires_grad else out
+    return ScaleGradient.apply(out, FLOAT16_GRADIENT_SCALE) if dtype == torch.float16 and x.requires_grad else out
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

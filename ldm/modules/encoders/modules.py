@@ -98,7 +98,7 @@ class FrozenCLIPEmbedder(nn.Module):
 
     def forward(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Contexts (B, L, D), float32; see `embed` for the arguments."""
-        return leave(self.transformer.text_model(self.embed(slots, vectors)))
+        return leave(self.transformer.text_model(self.embed(slots, vectors)), self.token_table.dtype)
 
 
 def hub_folder(repository: str) -> Path | None:
