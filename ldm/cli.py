@@ -27,6 +27,20 @@ examples:
 
 OVERRIDE = re.compile(r"^[A-Za-z_][\w.\[\]-]*=")
 MAX_SEED = 2**32 - 1  # NumPy's
+# What other programs have a flag for -> the key that says it here.
+KEYS = {
+    "batch_size": "data.params.batch_size=N",
+    "num_workers": "data.params.num_workers=N",
+    "resolution": "data.params.train.params.size=N",
+    "size": "data.params.train.params.size=N",
+    "learning_rate": "model.base_learning_rate=X",
+    "lr": "model.base_learning_rate=X",
+    "num_stages": "model.params.prospect_stages=N",
+    "stages": "model.params.prospect_stages=N",
+    "max_train_steps": "--max_steps N",
+    "steps": "--max_steps N",
+    "mixed_precision": "--precision bf16-mixed",
+}
 
 
 def boolean(text: str) -> bool:
@@ -182,21 +196,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Exits with code 2 and one sentence on an unknown flag or a bad value.
     """
     parser = build_parser()
-    options, rest = parser.parse_known_args(argv)
-    # `--base a.yaml key=value`: a list would swallow the override
-    options.overrides = [text for text in (*options.base, *options.allow_targets) if OVERRIDE.match(text)]
-    for name in ("base", "allow_targets"):
-        setattr(options, name, [text for text in getattr(options, name) if not OVERRIDE.match(text)])
-    for text in rest:
-        if not OVERRIDE.match(text):
-            parser.refuse(text, otherwise="see --help; values of the configuration are key=value")
-        options.overrides.append(text)
+    overrides, flags = split_overrides(parser, sys.argv[1:] if argv is None else argv)
+    options, unknown = parser.parse_known_args(flags)
+    if unknown:
+        key = KEYS.get(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"))
+        otherwise = "see --help; values of the configuration are key=value"
+        parser.refuse(unknown[0], otherwise, instead=key)
+    options.overrides = overrides
     options.trainer = {name: getattr(options, name) for name in TRAINER_FLAGS if getattr(options, name) is not None}
     if options.name and options.resume:
         parser.error("-n/--name and -r/--resume exclude each other; a resumed run keeps its folder")
     if not options.base and not options.resume:
         parser.error("a configuration is needed: --base configs/stable-diffusion/v1-finetune.yaml (or -r LOGDIR)")
     return options
+
+
+def split_overrides(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`key=value` wherever it stands, and the flags: a list (`--base a.yaml key=value`) would swallow it."""
+    single = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
+    overrides, flags = [], []
+    for before, text in zip(("", *argv), argv, strict=False):
+        (overrides if OVERRIDE.match(text) and before not in single else flags).append(text)
+    return overrides, flags
 
 
 def translate_gpus(gpus: str | None) -> list[int] | int | None:

@@ -15,10 +15,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
-    def refuse(self, text: str, otherwise: str = "see --help") -> NoReturn:
-        """End because of the unknown argument `text`."""
+    def refuse(self, text: str, otherwise: str = "see --help", instead: str | None = None) -> NoReturn:
+        """End because of the unknown argument `text`; `instead` is what says the same, where that is known."""
         known = [name for action in self._actions for name in action.option_strings]
-        close = difflib.get_close_matches(text.split("=")[0], known, n=1)
+        close = [instead] if instead else difflib.get_close_matches(text.split("=")[0], known, n=1)
         self.error(f"unknown argument '{text}'; {f'did you mean {close[0]}?' if close else otherwise}")
 
     @contextlib.contextmanager

@@ -79,7 +79,7 @@ def train_parts(
         with isolate_rng():
             code = train([*(("-r", str(folder)) if begun else ("--base", base, "-p", str(folder))), "-t", *flags])
         if code:
-            logger.info("To go on with all of it: main.py -r %s -t", run.folder)
+            logger.info("To go on with all of it: %s", run.resume_command)
             return code
         config.model.params[key] = str(folder / "checkpoints" / LAST)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import shlex
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,6 +46,10 @@ class Run:
     @property
     def configs(self) -> Path:
         return self.folder / "configs"
+
+    @property
+    def resume_command(self) -> str:
+        return resume_command(self.folder)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -87,6 +92,11 @@ class Run:
             self.folder = wanted.with_name(f"{wanted.name}-{number}")
 
 
+def resume_command(place: Path) -> str:
+    """What to type to go on with the run in a log folder, or from a checkpoint."""
+    return f"python main.py -r {shlex.quote(str(place))} -t"
+
+
 def open_run(options: argparse.Namespace) -> Run:
     """The log folder of a new run, which is not made yet, or of the run to resume.
 
@@ -101,7 +111,7 @@ def open_run(options: argparse.Namespace) -> Run:
         run, flag = Run(Path(options.project), now), "-p"
         if any((run.checkpoints / name).is_file() for name in (LAST, PREVIOUS)):
             raise ValueError(
-                f"'{run.folder}' holds a run already: go on with it (-r {run.folder}) or name another folder."
+                f"'{run.folder}' holds a run already: go on with it ({run.resume_command}) or name another folder."
             )
     else:
         data = Path(options.data_root).resolve().name if options.data_root and options.datadir_in_name else ""
@@ -128,6 +138,11 @@ def _run_to_resume(path: Path, now: str) -> Run:
     if path.is_dir() and all(any(folder.glob(f"configs/*-{kind}.yaml")) for kind in ("project", "lightning")):
         logger.info("'%s' has no checkpoint yet: the run begins anew.", folder)
         return Run(folder, now, resumed=True)
+    if path.is_file():
+        raise ValueError(
+            f"Nothing to resume: '{path}' is neither a log folder nor its last.ckpt. To start from learned embeddings: "
+            f"--embedding_manager_ckpt {shlex.quote(str(path))}."
+        )
     raise ValueError(f"Nothing to resume: there is no file '{checkpoint}'; -r takes a log folder of main.py.")
 
 
@@ -149,7 +164,7 @@ def _way_on(folder: Path, damaged: Path) -> str:
     if previous != damaged and previous.is_file():
         with suppress(CheckpointError):
             _check_whole(previous)
-            return f"go on from the one before it: main.py -r {previous} -t"
+            return f"go on from the one before it: {resume_command(previous)}"
     if (latest := latest_embeddings(folder / "checkpoints")) is not None:
         return f"begin a new run with its latest embeddings: --embedding_manager_ckpt {latest}"
     return "begin a new run"

@@ -234,10 +234,11 @@ def report(run: Run, trainer: pl.Trainer) -> int:
     """Say where the results are, or how to go on after an interruption; returns the exit code."""
     saver = next(callback for callback in trainer.callbacks if isinstance(callback, SaveLast))
     if saver.stopped_by is not None:
-        logger.info("Stopped and saved at step %d; go on with: main.py -r %s -t", trainer.global_step, run.folder)
+        logger.info("Stopped and saved at step %d; go on with: %s", trainer.global_step, run.resume_command)
         return 128 + saver.stopped_by
     if not trainer.is_global_zero:
         return 0
     results = sorted(path.name for path in run.checkpoints.iterdir())
     logger.info("Step %d reached; %s: %s", trainer.global_step, run.checkpoints, ", ".join(results))
+    logger.info("More steps: %s --max_steps N", run.resume_command)
     return 0

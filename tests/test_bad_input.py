@@ -49,6 +49,8 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} --max_stepz 3", "unknown argument '--max_stepz'; did you mean --max_steps?"),
         (f"{LEARN} --frobnicate", "unknown argument '--frobnicate'; see --help"),
         (f"{LEARN} stray", "unknown argument 'stray'"),
+        (f"{LEARN} --batch_size 2", "did you mean data.params.batch_size=N?"),
+        (f"{LEARN} --learning-rate=2", "did you mean model.base_learning_rate=X?"),
         (f"{LEARN} -t maybe", "'maybe' is neither true nor false"),
         (f"{LEARN} --max_steps many", "invalid int value: 'many'"),
         (f"{LEARN} --max_steps -5", "max_steps"),
@@ -282,6 +284,12 @@ def test_resuming_otherwise(
     with refused(capsys, sentence):
         sys.exit(main.main(["-r", str(run), "-t", "--enable_progress_bar", "false", *words(flags, bad)]))
     assert files(run) == before
+
+
+def test_resuming_from_an_embedding(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "checkpoints/embeddings.safetensors"
+    with refused(capsys, f"To start from learned embeddings: --embedding_manager_ckpt {path}."):
+        sys.exit(main.main(["-r", str(path), "-t"]))
 
 
 @pytest.mark.parametrize("length", [0, 100, 0.5, -1], ids=str)

@@ -259,6 +259,10 @@ def test_flags_take_both_spellings() -> None:
     for spelling in ("--data_root", "--data-root"):
         assert cli.parse(["--base", "a.yaml", spelling, "b", "x.y=1"]).data_root == "b"
     assert cli.parse(["--base", "a.yaml", "x.y=1"]).overrides == ["x.y=1"]
+    lists = ["--placeholder_tokens", "<a>", "x=1", "-r", "y=2/run", "-t", "z.w=3", "--gpus", "0,"]
+    options = cli.parse(lists)
+    assert options.overrides == ["x=1", "z.w=3"] and options.train and options.placeholder_tokens == ["<a>"]
+    assert options.resume == "y=2/run", "the value of a flag stays its value"
 
 
 @pytest.mark.parametrize(

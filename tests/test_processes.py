@@ -14,7 +14,7 @@ from runs import LEARN, PICTURES, ROOT, every, finish, saved_tensors, start, wai
 import main
 
 TWO = ["--devices", "2", "--accelerator", "cpu", "--strategy", "ddp"]
-VALIDATION = "data.params.validation={target: ldm.data.personalized.PersonalizedBase, params: {size: 64, set: val, data_root: %s}}"
+VALIDATION = "data.params.validation={target: ldm.data.personalized.PersonalizedBase, params: %s}"
 SMALL_PICTURES = "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2"
 # Sums are made in another order, and Adam divides small gradients by small ones; relative, of 8 steps.
 TOLERANCE = 2e-3
@@ -39,7 +39,10 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(
     """The same embedding from the same samples at the same rate; rank 0 alone writes, and all end well."""
     monkeypatch.chdir(ROOT)
     common = [*LEARN, *every(4, pictures=8), SMALL_PICTURES, "--max_steps", "8", "--log_every_n_steps", "4"]
-    common += [VALIDATION % PICTURES, "data.params.train.params.repeats=16"]  # validated after every fourth step
+    common += [
+        VALIDATION % f"{{size: 64, set: val, data_root: {PICTURES}}}",
+        "data.params.train.params.repeats=16",
+    ]  # validated after every fourth step
     two = start("main.py", *common, "-l", str(tmp_path / "two"), "-n", "x", *TWO, "data.params.batch_size=2")
     seen = set()
     while two.poll() is None:

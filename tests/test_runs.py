@@ -68,7 +68,7 @@ def test_the_checkpoint_before_is_offered(
     (line,) = capsys.readouterr().err.splitlines()
     previous = run / "checkpoints/previous.ckpt"
     assert f"'{run}/checkpoints/last.ckpt'" in line
-    assert line.endswith(f"; go on from the one before it: main.py -r {previous} -t.")
+    assert line.endswith(f"; go on from the one before it: python main.py -r {previous} -t.")
     assert torch.load(previous, weights_only=True)["global_step"] == 4
     assert resume(previous) == 0
     expected, got = saved_tensors(finished / "checkpoints"), saved_tensors(run / "checkpoints")
@@ -139,5 +139,5 @@ def test_a_folder_without_a_configuration_is_not_resumed(run: Path, capsys: pyte
 def test_a_new_run_overwrites_no_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main.main([*LEARN, *MADE_SMALL, "-p", str(run), "--max_steps", "1"]) == 2
-    assert f"'{run}' holds a run already: go on with it (-r {run})" in capsys.readouterr().err
+    assert f"'{run}' holds a run already: go on with it (python main.py -r {run} -t)" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -21,6 +21,7 @@ SETS = ("train", "validation", "val", "test")
 READ_AHEAD = 64
 CACHE_BYTES = 2**30
 LISTED = 10
+SQUASHED = 1.05  # sides that differ by more are told of
 
 # Each random draw has its own number, so that no two of them ever share a stream.
 ORDER, FLIP = 1, 2
@@ -103,6 +104,7 @@ class PersonalizedBase(Dataset):
         self.num_pictures = len(self.paths)
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
+        self._told = not self.is_training
         self._epoch: tuple[int, np.ndarray] | None = None
         if self.in_memory:
             for i in range(self.num_pictures):
@@ -131,12 +133,22 @@ class PersonalizedBase(Dataset):
             return self._cache[i]
         image = open_image(self.paths[i])
         if self.size is not None:
+            self._tell_of_squashing(self.paths[i], image.size)
             image = fit(image, self.size, self.size, self.resize, self.interpolation)
         values = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         if self._cached_bytes + values.numel() <= CACHE_BYTES:
             self._cache[i] = values
             self._cached_bytes += values.numel()
         return values
+
+    def _tell_of_squashing(self, path: Path, size: tuple[int, int]) -> None:
+        """Log, once, that pictures lose their proportions."""
+        if self.resize == "squash" and max(size) > SQUASHED * min(size) and not self._told:
+            self._told = True
+            logger.warning(
+                "'%s' (%d x %d) is squashed to %d x %d; data.params.train.params.resize=crop cuts its longer side, "
+                "resize=pad adds to its shorter one.", path, *size, self.size, self.size,
+            )  # fmt: skip
 
     def picture_number(self, n: int) -> int:
         """The picture that sample n shows."""

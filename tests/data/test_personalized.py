@@ -265,7 +265,7 @@ def test_what_is_no_picture_is_skipped_with_one_line(folder: Path, caplog: pytes
     (folder / "notes.txt").write_text("teddy")
     (folder / "sub").mkdir()
     noise_picture(4, 4).save(folder / "sub" / "deeper.png")
-    data = PersonalizedBase(folder, size=8)
+    data = PersonalizedBase(folder, size=8, resize="crop")
     assert [path.stem for path in data.paths] == list("abcde")
     assert len(caplog.records) == 1
     assert ".DS_Store, .hidden.png, notes.txt, sub" in caplog.text
@@ -274,19 +274,19 @@ def test_what_is_no_picture_is_skipped_with_one_line(folder: Path, caplog: pytes
 def test_a_long_list_of_skipped_files_is_shortened(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(30):
         (folder / f"{i}.txt").touch()
-    PersonalizedBase(folder, size=8)
+    PersonalizedBase(folder, size=8, resize="crop")
     assert "and 20 more" in caplog.text
 
 
 def test_nothing_is_logged_for_a_clean_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        PersonalizedBase(folder, size=8)
+        PersonalizedBase(folder, size=8, resize="crop")
     assert not caplog.records
 
 
 def test_keys_without_a_meaning_are_named_in_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        PersonalizedBase(folder, size=8, per_image_tokens=True, mixing_prob=0.5, coarse_class_text="toy")
+        PersonalizedBase(folder, size=8, resize="crop", per_image_tokens=True, mixing_prob=0.5, coarse_class_text="toy")
     assert len(caplog.records) == 1
     assert "per_image_tokens, mixing_prob, coarse_class_text" in caplog.text
 
@@ -417,3 +417,15 @@ def test_large_folders_are_read_on_demand_within_the_memory_limit(
     with pytest.raises(ImageError, match=r"no file.*e\.png"):
         data.picture(4)
     assert torch.equal(data.picture(0), expected.picture(0))
+
+
+@pytest.mark.parametrize(("resize", "told"), [("squash", 1), ("crop", 0), ("pad", 0)])
+def test_pictures_that_lose_their_proportions_are_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, resize: str, told: int
+) -> None:
+    for name in ("a", "b"):
+        noise_picture(40, 60).save(tmp_path / f"{name}.png")
+    with caplog.at_level("WARNING"):
+        PersonalizedBase(tmp_path, size=16, resize=resize)
+        PersonalizedBase(tmp_path, size=16, resize=resize, set="val")
+    assert caplog.text.count("(40 x 60) is squashed to 16 x 16; data.params.train.params.resize=crop") == told
