@@ -7,6 +7,7 @@ make concepts   python scripts/demo.py --concepts: learn every reference picture
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def main() -> None:
         return
     start = time.monotonic()
     learned = [learn(concept) for concept in CONCEPTS]
+    os.environ |= dict(zip(("PROSPECT_CONCEPT", "PROSPECT_CONCEPT_2"), map(str, learned), strict=True))
     print(f"Executing {NOTEBOOK}", flush=True)
     before = time.time()
     executed = ROOT / OUTPUTS / NOTEBOOK

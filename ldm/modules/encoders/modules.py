@@ -84,7 +84,7 @@ class FrozenCLIPEmbedder(nn.Module):
             raise OSError(f"There is no CLIP vocabulary (vocab.json, merges.txt) of {tokens} tokens in '{folder}'.")
         raise OSError(
             f"The tokenizer of '{self.version}' is neither on this machine nor can it be fetched; put vocab.json and "
-            "merges.txt into a folder and name it in cond_stage_config.params.tokenizer."
+            "merges.txt into a folder and name it in model.params.cond_stage_config.params.tokenizer."
         )
 
     def embed(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
