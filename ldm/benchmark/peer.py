@@ -17,6 +17,7 @@ from ldm.benchmark.sample import Sampling, mix
 from ldm.benchmark.switches import dtype_name
 from ldm.benchmark.train import RandomPictures
 from ldm.diffusers_layout import to_compvis
+from ldm.diffusers_networks import build_networks
 from ldm.models.diffusion.sampling import draw_noise, seeded_generators
 from ldm.schedule import stage_of
 
@@ -38,7 +39,7 @@ class Peer:
         self.base = base
         self.dtype = getattr(torch, dtype_name(switches))
         with torch.device("meta"):
-            parts = _networks(base)
+            parts = build_networks(base, base.unet_sizes, resolution=512)
         _share_weights(parts, base)
         # buffers that are not in a state dict, such as position numbers, were made without memory
         self.text_encoder: Any = _with_buffers(parts["text_encoder"], base.device)
@@ -67,42 +68,6 @@ class Peer:
             steps_offset=1,
             prediction_type=prediction,
         )
-
-
-def _networks(base: LatentDiffusion) -> dict[str, nn.Module]:
-    """Networks of the shapes of `base`, without weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    sizes, encoder = base.unet_sizes, base.first_stage_model.encoder
-    attends = [2**level in sizes["attention_resolutions"] for level in range(len(sizes["channel_mult"]))]
-    unet_sizes = {
-        "in_channels": sizes["in_channels"],
-        "out_channels": sizes["out_channels"],
-        "block_out_channels": tuple(sizes["model_channels"] * m for m in sizes["channel_mult"]),
-        "layers_per_block": sizes["num_res_blocks"],
-        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        "cross_attention_dim": sizes["context_dim"],
-        "attention_head_dim": sizes["num_heads"],  # its name notwithstanding, the number of heads
-        "norm_num_groups": sizes.get("norm_num_groups", 32),
-    }
-    widths = tuple(level.block[-1].conv2.out_channels for level in encoder.down)
-    vae_sizes = {
-        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
-        "block_out_channels": widths,
-        "layers_per_block": len(encoder.down[0].block),
-        "latent_channels": base.channels,
-        "norm_num_groups": encoder.norm_out.num_groups,
-    }
-    config = base.cond_stage_model.transformer.config
-    text_sizes = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    return {
-        "unet": UNet2DConditionModel(**unet_sizes),
-        "vae": AutoencoderKL(**vae_sizes),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**text_sizes, bos_token_id=0, eos_token_id=1, pad_token_id=1)),
-    }
 
 
 def _share_weights(parts: dict[str, nn.Module], base: LatentDiffusion) -> None:

@@ -37,7 +37,7 @@ def heat_map(
 
 
 def plot_transfers(summaries: Mapping[str, Mapping[str, np.ndarray]], presets: Sequence[str], path: Path) -> None:
-    """Transfer of the first two variants and of those with the concept in all stages, by preset."""
+    """Transfer of `prospect`, `textual-inversion`, and variants with the concept in all stages, by preset."""
     names = [name for name in summaries if "all stages" in name] or list(summaries)
     names = list(dict.fromkeys([*(n for n in ("prospect", "textual-inversion") if n in summaries), *names]))
     figure, axes = plt.subplots(figsize=(8, 3.4))
