@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,7 +157,12 @@ def test_one_compilation_serves_stages_prompts_and_seeds() -> None:
         torch.testing.assert_close(*latents, rtol=0, atol=1e-4)
         assert latents[0].std() > 0.1
     assert len(compilations) == 1
-    assert len(fixed._buffers) == 1
+    (buffers,) = fixed._buffers.values()
+    cond, _ = prompts(model)
+    first, second = (fixed(noise(seed=seed), torch.tensor([950]), cond.at(950)) for seed in (0, 1))
+    torch.testing.assert_close(first, model.model.diffusion_model(noise(), torch.tensor([950]), cond.at(950)))
+    owned = {x.untyped_storage().data_ptr() for x in (buffers.x, buffers.timesteps, *buffers.context.tensors())}
+    assert len(owned | {x.untyped_storage().data_ptr() for x in (first, second)}) == len(owned) + 2
 
 
 def both_ways(model: LatentDiffusion, fixed: FixedUNet) -> Iterator[list[Tensor]]:
@@ -181,6 +188,29 @@ def test_buffers_have_the_size_of_the_inputs(model: LatentDiffusion) -> None:
             found = ddim(guided(model, cond, uncond, 4.0), noise(count), *schedule(model, 3))
             torch.testing.assert_close(found, expected[count - 1], rtol=0, atol=1e-5)
     assert len(model._fixed_unet._buffers) == 2
+
+
+@torch.no_grad()
+def test_autocast_has_buffers_of_its_own(model: LatentDiffusion) -> None:
+    """Keys and values of another precision must not be rounded into the same place."""
+    unet, (cond, _) = model.model.diffusion_model, prompts(model)
+    inputs = noise(), torch.tensor([950]), cond.at(950)
+    fixed = FixedUNet(unet, captured=True)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(fixed(*inputs), unet(*inputs))
+
+
+@torch.no_grad()
+def test_a_copied_model_has_buffers_of_its_own(model: LatentDiffusion) -> None:
+    """As the callback for averaged weights copies it; what it has learned since must be read."""
+    model.accelerate(cuda_graph=True)
+    t, (cond, _) = torch.tensor([950]), prompts(model)
+    before = model.apply_model(noise(), t, cond)
+    other = copy.deepcopy(model)
+    other.model.diffusion_model.out[2].bias += 1
+    torch.testing.assert_close(other.apply_model(noise(), t, cond), before + 1, rtol=0, atol=1e-5)
+    assert torch.equal(model.apply_model(noise(), t, cond), before)
 
 
 @torch.no_grad()
@@ -419,9 +449,28 @@ def steps_on_gpu(steps: int, **switches: object) -> tuple[list[float], Tensor]:
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile_unet", [False, True])
-def test_a_captured_step_learns_the_same(compile_unet: bool) -> None:
-    plain, captured = steps_on_gpu(5), steps_on_gpu(5, cuda_graph=True, compile_unet=compile_unet)
+def test_threads_share_a_captured_call() -> None:
+    """Two threads with stages of their own, while one of them captures."""
+    model = build().eval().cuda()
+    plan = schedule(model, 10)
+
+    @torch.no_grad()
+    def latents(seed: int) -> Tensor:
+        cond, uncond = model.get_learned_conditioning(["*"], WORDS[seed:] + WORDS[:seed]), prompts(model)[1]
+        return ddim(guided(model, cond, uncond, 4.0), noise(seed=seed).cuda(), *plan)
+
+    alone = [latents(seed) for seed in range(4)]
+    model.accelerate(cuda_graph=True)
+    with ThreadPoolExecutor(2) as pool:
+        for one, two in zip(alone, pool.map(latents, range(4)), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("switch", [{}, {"compile_unet": True}, {"unet_config.params.use_checkpoint": True}])
+def test_a_captured_step_learns_the_same(switch: dict[str, bool]) -> None:
+    plain, captured = steps_on_gpu(5), steps_on_gpu(5, cuda_graph=True, **switch)
     assert captured[0] == pytest.approx(plain[0], rel=1e-3)
     torch.testing.assert_close(captured[1], plain[1], rtol=1e-3, atol=1e-3)
 
