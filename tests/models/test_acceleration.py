@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import main
 from ldm.conditioning import Context, PromptConditioning
 from ldm.config import load_config
 from ldm.data.personalized import PersonalizedBase
-from ldm.models.diffusion.acceleration import FixedUNet, TensorStep
+from ldm.models.diffusion.acceleration import FixedUNet, TensorStep, _Buffers
 from ldm.models.diffusion.balance import LossBalance
 from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -211,6 +213,45 @@ def test_a_copied_model_has_buffers_of_its_own(model: LatentDiffusion) -> None:
     other.model.diffusion_model.out[2].bias += 1
     torch.testing.assert_close(other.apply_model(noise(), t, cond), before + 1, rtol=0, atol=1e-5)
     assert torch.equal(model.apply_model(noise(), t, cond), before)
+
+
+class StandInGPU:
+    """Takes the place of `torch.cuda` in a capture; remembers on which device things are made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = "the first one"
+        self.made: list[object] = []
+        places = {"device": self.device, "graph": self.graph, "Stream": self.stream, "current_stream": self.stream}
+        places |= {"stream": contextlib.nullcontext, "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None)}
+        for name, value in places.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda step, *_, **__: self.made.append(self.current))
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    def stream(self) -> SimpleNamespace:
+        self.made.append(self.current)
+        return SimpleNamespace(device=self.current, wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, stream: SimpleNamespace, capture_error_mode: str) -> Iterator[None]:
+        self.made += [self.current, stream.device]
+        yield
+
+
+@torch.no_grad()
+def test_captures_are_made_on_the_device_of_the_inputs(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one (`--device cuda:1`)."""
+    gpu = StandInGPU(monkeypatch)
+    context = model.project_context(prompts(model)[0].at(950))
+    _Buffers(model.model.diffusion_model, noise(), torch.tensor([950]), context, capture=True)
+    assert len(gpu.made) == 5
+    TensorStep(model).capture([noise()])
+    assert gpu.made == [torch.device("cpu")] * 6
 
 
 @torch.no_grad()
@@ -445,6 +486,17 @@ def steps_on_gpu(steps: int, **switches: object) -> tuple[list[float], Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return [loss.item() for loss in losses], model.embedding_manager.embeddings().detach().cpu()
+
+
+@needs_gpu
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_a_captured_call_on_another_device_computes_the_same() -> None:
+    model = build().eval().to("cuda:1")
+    fixed = FixedUNet(model.model.diffusion_model, captured=True)
+    for latents in both_ways(model, fixed):
+        torch.testing.assert_close(*latents, rtol=1e-3, atol=1e-3)
 
 
 @needs_gpu

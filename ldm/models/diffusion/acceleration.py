@@ -71,15 +71,17 @@ class _Buffers:
             self._capture()
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self._run()
+        with torch.cuda.device(self.x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # PyTorch's own stream for captures stays on the device of the first one; other threads may go on meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                out = self._run()
 
         def replay() -> Tensor:
             graph.replay()
@@ -131,4 +133,5 @@ class TensorStep(nn.Module):
         Dropout stays random: a replay reads the device's generator.
         """
         examples = tuple(x.detach().clone() for x in examples)
-        return torch.cuda.make_graphed_callables(self, examples, num_warmup_iters=WARM_UP, allow_unused_input=True)
+        with torch.cuda.device(examples[0].device):
+            return torch.cuda.make_graphed_callables(self, examples, num_warmup_iters=WARM_UP, allow_unused_input=True)
