@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -326,6 +327,48 @@ def test_the_step_as_a_function_of_tensors(model: LatentDiffusion) -> None:
     assert torch.equal(gradients(model), expected)
 
 
+@pytest.mark.parametrize(
+    ("accumulate", "processes", "mixed", "captured"),
+    [(1, 1, False, True), (2, 1, False, False), (1, 2, False, False), (1, 1, True, False)],
+)
+def test_when_a_step_is_captured(
+    model: LatentDiffusion,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    accumulate: int,
+    processes: int,
+    mixed: bool,
+    captured: bool,
+) -> None:
+    """On a GPU, of which only the name is here; autocast is on in the steps only, and the log knows nevertheless."""
+
+    @contextlib.contextmanager
+    def forward_context() -> Iterator[None]:
+        torch.set_autocast_enabled("cuda", mixed)
+        yield
+        torch.set_autocast_enabled("cuda", False)
+
+    trainer = SimpleNamespace(accumulate_grad_batches=accumulate, world_size=processes, datamodule=None)
+    trainer.precision_plugin = SimpleNamespace(forward_context=forward_context)
+    model.accelerate(cuda_graph=True)
+    monkeypatch.setattr(model, "_device", torch.device("cuda:0"))
+    monkeypatch.setattr(model, "_trainer", trainer)
+    with caplog.at_level(logging.INFO, logger="ldm"):
+        model.on_fit_start()
+    assert ("cuda_graph is not used" not in caplog.text) is captured and "cuda_graph" in caplog.text
+    with forward_context():
+        assert model._captures("train") is captured and not model._captures("val")
+
+
+def test_graphs_of_an_earlier_fit_are_forgotten(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may lie elsewhere since, and switches be others."""
+    monkeypatch.setattr(model, "_trainer", SimpleNamespace(datamodule=None))
+    for forget in (model.on_fit_start, model.accelerate):
+        model._captured["sizes"] = TensorStep(model)
+        forget()
+        assert not model._captured
+
+
 def test_a_step_never_reads_from_the_device() -> None:
     """On the meta device there is nothing to read: a step that waited for a value would fail."""
     model = build(embedding_reg_weight=0.1).train()
@@ -424,6 +467,7 @@ def test_gradients_can_be_clipped_in_mixed_precision(tmp_path: Path) -> None:
     """Lightning refuses to clip for fused optimizers."""
     arguments = ["--base", "configs/demo/finetune.yaml", "-t", "--actual_resume", "models/demo/model.safetensors"]
     arguments += ["--data_root", str(PICTURES), "-l", str(tmp_path), "--max_steps", "1", "--precision", "bf16-mixed"]
+    arguments += ["model.params.cuda_graph=true"]  # declined, on a GPU too
     assert main.main([*arguments, "--gradient_clip_val", "1.0", "data.params.batch_size=1"]) == 0
 
 
