@@ -151,6 +151,10 @@ class AveragedWeights(WeightAveraging):
             raise ValueError(f"decay must be at least 0 and below 1, not {decay}.")
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
 
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Follow the module to its device, where Lightning brings it after `setup` has made the copy."""
+        self._average_model.to(module.device)
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Leave the weights as they are: they are saved after this, and a resumed run goes on with them."""
 

@@ -15,11 +15,12 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: a device was asked for that this machine does not have.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if wanted is None:
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+        return torch.device(next(kind for kind, count in counts.items() if count))
     device = torch.device(wanted)
-    if not available.get(device.type, False):
-        usable = ", ".join(kind for kind, there in available.items() if there)
-        raise ValueError(f"Device '{device}' is not usable here; usable: {usable}.")
+    if (device.index or 0) >= counts.get(device.type, 0):
+        usable = [f"cuda:{i}" for i in range(gpus)] + [kind for kind in ("mps", "cpu") if counts[kind]]
+        raise ValueError(f"Device '{device}' is not usable here; usable: {', '.join(usable)}.")
     return device

@@ -4,10 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.callbacks import EmbeddingSaver, ImageLogger
+from ldm.callbacks import AveragedWeights, EmbeddingSaver, ImageLogger
 
 
 class Stub(nn.Module):
@@ -53,3 +54,60 @@ def test_a_second_run_in_the_same_folder_keeps_its_own_embeddings(tmp_path: Path
         run(EmbeddingSaver(tmp_path, every_n_train_steps=2), module, tmp_path, steps=5)
         assert module.saved == ["embeddings_gs-2.safetensors", "embeddings_gs-4.safetensors"], "each step once"
         assert {path.read_text() for path in tmp_path.iterdir()} == {name}
+
+
+class Linear(pl.LightningModule):
+    """One layer, trained for a few steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.register_buffer("kept", torch.ones(3))
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def devices(callback: AveragedWeights) -> set[str]:
+    return {tensor.device.type for tensor in callback._average_model.state_dict().values()}
+
+
+def test_averaged_weights_follow_the_module_to_its_device() -> None:
+    """Lightning moves it after `setup` and before `on_fit_start`; every step would fetch all weights otherwise."""
+    callback, module = AveragedWeights(), Linear()
+    callback.setup(SimpleNamespace(), module, "fit")
+    assert devices(callback) == {"cpu"}
+    callback.on_fit_start(SimpleNamespace(), module.to("meta"))
+    assert devices(callback) == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "accelerator",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+        ),
+    ],
+)
+def test_averaged_weights_go_on_where_they_were_saved(tmp_path: Path, accelerator: str) -> None:
+    """Two steps and two more are four, in the module and in the average."""
+    ended = []
+    for first in (4, 2):
+        torch.manual_seed(0)
+        module, path = Linear(), tmp_path / f"{first}.ckpt"
+        for steps in sorted({first, 4}):
+            callback = AveragedWeights(0.5)
+            trainer = pl.Trainer(max_steps=steps, accelerator=accelerator, devices=1, callbacks=[callback],
+                                 logger=False, enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+            trainer.fit(module, torch.ones(8, 1, 2), ckpt_path=path if steps > first else None)
+            assert devices(callback) == {accelerator}
+            trainer.save_checkpoint(path)
+        ended.append(torch.load(path, map_location="cpu", weights_only=True))
+    for key in ("state_dict", "current_model_state"):
+        for one, two in zip(ended[0][key].values(), ended[1][key].values(), strict=True):
+            assert torch.equal(one, two)
+    assert not torch.equal(ended[0]["state_dict"]["layer.weight"], ended[0]["current_model_state"]["layer.weight"])

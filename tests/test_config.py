@@ -133,3 +133,17 @@ def test_pick_device() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="not usable here; usable: "):
             pick_device("cuda")
+
+
+@pytest.mark.parametrize(("gpus", "usable"), [(0, "cpu"), (1, "cuda:0, cpu"), (2, "cuda:0, cuda:1, cpu")])
+def test_a_device_must_be_there(gpus: int, usable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device in ("cuda", "cuda:0", "cuda:1", "cuda:7"):
+        if int(device.removeprefix("cuda").strip(":") or 0) < gpus:
+            assert pick_device(device) == torch.device(device)
+        else:
+            with pytest.raises(ValueError, match=f"^Device '{device}' is not usable here; usable: {usable}\\.$"):
+                pick_device(device)
+    assert pick_device().type == ("cuda" if gpus else "cpu")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ import main
 from ldm.conditioning import Context, PromptConditioning
 from ldm.config import load_config
 from ldm.data.personalized import PersonalizedBase
-from ldm.models.diffusion.acceleration import FixedUNet, TensorStep
+from ldm.models.diffusion.acceleration import FixedUNet, TensorStep, _Buffers
 from ldm.models.diffusion.balance import LossBalance
 from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -155,7 +160,12 @@ def test_one_compilation_serves_stages_prompts_and_seeds() -> None:
         torch.testing.assert_close(*latents, rtol=0, atol=1e-4)
         assert latents[0].std() > 0.1
     assert len(compilations) == 1
-    assert len(fixed._buffers) == 1
+    (buffers,) = fixed._buffers.values()
+    cond, _ = prompts(model)
+    first, second = (fixed(noise(seed=seed), torch.tensor([950]), cond.at(950)) for seed in (0, 1))
+    torch.testing.assert_close(first, model.model.diffusion_model(noise(), torch.tensor([950]), cond.at(950)))
+    owned = {x.untyped_storage().data_ptr() for x in (buffers.x, buffers.timesteps, *buffers.context.tensors())}
+    assert len(owned | {x.untyped_storage().data_ptr() for x in (first, second)}) == len(owned) + 2
 
 
 def both_ways(model: LatentDiffusion, fixed: FixedUNet) -> Iterator[list[Tensor]]:
@@ -181,6 +191,68 @@ def test_buffers_have_the_size_of_the_inputs(model: LatentDiffusion) -> None:
             found = ddim(guided(model, cond, uncond, 4.0), noise(count), *schedule(model, 3))
             torch.testing.assert_close(found, expected[count - 1], rtol=0, atol=1e-5)
     assert len(model._fixed_unet._buffers) == 2
+
+
+@torch.no_grad()
+def test_autocast_has_buffers_of_its_own(model: LatentDiffusion) -> None:
+    """Keys and values of another precision must not be rounded into the same place."""
+    unet, (cond, _) = model.model.diffusion_model, prompts(model)
+    inputs = noise(), torch.tensor([950]), cond.at(950)
+    fixed = FixedUNet(unet, captured=True)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(fixed(*inputs), unet(*inputs))
+
+
+@torch.no_grad()
+def test_a_copied_model_has_buffers_of_its_own(model: LatentDiffusion) -> None:
+    """As the callback for averaged weights copies it; what it has learned since must be read."""
+    model.accelerate(cuda_graph=True)
+    t, (cond, _) = torch.tensor([950]), prompts(model)
+    before = model.apply_model(noise(), t, cond)
+    other = copy.deepcopy(model)
+    other.model.diffusion_model.out[2].bias += 1
+    torch.testing.assert_close(other.apply_model(noise(), t, cond), before + 1, rtol=0, atol=1e-5)
+    assert torch.equal(model.apply_model(noise(), t, cond), before)
+
+
+class StandInGPU:
+    """Takes the place of `torch.cuda` in a capture; remembers on which device things are made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = "the first one"
+        self.made: list[object] = []
+        places = {"device": self.device, "graph": self.graph, "Stream": self.stream, "current_stream": self.stream}
+        places |= {"stream": contextlib.nullcontext, "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None)}
+        for name, value in places.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda step, *_, **__: self.made.append(self.current))
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    def stream(self) -> SimpleNamespace:
+        self.made.append(self.current)
+        return SimpleNamespace(device=self.current, wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, stream: SimpleNamespace, capture_error_mode: str) -> Iterator[None]:
+        self.made += [self.current, stream.device]
+        yield
+
+
+@torch.no_grad()
+def test_captures_are_made_on_the_device_of_the_inputs(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one (`--device cuda:1`)."""
+    gpu = StandInGPU(monkeypatch)
+    context = model.project_context(prompts(model)[0].at(950))
+    _Buffers(model.model.diffusion_model, noise(), torch.tensor([950]), context, capture=True)
+    assert len(gpu.made) == 5
+    TensorStep(model).capture([noise()])
+    assert gpu.made == [torch.device("cpu")] * 6
 
 
 @torch.no_grad()
@@ -253,6 +325,48 @@ def test_the_step_as_a_function_of_tensors(model: LatentDiffusion) -> None:
     found.backward()
     assert torch.equal(found, loss) and named == parts
     assert torch.equal(gradients(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "processes", "mixed", "captured"),
+    [(1, 1, False, True), (2, 1, False, False), (1, 2, False, False), (1, 1, True, False)],
+)
+def test_when_a_step_is_captured(
+    model: LatentDiffusion,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    accumulate: int,
+    processes: int,
+    mixed: bool,
+    captured: bool,
+) -> None:
+    """On a GPU, of which only the name is here; autocast is on in the steps only, and the log knows nevertheless."""
+
+    @contextlib.contextmanager
+    def forward_context() -> Iterator[None]:
+        torch.set_autocast_enabled("cuda", mixed)
+        yield
+        torch.set_autocast_enabled("cuda", False)
+
+    trainer = SimpleNamespace(accumulate_grad_batches=accumulate, world_size=processes, datamodule=None)
+    trainer.precision_plugin = SimpleNamespace(forward_context=forward_context)
+    model.accelerate(cuda_graph=True)
+    monkeypatch.setattr(model, "_device", torch.device("cuda:0"))
+    monkeypatch.setattr(model, "_trainer", trainer)
+    with caplog.at_level(logging.INFO, logger="ldm"):
+        model.on_fit_start()
+    assert ("cuda_graph is not used" not in caplog.text) is captured and "cuda_graph" in caplog.text
+    with forward_context():
+        assert model._captures("train") is captured and not model._captures("val")
+
+
+def test_graphs_of_an_earlier_fit_are_forgotten(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may lie elsewhere since, and switches be others."""
+    monkeypatch.setattr(model, "_trainer", SimpleNamespace(datamodule=None))
+    for forget in (model.on_fit_start, model.accelerate):
+        model._captured["sizes"] = TensorStep(model)
+        forget()
+        assert not model._captured
 
 
 def test_a_step_never_reads_from_the_device() -> None:
@@ -365,6 +479,7 @@ def test_gradients_can_be_clipped_in_mixed_precision(tmp_path: Path) -> None:
     """Lightning refuses to clip for fused optimizers."""
     arguments = ["--base", "configs/demo/finetune.yaml", "-t", "--actual_resume", "models/demo/model.safetensors"]
     arguments += ["--data_root", str(PICTURES), "-l", str(tmp_path), "--max_steps", "1", "--precision", "bf16-mixed"]
+    arguments += ["model.params.cuda_graph=true"]  # declined, on a GPU too
     assert main.main([*arguments, "--gradient_clip_val", "1.0", "data.params.batch_size=1"]) == 0
 
 
@@ -431,9 +546,39 @@ def steps_on_gpu(steps: int, **switches: object) -> tuple[list[float], Tensor]:
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile_unet", [False, True])
-def test_a_captured_step_learns_the_same(compile_unet: bool) -> None:
-    plain, captured = steps_on_gpu(5), steps_on_gpu(5, cuda_graph=True, compile_unet=compile_unet)
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_a_captured_call_on_another_device_computes_the_same() -> None:
+    model = build().eval().to("cuda:1")
+    fixed = FixedUNet(model.model.diffusion_model, captured=True)
+    for latents in both_ways(model, fixed):
+        torch.testing.assert_close(*latents, rtol=1e-3, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_threads_share_a_captured_call() -> None:
+    """Two threads with stages of their own, while one of them captures."""
+    model = build().eval().cuda()
+    plan = schedule(model, 10)
+
+    @torch.no_grad()
+    def latents(seed: int) -> Tensor:
+        cond, uncond = model.get_learned_conditioning(["*"], WORDS[seed:] + WORDS[:seed]), prompts(model)[1]
+        return ddim(guided(model, cond, uncond, 4.0), noise(seed=seed).cuda(), *plan)
+
+    alone = [latents(seed) for seed in range(4)]
+    model.accelerate(cuda_graph=True)
+    with ThreadPoolExecutor(2) as pool:
+        for one, two in zip(alone, pool.map(latents, range(4)), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("switch", [{}, {"compile_unet": True}, {"unet_config.params.use_checkpoint": True}])
+def test_a_captured_step_learns_the_same(switch: dict[str, bool]) -> None:
+    plain, captured = steps_on_gpu(5), steps_on_gpu(5, cuda_graph=True, **switch)
     assert captured[0] == pytest.approx(plain[0], rel=1e-3)
     torch.testing.assert_close(captured[1], plain[1], rtol=1e-3, atol=1e-3)
 

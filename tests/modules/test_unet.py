@@ -138,6 +138,28 @@ def recomputing(unet: UNetModel) -> Iterator[UNetModel]:
     unet.use_checkpoint = was
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_generators_are_read_only_where_they_are_used(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputing repeats dropout; without it, nobody asks for their state, which a CUDA graph may not read."""
+    torch.manual_seed(0)
+    unet = UNetModel(4, 8, 4, 1, [1], context_dim=6, channel_mult=[1], num_heads=2, dropout=dropout, norm_num_groups=4)
+    for parameter in unet.parameters():
+        parameter.detach().normal_(std=0.3)
+    reads: list[bool] = []
+    read = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: (reads.append(True), read())[1])
+    gradients = []
+    for use, training in ((False, True), (False, False), (True, True), (True, False)):
+        unet.use_checkpoint = use
+        torch.manual_seed(1)
+        inputs = torch.randn(1, 4, 4, 4), torch.tensor([250]), Context.of(torch.randn(1, 3, 6))
+        loss = unet.train(training)(*inputs).square().sum()
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(unet.parameters()))]))
+    assert torch.equal(torch.cat(gradients[:2]), torch.cat(gradients[2:]))
+    assert torch.equal(gradients[0], gradients[1]) is (dropout == 0)
+    assert bool(reads) is (dropout > 0)
+
+
 def test_recomputed_activations_give_the_same_gradients(recomputing: UNetModel) -> None:
     """With frozen weights, where only the context carries a gradient; and the switch really recomputes."""
     assert not any(p.requires_grad for p in recomputing.parameters())

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, H W latent height and width, L tokens.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,19 @@ class FixedUNet:
     """A U-Net called through buffers of its own, one set for each size of its inputs.
 
     A compiled or captured call then serves all stages, prompts and seeds: a new stage is copied into the buffers.
-    With gradients (training) the call goes to the compiled U-Net directly.
+    Threads take turns. With gradients (training) the call goes to the compiled U-Net directly.
     """
 
     def __init__(self, unet: UNetModel, compiled: bool = False, captured: bool = False) -> None:
         self.unet = unet
-        self.captured = captured
+        self.compiled, self.captured = compiled, captured
         self.call: Callable[..., Tensor] = torch.compile(unet, fullgraph=True) if compiled else unet
         self._buffers: dict[object, _Buffers] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[FixedUNet], tuple[UNetModel, bool, bool]]:
+        """Copies begin without buffers: what was captured reads the weights of this U-Net."""
+        return FixedUNet, (self.unet, self.compiled, self.captured)
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Context | Projected) -> Tensor:
         """As `UNetModel.forward`."""
@@ -40,11 +46,15 @@ class FixedUNet:
             return self.call(x, timesteps, context)
         if isinstance(context, Context):
             context = self.unet.project(context)
+        k = context.layer(0)[0]
+        # autocast may free, after a capture, the copies of weights that the graph reads
+        capture = self.captured and x.is_cuda and not torch.is_autocast_enabled("cuda")
         # the address of a weight: a model that was moved or loaded anew must be captured anew
-        key = x.shape, x.device, context.layer(0)[0].shape, self.unet.dtype, self.unet.out[2].weight.data_ptr()
-        if key not in self._buffers:
-            self._buffers[key] = _Buffers(self.call, x, timesteps, context, self.captured and x.is_cuda)
-        return self._buffers[key](x, timesteps, context)
+        key = x.shape, x.device, k.shape, k.dtype, self.unet.dtype, self.unet.out[2].weight.data_ptr(), capture
+        with self._lock:
+            if key not in self._buffers:
+                self._buffers[key] = _Buffers(self.call, x, timesteps, context, capture)
+            return self._buffers[key](x, timesteps, context)
 
 
 class _Buffers:
@@ -61,15 +71,17 @@ class _Buffers:
             self._capture()
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self._run()
+        with torch.cuda.device(self.x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # PyTorch's own stream for captures stays on the device of the first one; other threads may go on meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                out = self._run()
 
         def replay() -> Tensor:
             graph.replay()
@@ -121,4 +133,5 @@ class TensorStep(nn.Module):
         Dropout stays random: a replay reads the device's generator.
         """
         examples = tuple(x.detach().clone() for x in examples)
-        return torch.cuda.make_graphed_callables(self, examples, num_warmup_iters=WARM_UP, allow_unused_input=True)
+        with torch.cuda.device(examples[0].device):
+            return torch.cuda.make_graphed_callables(self, examples, num_warmup_iters=WARM_UP, allow_unused_input=True)

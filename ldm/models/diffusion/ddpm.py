@@ -180,6 +180,7 @@ class LatentDiffusion(LatentCodec, Fitting):
         both. The first call of each size takes long (compiling: a minute or more); it then serves all stages,
         prompts and seeds."""
         self.cuda_graph = cuda_graph
+        self._captured.clear()
         unet = self.model.diffusion_model
         self._fixed_unet = FixedUNet(unet, compile_unet, cuda_graph) if compile_unet or cuda_graph else None
 

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CAPTURED = "cuda_graph is used for the training step."
+NOT_CAPTURED = (
+    "cuda_graph is not used for the training step: it needs a CUDA device, embeddings to learn, one process, "
+    "no accumulation, and a precision that is not mixed."
+)
+
 
 class Fitting(pl.LightningModule):
     """The training side of a latent diffusion model, which is defined in `ddpm.py`."""
@@ -45,8 +51,11 @@ class Fitting(pl.LightningModule):
         self._prompts: tuple[Any, PromptConditioning] | None = None
 
     def on_fit_start(self) -> None:
-        if self.cuda_graph and not self._captures("train"):
-            logger.info("cuda_graph is not used: it needs a CUDA device, embeddings to learn, and no accumulation.")
+        self._captured.clear()  # graphs of an earlier fit: the weights may have moved since
+        if self.cuda_graph:
+            with self.trainer.precision_plugin.forward_context():
+                captures = self._captures("train")
+            logger.info(CAPTURED if captures else NOT_CAPTURED)
         if not self.cache_latents:
             return
         datasets = getattr(self.trainer.datamodule, "datasets", {})
@@ -160,10 +169,16 @@ class Fitting(pl.LightningModule):
         return self._prompts[1]
 
     def _captures(self, split: str) -> bool:
-        """Whether the step runs as a CUDA graph: with accumulation its gradients would be overwritten."""
-        accumulates = self._trainer is not None and self._trainer.accumulate_grad_batches > 1
+        """Whether the step runs as a CUDA graph.
+
+        With accumulation its gradients would be overwritten. PyTorch captures with several processes and under
+        autocast on conditions of their own (more calls before; no cache of weights), so neither is tried.
+        """
+        trainer = self._trainer
+        plain = trainer is None or (trainer.accumulate_grad_batches == 1 and trainer.world_size == 1)
         learns = self.embedding_manager is not None and split == "train"
-        return self.cuda_graph and self.device.type == "cuda" and learns and not accumulates
+        on_gpu = self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        return self.cuda_graph and on_gpu and learns and plain
 
     def _captured_step(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sizes = tuple(x.shape for x in inputs)

@@ -119,6 +119,7 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.downsampling = 2 ** (len(channel_mult) - 1)  # what latent height and width must be multiples of
         self.use_checkpoint = use_checkpoint
+        self.dropout = dropout
         self.num_attention_layers = 0  # counted below; numbers the layers in order of execution
         emb = 4 * model_channels
         groups = norm_num_groups
@@ -200,5 +201,7 @@ class UNetModel(nn.Module):
 
     def _run(self, block: Block, h: Tensor, emb: Tensor, context: Context | Projected) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, h, emb, context, use_reentrant=False)
+            # the state of the generators may not be read while a CUDA graph is captured
+            draws = self.training and self.dropout > 0
+            return checkpoint(block, h, emb, context, use_reentrant=False, preserve_rng_state=draws)
         return block(h, emb, context)
