@@ -1,12 +1,13 @@
 """A configuration with `parts:` trains them first, in the folder of the run, and what comes out can be packed."""
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import ROOT, finish, start, wait_for
+from runs import ROOT, finish, saved_tensors, start, wait_for
 from safetensors.torch import load_file
 
 import main
@@ -81,6 +82,20 @@ def test_parts_are_trained_where_and_how_the_model_is(base: str, tmp_path: Path,
     rates = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"][0]
              ["initial_lr"] for folder in (run / "first_stage", run / "cond_stage")]  # fmt: skip
     assert rates == [4.0e-5, 4.0e-6]  # not times the batch
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "text", "classifier"])
+def test_a_resumed_run_from_scratch_is_the_same_run(name: str, tmp_path: Path, at_root):
+    """Interrupted at step 2 of 4: weights, averages and moments end bit-identical."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    save = "lightning.modelcheckpoint.params.every_n_train_steps=2"
+    assert main.main(["--base", str(small(name, tmp_path, steps=4)), "-p", str(whole), *QUICK, save]) == 0
+    shutil.copytree(whole, part)
+    (part / "checkpoints/previous.ckpt").replace(part / "checkpoints/last.ckpt")
+    assert main.main(["-r", str(part), *QUICK]) == 0
+    expected, got = (saved_tensors(run / "checkpoints") for run in (whole, part))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
 def test_an_interrupted_part_goes_on(base: str, tmp_path: Path, at_root):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.seeds import seed_step
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class FirstStage(pl.LightningModule, ABC):
         return loss
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
+        seed_step(batch)
         return self._loss(batch, "train")
 
     def validation_step(self, batch: Mapping[str, Any], _: int) -> None:

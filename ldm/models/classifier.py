@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.data.world import FACTORS
 from ldm.models.autoencoder import cosine_to_zero
-from ldm.models.diffusion.fitting import mix_seed
+from ldm.seeds import seed_step
 
 
 class AttributeClassifier(pl.LightningModule):
@@ -54,8 +54,7 @@ class AttributeClassifier(pl.LightningModule):
         return torch.stack([logits.argmax(dim=1) for logits in self(images).values()], dim=1)
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
-        # seeded by the sample, as everything that is random here, so that a resumed run is the same run
-        torch.manual_seed(mix_seed(0, int(batch["sample"][0])))
+        seed_step(batch)
         logits = self(disturbed(batch[self.image_key].permute(0, 3, 1, 2)))
         columns = zip(logits.items(), batch["attributes"].unbind(1), strict=True)
         losses = {name: F.cross_entropy(predicted, truth) for (name, predicted), truth in columns}

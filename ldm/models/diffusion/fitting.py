@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from ldm.models.autoencoder import DiagonalGaussianDistribution, cosine_to_zero
 from ldm.models.diffusion.acceleration import TensorStep
 from ldm.models.diffusion.latents import LatentCache
 from ldm.schedule import at
+from ldm.seeds import mix_seed
 
 if TYPE_CHECKING:
     from ldm.conditioning import PromptConditioning
@@ -271,8 +271,3 @@ class Fitting(pl.LightningModule):
 
 def as_mode(posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
     return posterior.mode() if isinstance(posterior, DiagonalGaussianDistribution) else posterior
-
-
-def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several non-negative numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
