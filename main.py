@@ -51,6 +51,7 @@ def train(options: argparse.Namespace) -> int:
     with run.opened() if options.train else contextlib.nullcontext():
         trainer = training.build_trainer(config, run, module)
         parts.check_alone(missing, trainer)
+        run_checks.check_precision(module, trainer)
         memory.check_learning(module, data, trainer.strategy.root_device)
         training.set_learning_rate(config, module, data, trainer)
         if not options.train:

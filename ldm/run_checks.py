@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 
 from ldm.callbacks import ImageLogger
 from ldm.checkpoint import read_state_dict
 from ldm.config import ConfigError, nearest
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.models.diffusion.sampling import MAX_SCALE
+
+CASTS_ALL = {"bf16-true": "bfloat16", "16-true": "float16"}  # Lightning casts the whole module, buffers too
 
 
 def check_pictures(callbacks: Sequence[pl.Callback], module: pl.LightningModule) -> None:
@@ -29,6 +32,26 @@ def check_pictures(callbacks: Sequence[pl.Callback], module: pl.LightningModule)
                 raise ConfigError(f"log_images_kwargs.ddim_steps must be in 1..{module.num_timesteps}, not {value}.")
             if key == "scale" and not (isinstance(value, int | float) and 0 <= value <= MAX_SCALE):
                 raise ConfigError(f"log_images_kwargs.scale must be in 0..{MAX_SCALE}, not {value}.")
+
+
+def check_precision(module: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Raise `ConfigError` where the trainer's precision would spoil what is learned, or fail in the first step.
+
+    `64-true` is let through: nothing loses digits.
+    """
+    precision = trainer.precision
+    if precision in CASTS_ALL:
+        mixed = precision.replace("true", "mixed")
+        raise ConfigError(
+            f"precision '{precision}' would round the noise schedule and what is learned; to halve frozen weights use "
+            f"model.params.frozen_dtype={CASTS_ALL[precision]}, and to train from scratch --precision {mixed}."
+        )
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and precision == "bf16-mixed" and any(p.dtype == torch.float16 for p in module.parameters()):
+        raise ConfigError(
+            "frozen_dtype=float16 does not go with the precision bf16-mixed on the CPU (where 16-mixed becomes it); "
+            "use model.params.frozen_dtype=bfloat16, or --precision 32-true."
+        )
 
 
 def check_resumable(module: pl.LightningModule, checkpoint: Path | None) -> None:
