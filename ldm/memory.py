@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Context
+from ldm.data.repeated import picture_sides
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -149,7 +151,7 @@ def _weights_elsewhere(model: nn.Module, device: torch.device | str) -> int:
     return sum(p.nbytes for p in model.parameters() if p.device.type != kind)
 
 
-def learning(model: LatentDiffusion, size: int, batch_size: int) -> float:
+def learning(model: LatentDiffusion, size: float, batch_size: int) -> float:
     """Bytes that a step of learning at `size` x `size` pixels needs beside the frozen weights."""
     trained = sum(p.nbytes for p in model.trainable_parameters())
     elements = (size / model.first_stage_model.downsampling) ** 2
@@ -159,11 +161,13 @@ def learning(model: LatentDiffusion, size: int, batch_size: int) -> float:
 
 def check_learning(model: nn.Module, data: Any, device: torch.device | str = "cpu") -> None:
     """Raise `MemoryShort` where a latent diffusion model surely cannot learn from `data`."""
-    dataset = data.datasets["train"]
-    size = getattr(dataset, "resolution", None) or getattr(dataset, "size", None)
-    if hasattr(model, "first_stage_model") and size is not None:
-        needed = learning(model, size, data.batch_size) + _weights_elsewhere(model, device)
-        check(needed, device, f"Learning from {size} x {size} pixels, {data.batch_size} at a time,", FOR_LEARNING)
+    if not hasattr(model, "first_stage_model"):
+        return
+    sides = picture_sides(data.datasets["train"], model.image_key, model.caption_key)
+    if sides is not None:
+        needed = learning(model, math.prod(sides) ** 0.5, data.batch_size) + _weights_elsewhere(model, device)
+        what = f"Learning from {sides[1]} x {sides[0]} pixels, {data.batch_size} at a time,"
+        check(needed, device, what, FOR_LEARNING)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from ldm.callbacks import ImageLogger
 from ldm.checkpoint import read_state_dict
 from ldm.config import ConfigError, nearest
 from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.repeated import picture_sides
 from ldm.models.diffusion.sampling import MAX_SCALE
 
 CASTS_ALL = {"bf16-true": "bfloat16", "16-true": "float16"}  # Lightning casts the whole module, buffers too
@@ -77,11 +78,12 @@ def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:
     if not hasattr(module, "size_unit"):
         return
     for split, dataset in data.datasets.items():
-        size = getattr(dataset, "size", getattr(dataset, "resolution", None))
-        if size is None:
+        sides = picture_sides(dataset, module.image_key, module.caption_key)
+        if sides is None:
             raise ValueError(f"data.params.{split}.params.size is needed: pictures are learned at one size.")
-        if size % module.size_unit:
-            unit, nearest_size = module.size_unit, max(1, round(size / module.size_unit)) * module.size_unit
-            raise ValueError(
-                f"The {split} pictures' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
-            )
+        for size in sides:
+            if size % module.size_unit:
+                unit, nearest_size = module.size_unit, max(1, round(size / module.size_unit)) * module.size_unit
+                raise ValueError(
+                    f"The {split} pictures' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
+                )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import Dataset
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models/demo/model.safetensors"
@@ -40,6 +41,25 @@ class Poison(pl.Callback):
         if trainer.global_step + 1 == self.step:
             for parameter in module.trainable_parameters():
                 parameter.grad.fill_(torch.inf)
+
+
+class FourPictures(Dataset):
+    """A data set as others write them: numbered from 0 to its length, and no further.
+
+    Named in a configuration: `--allow_targets runs`, and `data.params.train.target=runs.FourPictures`.
+    """
+
+    def __init__(self, shape: tuple[int, ...] = (64, 64, 3), count: int = 4, lacks: str = "") -> None:
+        self.shape, self.count, self.lacks = tuple(shape), count, lacks
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        sample = {"image": torch.tensor(i / self.count).expand(self.shape), "caption": "*"}
+        return {key: value for key, value in sample.items() if key != self.lacks}
 
 
 def start(program: str, *arguments: str, launcher: Sequence[str] = (), **options: object) -> subprocess.Popen:

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from runs import FourPictures
 from safetensors import safe_open
 
 import main
 from ldm import cli
 from ldm.checkpoint import read_state_dict
+from ldm.data.repeated import Repeated
 from ldm.embeddings import load_concept
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +86,44 @@ def test_steps_of_several_batches(tmp_path: Path) -> None:
     steps = ["data.params.train.params.repeats=8", "data.params.batch_size=2", "--accumulate_grad_batches", "3"]
     checkpoints = learn(tmp_path / "run", *steps, "--max_steps", "3", "--max_epochs", "9")
     assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def four_pictures(folder: Path, *arguments: str, **params: object) -> int:
+    """Learn from a data set that knows nothing of running sample numbers; the exit code."""
+    config = OmegaConf.load(ROOT / "configs/demo/finetune.yaml")
+    config.data.params.train = {"target": "runs.FourPictures", "params": params}
+    config.data.params.validation = {"target": "runs.FourPictures"}
+    config.data.params.batch_size = 2
+    OmegaConf.save(config, folder / "own.yaml")
+    own = ["--base", str(folder / "own.yaml"), "--allow_targets", "runs", "-p", str(folder / "run")]
+    flags = ["-t", "--actual_resume", str(MODEL), "--enable_progress_bar", "false", NO_PICTURES]
+    return main.main([*own, *flags, *arguments])
+
+
+def test_a_data_set_of_ones_own_runs_on(tmp_path: Path) -> None:
+    assert four_pictures(tmp_path, "--max_steps", "5") == 0  # two steps an epoch
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+    dataset = Repeated(FourPictures())
+    assert [dataset[n]["sample"] for n in (0, 6, 9)] == [0, 6, 9]
+    assert all(torch.equal(dataset[n]["image"], FourPictures()[n % 4]["image"]) for n in range(12))
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        ({"count": 0}, "FourPictures has no samples that can be counted"),
+        ({"lacks": "caption"}, "The samples of FourPictures lack 'caption'; add it"),
+        ({"lacks": "image"}, "The samples of FourPictures lack 'image'; add it"),
+        ({"shape": [3, 64, 64]}, "'image' of FourPictures must be (height, width, 3) in [-1, 1], not (3, 64"),
+        ({"shape": [64, 60, 3]}, "The train pictures' size 60 must be a multiple of 16; nearest: 64."),
+        ({"shape": [160000, 160000, 3]}, "Learning from 160000 x 160000 pixels, 2 at a time, needs about"),
+    ],
+)
+def test_a_data_set_of_ones_own_that_does_not_fit(
+    params: dict[str, object], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert four_pictures(tmp_path, **params) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:

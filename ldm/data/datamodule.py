@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldm.data.repeated import running
 from ldm.util import instantiate_from_config
 
 
@@ -52,6 +53,8 @@ class RunningSampler(Sampler[int]):
 class DataModuleFromConfig(pl.LightningDataModule):
     """`train`, `validation` and `test` data sets as the YAML files name them, batched.
 
+    Data sets that do not take running sample numbers (they have no `num_pictures`) are `Repeated`.
+
     Data sets that hold their pictures in memory (`in_memory = True`) are read in this process: worker processes
     would only copy.
     """
@@ -73,7 +76,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         configs = {"train": train, "validation": validation, "test": test}
-        self.datasets: dict[str, Dataset] = {k: instantiate_from_config(c) for k, c in configs.items() if c}
+        self.datasets: dict[str, Dataset] = {k: running(instantiate_from_config(c)) for k, c in configs.items() if c}
 
     def _loader(self, split: str, sampler: Sampler[int] | None = None) -> DataLoader | list:
         if split not in self.datasets:
