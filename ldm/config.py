@@ -34,6 +34,8 @@ SECTIONS = (
     *(
         "lightning.trainer",
         "lightning.callbacks",
+        "lightning.logger",
+        "lightning.logger.params",
         "lightning.modelcheckpoint",
         "lightning.modelcheckpoint.params",
         "parts",

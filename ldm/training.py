@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import math
 from collections.abc import Mapping
@@ -12,11 +13,11 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from ldm.callbacks import CheckpointWriter, EmbeddingSaver, SaveLast
 from ldm.cli import MAX_SEED, translate_gpus
-from ldm.config import ConfigError, check_parameters, instantiate_from_config, load_config, nearest
+from ldm.config import ConfigError, check_parameters, get_class, instantiate_from_config, load_config, nearest
 from ldm.files import replacing, writing_to
 from ldm.guards import FiniteGuard
 from ldm.run_checks import check_pictures
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SAVE_EVERY = 500
 CHECKPOINT_KEYS = ("every_n_train_steps", "monitor", "save_top_k", "save_last", "dirpath", "filename", "verbose")
-LIGHTNING_KEYS = ("trainer", "callbacks", "modelcheckpoint", "seed", "scale_lr")
+LIGHTNING_KEYS = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr")
 DEFAULT_CONFIG = {
     "lightning": {
         "seed": 23,
@@ -121,7 +122,7 @@ def choose_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_trainer(config: DictConfig, run: Run, module: pl.LightningModule) -> pl.Trainer:
-    """The Lightning trainer with loggers (TensorBoard, CSV) and callbacks (saving, pictures, the YAML's own)."""
+    """The Lightning trainer with loggers (TensorBoard, CSV) and callbacks (saving, pictures), and the YAML's own."""
     lightning = OmegaConf.to_container(config.lightning, resolve=True)
     trainer = lightning.get("trainer") or {}
     trainer = choose_devices(trainer)
@@ -151,13 +152,36 @@ def build_trainer(config: DictConfig, run: Run, module: pl.LightningModule) -> p
     try:
         return pl.Trainer(
             default_root_dir=run.folder,
-            logger=[tensorboard, csv],
+            logger=[tensorboard, csv, *own_loggers(lightning.get("logger"), run)],
             callbacks=callbacks,
             enable_checkpointing=False,
             **trainer,
         )
     except (TypeError, KeyError) as error:  # a value of a wrong type; others Lightning explains itself
         raise ConfigError(f"lightning.trainer cannot be used: {str(error).partition(chr(10))[0]}") from error
+
+
+def own_loggers(section: Mapping[str, Any] | None, run: Run) -> list[Logger]:
+    """The logger of the YAML's `lightning.logger`, if any; without a place or name of its own it gets the run's.
+
+    Raises:
+        ConfigError: it is no logger, has other parameters, or needs a package that is not installed.
+    """
+    if not section:
+        return []
+    if "target" not in section:
+        raise ConfigError("lightning.logger must be a section with a `target:`.")
+    known = inspect.signature(get_class(section["target"])).parameters
+    given = {"save_dir": run.folder} if "save_dir" in known else {}
+    if "name" in known and known["name"].default is None:
+        given["name"] = run.folder.name
+    try:
+        found = instantiate_from_config({**section, "params": given | (section.get("params") or {})})
+    except ImportError as error:
+        raise ConfigError(f"lightning.logger: {section['target']} needs a package that is missing: {error}") from error
+    if not isinstance(found, Logger):
+        raise ConfigError(f"lightning.logger: {section['target']} is no logger; see pytorch_lightning.loggers.")
+    return [found]
 
 
 def saving_interval(modelcheckpoint: Mapping[str, Any]) -> int:

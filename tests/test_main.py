@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning_utilities.core.imports import RequirementCache
 from omegaconf import OmegaConf
+from pytorch_lightning.loggers import wandb
 from runs import FourPictures
 from safetensors import safe_open
 
@@ -21,6 +24,7 @@ from ldm import cli
 from ldm.checkpoint import read_state_dict
 from ldm.data.repeated import Repeated
 from ldm.embeddings import load_concept
+from ldm.training import own_loggers
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models/demo/model.safetensors"
@@ -173,6 +177,38 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert metadata["init_word"] == "thing"
     assert metadata["step"] == "4"
     assert len(metadata["base_model_sha256"]) == 64
+
+
+LOGGER = "lightning.logger.target=pytorch_lightning.loggers"
+
+
+def test_a_logger_of_ones_own(tmp_path: Path) -> None:
+    """Beside those that are always there; it lies in the run's folder unless it is given another."""
+    arguments = ["--max_steps", "2", "--log_every_n_steps", "1", f"{LOGGER}.CSVLogger"]
+    learn(tmp_path / "run", *arguments, "lightning.logger.params.version=mine", "lightning.logger.params.prefix=x")
+    (usual,) = (tmp_path / "run/csv").glob("*/metrics.csv")
+    own = tmp_path / "run/lightning_logs/mine/metrics.csv"
+    usual, own = (path.read_text().splitlines()[0].split(",") for path in (usual, own))
+    assert "train/loss" in usual and "x-train/loss" in own
+    learn(tmp_path / "other", *arguments, f"lightning.logger.params={{save_dir: {tmp_path}/there, name: n}}")
+    assert (tmp_path / "there/n/version_0/metrics.csv").is_file()
+
+
+def test_a_logger_is_called_as_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WandbLogger has no name and the folder it was started in of its own."""
+    monkeypatch.setattr(wandb, "_WANDB_AVAILABLE", True)
+    run = SimpleNamespace(folder=tmp_path / "run")
+    (logger,) = own_loggers({"target": "pytorch_lightning.loggers.WandbLogger", "params": {"project": "p"}}, run)
+    assert (logger.save_dir, logger._name, logger._project) == (str(run.folder), "run", "p")
+
+
+def test_a_logger_whose_package_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(wandb, "_WANDB_AVAILABLE", RequirementCache("wandb>=9999"))
+    assert main.main([*LEARN, "-p", str(tmp_path / "run"), f"{LOGGER}.WandbLogger"]) == 2
+    assert "lightning.logger: pytorch_lightning.loggers.WandbLogger needs a package" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_the_embedding_is_trained(tmp_path: Path) -> None:
