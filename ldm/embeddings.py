@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.checkpoint import save_state_dict
 from ldm.embedding_files import STAGES, EmbeddingError, in_order, is_plain, naming, read_embeddings, series, series_of
 from ldm.files import writing_to
+from ldm.prompts import check_placeholder
 
 __all__ = [
     "Concept",
@@ -118,14 +119,14 @@ def save_new_concept(concept: Concept, path: str | Path, placeholder: str = "*",
 
     Raises:
         EmbeddingError: not a .safetensors file, or there already without `force`.
+        ValueError: a placeholder that cannot be used.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise EmbeddingError(f"'{path}': the file to write must end in .safetensors.")
     if path.is_dir() or (path.exists() and not force):
         raise EmbeddingError(f"'{path}' is there already; name another file, or say --force.")
-    if not placeholder.strip():
-        raise EmbeddingError(f"A placeholder must be a visible text such as '*', not '{placeholder}'.")
+    check_placeholder(placeholder)
     with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     save_concept(concept, path, placeholder)

@@ -28,6 +28,7 @@ __all__ = [
     "PRESET_STAGES",
     "PromptReader",
     "Words",
+    "check_placeholder",
     "check_prompt",
     "check_words",
     "joint",
@@ -47,6 +48,16 @@ def check_prompt(prompt: str, what: str = "A prompt") -> None:
         raise ValueError(f"{what} must be a text, not a {type(prompt).__name__}.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"{what} has bytes that are no text ({prompt[:40]!a}); write it in UTF-8.")
+
+
+def check_placeholder(placeholder: str) -> None:
+    """Raise `ValueError` unless prompts can be cut at `placeholder`: `*` is replaced wherever it stands."""
+    if not isinstance(placeholder, str) or not placeholder.strip():
+        raise ValueError(f"A placeholder must be a visible text such as '*', not {placeholder!r}.")
+    if PLACEHOLDER in placeholder and placeholder != PLACEHOLDER:
+        raise ValueError(
+            f"The placeholder '{placeholder}' must not contain '*', which is one itself; take '<star>' or so."
+        )
 
 
 def check_words(words: Words, num_stages: int) -> list[str | int | None]:

@@ -87,6 +87,7 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} -l {{bad}}/empty.ckpt", "is a file"),
         (f"{LEARN} --init_word {{nothing}}", "has no token"),
         (f"{LEARN} --placeholder_tokens {{nothing}}", "A placeholder must be a visible text"),
+        (f"{LEARN} --placeholder_tokens <*>", "The placeholder '<*>' must not contain '*'"),
         ("-r {bad}/nowhere -t", "Nothing to resume"),
         ("-r {bad}/whole.ckpt -t", "is no run of main.py"),
         ("-r {bad}/good.safetensors -t", "Nothing to resume"),

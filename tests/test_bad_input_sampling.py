@@ -121,6 +121,7 @@ GENERATING: dict[str, Cases] = {
         (f"{CONCEPT}lora.safetensors", "consecutive tokens"),
         (f"{MAKE} --concept a=b --concept a=c", "give every concept a name of its own"),
         (f"{MAKE} --concept a=", "concepts must be {name: file}"),
+        (f"{MAKE} --concept <*>={{bad}}/good.safetensors", "The placeholder '<*>' must not contain '*'"),
         (
             f"{MAKE} --config configs/demo/diffusion.yaml --concept {{bad}}/good.safetensors",
             "no personalization_config",

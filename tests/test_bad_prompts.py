@@ -59,7 +59,9 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"height": 100_000, "width": 1_600_000}, "of memory, and"),
     ({"height": "64"}, "height must be a whole number, not '64'"),
     ({"concepts": {"*": 3}}, "a file's path"),
-    ({"concepts": {"": "a.safetensors"}}, "there is no such file"),
+    ({"concepts": {"": "a.safetensors"}}, "A placeholder must be a visible text such as '*', not ''."),
+    ({"concepts": {3: "a.safetensors"}}, "A placeholder must be a visible text such as '*', not 3."),
+    ({"concepts": {"<*>": "a.safetensors"}}, "The placeholder '<*>' must not contain '*'"),
     ({"content_dir": 5}, "'5' cannot be read"),
 ]
 

@@ -167,6 +167,8 @@ def test_import_as_a_program_and_its_mistakes(tmp_path: Path, concept_file: Path
     flags = ["import_embedding", str(tmp_path / "two.safetensors"), "--out", str(out), "--force", "--rows_are_stages"]
     result = program(*flags)
     assert (result.returncode, result.stdout) == (2, "") and "holds 2 embeddings (<a>, <b>)" in result.stderr
+    result = program(*flags, "--key", "<b>", "--placeholder", "<*>")
+    assert result.returncode == 2 and "The placeholder '<*>' must not contain '*'" in result.stderr
     assert program(*flags, "--key", "<b>", "--placeholder", "<x>").returncode == 0
     assert load_concept(out).vectors.eq(1).all() and load_concept(out).metadata["placeholder"] == "<x>"
 

@@ -12,7 +12,7 @@ from ldm.embeddings import Concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.texts import check_name, stage_texts
 from ldm.files import replace_text
-from ldm.prompts import Words
+from ldm.prompts import Words, check_placeholder
 
 _ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
 PROGRAMS = tuple(_ENDINGS)
@@ -51,13 +51,15 @@ class Export:
         concepts: placeholder -> (name in the other program, concept).
 
     Raises:
-        ValueError: no concept, a name that cannot be used or is given twice, or words that do not fit.
+        ValueError: no concept, a placeholder or a name that cannot be used or is given twice, or words that do not fit.
     """
 
     concepts: Mapping[str, tuple[str, Concept]]
     use: Use = field(default_factory=Use)
 
     def __post_init__(self) -> None:
+        for placeholder in self.concepts:
+            check_placeholder(placeholder)
         names = [check_name(name) for name, _ in self.concepts.values()]
         if not names:
             raise ValueError("There is no concept to export; name one or more embedding files.")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ldm.base_model import refuse_other_base
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.modules.attention import CrossAttention, FeedForward
+from ldm.prompts import check_placeholder
 
 if TYPE_CHECKING:
     from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -90,8 +91,8 @@ class EmbeddingManager(nn.Module):
         self.placeholder_strings = (
             [placeholder_strings] if isinstance(placeholder_strings, str) else list(placeholder_strings)
         )
-        if not self.placeholder_strings or not all(p.strip() for p in self.placeholder_strings):
-            raise ValueError(f"A placeholder must be a visible text such as '*', not {self.placeholder_strings}.")
+        for placeholder in self.placeholder_strings or [""]:
+            check_placeholder(placeholder)
         words = [initializer_words] if isinstance(initializer_words, str) else list(initializer_words or [])
         self.initial_word = " ".join(words)
         self.num_stages = num_stages
@@ -161,9 +162,11 @@ class EmbeddingManager(nn.Module):
             any_base: also concepts that were learned for another base model (of the same width).
 
         Raises:
-            ValueError: a file cannot be used, or was learned for another width or another base model.
+            ValueError: a placeholder or a file cannot be used, or it was learned for another width or base model.
         """
         sources = source if isinstance(source, Mapping) else {self.placeholder_strings[0]: source}
+        for placeholder in sources:
+            check_placeholder(placeholder)
         concepts = {p: s if isinstance(s, Concept) else load_concept(s, p) for p, s in sources.items()}
         for placeholder, concept in concepts.items():
             origin = sources[placeholder]

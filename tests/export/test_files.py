@@ -206,6 +206,11 @@ def test_two_concepts_of_one_name_are_refused(file: Path, capsys: pytest.Capture
     assert "are not all different" in refusal(capsys, str(file), f"<b>={file}", *flags)
 
 
+def test_a_placeholder_around_a_star_is_refused(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["--name", "a", "--outdir", str(tmp_path / "out")]
+    assert "The placeholder '<*>' must not contain '*'" in refusal(capsys, f"<*>={file}", *flags)
+
+
 def test_nothing_is_overwritten_unless_said(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
