@@ -20,8 +20,8 @@ from runs import FourPictures
 from safetensors import safe_open
 
 import main
-from ldm import cli
-from ldm.checkpoint import read_state_dict
+from ldm import base_model, cli
+from ldm.checkpoint import file_hash, read_state_dict
 from ldm.data.repeated import Repeated
 from ldm.embeddings import load_concept
 from ldm.training import own_loggers
@@ -128,6 +128,17 @@ def test_a_data_set_of_ones_own_that_does_not_fit(
 ) -> None:
     assert four_pictures(tmp_path, **params) == 2
     assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_base_model_is_hashed_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(base_model, "REMEMBERED_FROM", 0)
+    monkeypatch.setattr(base_model, "file_hash", lambda path: hashed.append(path) or file_hash(path))
+    for name in ("a", "b"):
+        concept = load_concept(learn(tmp_path / name, "--max_steps", "1") / "embeddings.safetensors")
+        assert concept.metadata["base_model_sha256"] == file_hash(MODEL)
+    assert hashed == [MODEL]
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import file_hash
+from ldm.base_model import base_hash
 from ldm.models.autoencoder import DiagonalGaussianDistribution, cosine_to_zero
 from ldm.models.diffusion.acceleration import TensorStep
 from ldm.models.diffusion.latents import LatentCache
@@ -234,7 +234,7 @@ class Fitting(pl.LightningModule):
         if self.embedding_manager is None:
             return
         if self.base_model and "base_model_sha256" not in self.base_model:
-            self.base_model["base_model_sha256"] = file_hash(self._base_path)
+            self.base_model["base_model_sha256"] = base_hash(self._base_path)
         self.embedding_manager.save(path, step=str(self.trainer.global_step), **self.base_model)
 
     @torch.no_grad()
