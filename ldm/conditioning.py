@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.schedule import stage_of
+from ldm.util import to_device
 
 
 class Context(NamedTuple):
@@ -205,7 +206,8 @@ class PromptConditioning(Conditioning):
         device: torch.device | str | None = None,
     ) -> None:
         constant = bool((slots == slots[:1]).all())  # before the move: nothing here waits for a device
-        self.slots = (slots[:1] if constant else slots).to(device, non_blocking=True)
+        self._host_slots = slots[:1] if constant else slots
+        self.slots = to_device(self._host_slots, device)
         super().__init__(None, slots.shape[1], len(self.slots), num_timesteps)
         self._encode_slots = encode_slots
         self._distinct: tuple[Tensor, Tensor] | None = None
@@ -247,9 +249,10 @@ def encode_together(*conditionings: Conditioning) -> None:
         return
     encode = prompts[0]._encode_slots
     prompts = [c for c in prompts if c._encode_slots == encode and c.slots.shape[-1] == prompts[0].slots.shape[-1]]
-    rows = torch.cat([c.slots.flatten(0, 1) for c in prompts])
-    distinct, place = torch.unique(rows, dim=0, return_inverse=True)
-    contexts = encode(distinct)
-    places = place.split([c.slots.shape[0] * c.slots.shape[1] for c in prompts])
+    rows = torch.cat([c._host_slots.flatten(0, 1) for c in prompts])
+    distinct, place = torch.unique(rows, dim=0, return_inverse=True)  # on the CPU: not every device can
+    device = prompts[0].slots.device
+    contexts = encode(to_device(distinct, device))
+    places = to_device(place, device).split([c.slots.shape[0] * c.slots.shape[1] for c in prompts])
     for conditioning, own in zip(prompts, places, strict=True):
         conditioning._distinct = contexts, own.unflatten(0, conditioning.slots.shape[:2])

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ldm.config import instantiate_from_config
 
-__all__ = ["instantiate_from_config", "pick_device"]
+__all__ = ["instantiate_from_config", "pick_device", "to_device"]
+
+
+def to_device(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    """A CPU tensor on `device`, without waiting on CUDA; others may read memory that is no longer the tensor's."""
+    return tensor.to(device, non_blocking=device is not None and torch.device(device).type == "cuda")
 
 
 def pick_device(wanted: str | torch.device | None = None) -> torch.device:

@@ -92,3 +92,14 @@ def test_prompts_are_remembered_only_without_gradients() -> None:
         remembered = cond.at(100).k
         weight.mul_(2)
         assert torch.equal(cond.at(100).k, remembered)
+
+
+def test_distinct_rows_are_found_on_the_cpu() -> None:
+    """Devices without `unique`, of which `meta` is one, only encode them."""
+    slots = torch.arange(10).view(10, 1, 1).expand(10, 2, 5)
+    encoded: list[torch.Tensor] = []
+    cond = PromptConditioning(slots, lambda s: encoded.append(s) or s.unsqueeze(-1).float(), device="meta")
+    with torch.no_grad():
+        context = cond.at(100).k
+    assert cond.slots.device.type == context.device.type == encoded[0].device.type == "meta"
+    assert (context.shape, encoded[0].shape) == ((2, 5, 1), (10, 5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from ldm.config import ConfigError, allow_targets, get_class, instantiate_from_config, load_config
 from ldm.util import instantiate_from_config as from_util
-from ldm.util import pick_device
+from ldm.util import pick_device, to_device
 
 ATTENTION = "ldm.modules.attention.CrossAttention"
 
@@ -125,6 +126,12 @@ def test_every_configuration_that_ships_builds() -> None:
         with torch.device("meta"):
             config.model.params.pop("personalization_config", None)
             instantiate_from_config(config.model)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda:1", False), ("mps", True), ("cpu", True), (None, True)])
+def test_only_copies_to_cuda_are_not_waited_for(device: str | None, waits: bool) -> None:
+    asked = SimpleNamespace(to=lambda device, non_blocking: (device, non_blocking))
+    assert to_device(asked, device) == (device, not waits)
 
 
 def test_pick_device() -> None:

@@ -87,6 +87,24 @@ def test_generating_encodes_each_distinct_prompt_once(model: LatentDiffusion) ->
     assert counts == [6]  # five learned stages and one text, shared by both pictures
 
 
+@pytest.mark.parametrize("learning", [False, True])
+def test_copies_are_waited_for_beside_cuda(
+    model: LatentDiffusion, learning: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = PersonalizedBase(PICTURES / "striped-heart", size=64)
+    model._latents = LatentCache(model, dataset)
+    batch, move, waited = batch_of(dataset, [0, 1]), Tensor.to, []
+
+    def spy(tensor: Tensor, *args: object, **options: object) -> Tensor:
+        waited.append(not options.get("non_blocking", False))
+        return move(tensor, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", spy)
+    with torch.set_grad_enabled(learning):
+        model.shared_step(batch, "train" if learning else "val")
+    assert waited and all(waited)
+
+
 def test_the_cache_changes_nothing(model: LatentDiffusion) -> None:
     """Moments from the cache, for every picture and flip, give the losses that encoding anew gives."""
     model.eval()  # dropout would make every step differ

@@ -21,6 +21,7 @@ from ldm.models.diffusion.acceleration import TensorStep
 from ldm.models.diffusion.latents import LatentCache
 from ldm.schedule import at
 from ldm.seeds import mix_seed
+from ldm.util import to_device
 
 if TYPE_CHECKING:
     from ldm.conditioning import PromptConditioning
@@ -116,9 +117,7 @@ class Fitting(pl.LightningModule):
 
     def shared_step(self, batch: Mapping[str, Any], split: str) -> tuple[Tensor, dict[str, Tensor]]:
         draw = batch.get("draw") or self._draw(batch, self._latent_shape(batch), split)
-        t, noise, posterior_noise = (
-            draw[name].to(self.device, non_blocking=True) for name in ("t", "noise", "posterior_noise")
-        )
+        t, noise, posterior_noise = (to_device(draw[name], self.device) for name in ("t", "noise", "posterior_noise"))
         self.timesteps = t
         z = self.get_first_stage_encoding(self.posterior(batch), posterior_noise)
         captions = tuple(batch[self.caption_key])

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussianDistribution, FirstStage
+from ldm.util import to_device
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -103,7 +104,7 @@ class LatentCache:
     def posterior(self, pictures: Tensor, flipped: Tensor) -> DiagonalGaussianDistribution | Tensor:
         """The posterior of pictures (B,), flipped where `flipped` (B,) says so."""
         rows = pictures * 2 + flipped.long() if self._flips else pictures
-        moments = self._moments[rows.to(self._moments.device, non_blocking=True)]
+        moments = self._moments[to_device(rows, self._moments.device)]
         return DiagonalGaussianDistribution(moments) if self._is_gaussian else moments
 
     @torch.no_grad()
