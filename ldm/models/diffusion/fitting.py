@@ -77,7 +77,7 @@ class Fitting(pl.LightningModule):
     def _dropout_seed(self, batch: Mapping[str, Any]) -> int:
         # dropout takes no generator; seeding by the first sample of all processes' batches makes it, too, the same
         # in a resumed run and in every process; all processes validate on the same samples
-        before = self.global_rank * len(batch["sample"]) if self.trainer.training else 0
+        before = self.global_rank * len(batch["sample"]) if self._trainer is None or self._trainer.training else 0
         return mix_seed(self.seed, int(batch["sample"][0]) - before)
 
     def _latent_shape(self, batch: Mapping[str, Any]) -> torch.Size:
