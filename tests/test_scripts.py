@@ -1,6 +1,7 @@
 """`scripts/txt2img.py` and `scripts/img2img.py`: what they write, repeat, and refuse."""
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import ldm.generate
 from ldm import cli, commands
 from ldm.embeddings import Concept, load_concept, save_concept, save_stages
 from ldm.generate import read_parameters
-from ldm.presets import presets_beside
+from ldm.presets import preset, presets_beside
 from scripts import demo
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +135,77 @@ def test_flags_change_what_from_repeats(tmp_path: Path) -> None:
     old, new = read_parameters(first), read_parameters(other)
     assert {key for key in old if old[key] != new[key]} == {"seed"}
     assert np.abs(pixels(first) - pixels(other)).max() > 1
+
+
+HEART = "a large * heart on black"
+
+
+@pytest.fixture
+def material(tmp_path: Path, concept_file: Path) -> Path:
+    """A picture made with a concept, a preset and a prompt."""
+    flags = ("--concept", concept_file, "--preset", "material", "--prompt", HEART, "--outdir", tmp_path)
+    return txt2img(*flags)[0]
+
+
+def wanted_words(attribute: str, prompt: str) -> list[str]:
+    return preset(attribute, prompt, windows=presets_beside(ROOT / "models/demo/model.safetensors"))
+
+
+def test_from_with_another_preset_keeps_the_prompt(tmp_path: Path, material: Path) -> None:
+    other = read_parameters(txt2img("--from", material, "--preset", "layout", "--outdir", tmp_path)[0])
+    assert (other["prompt"], other["prospect_words"]) == ("*", wanted_words("layout", HEART))
+    assert (other["preset"], other["preset_prompt"]) == ("layout", HEART)
+
+
+def test_from_with_another_prompt_keeps_the_preset(tmp_path: Path, material: Path) -> None:
+    other = txt2img("--from", material, "--prompt", "a small * star", "--outdir", tmp_path)[0]
+    record = read_parameters(other)
+    assert (record["prompt"], record["prospect_words"]) == ("*", wanted_words("material", "a small * star"))
+    again = txt2img("--from", other, "--outdir", tmp_path)[0]
+    assert read_parameters(again) == record and (pixels(again) == pixels(other)).all()
+    (tmp_path / "prompt.yaml").write_text("prompt: a plain * ring\n")
+    record = read_parameters(txt2img("--from", other, "--words", tmp_path / "prompt.yaml", "--outdir", tmp_path)[0])
+    assert record["prospect_words"] == wanted_words("material", "a plain * ring")
+
+
+def test_from_with_words_takes_the_place_of_the_preset(tmp_path: Path, material: Path) -> None:
+    flags = [flag for word in ["dotted", *"*********"] for flag in ("--word", word)]
+    record = read_parameters(txt2img("--from", material, *flags, "--outdir", tmp_path)[0])
+    assert (record["prompt"], record["prospect_words"]) == (HEART, ["dotted", *"*********"])
+    assert not {"preset", "preset_prompt"} & record.keys()
+
+
+def without_preset(picture: Path, **changes: object) -> Path:
+    """The picture with the record of an older version."""
+    record = read_parameters(picture)
+    record = {key: value for key, value in record.items() if key not in ("preset", "preset_prompt")} | changes
+    with Image.open(picture) as opened:
+        old = opened.copy()
+    old.info = {ldm.generate.PNG_KEY: json.dumps(record)}
+    ldm.generate.save_picture(old, picture.with_name("old.png"))
+    return picture.with_name("old.png")
+
+
+def test_an_older_record_repeats_and_is_not_mixed(
+    tmp_path: Path, material: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = without_preset(material)
+    assert (pixels(txt2img("--from", old, "--outdir", tmp_path)[0]) == pixels(material)).all()
+    for flags in (["--prompt", "a * star"], ["--preset", "layout"]):
+        sentence = refusal(False, [*SMALL, "--from", str(old), *flags], capsys)
+        assert "does not say what its words were made of" in sentence and "give --prompt with --preset" in sentence
+    both = ("--prompt", "a * star", "--preset", "layout")
+    record = read_parameters(txt2img("--from", old, *both, "--outdir", tmp_path)[0])
+    assert record["prospect_words"] == wanted_words("layout", "a * star")
+    # words that stand inside a prompt of their own can stand in another one
+    old = without_preset(material, prompt="one *")
+    record = read_parameters(txt2img("--from", old, "--prompt", "two *", "--outdir", tmp_path)[0])
+    assert (record["prompt"], record["prospect_words"]) == ("two *", wanted_words("material", HEART))
+
+
+def test_a_record_whose_preset_is_no_text(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = without_preset(material, preset=["layout"], preset_prompt=3)
+    assert "has no readable preset" in refusal(False, ["--from", str(changed), "--prompt", "a * star"], capsys)
 
 
 def test_any_base_is_said_once_and_repeated(tmp_path: Path) -> None:

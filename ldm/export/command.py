@@ -77,10 +77,10 @@ def run(description: str, argv: Sequence[str] | None = None) -> list[Path]:
 
 
 def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    from ldm.commands import concept_files
     from ldm.embeddings import load_concept
     from ldm.export.card import caption, model_card
     from ldm.export.files import Export
+    from ldm.sampling_arguments import concept_files
 
     files = concept_files(options.concepts, "*")
     if len(files) != len(options.name):
@@ -112,10 +112,10 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
 
 def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]]) -> Use:
     """What the flags say of the prompt and of sampling."""
-    from ldm.commands import words_file
     from ldm.export.files import Use
     from ldm.presets import load_presets
-    from ldm.prompts import PLACEHOLDER, preset
+    from ldm.prompts import PLACEHOLDER
+    from ldm.sampling_arguments import preset_words, words_file
 
     prompt, words = options.prompt, options.word
     if options.words is not None:
@@ -127,9 +127,8 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
             )
         words, prompt = given.get("prospect_words"), given.get("prompt") if prompt is None else prompt
     if options.preset is not None:
-        placeholder, (_, concept) = next(iter(concepts.items()))
-        where = {"num_stages": concept.num_stages, "placeholder": placeholder}
-        words = preset(options.preset, prompt or "", **where, windows=load_presets(options.presets))
+        where = {"num_stages": next(iter(concepts.values()))[1].num_stages, "windows": load_presets(options.presets)}
+        words = preset_words(options.preset, prompt or "", concepts, **where)
         prompt = PLACEHOLDER
     settings = {name: getattr(options, name) for name in ("sampler", "steps", "scale", "seed", "width", "height")}
     return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, documented=options.documented_counting)
