@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.files import check_writable, writing_to
-from ldm.sampling_arguments import given_arguments, recorded_arguments
+from ldm.sampling_arguments import given_arguments, recorded_arguments, warn_of_changed_concepts
 from ldm.sampling_flags import MODEL_DEFAULTS, build_parser
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     arguments = _native(config, main) | arguments
     check_writable(options.outdir, "--outdir")
     _check(arguments, outline, editing, options.device)
+    if outline.embedding_manager is not None:
+        warn_of_changed_concepts(recorded, arguments.get("concepts") or {}, outline.embedding_manager.hashes)
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
     return _save(main(model=model, **arguments), setup | made_of, options.outdir)
 

@@ -169,7 +169,7 @@ def main(
             warn_of_unused(concepts, prompt, prospect_words)
         cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
         uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
-        used_concepts = concept_sources(model)
+        used_concepts = concepts_of(model)
     door = SAMPLERS[sampler](model)
     door.make_schedule(ddim_num_steps=ddim_steps, ddim_eta=ddim_eta, verbose=False)
     posterior = None
@@ -213,7 +213,7 @@ def main(
             "content_dir": content_source(content_dir),
             **settings,
             "legacy_word_tokens": legacy_word_tokens,
-            "concepts": used_concepts,
+            **used_concepts,
             "any_base": any_base,
             "base_model": model.base_model.get("base_model"),
         },
@@ -282,7 +282,8 @@ def content_source(content: str | Path | Image.Image | None) -> str | None:
     return None if content is None else str(content)
 
 
-def concept_sources(model: LatentDiffusion) -> dict[str, str]:
-    """Placeholder -> name of the file it was loaded from."""
+def concepts_of(model: LatentDiffusion) -> dict[str, dict[str, str]]:
+    """For the record: placeholder -> name of the file it was loaded from, and -> the file's hash."""
     manager = model.embedding_manager
-    return {} if manager is None else dict(manager.sources)
+    sources = {} if manager is None else dict(manager.sources)
+    return {"concepts": sources, "concept_hashes": {p: manager.hashes[p] for p in sources if p in manager.hashes}}

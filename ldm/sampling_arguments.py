@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from ldm.sampling_flags import MODEL_DEFAULTS
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
+
+logger = logging.getLogger(__name__)
 
 NOT_SETTABLE = ("model", "callback")  # arguments of `main` that are objects
 # In a picture's record: what `prompt` and `prospect_words` were made from, where a preset made them.
@@ -43,6 +46,25 @@ def recorded_arguments(options: argparse.Namespace) -> dict[str, Any]:
         if name != used:
             raise ValueError(f"'{options.source}' was made with the model '{name}'; give it with --ckpt and --config.")
     return recorded
+
+
+def warn_of_changed_concepts(
+    recorded: Mapping[str, Any], concepts: Mapping[str, str], hashes: Mapping[str, str]
+) -> None:
+    """Warn of concepts of the picture of `--from` whose files are others now.
+
+    Args:
+        concepts: placeholder -> file, those that are used now.
+        hashes: placeholder -> the file's hash.
+    """
+    was, files = (recorded.get(key) for key in ("concept_hashes", "concepts"))
+    if not isinstance(was, Mapping) or not isinstance(files, Mapping):
+        return
+    for name, file in concepts.items():
+        if files.get(name) == file and name in was and was[name] != hashes.get(name):
+            logger.warning(
+                "The concept '%s' (%s) is another file than the one that the picture was made with.", name, file
+            )
 
 
 def given_arguments(

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +311,7 @@ def test_a_picture_can_be_made_again(
     parameters = read_parameters(tmp_path / "new folder" / "picture.png")
     assert parameters["concepts"] == {"*": str(concept_file)}
     assert parameters.pop("base_model") == "model.safetensors"
+    assert parameters.pop("concept_hashes") == {"*": sha256(concept_file.read_bytes()).hexdigest()[:12]}
     model.embedding_manager.loaded.clear()
     again = main(model=model, progress=False, **parameters)
     assert difference(again, picture) == 0

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,10 +176,10 @@ def test_from_with_words_takes_the_place_of_the_preset(tmp_path: Path, material:
     assert not {"preset", "preset_prompt"} & record.keys()
 
 
-def without_preset(picture: Path, **changes: object) -> Path:
+def older(picture: Path, **changes: object) -> Path:
     """The picture with the record of an older version."""
-    record = read_parameters(picture)
-    record = {key: value for key, value in record.items() if key not in ("preset", "preset_prompt")} | changes
+    new = ("preset", "preset_prompt", "concept_hashes")
+    record = {key: value for key, value in read_parameters(picture).items() if key not in new} | changes
     with Image.open(picture) as opened:
         old = opened.copy()
     old.info = {ldm.generate.PNG_KEY: json.dumps(record)}
@@ -189,7 +190,7 @@ def without_preset(picture: Path, **changes: object) -> Path:
 def test_an_older_record_repeats_and_is_not_mixed(
     tmp_path: Path, material: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = without_preset(material)
+    old = older(material)
     assert (pixels(txt2img("--from", old, "--outdir", tmp_path)[0]) == pixels(material)).all()
     for flags in (["--prompt", "a * star"], ["--preset", "layout"]):
         sentence = refusal(False, [*SMALL, "--from", str(old), *flags], capsys)
@@ -198,14 +199,32 @@ def test_an_older_record_repeats_and_is_not_mixed(
     record = read_parameters(txt2img("--from", old, *both, "--outdir", tmp_path)[0])
     assert record["prospect_words"] == wanted_words("layout", "a * star")
     # words that stand inside a prompt of their own can stand in another one
-    old = without_preset(material, prompt="one *")
+    old = older(material, prompt="one *")
     record = read_parameters(txt2img("--from", old, "--prompt", "two *", "--outdir", tmp_path)[0])
     assert (record["prompt"], record["prospect_words"]) == ("two *", wanted_words("material", HEART))
 
 
 def test_a_record_whose_preset_is_no_text(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed = without_preset(material, preset=["layout"], preset_prompt=3)
+    changed = older(material, preset=["layout"], preset_prompt=3)
     assert "has no readable preset" in refusal(False, ["--from", str(changed), "--prompt", "a * star"], capsys)
+
+
+def test_from_says_where_a_concept_is_another_file_now(
+    tmp_path: Path, material: Path, concept_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = older(material)
+    txt2img("--from", material, "--outdir", tmp_path)
+    assert caplog.messages == []
+    save_concept(Concept(torch.ones(10, 128)), concept_file)
+    changed = txt2img("--from", material, "--outdir", tmp_path)[0]
+    sentence = f"The concept '*' ({concept_file}) is another file than the one that the picture was made with."
+    assert caplog.messages == [sentence]
+    caplog.clear()
+    txt2img("--from", changed, "--outdir", tmp_path)
+    txt2img("--from", old, "--outdir", tmp_path)
+    shutil.copy(concept_file, tmp_path / "other.safetensors")
+    txt2img("--from", material, "--concept", tmp_path / "other.safetensors", "--outdir", tmp_path)
+    assert caplog.messages == []
 
 
 def test_any_base_is_said_once_and_repeated(tmp_path: Path) -> None:
