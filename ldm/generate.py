@@ -166,9 +166,9 @@ def main(
             if model.embedding_manager is None:
                 raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
             model.embedding_manager.load(concepts, any_base)
-            warn_of_unused(concepts, prompt, prospect_words)
         cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
         uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
+        warn_of_unused(concepts or (), prompt, prospect_words, learned_as(model))
         used_concepts = concepts_of(model)
     door = SAMPLERS[sampler](model)
     door.make_schedule(ddim_num_steps=ddim_steps, ddim_eta=ddim_eta, verbose=False)
@@ -287,3 +287,9 @@ def concepts_of(model: LatentDiffusion) -> dict[str, dict[str, str]]:
     manager = model.embedding_manager
     sources = {} if manager is None else dict(manager.sources)
     return {"concepts": sources, "concept_hashes": {p: manager.hashes[p] for p in sources if p in manager.hashes}}
+
+
+def learned_as(model: LatentDiffusion) -> dict[str, str]:
+    """Placeholder of each loaded concept -> the placeholder that its file names."""
+    loaded = {} if model.embedding_manager is None else model.embedding_manager.loaded
+    return {name: concept.metadata.get("placeholder", name) for name, concept in loaded.items()}

@@ -273,10 +273,33 @@ def test_a_concept_for_another_base_model_is_refused_and_can_be_used_all_the_sam
 def test_an_unlearned_star_warns(draw: Draw, concept_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         draw("a * on a white background", concepts={"<vase>": concept_file})
-    assert ["<vase>' has no effect" in caplog.messages[0], "loaded for '*'" in caplog.messages[1]] == [True, True]
+    assert ["loaded for '*'" in caplog.messages[0], "<vase>' has no effect" in caplog.messages[1]] == [True, True]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         draw("a * on a white background", concepts={"*": concept_file})
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("words", [None, ["a <face>"] * 10])
+def test_a_concept_that_is_called_what_it_was_learned_as(
+    draw: Draw, model: LatentDiffusion, concept_file: Path, caplog: pytest.LogCaptureFixture, words: list[str] | None
+) -> None:
+    learned = concept_file.with_name("face.safetensors")
+    save_concept(load_concept(concept_file), learned, "<face>")
+    arguments = {"prompt": "a <face>", "prospect_words": None} if words is None else {"prospect_words": words}
+    draw(**({"prompt": "*"} | arguments), concepts={"*": learned})
+    model.embedding_manager.load(learned)
+    draw(**({"prompt": "*"} | arguments))
+    sentence = (
+        "The concept '*' has no effect: it was learned as '<face>', and is called so when it is loaded by that name "
+        "(--concept '<face>=FILE', load({'<face>': FILE}))."
+    )
+    assert caplog.messages == [sentence, sentence]
+    caplog.clear()
+    draw("a * <face>")  # both are meant
+    draw("a red star")  # nothing is
+    model.embedding_manager.load({"<face>": learned})
+    draw(**({"prompt": "*"} | arguments))
     assert caplog.messages == []
 
 
