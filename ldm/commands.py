@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.files import check_writable, writing_to
+from ldm.native import Native, native
 from ldm.sampling_arguments import given_arguments, recorded_arguments, warn_of_changed_concepts
 from ldm.sampling_flags import MODEL_DEFAULTS, build_parser
 
@@ -59,7 +60,7 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     if outline.embedding_manager is not None:
         outline.embedding_manager.base_path = Path(setup["ckpt"])
     arguments, made_of = given_arguments(options, recorded, outline, setup["ckpt"])
-    arguments = _native(config, main) | arguments
+    arguments |= native(config).filled(**{name: arguments.get(name) for name in Native._fields})
     check_writable(options.outdir, "--outdir")
     _check(arguments, outline, editing, options.device)
     if outline.embedding_manager is not None:
@@ -88,17 +89,6 @@ def model_outline(config: DictConfig, dtype: str) -> LatentDiffusion:
     schedule = schedule_buffers(make_betas(0.00085, 0.012, model.num_timesteps))
     model.load_state_dict(schedule, strict=False, assign=True)
     return model
-
-
-def _native(config: DictConfig, main: Any) -> dict[str, Any]:
-    """The size and the guidance that the configuration's model wants, for arguments that nobody gives."""
-    from omegaconf import OmegaConf
-
-    size = OmegaConf.select(config, "model.params.first_stage_config.params.ddconfig.resolution")
-    scale = OmegaConf.select(config, "lightning.callbacks.image_logger.params.log_images_kwargs.scale")
-    native = {"height": size, "width": size, "scale": scale}
-    parameters = inspect.signature(main).parameters
-    return {name: parameters[name].default if value is None else value for name, value in native.items()}
 
 
 def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool, device: str | None) -> None:

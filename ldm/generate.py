@@ -6,7 +6,6 @@ import json
 import logging
 import threading
 from collections.abc import Mapping
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import check_generates, instantiate_from_config, load_config
-from ldm.data.images import WHITE, check_fit, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
+from ldm.data.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.guards import FirstBad, refuse_bad_latents
 from ldm.memory import check_generating
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampling import MAX_SCALE, Callback, Sampler, draw_noise, seeded_generators
+from ldm.models.diffusion.sampling import Callback, draw_noise, seeded_generators
+from ldm.native import native
 from ldm.presets import presets_beside
 from ldm.prompts import warn_of_unused
 from ldm.records import PNG_KEY, read_parameters, save_picture
+from ldm.sampling_checks import SAMPLERS, check_arguments
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler}
 _LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
 
 
@@ -80,7 +78,7 @@ def load_model_from_config(
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
-    model.presets = presets_beside(ckpt)
+    model.presets, model.native = presets_beside(ckpt), native(config)
     return model.to(pick_device(device)).eval().requires_grad_(False)
 
 
@@ -95,13 +93,13 @@ def main(
     C: int = 4,
     f: int = 8,
     n_rows: int = 0,
-    scale: float = 10.0,
+    scale: float | None = None,
     model: LatentDiffusion | None = None,
     seed: int = 42,
     prospect_words: Words | None = None,
     n_samples: int = 1,
-    height: int = 512,
-    width: int = 512,
+    height: int | None = None,
+    width: int | None = None,
     *,
     sampler: str = "ddim",
     resize: str = "crop",
@@ -124,10 +122,10 @@ def main(
         n_iter, n_samples: batches, and pictures in a batch.
         C, f: accepted because the reference's calls give them; the model knows its own.
         n_rows: pictures in a row of the grid; 0 for as square as possible.
-        scale: guidance scale; 1 is no guidance.
+        scale: guidance scale; 1 is no guidance. None is the model's own: 10 for Stable Diffusion.
         model: from `load_model_from_config`.
         prospect_words: one entry for each stage, entry 0 = end of generation; see `ldm.prompts`.
-        height, width: pixels; multiples of 64 for Stable Diffusion.
+        height, width: pixels; multiples of 64 for Stable Diffusion. None is the model's own: 512 for that.
         sampler: ddim or plms.
         resize: how the content picture is brought to width x height: crop, pad or squash.
         concepts: {placeholder: embedding file}, loaded before generating.
@@ -145,6 +143,7 @@ def main(
     if model is None:
         raise ValueError("main() needs model=…; make one with load_model_from_config(config, checkpoint).")
     model.eval()  # a model that was just trained would sample with dropout
+    height, width, scale = model.native.filled(height=height, width=width, scale=scale).values()
     settings = {
         "ddim_steps": ddim_steps,
         "strength": strength,
@@ -220,52 +219,6 @@ def main(
         default=lambda number: number.item(),  # NumPy's
     )
     return result
-
-
-def check_arguments(
-    model: LatentDiffusion,
-    *,
-    ddim_steps: int,
-    strength: float,
-    ddim_eta: float,
-    scale: float,
-    seed: int,
-    n_iter: int,
-    n_samples: int,
-    n_rows: int,
-    height: int,
-    width: int,
-    sampler: str,
-    resize: str,
-) -> None:
-    """Raise `ValueError`, with the remedy, for what `main` cannot do; no weights are needed."""
-    whole = {"ddim_steps": ddim_steps, "seed": seed, "n_iter": n_iter, "n_samples": n_samples, "n_rows": n_rows}
-    for name, value in (whole | {"height": height, "width": width}).items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise ValueError(f"{name} must be a whole number, not {value!r}.")
-    for name, value in {"strength": strength, "ddim_eta": ddim_eta, "scale": scale}.items():
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise ValueError(f"{name} must be a number, not {value!r}.")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"Unknown sampler '{sampler}'; there are {', '.join(SAMPLERS)}.")
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"strength must be in 0..1, not {strength}: 0 keeps the content picture, 1 gives it up.")
-    if n_iter < 1 or n_samples < 1:
-        raise ValueError(f"n_iter and n_samples must be at least 1, not {n_iter} and {n_samples}.")
-    if n_rows < 0:
-        raise ValueError(f"n_rows must be at least 1, or 0 for as square as possible, not {n_rows}.")
-    if not 0 <= seed <= 2**63 - n_iter * n_samples:
-        raise ValueError(f"seed must be in 0..{2**63 - n_iter * n_samples}, not {seed}; picture i has seed + i.")
-    if not 1 <= ddim_steps <= model.num_timesteps:
-        raise ValueError(f"ddim_steps must be in 1..{model.num_timesteps}, not {ddim_steps}.")
-    if not 0 <= scale <= MAX_SCALE:
-        raise ValueError(f"scale must be in 0..{MAX_SCALE}, not {scale}; 1 means no guidance, 5 to 10 are usual.")
-    unit = model.size_unit
-    for name, size in (("height", height), ("width", width)):
-        if size < unit or size % unit:
-            nearest = max(unit, round(size / unit) * unit)
-            raise ValueError(f"{name} must be a multiple of {unit} for this model, not {size}; nearest: {nearest}.")
-    check_fit(width, height, resize, "bicubic")
 
 
 def open_content(content: str | Path | Image.Image) -> Image.Image:

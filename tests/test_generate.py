@@ -19,6 +19,7 @@ from ldm.data.images import fit, to_pil, to_tensor
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.generate import load_model_from_config, main, read_parameters, save_picture
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.native import Native, native
 
 ROOT = Path(__file__).parents[1]
 CKPT = ROOT / "models/demo/model.safetensors"
@@ -107,13 +108,13 @@ def test_the_contract_of_the_signature() -> None:
         ("C", 4),
         ("f", 8),
         ("n_rows", 0),
-        ("scale", 10.0),
+        ("scale", None),
         ("model", None),
         ("seed", 42),
         ("prospect_words", None),
         ("n_samples", 1),
-        ("height", 512),
-        ("width", 512),
+        ("height", None),
+        ("width", None),
     ]
 
 
@@ -122,6 +123,26 @@ def test_a_picture_has_the_size_asked_for(draw: Draw) -> None:
     assert (picture.mode, picture.size) == ("RGB", (48, SIZE))
     assert difference(picture, draw(width=48)) == 0
     assert difference(picture, draw(width=48, seed=43)) > 1
+
+
+def test_the_models_own_size_and_guidance(model: LatentDiffusion) -> None:
+    picture = main(PROMPT, model=model, ddim_steps=2, progress=False)
+    record = json.loads(picture.info["prospect"])
+    assert picture.size == (64, 64) and (record["height"], record["width"], record["scale"]) == (64, 64, 2.5)
+    explicit = main(PROMPT, model=model, ddim_steps=2, height=64, width=64, scale=2.5, progress=False)
+    assert difference(picture, explicit) == 0
+    assert main(PROMPT, model=model, ddim_steps=1, width=32, progress=False).size == (32, 64)
+
+
+@pytest.mark.parametrize(
+    "path", ["configs/stable-diffusion/v1-inference.yaml", "configs/stable-diffusion/v1-finetune.yaml"]
+)
+def test_stable_diffusions_own_size_and_guidance(path: str) -> None:
+    config = OmegaConf.load(ROOT / path)
+    assert native(config) == Native() == (512, 512, 10.0)
+    config.model.params.first_stage_config.params.ddconfig.resolution = 256  # as in CompVis' own files
+    assert native(config) == (512, 512, 10.0)
+    assert native(OmegaConf.create({"model": {"target": "a", "params": {}}})) == (512, 512, 10.0)
 
 
 @pytest.mark.parametrize("editing", [False, True])

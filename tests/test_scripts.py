@@ -81,7 +81,7 @@ def test_txt2img_as_a_program(tmp_path: Path) -> None:
     result = program("txt2img", "--prompt", "a red star", "--steps", "3", "--outdir", str(tmp_path / "out"))
     assert (result.returncode, result.stdout) == (0, f"{tmp_path / 'out' / 'a-red-star-42.png'}\n")
     assert Image.open(result.stdout.strip()).size == (64, 64)  # what the small model was trained at
-    assert read_parameters(result.stdout.strip())["scale"] == 2.0  # what its configuration samples with
+    assert read_parameters(result.stdout.strip())["scale"] == 2.5  # what its configuration samples with
 
 
 def test_img2img_as_a_program_and_a_mistake(tmp_path: Path) -> None:

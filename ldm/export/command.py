@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from ldm.files import check_writable, replace_text, writing_to
 from ldm.flags import Parser, add_flag
-from ldm.sampling_flags import word
+from ldm.native import Native, native
+from ldm.sampling_flags import MODEL_DEFAULTS, word
 
 if TYPE_CHECKING:
     from ldm.embeddings import Concept
@@ -40,10 +41,10 @@ def build_parser(description: str) -> Parser:
     help_sampler = "as AUTOMATIC1111 names it: ddim, plms, 'Euler a', 'DPM++ 2M Karras', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)
     add_flag(what, "--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
-    add_flag(what, "--scale", type=float, default=10.0, metavar="X", help="guidance scale (10)")
+    add_flag(what, "--scale", type=float, metavar="X", help="guidance scale (the model's own, or 10)")
     add_flag(what, "--seed", type=int, default=42, metavar="N", help="(42)")
-    add_flag(what, "--height", type=int, default=512, metavar="PIXELS", help="(512)")
-    add_flag(what, "--width", type=int, default=512, metavar="PIXELS", help="(512)")
+    add_flag(what, "--height", type=int, metavar="PIXELS", help="(the model's own, or 512)")
+    add_flag(what, "--width", type=int, metavar="PIXELS", help="(the same)")
     help_count = (
         "a1111: 'after N steps' as documented; the program itself switches one step later, which is the default"
     )
@@ -131,4 +132,17 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
         words = preset_words(options.preset, prompt or "", concepts, **where)
         prompt = PLACEHOLDER
     settings = {name: getattr(options, name) for name in ("sampler", "steps", "scale", "seed", "width", "height")}
+    settings |= _native(concepts).filled(**{name: settings[name] for name in Native._fields})
     return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, documented=options.documented_counting)
+
+
+def _native(concepts: Mapping[str, tuple[str, Concept]]) -> Native:
+    """The size and guidance of the small model that ships, if the first concept was learned for it; else v1's."""
+    from ldm.base_model import base_hash
+    from ldm.config import load_config
+
+    _, first = next(iter(concepts.values()))
+    wanted, ckpt = first.metadata.get("base_model_sha256"), Path(MODEL_DEFAULTS["ckpt"])
+    if wanted and ckpt.is_file() and base_hash(ckpt) == wanted:
+        return native(load_config(MODEL_DEFAULTS["config"]))
+    return Native()

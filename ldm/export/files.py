@@ -12,6 +12,7 @@ from ldm.embeddings import Concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.texts import check_name, stage_texts
 from ldm.files import replace_text
+from ldm.native import Native
 from ldm.prompts import Words
 
 _ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
@@ -36,10 +37,10 @@ class Use:
     words: Words | None = None
     sampler: str = "ddim"
     steps: int = 50
-    scale: float = 10.0
+    scale: float = Native().scale
     seed: int = 42
-    width: int = 512
-    height: int = 512
+    width: int = Native().width
+    height: int = Native().height
     documented: bool = False
 
 

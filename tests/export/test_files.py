@@ -114,6 +114,19 @@ def test_the_script_for_diffusers_is_python_and_holds_no_code_of_a_prompt(file: 
     assert values["NAME"] == "teddy"
 
 
+def test_a_concept_of_the_small_model_gets_its_size_and_guidance(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for concept, given, expected in (
+        ("models/demo/concepts/dotted-star.safetensors", [], "CFG scale 2.5, seed 42, 64x64"),
+        ("models/demo/concepts/dotted-star.safetensors", ["--scale", "3", "--width", "32"], "3.0, seed 42, 32x64"),
+        (file, [], "CFG scale 10.0, seed 42, 512x512"),
+    ):
+        flags = ["--name", "a", "--to", "a1111", "--outdir", str(tmp_path / "o"), "--force", *given]
+        assert expected in run(DESCRIPTION, [str(concept), *flags])[-1].read_text(encoding="utf-8")
+
+
 def test_the_prompt_of_the_web_ui_is_the_last_line(file: Path, tmp_path: Path) -> None:
     flags = [
         "--to",
