@@ -46,7 +46,7 @@ def run(description: str, editing: bool = False, argv: Sequence[str] | None = No
 
 def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     from ldm.config import allow_targets, check_generates, load_config
-    from ldm.generate import load_model_from_config, main
+    from ldm.generate import Interrupted, load_model_from_config, main
 
     recorded = recorded_arguments(options)
     setup = {key: getattr(options, key) or recorded.get(key, default) for key, default in MODEL_DEFAULTS.items()}
@@ -66,7 +66,13 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     if outline.embedding_manager is not None:
         warn_of_changed_concepts(recorded, arguments.get("concepts") or {}, outline.embedding_manager.hashes)
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
-    return _save(main(model=model, **arguments), setup | made_of, options.outdir)
+    also = setup | made_of
+    try:
+        return _save(main(model=model, **arguments), also, options.outdir)
+    except Interrupted as stop:
+        paths = _save(stop.picture, also, options.outdir)
+        kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} pictures in it are kept"
+        raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
 
 
 def model_outline(config: DictConfig, dtype: str) -> LatentDiffusion:
@@ -148,7 +154,7 @@ def _save(result: Image.Image, also: Mapping[str, str], folder: Path) -> list[Pa
         path = _new_file(folder, stem)
         try:
             save_picture(picture, path)
-        except OSError:
+        except BaseException:  # Ctrl-C, too
             path.unlink(missing_ok=True)
             raise
         return path

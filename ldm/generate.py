@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PNG_KEY",
     "SAMPLERS",
+    "Interrupted",
     "check_arguments",
     "load_model_from_config",
     "main",
@@ -46,6 +47,14 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C when some batches are finished; `picture` is what `main` gives for these alone."""
+
+    def __init__(self, picture: Image.Image) -> None:
+        super().__init__()
+        self.picture = picture
 
 
 def load_model_from_config(
@@ -139,6 +148,7 @@ def main(
     Raises:
         ValueError: an argument out of range, with the nearest usable value.
         NotFiniteError: the latents became infinite or NaN.
+        Interrupted: Ctrl-C after the first batch.
     """
     if model is None:
         raise ValueError("main() needs model=…; make one with load_model_from_config(config, checkpoint).")
@@ -178,46 +188,54 @@ def main(
     # as in the reference: the picture is noised to this entry of the schedule and denoised from the one below
     steps = ddim_steps if posterior is None else int(strength * ddim_steps)
 
+    record = {
+        "prompt": prompt,
+        "prospect_words": None if prospect_words is None else list(prospect_words),
+        "content_dir": content_source(content_dir),
+        **settings,
+        "legacy_word_tokens": legacy_word_tokens,
+        **used_concepts,
+        "any_base": any_base,
+        "base_model": model.base_model.get("base_model"),
+    }
     pictures: list[Image.Image] = []
-    with tqdm(total=n_iter * steps, desc="sampling", disable=not progress, leave=False) as bar:
-        watch = FirstBad()
+    try:
+        with tqdm(total=n_iter * steps, desc="sampling", disable=not progress, leave=False) as bar:
+            watch = FirstBad()
 
-        def report(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
-            bar.update()
-            watch.add(t, x)
-            if callback is not None:
-                callback(step, t, x, x_0)
+            def report(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+                bar.update()
+                watch.add(t, x)
+                if callback is not None:
+                    callback(step, t, x, x_0)
 
-        for iteration in range(n_iter):
-            generators = seeded_generators([int(seed) + iteration * n_samples + i for i in range(n_samples)])
-            factor = model.first_stage_model.downsampling
-            shape = (n_samples, model.channels, height // factor, width // factor)
-            if posterior is None:
-                x = draw_noise(generators, shape, model.device)
-            else:
-                posterior_noise = draw_noise(generators, shape, model.device)
-                x = model.get_first_stage_encoding(posterior, posterior_noise).expand(shape)
-                if steps:
-                    level = torch.full((n_samples,), steps, device=model.device)
-                    x = door.stochastic_encode(x, level, noise=draw_noise(generators, shape, model.device))
-            latents = door.decode(x, cond, steps, scale, uncond, generators, report)
-            refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
-            pictures += [to_pil(picture) for picture in model.decode_first_stage(latents)]
+            for iteration in range(n_iter):
+                generators = seeded_generators([int(seed) + iteration * n_samples + i for i in range(n_samples)])
+                factor = model.first_stage_model.downsampling
+                shape = (n_samples, model.channels, height // factor, width // factor)
+                if posterior is None:
+                    x = draw_noise(generators, shape, model.device)
+                else:
+                    posterior_noise = draw_noise(generators, shape, model.device)
+                    x = model.get_first_stage_encoding(posterior, posterior_noise).expand(shape)
+                    if steps:
+                        level = torch.full((n_samples,), steps, device=model.device)
+                        x = door.stochastic_encode(x, level, noise=draw_noise(generators, shape, model.device))
+                latents = door.decode(x, cond, steps, scale, uncond, generators, report)
+                refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
+                pictures += [to_pil(picture) for picture in model.decode_first_stage(latents)]
+    except KeyboardInterrupt as stop:
+        if not pictures:
+            raise
+        raise Interrupted(_result(pictures, record)) from stop
+    return _result(pictures, record)
 
-    result = pictures[0] if len(pictures) == 1 else make_grid(pictures, n_rows or None)
-    result.info[PNG_KEY] = json.dumps(
-        {
-            "prompt": prompt,
-            "prospect_words": None if prospect_words is None else list(prospect_words),
-            "content_dir": content_source(content_dir),
-            **settings,
-            "legacy_word_tokens": legacy_word_tokens,
-            **used_concepts,
-            "any_base": any_base,
-            "base_model": model.base_model.get("base_model"),
-        },
-        default=lambda number: number.item(),  # NumPy's
-    )
+
+def _result(pictures: list[Image.Image], record: dict[str, Any]) -> Image.Image:
+    """The picture or the grid of finished batches, with the record that repeats it."""
+    result = pictures[0] if len(pictures) == 1 else make_grid(pictures, record["n_rows"] or None)
+    record = record | {"n_iter": len(pictures) // record["n_samples"]}
+    result.info[PNG_KEY] = json.dumps(record, default=lambda number: number.item())  # NumPy's
     return result
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.data.images import fit, to_pil, to_tensor
 from ldm.embeddings import Concept, load_concept, save_concept
-from ldm.generate import load_model_from_config, main, read_parameters, save_picture
+from ldm.generate import Interrupted, load_model_from_config, main, read_parameters, save_picture
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.native import Native, native
 
@@ -209,6 +209,23 @@ def test_the_callback_sees_every_step(draw: Draw, model: LatentDiffusion) -> Non
     assert difference(to_pil(model.decode_first_stage(seen[-1][2])[0]), picture) == 0
     preview = to_pil(model.decode_first_stage(seen[0][3])[0])
     assert preview.size == picture.size and difference(preview, picture) > 1
+
+
+def test_an_interrupt_brings_what_is_finished(draw: Draw) -> None:
+    def stop(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+        seen.append(step)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+
+    seen: list[int] = []
+    with pytest.raises(Interrupted) as stopped:
+        draw(n_iter=4, callback=stop)
+    expected = draw(n_iter=2)
+    assert difference(stopped.value.picture, expected) == 0 and stopped.value.picture.info == expected.info
+    seen = [0] * 7
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        draw(n_iter=4, callback=stop)
+    assert stopped.type is KeyboardInterrupt
 
 
 # Editing

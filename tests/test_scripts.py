@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import ldm.generate
 from ldm import cli, commands
 from ldm.embeddings import Concept, load_concept, save_concept, save_stages
 from ldm.generate import read_parameters
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.presets import preset, presets_beside
 from scripts import demo
 
@@ -112,6 +114,76 @@ def test_several_pictures_come_as_a_grid_and_alone(tmp_path: Path) -> None:
     assert (grid == np.block([[[alone[0]], [alone[1]]], [[alone[2]], [alone[3]]]])).all()
     again = txt2img("--from", paths[3], "--outdir", tmp_path)
     assert np.abs(pixels(again[0]) - alone[2]).max() <= 1 < np.abs(alone[2] - alone[0]).max()
+
+
+def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C when so many batches are finished."""
+    decode, calls = LatentDiffusion.decode_first_stage, iter(range(batches))
+
+    def stop_or_decode(model: LatentDiffusion, latents: torch.Tensor) -> torch.Tensor:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return decode(model, latents)
+
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", stop_or_decode)
+
+
+@pytest.mark.parametrize(("samples", "kept"), [(2, "and the 4 pictures in it are kept"), (1, "the 2 pictures")])
+def test_ctrl_c_keeps_the_batches_that_are_finished(
+    samples: int, kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--prompt", "a star", "--n_samples", samples, "--n_iter", 5, "--outdir", tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        stop_after(2, patch)
+        txt2img(*flags)
+    grid = tmp_path / "a-star-42-grid.png"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 130 and f"stopped by Ctrl-C; what was finished, '{grid}', " in said and kept in said
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * samples
+    assert read_parameters(grid)["n_iter"] == 2
+    again = txt2img("--from", grid, "--outdir", tmp_path / "again")
+    assert [(tmp_path / path.name).read_bytes() for path in again] == [path.read_bytes() for path in again]
+
+
+def test_ctrl_c_after_one_picture_keeps_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(1, monkeypatch)
+    with pytest.raises(SystemExit):
+        txt2img("--prompt", "a star", "--n_iter", 5, "--outdir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-star-42.png"]
+    assert (
+        capsys.readouterr().err.splitlines()[-1].endswith(f"what was finished, '{tmp_path / 'a-star-42.png'}', is kept")
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")
+def test_ctrl_c_as_a_user_presses_it(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/txt2img.py", "--prompt", "a star", *SMALL, "--n_iter", "100000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [*command, "--outdir", str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    seen = b""
+    while b"| 7" not in seen and started.poll() is None:  # steps of three batches
+        seen += started.stderr.read(1)
+    started.send_signal(signal.SIGINT)
+    output, errors = started.communicate(timeout=60)
+    last = errors.decode().split("\r")[-1].strip()
+    assert (started.returncode, output) == (130, b"") and "Traceback" not in errors.decode()
+    assert last.startswith("txt2img.py: stopped by Ctrl-C; what was finished, ")
+    finished = read_parameters(tmp_path / "a-star-42-grid.png")["n_iter"]
+    assert 2 <= finished == len(list(tmp_path.iterdir())) - 1
+
+
+def test_ctrl_c_before_anything_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(0, monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        txt2img("--prompt", "a star", "--outdir", tmp_path / "out")
+    assert ended.value.code == 130 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": stopped by Ctrl-C")
 
 
 @pytest.mark.parametrize("editing", [False, True])
