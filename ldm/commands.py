@@ -105,7 +105,7 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
     """
     from ldm.generate import SAMPLERS, check_arguments, main, open_content
     from ldm.memory import check_generating
-    from ldm.prompts import check_prompt, check_words
+    from ldm.prompts import check_negative_prompt, check_prompt, check_words
     from ldm.util import pick_device
 
     content, concepts, words = (arguments.get(name) for name in ("content_dir", "concepts", "prospect_words"))
@@ -130,6 +130,7 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
         if outline.embedding_manager is None:
             raise ValueError("The configuration has no personalization_config, so --concept cannot be used with it.")
         outline.embedding_manager.load(concepts, arguments.get("any_base", False))
+    check_negative_prompt(arguments.get("negative_prompt", ""), concepts or ())
     if content is not None:
         open_content(content)
     outline.cond_stage_model.tokenizer  # noqa: B018, opens it, which fails where it is not on this machine

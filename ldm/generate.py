@@ -22,7 +22,7 @@ from ldm.memory import check_generating
 from ldm.models.diffusion.sampling import Callback, draw_noise, seeded_generators
 from ldm.native import native
 from ldm.presets import presets_beside
-from ldm.prompts import warn_of_unused
+from ldm.prompts import check_negative_prompt, warn_of_unused
 from ldm.records import PNG_KEY, read_parameters, save_picture
 from ldm.sampling_checks import SAMPLERS, check_arguments
 from ldm.util import pick_device
@@ -117,6 +117,7 @@ def main(
     legacy_word_tokens: bool = False,
     callback: Callback | None = None,
     progress: bool = True,
+    negative_prompt: str = "",
 ) -> Image.Image:
     """Generate a picture, or edit one. Several pictures come as a grid.
 
@@ -141,6 +142,7 @@ def main(
         any_base: load concepts that were learned for another base model, too.
         callback: called after each step with (step, timestep, latents, predicted latents).
         progress: show a bar over the steps.
+        negative_prompt: plain text that guidance leads away from, in all stages; it takes the empty text's place.
 
     Returns:
         RGB picture; `info['prospect']` holds what is needed to make it again (see `save_picture`).
@@ -176,9 +178,12 @@ def main(
                 raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
             model.embedding_manager.load(concepts, any_base)
         cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
-        uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
+        check_negative_prompt(negative_prompt, model.embedding_manager.rows() if model.embedding_manager else ())
+        uncond = None if scale == 1.0 else model.get_learned_conditioning([negative_prompt] * n_samples)
         warn_of_unused(concepts or (), prompt, prospect_words, learned_as(model))
         used_concepts = concepts_of(model)
+    if negative_prompt and scale == 1.0:
+        logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
     door = SAMPLERS[sampler](model)
     door.make_schedule(ddim_num_steps=ddim_steps, ddim_eta=ddim_eta, verbose=False)
     posterior = None
@@ -191,6 +196,7 @@ def main(
     record = {
         "prompt": prompt,
         "prospect_words": None if prospect_words is None else list(prospect_words),
+        "negative_prompt": negative_prompt,
         "content_dir": content_source(content_dir),
         **settings,
         "legacy_word_tokens": legacy_word_tokens,

@@ -28,6 +28,7 @@ __all__ = [
     "PRESET_STAGES",
     "PromptReader",
     "Words",
+    "check_negative_prompt",
     "check_prompt",
     "check_words",
     "joint",
@@ -47,6 +48,16 @@ def check_prompt(prompt: str, what: str = "A prompt") -> None:
         raise ValueError(f"{what} must be a text, not a {type(prompt).__name__}.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"{what} has bytes that are no text ({prompt[:40]!a}); write it in UTF-8.")
+
+
+def check_negative_prompt(text: str, placeholders: Iterable[str]) -> None:
+    """Raise `ValueError` unless `text` is plain: learned tokens have no place in what a picture is led away from."""
+    check_prompt(text, "negative_prompt")
+    for placeholder in (PLACEHOLDER, *placeholders):
+        if placeholder in text:
+            raise ValueError(
+                f"negative_prompt has the placeholder '{placeholder}'; it must be plain text, so leave it out."
+            )
 
 
 def check_words(words: Words, num_stages: int) -> list[str | int | None]:

@@ -44,6 +44,8 @@ def build_parser(description: str, editing: bool) -> Parser:
             what, "--resize", metavar="HOW", help="how it is brought to width x height: crop, pad or squash (crop)"
         )
     add_flag(what, "--prompt", metavar="TEXT", help="in it, * stands for the concept or for the entries of --words")
+    help_negative = "plain text that guidance leads away from (nothing)"
+    add_flag(what, "--negative_prompt", metavar="TEXT", help=help_negative)
     words = what.add_mutually_exclusive_group()
     help_words = "YAML: a list of one entry for each stage, the END of generation first; or {argument: value, …}"
     add_flag(words, "--words", metavar="FILE", help=help_words)

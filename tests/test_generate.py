@@ -190,6 +190,22 @@ def test_scale_1_is_the_prompt_alone(draw: Draw, model: LatentDiffusion, monkeyp
     assert not torch.equal(alone, guided)
 
 
+def test_the_negative_prompt_takes_the_place_of_the_empty_one(
+    draw: Draw, model: LatentDiffusion, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guidance with it is (1 - scale) times its own prediction and scale times the prompt's."""
+    blue = "a small plain blue circle"
+    plain, away = latents(draw, ddim_steps=1), latents(draw, ddim_steps=1, negative_prompt=blue)
+    only, other, empty = (latents(draw, text, ddim_steps=1, scale=1.0) for text in (PROMPT, blue, ""))
+    torch.testing.assert_close(away, other + 3.0 * (only - other), rtol=0, atol=1e-4)
+    torch.testing.assert_close(plain, empty + 3.0 * (only - empty), rtol=0, atol=1e-4)
+    assert (plain - away).abs().max() > 1e-3
+    assert torch.equal(plain, latents(draw, ddim_steps=1, negative_prompt=""))
+    assert caplog.messages == []
+    assert torch.equal(latents(draw, ddim_steps=1, scale=1.0, negative_prompt=blue), only)
+    assert caplog.messages == ["negative_prompt has no effect with guidance scale 1; use a larger one."]
+
+
 def test_plms_makes_one_call_more_than_steps(draw: Draw, model: LatentDiffusion) -> None:
     calls: list[int] = []
     hook = model.model.diffusion_model.register_forward_hook(lambda *_: calls.append(1))
@@ -367,6 +383,7 @@ def test_a_picture_can_be_made_again(
         resize="pad",
         width=48,
         legacy_word_tokens=True,
+        negative_prompt="größer (als)",
     )
     save_picture(picture, tmp_path / "new folder" / "picture.png")
     parameters = read_parameters(tmp_path / "new folder" / "picture.png")
@@ -422,6 +439,8 @@ def test_a_picture_from_elsewhere_has_no_parameters(content: Path) -> None:
         ({"prompt": ["a star", "a heart"]}, "A prompt must be a text, not a list."),
         ({"content_dir": "nowhere.png"}, "There is no file 'nowhere.png'; check the path."),
         ({"concepts": {"*": "nowhere.pt"}}, "'nowhere.pt': there is no such file; check the path."),
+        ({"negative_prompt": "a *"}, "negative_prompt has the placeholder '*'; it must be plain text"),
+        ({"negative_prompt": 3}, "negative_prompt must be a text, not a int."),
         ({"model": None}, "main() needs model="),
     ],
 )

@@ -418,6 +418,8 @@ REFUSED: list[tuple[bool, str, str]] = [
         "--prompt a --concept {tmp}/other.safetensors",
         "'sd-v1-4.ckpt' (SHA-256 0000000000…), but this is 'model.",
     ),
+    (False, "--prompt a --negative_prompt * --steps 1", "negative_prompt has the placeholder '*'"),
+    (False, "--prompt a --negative_prompt <b> --concept <b>=models/demo/concepts/dotted-star.safetensors", "'<b>'"),
     (False, "--prompt a --config none.yaml", "'none.yaml'; check the path given with --config."),
     (False, "--prompt a --dtype int8", "frozen_dtype must be one of float32, float16, bfloat16, not 'int8'."),
     (False, "--prompt a --device tpu", "'tpu' is none of cpu, mps, cuda"),

@@ -33,6 +33,7 @@ def build_parser(description: str) -> Parser:
 
     what = parser.add_argument_group("how they are used")
     add_flag(what, "--prompt", metavar="TEXT", help="in it, * stands for the concept or for the words ('*')")
+    add_flag(what, "--negative_prompt", default="", metavar="TEXT", help="plain text to lead away from (nothing)")
     words = what.add_mutually_exclusive_group()
     add_flag(words, "--words", metavar="FILE", help="YAML list, one entry for each stage, the END of generation first")
     add_flag(words, "--word", action="append", type=word, metavar="TEXT", help="one entry of it, once for each stage")
@@ -133,7 +134,8 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
         prompt = PLACEHOLDER
     settings = {name: getattr(options, name) for name in ("sampler", "steps", "scale", "seed", "width", "height")}
     settings |= _native(concepts).filled(**{name: settings[name] for name in Native._fields})
-    return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, documented=options.documented_counting)
+    others = {"documented": options.documented_counting, "negative_prompt": options.negative_prompt}
+    return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, **others)
 
 
 def _native(concepts: Mapping[str, tuple[str, Concept]]) -> Native:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.embedding_files import short_hash
 from ldm.embeddings import Concept, load_concept
-from ldm.export.texts import stage_texts
+from ldm.export.texts import escaped, stage_texts
 from ldm.export.webui import escape, prompt_editing
 
 NEEDED = {"prompt", "sampler", "ddim_steps", "scale", "seed", "width", "height"}
@@ -19,7 +19,7 @@ _QUOTED = re.compile(r"[,:\n\"]")
 
 
 def infotext(record: Mapping[str, Any]) -> str:
-    """The text of the chunk `parameters`: the prompt, an empty negative prompt, and a line of settings.
+    """The text of the chunk `parameters`: the prompt, the negative prompt, and a line of settings.
 
     The prompt is the one that gives the picture there, after the concepts were exported under the names of their
     files (`scripts/export_embedding.py --to a1111`); what was asked for here stands among the settings.
@@ -51,7 +51,7 @@ def infotext(record: Mapping[str, Any]) -> str:
         "ProSpect concepts": ", ".join(f"{names[p]}: {hashes.get(p, 'unknown')}" for p in sources) or None,
     }
     line = ", ".join(f"{key}: {_quote(str(value))}" for key, value in settings.items() if value is not None)
-    return f"{prompt}\nNegative prompt: \n{line}"
+    return f"{prompt}\nNegative prompt: {escaped(record.get('negative_prompt', ''), escape)}\n{line}"
 
 
 def _quote(text: str) -> str:
