@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.files import check_writable, writing_to
 from ldm.native import Native, native
-from ldm.sampling_arguments import given_arguments, recorded_arguments, warn_of_changed_concepts
+from ldm.sampling_arguments import PRESET, given_arguments, recorded_arguments, warn_of_changed_concepts
 from ldm.sampling_flags import MODEL_DEFAULTS, build_parser
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def _save(result: Image.Image, also: Mapping[str, str], folder: Path) -> list[Pa
     height, width, seed = record["height"], record["width"], record["seed"]
     words = next((word for word in record["prospect_words"] or [] if isinstance(word, str)), "")
     name = re.sub(r"\W+", "-", record["prompt"].replace("*", words))[:40].strip("-") or "picture"
+    if preset := re.sub(r"\W+", "-", record.get(PRESET, "")):
+        name = f"{name}-{preset}"
     count = record["n_iter"] * record["n_samples"]
 
     def save(picture: Image.Image, stem: str, record: Mapping[str, Any]) -> Path:

@@ -101,7 +101,7 @@ def given_arguments(
     _check_types(arguments)
     preset = {} if options.preset is None else {PRESET: options.preset}
     texts = {name: given[name] for name in TEXTS if name in given} | preset
-    made_of = {key: recorded[key] for key in (PRESET, PRESET_PROMPT) if recorded.get(key) is not None}
+    made_of = {key: recorded[key] for key in (PRESET, PRESET_PROMPT) if isinstance(recorded.get(key), str)}
     if texts:
         texts = _put_together(recorded, texts, options.source)
         made_of = {PRESET: texts[PRESET], PRESET_PROMPT: texts.get("prompt", "")} if PRESET in texts else {}

@@ -224,6 +224,18 @@ def wanted_words(attribute: str, prompt: str) -> list[str]:
     return preset(attribute, prompt, windows=presets_beside(ROOT / "models/demo/model.safetensors"))
 
 
+def test_a_preset_is_in_the_file_name(tmp_path: Path, material: Path) -> None:
+    other = txt2img("--from", material, "--preset", "layout", "--outdir", tmp_path)[0]
+    again = txt2img("--from", material, "--outdir", tmp_path)[0]
+    assert material.name == "a-large-heart-on-black-material-42.png"
+    assert other.name == "a-large-heart-on-black-layout-42.png"
+    assert again.name == "a-large-heart-on-black-material-42-2.png"
+    strange = older(material, preset="../up", preset_prompt=HEART)
+    assert txt2img("--from", strange, "--outdir", tmp_path)[0].name == "a-large-heart-on-black--up-42.png"
+    unreadable = older(material, preset=[1])
+    assert txt2img("--from", unreadable, "--outdir", tmp_path)[0].name == "a-large-heart-on-black-42.png"
+
+
 def test_from_with_another_preset_keeps_the_prompt(tmp_path: Path, material: Path) -> None:
     other = read_parameters(txt2img("--from", material, "--preset", "layout", "--outdir", tmp_path)[0])
     assert (other["prompt"], other["prospect_words"]) == ("*", wanted_words("layout", HEART))
