@@ -1,8 +1,7 @@
 """What `scripts/txt2img.py` and `scripts/img2img.py` share: flags and files to arguments of `ldm.generate.main`.
 
-An argument comes from the last of these that gives it: the model's configuration (size, guidance), the picture of
-`--from`, the YAML file of `--words`, the flags. Nothing heavy is imported before the flags are read, so that
-`--help` answers at once, and every argument is checked before the weights are read.
+Nothing heavy is imported before the flags are read, so that `--help` answers at once, and every argument is checked
+before the weights are read.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ldm.files import check_writable, writing_to
+from ldm.native import Native, native
+from ldm.sampling_arguments import PRESET, given_arguments, recorded_arguments, warn_of_changed_concepts
 from ldm.sampling_flags import MODEL_DEFAULTS, build_parser
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
-
-NOT_SETTABLE = ("model", "callback")  # arguments of `main` that are objects
 
 
 def run(description: str, editing: bool = False, argv: Sequence[str] | None = None) -> list[Path]:
@@ -49,9 +46,9 @@ def run(description: str, editing: bool = False, argv: Sequence[str] | None = No
 
 def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     from ldm.config import allow_targets, check_generates, load_config
-    from ldm.generate import load_model_from_config, main
+    from ldm.generate import Interrupted, load_model_from_config, main
 
-    recorded = _recorded(options)
+    recorded = recorded_arguments(options)
     setup = {key: getattr(options, key) or recorded.get(key, default) for key, default in MODEL_DEFAULTS.items()}
     for name, value in setup.items():
         if not isinstance(value, str):
@@ -62,27 +59,20 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     outline = model_outline(config, setup["dtype"])
     if outline.embedding_manager is not None:
         outline.embedding_manager.base_path = Path(setup["ckpt"])
-    arguments = _native(config, main) | _arguments(options, recorded, outline, main, setup["ckpt"])
+    arguments, made_of = given_arguments(options, recorded, outline, setup["ckpt"])
+    arguments |= native(config).filled(**{name: arguments.get(name) for name in Native._fields})
     check_writable(options.outdir, "--outdir")
     _check(arguments, outline, editing, options.device)
+    if outline.embedding_manager is not None:
+        warn_of_changed_concepts(recorded, arguments.get("concepts") or {}, outline.embedding_manager.hashes)
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
-    return _save(main(model=model, **arguments), setup, options.outdir)
-
-
-def _recorded(options: argparse.Namespace) -> dict[str, Any]:
-    """What the picture of `--from` says of itself; empty without one."""
-    from ldm.generate import read_parameters
-
-    if options.source is None:
-        return {}
-    if not Path(options.source).exists():
-        raise ValueError(f"There is no file '{options.source}'; check the path given with --from.")
-    recorded = read_parameters(options.source)
-    if "ckpt" not in recorded and options.ckpt is None:
-        used, name = Path(MODEL_DEFAULTS["ckpt"]).name, recorded.get("base_model")
-        if name != used:
-            raise ValueError(f"'{options.source}' was made with the model '{name}'; give it with --ckpt and --config.")
-    return recorded
+    also = setup | made_of
+    try:
+        return _save(main(model=model, **arguments), also, options.outdir)
+    except Interrupted as stop:
+        paths = _save(stop.picture, also, options.outdir)
+        kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} pictures in it are kept"
+        raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
 
 
 def model_outline(config: DictConfig, dtype: str) -> LatentDiffusion:
@@ -107,80 +97,6 @@ def model_outline(config: DictConfig, dtype: str) -> LatentDiffusion:
     return model
 
 
-def _native(config: DictConfig, main: Any) -> dict[str, Any]:
-    """The size and the guidance that the configuration's model wants, for arguments that nobody gives."""
-    from omegaconf import OmegaConf
-
-    size = OmegaConf.select(config, "model.params.first_stage_config.params.ddconfig.resolution")
-    scale = OmegaConf.select(config, "lightning.callbacks.image_logger.params.log_images_kwargs.scale")
-    native = {"height": size, "width": size, "scale": scale}
-    parameters = inspect.signature(main).parameters
-    return {name: parameters[name].default if value is None else value for name, value in native.items()}
-
-
-def _arguments(
-    options: argparse.Namespace, recorded: Mapping[str, Any], outline: LatentDiffusion, main: Any, ckpt: str
-) -> dict[str, Any]:
-    """The arguments of `main` that the picture, the YAML file and the flags give."""
-    from ldm.config import nearest
-    from ldm.presets import presets_beside
-    from ldm.prompts import PLACEHOLDER, preset
-
-    settable = [name for name in inspect.signature(main).parameters if name not in NOT_SETTABLE]
-    arguments = {name: value for name, value in recorded.items() if name in settable}
-    from_file = words_file(options.words) if options.words is not None else {}
-    for name in from_file:
-        if name not in settable:
-            raise ValueError(f"'{options.words}': main has no argument '{name}'{nearest(str(name), settable)}.")
-    arguments |= from_file
-    arguments |= {name: value for name in settable if (value := getattr(options, name, None)) is not None}
-    if options.concept:
-        own = outline.embedding_manager.placeholder_strings[0] if outline.embedding_manager else PLACEHOLDER
-        arguments["concepts"] = concept_files(options.concept, own)
-    if options.preset is not None:
-        concepts, prompt = arguments.get("concepts") or {PLACEHOLDER: ""}, arguments.get("prompt", "")
-        placeholder = next((name for name in concepts if name in prompt), next(iter(concepts)))
-        where = {"num_stages": outline.num_stages, "placeholder": placeholder, "windows": presets_beside(ckpt)}
-        words = preset(options.preset, prompt, **where)
-        arguments |= {"prompt": PLACEHOLDER, "prospect_words": words}
-    if arguments.get("prospect_words") is not None:
-        arguments.setdefault("prompt", PLACEHOLDER)
-    return arguments
-
-
-def words_file(path: str) -> dict[str, Any]:
-    """The YAML file of `--words` as arguments of `main`; a list is `prospect_words`."""
-    from ldm.config import read_yaml
-
-    hint = "an entry that begins with * needs quotes"
-    text = read_yaml(path, "--words", "file", hint)
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # tags, keys and dates that cannot be made
-        first = str(error).partition("\n")[0]
-        raise ValueError(f"'{path}' is not a readable YAML file ({first}); {hint}.") from error
-    if isinstance(content, list):
-        return {"prospect_words": content}
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' must hold a YAML list with one entry for each stage, or a mapping of arguments.")
-    return content
-
-
-def concept_files(texts: Sequence[str], own: str) -> dict[str, str]:
-    """`FILE` or `NAME=FILE`, several times, as {placeholder: file}; `own` is the placeholder of a bare file."""
-    concepts: dict[str, str] = {}
-    for text in texts:
-        name, sign, path = text.partition("=")
-        if not sign or Path(text).is_file():
-            name, path = own, text
-        if not name or name in concepts:
-            raise ValueError(
-                f"--concept {text}: give every concept a name of its own, as in --concept '<vase>={path}'."
-            )
-        concepts[name] = path
-    return concepts
-
-
 def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool, device: str | None) -> None:
     """Everything that can be wrong with the arguments of `main`, found without weights.
 
@@ -189,7 +105,7 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
     """
     from ldm.generate import SAMPLERS, check_arguments, main, open_content
     from ldm.memory import check_generating
-    from ldm.prompts import check_prompt, check_words
+    from ldm.prompts import check_negative_prompt, check_prompt, check_words
     from ldm.util import pick_device
 
     content, concepts, words = (arguments.get(name) for name in ("content_dir", "concepts", "prospect_words"))
@@ -199,8 +115,6 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
         raise ValueError("Give the picture to edit with --content FILE; without one, use scripts/txt2img.py.")
     if "prompt" not in arguments and not editing:
         raise ValueError("Say what to show: --prompt TEXT, or --words FILE.")
-    if not isinstance(arguments.get("prompt", ""), str):
-        raise ValueError(f"prompt must be a text, not {arguments['prompt']!r}; in YAML, put it in quotes.")
     check_prompt(arguments.get("prompt", ""))
     parameters = inspect.signature(main).parameters
     checked = [name for name in inspect.signature(check_arguments).parameters if name != "model"]
@@ -215,22 +129,27 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
     if concepts:
         if outline.embedding_manager is None:
             raise ValueError("The configuration has no personalization_config, so --concept cannot be used with it.")
-        if not isinstance(concepts, Mapping) or not all(isinstance(x, str) and x for x in concepts.values()):
-            raise ValueError(f"concepts must be {{name: file}}, not {concepts!r}; give them with --concept NAME=FILE.")
         outline.embedding_manager.load(concepts, arguments.get("any_base", False))
+    check_negative_prompt(arguments.get("negative_prompt", ""), concepts or ())
     if content is not None:
         open_content(content)
     outline.cond_stage_model.tokenizer  # noqa: B018, opens it, which fails where it is not on this machine
 
 
-def _save(result: Image.Image, setup: Mapping[str, str], folder: Path) -> list[Path]:
-    """Write the picture, or a grid and its single pictures, each with what repeats it."""
+def _save(result: Image.Image, also: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write the picture, or a grid and its single pictures, each with what repeats it.
+
+    Args:
+        also: what the record holds beside the arguments of `main`: the model, and what the words were made of.
+    """
     from ldm.generate import PNG_KEY, save_picture
 
-    record = json.loads(result.info[PNG_KEY]) | setup
+    record = json.loads(result.info[PNG_KEY]) | also
     height, width, seed = record["height"], record["width"], record["seed"]
     words = next((word for word in record["prospect_words"] or [] if isinstance(word, str)), "")
     name = re.sub(r"\W+", "-", record["prompt"].replace("*", words))[:40].strip("-") or "picture"
+    if preset := re.sub(r"\W+", "-", record.get(PRESET, "")):
+        name = f"{name}-{preset}"
     count = record["n_iter"] * record["n_samples"]
 
     def save(picture: Image.Image, stem: str, record: Mapping[str, Any]) -> Path:
@@ -238,7 +157,7 @@ def _save(result: Image.Image, setup: Mapping[str, str], folder: Path) -> list[P
         path = _new_file(folder, stem)
         try:
             save_picture(picture, path)
-        except OSError:
+        except BaseException:  # Ctrl-C, too
             path.unlink(missing_ok=True)
             raise
         return path

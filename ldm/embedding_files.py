@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,12 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         EmbeddingError: missing, damaged, of another kind, or it names code. The message reads on after the path.
     """
     return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+
+
+def short_hash(path: str | Path) -> str | None:
+    """The first 12 digits of a file's SHA-256, as AUTOMATIC1111's web UI shows them; None where it is no file."""
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -23,13 +23,18 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def sentences(self, debug: bool = False) -> Iterator[None]:
-        """End with the sentence of an error that a user can mend; any other is a defect and shows its trace."""
+        """End with the sentence of an error that a user can mend; any other is a defect and shows its trace.
+
+        Ctrl-C ends with exit code 130 and the sentence that it carries, if it does.
+        """
         try:
             yield
         except (ValueError, OSError, ImportError) as error:
             if debug:
                 raise
             self.error(str(error))
+        except KeyboardInterrupt as stop:
+            self.exit(130, f"{self.prog}: {one_line(stop) or 'stopped by Ctrl-C'}\n")
 
     def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The options, and none that is unknown."""

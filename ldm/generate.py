@@ -6,9 +6,8 @@ import json
 import logging
 import threading
 from collections.abc import Mapping
-from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -17,15 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import check_generates, instantiate_from_config, load_config
-from ldm.data.images import WHITE, check_fit, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
+from ldm.data.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.guards import FirstBad, refuse_bad_latents
 from ldm.memory import check_generating
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.sampling import MAX_SCALE, Callback, Sampler, draw_noise, seeded_generators
+from ldm.models.diffusion.sampling import Callback, draw_noise, seeded_generators
+from ldm.native import native
 from ldm.presets import presets_beside
-from ldm.prompts import warn_of_unused
+from ldm.prompts import check_negative_prompt, warn_of_unused
 from ldm.records import PNG_KEY, read_parameters, save_picture
+from ldm.sampling_checks import SAMPLERS, check_arguments
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PNG_KEY",
     "SAMPLERS",
+    "Interrupted",
     "check_arguments",
     "load_model_from_config",
     "main",
@@ -46,8 +46,15 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler}
 _LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C when some batches are finished; `picture` is what `main` gives for these alone."""
+
+    def __init__(self, picture: Image.Image) -> None:
+        super().__init__()
+        self.picture = picture
 
 
 def load_model_from_config(
@@ -80,7 +87,7 @@ def load_model_from_config(
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
-    model.presets = presets_beside(ckpt)
+    model.presets, model.native = presets_beside(ckpt), native(config)
     return model.to(pick_device(device)).eval().requires_grad_(False)
 
 
@@ -95,13 +102,13 @@ def main(
     C: int = 4,
     f: int = 8,
     n_rows: int = 0,
-    scale: float = 10.0,
+    scale: float | None = None,
     model: LatentDiffusion | None = None,
     seed: int = 42,
     prospect_words: Words | None = None,
     n_samples: int = 1,
-    height: int = 512,
-    width: int = 512,
+    height: int | None = None,
+    width: int | None = None,
     *,
     sampler: str = "ddim",
     resize: str = "crop",
@@ -110,6 +117,7 @@ def main(
     legacy_word_tokens: bool = False,
     callback: Callback | None = None,
     progress: bool = True,
+    negative_prompt: str = "",
 ) -> Image.Image:
     """Generate a picture, or edit one. Several pictures come as a grid.
 
@@ -124,16 +132,17 @@ def main(
         n_iter, n_samples: batches, and pictures in a batch.
         C, f: accepted because the reference's calls give them; the model knows its own.
         n_rows: pictures in a row of the grid; 0 for as square as possible.
-        scale: guidance scale; 1 is no guidance.
+        scale: guidance scale; 1 is no guidance. None is the model's own: 10 for Stable Diffusion.
         model: from `load_model_from_config`.
         prospect_words: one entry for each stage, entry 0 = end of generation; see `ldm.prompts`.
-        height, width: pixels; multiples of 64 for Stable Diffusion.
+        height, width: pixels; multiples of 64 for Stable Diffusion. None is the model's own: 512 for that.
         sampler: ddim or plms.
         resize: how the content picture is brought to width x height: crop, pad or squash.
         concepts: {placeholder: embedding file}, loaded before generating.
         any_base: load concepts that were learned for another base model, too.
         callback: called after each step with (step, timestep, latents, predicted latents).
         progress: show a bar over the steps.
+        negative_prompt: plain text that guidance leads away from, in all stages; it takes the empty text's place.
 
     Returns:
         RGB picture; `info['prospect']` holds what is needed to make it again (see `save_picture`).
@@ -141,10 +150,12 @@ def main(
     Raises:
         ValueError: an argument out of range, with the nearest usable value.
         NotFiniteError: the latents became infinite or NaN.
+        Interrupted: Ctrl-C after the first batch.
     """
     if model is None:
         raise ValueError("main() needs model=…; make one with load_model_from_config(config, checkpoint).")
     model.eval()  # a model that was just trained would sample with dropout
+    height, width, scale = model.native.filled(height=height, width=width, scale=scale).values()
     settings = {
         "ddim_steps": ddim_steps,
         "strength": strength,
@@ -166,10 +177,13 @@ def main(
             if model.embedding_manager is None:
                 raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
             model.embedding_manager.load(concepts, any_base)
-            warn_of_unused(concepts, prompt, prospect_words)
         cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
-        uncond = None if scale == 1.0 else model.get_learned_conditioning([""] * n_samples)
-        used_concepts = concept_sources(model)
+        check_negative_prompt(negative_prompt, model.embedding_manager.rows() if model.embedding_manager else ())
+        uncond = None if scale == 1.0 else model.get_learned_conditioning([negative_prompt] * n_samples)
+        warn_of_unused(concepts or (), prompt, prospect_words, learned_as(model))
+        used_concepts = concepts_of(model)
+    if negative_prompt and scale == 1.0:
+        logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
     door = SAMPLERS[sampler](model)
     door.make_schedule(ddim_num_steps=ddim_steps, ddim_eta=ddim_eta, verbose=False)
     posterior = None
@@ -179,93 +193,56 @@ def main(
     # as in the reference: the picture is noised to this entry of the schedule and denoised from the one below
     steps = ddim_steps if posterior is None else int(strength * ddim_steps)
 
+    record = {
+        "prompt": prompt,
+        "prospect_words": None if prospect_words is None else list(prospect_words),
+        "negative_prompt": negative_prompt,
+        "content_dir": content_source(content_dir),
+        **settings,
+        "legacy_word_tokens": legacy_word_tokens,
+        **used_concepts,
+        "any_base": any_base,
+        "base_model": model.base_model.get("base_model"),
+    }
     pictures: list[Image.Image] = []
-    with tqdm(total=n_iter * steps, desc="sampling", disable=not progress, leave=False) as bar:
-        watch = FirstBad()
+    try:
+        with tqdm(total=n_iter * steps, desc="sampling", disable=not progress, leave=False) as bar:
+            watch = FirstBad()
 
-        def report(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
-            bar.update()
-            watch.add(t, x)
-            if callback is not None:
-                callback(step, t, x, x_0)
+            def report(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+                bar.update()
+                watch.add(t, x)
+                if callback is not None:
+                    callback(step, t, x, x_0)
 
-        for iteration in range(n_iter):
-            generators = seeded_generators([int(seed) + iteration * n_samples + i for i in range(n_samples)])
-            factor = model.first_stage_model.downsampling
-            shape = (n_samples, model.channels, height // factor, width // factor)
-            if posterior is None:
-                x = draw_noise(generators, shape, model.device)
-            else:
-                posterior_noise = draw_noise(generators, shape, model.device)
-                x = model.get_first_stage_encoding(posterior, posterior_noise).expand(shape)
-                if steps:
-                    level = torch.full((n_samples,), steps, device=model.device)
-                    x = door.stochastic_encode(x, level, noise=draw_noise(generators, shape, model.device))
-            latents = door.decode(x, cond, steps, scale, uncond, generators, report)
-            refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
-            pictures += [to_pil(picture) for picture in model.decode_first_stage(latents)]
+            for iteration in range(n_iter):
+                generators = seeded_generators([int(seed) + iteration * n_samples + i for i in range(n_samples)])
+                factor = model.first_stage_model.downsampling
+                shape = (n_samples, model.channels, height // factor, width // factor)
+                if posterior is None:
+                    x = draw_noise(generators, shape, model.device)
+                else:
+                    posterior_noise = draw_noise(generators, shape, model.device)
+                    x = model.get_first_stage_encoding(posterior, posterior_noise).expand(shape)
+                    if steps:
+                        level = torch.full((n_samples,), steps, device=model.device)
+                        x = door.stochastic_encode(x, level, noise=draw_noise(generators, shape, model.device))
+                latents = door.decode(x, cond, steps, scale, uncond, generators, report)
+                refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
+                pictures += [to_pil(picture) for picture in model.decode_first_stage(latents)]
+    except KeyboardInterrupt as stop:
+        if not pictures:
+            raise
+        raise Interrupted(_result(pictures, record)) from stop
+    return _result(pictures, record)
 
-    result = pictures[0] if len(pictures) == 1 else make_grid(pictures, n_rows or None)
-    result.info[PNG_KEY] = json.dumps(
-        {
-            "prompt": prompt,
-            "prospect_words": None if prospect_words is None else list(prospect_words),
-            "content_dir": content_source(content_dir),
-            **settings,
-            "legacy_word_tokens": legacy_word_tokens,
-            "concepts": used_concepts,
-            "any_base": any_base,
-            "base_model": model.base_model.get("base_model"),
-        },
-        default=lambda number: number.item(),  # NumPy's
-    )
+
+def _result(pictures: list[Image.Image], record: dict[str, Any]) -> Image.Image:
+    """The picture or the grid of finished batches, with the record that repeats it."""
+    result = pictures[0] if len(pictures) == 1 else make_grid(pictures, record["n_rows"] or None)
+    record = record | {"n_iter": len(pictures) // record["n_samples"]}
+    result.info[PNG_KEY] = json.dumps(record, default=lambda number: number.item())  # NumPy's
     return result
-
-
-def check_arguments(
-    model: LatentDiffusion,
-    *,
-    ddim_steps: int,
-    strength: float,
-    ddim_eta: float,
-    scale: float,
-    seed: int,
-    n_iter: int,
-    n_samples: int,
-    n_rows: int,
-    height: int,
-    width: int,
-    sampler: str,
-    resize: str,
-) -> None:
-    """Raise `ValueError`, with the remedy, for what `main` cannot do; no weights are needed."""
-    whole = {"ddim_steps": ddim_steps, "seed": seed, "n_iter": n_iter, "n_samples": n_samples, "n_rows": n_rows}
-    for name, value in (whole | {"height": height, "width": width}).items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise ValueError(f"{name} must be a whole number, not {value!r}.")
-    for name, value in {"strength": strength, "ddim_eta": ddim_eta, "scale": scale}.items():
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise ValueError(f"{name} must be a number, not {value!r}.")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"Unknown sampler '{sampler}'; there are {', '.join(SAMPLERS)}.")
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"strength must be in 0..1, not {strength}: 0 keeps the content picture, 1 gives it up.")
-    if n_iter < 1 or n_samples < 1:
-        raise ValueError(f"n_iter and n_samples must be at least 1, not {n_iter} and {n_samples}.")
-    if n_rows < 0:
-        raise ValueError(f"n_rows must be at least 1, or 0 for as square as possible, not {n_rows}.")
-    if not 0 <= seed <= 2**63 - n_iter * n_samples:
-        raise ValueError(f"seed must be in 0..{2**63 - n_iter * n_samples}, not {seed}; picture i has seed + i.")
-    if not 1 <= ddim_steps <= model.num_timesteps:
-        raise ValueError(f"ddim_steps must be in 1..{model.num_timesteps}, not {ddim_steps}.")
-    if not 0 <= scale <= MAX_SCALE:
-        raise ValueError(f"scale must be in 0..{MAX_SCALE}, not {scale}; 1 means no guidance, 5 to 10 are usual.")
-    unit = model.size_unit
-    for name, size in (("height", height), ("width", width)):
-        if size < unit or size % unit:
-            nearest = max(unit, round(size / unit) * unit)
-            raise ValueError(f"{name} must be a multiple of {unit} for this model, not {size}; nearest: {nearest}.")
-    check_fit(width, height, resize, "bicubic")
 
 
 def open_content(content: str | Path | Image.Image) -> Image.Image:
@@ -282,7 +259,14 @@ def content_source(content: str | Path | Image.Image | None) -> str | None:
     return None if content is None else str(content)
 
 
-def concept_sources(model: LatentDiffusion) -> dict[str, str]:
-    """Placeholder -> name of the file it was loaded from."""
+def concepts_of(model: LatentDiffusion) -> dict[str, dict[str, str]]:
+    """For the record: placeholder -> name of the file it was loaded from, and -> the file's hash."""
     manager = model.embedding_manager
-    return {} if manager is None else dict(manager.sources)
+    sources = {} if manager is None else dict(manager.sources)
+    return {"concepts": sources, "concept_hashes": {p: manager.hashes[p] for p in sources if p in manager.hashes}}
+
+
+def learned_as(model: LatentDiffusion) -> dict[str, str]:
+    """Placeholder of each loaded concept -> the placeholder that its file names."""
+    loaded = {} if model.embedding_manager is None else model.embedding_manager.loaded
+    return {name: concept.metadata.get("placeholder", name) for name, concept in loaded.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import numbers
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ __all__ = [
     "PRESET_STAGES",
     "PromptReader",
     "Words",
+    "check_negative_prompt",
     "check_placeholder",
     "check_prompt",
     "check_words",
@@ -60,6 +61,16 @@ def check_placeholder(placeholder: str) -> None:
         )
 
 
+def check_negative_prompt(text: str, placeholders: Iterable[str]) -> None:
+    """Raise `ValueError` unless `text` is plain: learned tokens have no place in what a picture is led away from."""
+    check_prompt(text, "negative_prompt")
+    for placeholder in (PLACEHOLDER, *placeholders):
+        if placeholder in text:
+            raise ValueError(
+                f"negative_prompt has the placeholder '{placeholder}'; it must be plain text, so leave it out."
+            )
+
+
 def check_words(words: Words, num_stages: int) -> list[str | int | None]:
     """`words` as a checked list.
 
@@ -89,11 +100,29 @@ def check_words(words: Words, num_stages: int) -> list[str | int | None]:
     return checked
 
 
-def warn_of_unused(concepts: Iterable[str], prompt: str, words: Words | None) -> None:
-    """Warn of concepts that were asked for and that no text names."""
-    text = " ".join([str(prompt), *(word for word in words or () if isinstance(word, str))])
-    for name in concepts:
-        if name not in text:
+def warn_of_unused(
+    concepts: Collection[str], prompt: str, words: Words | None, learned_as: Mapping[str, str] | None = None
+) -> None:
+    """Warn of concepts that no text names, if they were asked for, or if a text calls them what their file does.
+
+    Args:
+        concepts: placeholders that were asked for.
+        words: as `check_words` takes them.
+        learned_as: for everything that is loaded: placeholder -> the one in its file.
+    """
+    learned_as = learned_as or {}
+    text = " ".join(prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None])
+    for name in dict.fromkeys((*concepts, *learned_as)):
+        own = learned_as.get(name, name)
+        if name in text:
+            continue
+        if own in text and own not in learned_as:
+            logger.warning(
+                "The concept '%s' has no effect: it was learned as '%s', and is called so when it is loaded by that "
+                "name (--concept '%s=FILE', load({'%s': FILE})).",
+                *(name, own, own, own),
+            )
+        elif name in concepts:
             logger.warning("The concept '%s' has no effect: write %s into the prompt where it belongs.", name, name)
 
 

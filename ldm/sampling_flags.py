@@ -44,6 +44,8 @@ def build_parser(description: str, editing: bool) -> Parser:
             what, "--resize", metavar="HOW", help="how it is brought to width x height: crop, pad or squash (crop)"
         )
     add_flag(what, "--prompt", metavar="TEXT", help="in it, * stands for the concept or for the entries of --words")
+    help_negative = "plain text that guidance leads away from (nothing)"
+    add_flag(what, "--negative_prompt", metavar="TEXT", help=help_negative)
     words = what.add_mutually_exclusive_group()
     help_words = "YAML: a list of one entry for each stage, the END of generation first; or {argument: value, …}"
     add_flag(words, "--words", metavar="FILE", help=help_words)
@@ -59,13 +61,19 @@ def build_parser(description: str, editing: bool) -> Parser:
 
     how = parser.add_argument_group("how")
     add_flag(how, "--steps", dest="ddim_steps", type=int, metavar="N", help="denoising steps (50)")
-    add_flag(how, "--scale", type=float, metavar="X", help="guidance scale, 1 for none (the configuration's, or 10)")
+    add_flag(
+        how,
+        "--scale",
+        type=float,
+        metavar="X",
+        help="guidance scale, 1 for none (the model's own: 10 for Stable Diffusion)",
+    )
     add_flag(how, "--seed", type=int, metavar="N", help="of the first picture; the next ones count on (42)")
     add_flag(how, "--eta", dest="ddim_eta", type=float, metavar="X", help="0 is deterministic, 1 as random as DDPM (0)")
     add_flag(how, "--sampler", metavar="NAME", help="ddim or plms (ddim)")
     add_flag(how, "--n_samples", type=int, metavar="N", help="pictures in a batch (1)")
     add_flag(how, "--n_iter", type=int, metavar="N", help="batches (1)")
-    add_flag(how, "--height", type=int, metavar="PIXELS", help="(the size that the model was trained at)")
+    add_flag(how, "--height", type=int, metavar="PIXELS", help="(the model's own: 512 for Stable Diffusion)")
     add_flag(how, "--width", type=int, metavar="PIXELS", help="(the same)")
     help_legacy = "read --words as the reference does: only the first piece of each word"
     add_flag(how, "--legacy_word_tokens", action="store_const", const=True, help=help_legacy)

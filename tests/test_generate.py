@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from ldm.data.images import fit, to_pil, to_tensor
 from ldm.embeddings import Concept, load_concept, save_concept
-from ldm.generate import load_model_from_config, main, read_parameters, save_picture
+from ldm.generate import Interrupted, load_model_from_config, main, read_parameters, save_picture
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.native import Native, native
 
 ROOT = Path(__file__).parents[1]
 CKPT = ROOT / "models/demo/model.safetensors"
@@ -106,13 +108,13 @@ def test_the_contract_of_the_signature() -> None:
         ("C", 4),
         ("f", 8),
         ("n_rows", 0),
-        ("scale", 10.0),
+        ("scale", None),
         ("model", None),
         ("seed", 42),
         ("prospect_words", None),
         ("n_samples", 1),
-        ("height", 512),
-        ("width", 512),
+        ("height", None),
+        ("width", None),
     ]
 
 
@@ -121,6 +123,26 @@ def test_a_picture_has_the_size_asked_for(draw: Draw) -> None:
     assert (picture.mode, picture.size) == ("RGB", (48, SIZE))
     assert difference(picture, draw(width=48)) == 0
     assert difference(picture, draw(width=48, seed=43)) > 1
+
+
+def test_the_models_own_size_and_guidance(model: LatentDiffusion) -> None:
+    picture = main(PROMPT, model=model, ddim_steps=2, progress=False)
+    record = json.loads(picture.info["prospect"])
+    assert picture.size == (64, 64) and (record["height"], record["width"], record["scale"]) == (64, 64, 2.5)
+    explicit = main(PROMPT, model=model, ddim_steps=2, height=64, width=64, scale=2.5, progress=False)
+    assert difference(picture, explicit) == 0
+    assert main(PROMPT, model=model, ddim_steps=1, width=32, progress=False).size == (32, 64)
+
+
+@pytest.mark.parametrize(
+    "path", ["configs/stable-diffusion/v1-inference.yaml", "configs/stable-diffusion/v1-finetune.yaml"]
+)
+def test_stable_diffusions_own_size_and_guidance(path: str) -> None:
+    config = OmegaConf.load(ROOT / path)
+    assert native(config) == Native() == (512, 512, 10.0)
+    config.model.params.first_stage_config.params.ddconfig.resolution = 256  # as in CompVis' own files
+    assert native(config) == (512, 512, 10.0)
+    assert native(OmegaConf.create({"model": {"target": "a", "params": {}}})) == (512, 512, 10.0)
 
 
 @pytest.mark.parametrize("editing", [False, True])
@@ -168,6 +190,22 @@ def test_scale_1_is_the_prompt_alone(draw: Draw, model: LatentDiffusion, monkeyp
     assert not torch.equal(alone, guided)
 
 
+def test_the_negative_prompt_takes_the_place_of_the_empty_one(
+    draw: Draw, model: LatentDiffusion, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guidance with it is (1 - scale) times its own prediction and scale times the prompt's."""
+    blue = "a small plain blue circle"
+    plain, away = latents(draw, ddim_steps=1), latents(draw, ddim_steps=1, negative_prompt=blue)
+    only, other, empty = (latents(draw, text, ddim_steps=1, scale=1.0) for text in (PROMPT, blue, ""))
+    torch.testing.assert_close(away, other + 3.0 * (only - other), rtol=0, atol=1e-4)
+    torch.testing.assert_close(plain, empty + 3.0 * (only - empty), rtol=0, atol=1e-4)
+    assert (plain - away).abs().max() > 1e-3
+    assert torch.equal(plain, latents(draw, ddim_steps=1, negative_prompt=""))
+    assert caplog.messages == []
+    assert torch.equal(latents(draw, ddim_steps=1, scale=1.0, negative_prompt=blue), only)
+    assert caplog.messages == ["negative_prompt has no effect with guidance scale 1; use a larger one."]
+
+
 def test_plms_makes_one_call_more_than_steps(draw: Draw, model: LatentDiffusion) -> None:
     calls: list[int] = []
     hook = model.model.diffusion_model.register_forward_hook(lambda *_: calls.append(1))
@@ -187,6 +225,23 @@ def test_the_callback_sees_every_step(draw: Draw, model: LatentDiffusion) -> Non
     assert difference(to_pil(model.decode_first_stage(seen[-1][2])[0]), picture) == 0
     preview = to_pil(model.decode_first_stage(seen[0][3])[0])
     assert preview.size == picture.size and difference(preview, picture) > 1
+
+
+def test_an_interrupt_brings_what_is_finished(draw: Draw) -> None:
+    def stop(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+        seen.append(step)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+
+    seen: list[int] = []
+    with pytest.raises(Interrupted) as stopped:
+        draw(n_iter=4, callback=stop)
+    expected = draw(n_iter=2)
+    assert difference(stopped.value.picture, expected) == 0 and stopped.value.picture.info == expected.info
+    seen = [0] * 7
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        draw(n_iter=4, callback=stop)
+    assert stopped.type is KeyboardInterrupt
 
 
 # Editing
@@ -272,10 +327,33 @@ def test_a_concept_for_another_base_model_is_refused_and_can_be_used_all_the_sam
 def test_an_unlearned_star_warns(draw: Draw, concept_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         draw("a * on a white background", concepts={"<vase>": concept_file})
-    assert ["<vase>' has no effect" in caplog.messages[0], "loaded for '*'" in caplog.messages[1]] == [True, True]
+    assert ["loaded for '*'" in caplog.messages[0], "<vase>' has no effect" in caplog.messages[1]] == [True, True]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         draw("a * on a white background", concepts={"*": concept_file})
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("words", [None, ["a <face>"] * 10])
+def test_a_concept_that_is_called_what_it_was_learned_as(
+    draw: Draw, model: LatentDiffusion, concept_file: Path, caplog: pytest.LogCaptureFixture, words: list[str] | None
+) -> None:
+    learned = concept_file.with_name("face.safetensors")
+    save_concept(load_concept(concept_file), learned, "<face>")
+    arguments = {"prompt": "a <face>", "prospect_words": None} if words is None else {"prospect_words": words}
+    draw(**({"prompt": "*"} | arguments), concepts={"*": learned})
+    model.embedding_manager.load(learned)
+    draw(**({"prompt": "*"} | arguments))
+    sentence = (
+        "The concept '*' has no effect: it was learned as '<face>', and is called so when it is loaded by that name "
+        "(--concept '<face>=FILE', load({'<face>': FILE}))."
+    )
+    assert caplog.messages == [sentence, sentence]
+    caplog.clear()
+    draw("a * <face>")  # both are meant
+    draw("a red star")  # nothing is
+    model.embedding_manager.load({"<face>": learned})
+    draw(**({"prompt": "*"} | arguments))
     assert caplog.messages == []
 
 
@@ -305,11 +383,13 @@ def test_a_picture_can_be_made_again(
         resize="pad",
         width=48,
         legacy_word_tokens=True,
+        negative_prompt="größer (als)",
     )
     save_picture(picture, tmp_path / "new folder" / "picture.png")
     parameters = read_parameters(tmp_path / "new folder" / "picture.png")
     assert parameters["concepts"] == {"*": str(concept_file)}
     assert parameters.pop("base_model") == "model.safetensors"
+    assert parameters.pop("concept_hashes") == {"*": sha256(concept_file.read_bytes()).hexdigest()[:12]}
     model.embedding_manager.loaded.clear()
     again = main(model=model, progress=False, **parameters)
     assert difference(again, picture) == 0
@@ -359,6 +439,8 @@ def test_a_picture_from_elsewhere_has_no_parameters(content: Path) -> None:
         ({"prompt": ["a star", "a heart"]}, "A prompt must be a text, not a list."),
         ({"content_dir": "nowhere.png"}, "There is no file 'nowhere.png'; check the path."),
         ({"concepts": {"*": "nowhere.pt"}}, "'nowhere.pt': there is no such file; check the path."),
+        ({"negative_prompt": "a *"}, "negative_prompt has the placeholder '*'; it must be plain text"),
+        ({"negative_prompt": 3}, "negative_prompt must be a text, not a int."),
         ({"model": None}, "main() needs model="),
     ],
 )

@@ -1,7 +1,10 @@
 """`scripts/txt2img.py` and `scripts/img2img.py`: what they write, repeat, and refuse."""
 
 import inspect
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,8 @@ import ldm.generate
 from ldm import cli, commands
 from ldm.embeddings import Concept, load_concept, save_concept, save_stages
 from ldm.generate import read_parameters
-from ldm.presets import presets_beside
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.presets import preset, presets_beside
 from scripts import demo
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +83,7 @@ def test_txt2img_as_a_program(tmp_path: Path) -> None:
     result = program("txt2img", "--prompt", "a red star", "--steps", "3", "--outdir", str(tmp_path / "out"))
     assert (result.returncode, result.stdout) == (0, f"{tmp_path / 'out' / 'a-red-star-42.png'}\n")
     assert Image.open(result.stdout.strip()).size == (64, 64)  # what the small model was trained at
-    assert read_parameters(result.stdout.strip())["scale"] == 2.0  # what its configuration samples with
+    assert read_parameters(result.stdout.strip())["scale"] == 2.5  # what its configuration samples with
 
 
 def test_img2img_as_a_program_and_a_mistake(tmp_path: Path) -> None:
@@ -112,6 +116,76 @@ def test_several_pictures_come_as_a_grid_and_alone(tmp_path: Path) -> None:
     assert np.abs(pixels(again[0]) - alone[2]).max() <= 1 < np.abs(alone[2] - alone[0]).max()
 
 
+def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C when so many batches are finished."""
+    decode, calls = LatentDiffusion.decode_first_stage, iter(range(batches))
+
+    def stop_or_decode(model: LatentDiffusion, latents: torch.Tensor) -> torch.Tensor:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return decode(model, latents)
+
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", stop_or_decode)
+
+
+@pytest.mark.parametrize(("samples", "kept"), [(2, "and the 4 pictures in it are kept"), (1, "the 2 pictures")])
+def test_ctrl_c_keeps_the_batches_that_are_finished(
+    samples: int, kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--prompt", "a star", "--n_samples", samples, "--n_iter", 5, "--outdir", tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        stop_after(2, patch)
+        txt2img(*flags)
+    grid = tmp_path / "a-star-42-grid.png"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 130 and f"stopped by Ctrl-C; what was finished, '{grid}', " in said and kept in said
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * samples
+    assert read_parameters(grid)["n_iter"] == 2
+    again = txt2img("--from", grid, "--outdir", tmp_path / "again")
+    assert [(tmp_path / path.name).read_bytes() for path in again] == [path.read_bytes() for path in again]
+
+
+def test_ctrl_c_after_one_picture_keeps_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(1, monkeypatch)
+    with pytest.raises(SystemExit):
+        txt2img("--prompt", "a star", "--n_iter", 5, "--outdir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-star-42.png"]
+    assert (
+        capsys.readouterr().err.splitlines()[-1].endswith(f"what was finished, '{tmp_path / 'a-star-42.png'}', is kept")
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")
+def test_ctrl_c_as_a_user_presses_it(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/txt2img.py", "--prompt", "a star", *SMALL, "--n_iter", "100000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [*command, "--outdir", str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    seen = b""
+    while b"| 7" not in seen and started.poll() is None:  # steps of three batches
+        seen += started.stderr.read(1)
+    started.send_signal(signal.SIGINT)
+    output, errors = started.communicate(timeout=60)
+    last = errors.decode().split("\r")[-1].strip()
+    assert (started.returncode, output) == (130, b"") and "Traceback" not in errors.decode()
+    assert last.startswith("txt2img.py: stopped by Ctrl-C; what was finished, ")
+    finished = read_parameters(tmp_path / "a-star-42-grid.png")["n_iter"]
+    assert 2 <= finished == len(list(tmp_path.iterdir())) - 1
+
+
+def test_ctrl_c_before_anything_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(0, monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        txt2img("--prompt", "a star", "--outdir", tmp_path / "out")
+    assert ended.value.code == 130 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": stopped by Ctrl-C")
+
+
 @pytest.mark.parametrize("editing", [False, True])
 def test_from_repeats_a_picture(tmp_path: Path, concept_file: Path, editing: bool) -> None:
     run = img2img if editing else txt2img
@@ -134,6 +208,107 @@ def test_flags_change_what_from_repeats(tmp_path: Path) -> None:
     old, new = read_parameters(first), read_parameters(other)
     assert {key for key in old if old[key] != new[key]} == {"seed"}
     assert np.abs(pixels(first) - pixels(other)).max() > 1
+
+
+HEART = "a large * heart on black"
+
+
+@pytest.fixture
+def material(tmp_path: Path, concept_file: Path) -> Path:
+    """A picture made with a concept, a preset and a prompt."""
+    flags = ("--concept", concept_file, "--preset", "material", "--prompt", HEART, "--outdir", tmp_path)
+    return txt2img(*flags)[0]
+
+
+def wanted_words(attribute: str, prompt: str) -> list[str]:
+    return preset(attribute, prompt, windows=presets_beside(ROOT / "models/demo/model.safetensors"))
+
+
+def test_a_preset_is_in_the_file_name(tmp_path: Path, material: Path) -> None:
+    other = txt2img("--from", material, "--preset", "layout", "--outdir", tmp_path)[0]
+    again = txt2img("--from", material, "--outdir", tmp_path)[0]
+    assert material.name == "a-large-heart-on-black-material-42.png"
+    assert other.name == "a-large-heart-on-black-layout-42.png"
+    assert again.name == "a-large-heart-on-black-material-42-2.png"
+    strange = older(material, preset="../up", preset_prompt=HEART)
+    assert txt2img("--from", strange, "--outdir", tmp_path)[0].name == "a-large-heart-on-black--up-42.png"
+    unreadable = older(material, preset=[1])
+    assert txt2img("--from", unreadable, "--outdir", tmp_path)[0].name == "a-large-heart-on-black-42.png"
+
+
+def test_from_with_another_preset_keeps_the_prompt(tmp_path: Path, material: Path) -> None:
+    other = read_parameters(txt2img("--from", material, "--preset", "layout", "--outdir", tmp_path)[0])
+    assert (other["prompt"], other["prospect_words"]) == ("*", wanted_words("layout", HEART))
+    assert (other["preset"], other["preset_prompt"]) == ("layout", HEART)
+
+
+def test_from_with_another_prompt_keeps_the_preset(tmp_path: Path, material: Path) -> None:
+    other = txt2img("--from", material, "--prompt", "a small * star", "--outdir", tmp_path)[0]
+    record = read_parameters(other)
+    assert (record["prompt"], record["prospect_words"]) == ("*", wanted_words("material", "a small * star"))
+    again = txt2img("--from", other, "--outdir", tmp_path)[0]
+    assert read_parameters(again) == record and (pixels(again) == pixels(other)).all()
+    (tmp_path / "prompt.yaml").write_text("prompt: a plain * ring\n")
+    record = read_parameters(txt2img("--from", other, "--words", tmp_path / "prompt.yaml", "--outdir", tmp_path)[0])
+    assert record["prospect_words"] == wanted_words("material", "a plain * ring")
+
+
+def test_from_with_words_takes_the_place_of_the_preset(tmp_path: Path, material: Path) -> None:
+    flags = [flag for word in ["dotted", *"*********"] for flag in ("--word", word)]
+    record = read_parameters(txt2img("--from", material, *flags, "--outdir", tmp_path)[0])
+    assert (record["prompt"], record["prospect_words"]) == (HEART, ["dotted", *"*********"])
+    assert not {"preset", "preset_prompt"} & record.keys()
+
+
+def older(picture: Path, **changes: object) -> Path:
+    """The picture with the record of an older version."""
+    new = ("preset", "preset_prompt", "concept_hashes")
+    record = {key: value for key, value in read_parameters(picture).items() if key not in new} | changes
+    with Image.open(picture) as opened:
+        old = opened.copy()
+    old.info = {ldm.generate.PNG_KEY: json.dumps(record)}
+    ldm.generate.save_picture(old, picture.with_name("old.png"))
+    return picture.with_name("old.png")
+
+
+def test_an_older_record_repeats_and_is_not_mixed(
+    tmp_path: Path, material: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = older(material)
+    assert (pixels(txt2img("--from", old, "--outdir", tmp_path)[0]) == pixels(material)).all()
+    for flags in (["--prompt", "a * star"], ["--preset", "layout"]):
+        sentence = refusal(False, [*SMALL, "--from", str(old), *flags], capsys)
+        assert "does not say what its words were made of" in sentence and "give --prompt with --preset" in sentence
+    both = ("--prompt", "a * star", "--preset", "layout")
+    record = read_parameters(txt2img("--from", old, *both, "--outdir", tmp_path)[0])
+    assert record["prospect_words"] == wanted_words("layout", "a * star")
+    # words that stand inside a prompt of their own can stand in another one
+    old = older(material, prompt="one *")
+    record = read_parameters(txt2img("--from", old, "--prompt", "two *", "--outdir", tmp_path)[0])
+    assert (record["prompt"], record["prospect_words"]) == ("two *", wanted_words("material", HEART))
+
+
+def test_a_record_whose_preset_is_no_text(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = older(material, preset=["layout"], preset_prompt=3)
+    assert "has no readable preset" in refusal(False, ["--from", str(changed), "--prompt", "a * star"], capsys)
+
+
+def test_from_says_where_a_concept_is_another_file_now(
+    tmp_path: Path, material: Path, concept_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = older(material)
+    txt2img("--from", material, "--outdir", tmp_path)
+    assert caplog.messages == []
+    save_concept(Concept(torch.ones(10, 128)), concept_file)
+    changed = txt2img("--from", material, "--outdir", tmp_path)[0]
+    sentence = f"The concept '*' ({concept_file}) is another file than the one that the picture was made with."
+    assert caplog.messages == [sentence]
+    caplog.clear()
+    txt2img("--from", changed, "--outdir", tmp_path)
+    txt2img("--from", old, "--outdir", tmp_path)
+    shutil.copy(concept_file, tmp_path / "other.safetensors")
+    txt2img("--from", material, "--concept", tmp_path / "other.safetensors", "--outdir", tmp_path)
+    assert caplog.messages == []
 
 
 def test_any_base_is_said_once_and_repeated(tmp_path: Path) -> None:
@@ -257,6 +432,8 @@ REFUSED: list[tuple[bool, str, str]] = [
         "--prompt a --concept {tmp}/other.safetensors",
         "'sd-v1-4.ckpt' (SHA-256 0000000000…), but this is 'model.",
     ),
+    (False, "--prompt a --negative_prompt * --steps 1", "negative_prompt has the placeholder '*'"),
+    (False, "--prompt a --negative_prompt <b> --concept <b>=models/demo/concepts/dotted-star.safetensors", "'<b>'"),
     (False, "--prompt a --config none.yaml", "'none.yaml'; check the path given with --config."),
     (False, "--prompt a --dtype int8", "frozen_dtype must be one of float32, float16, bfloat16, not 'int8'."),
     (False, "--prompt a --device tpu", "'tpu' is none of cpu, mps, cuda"),

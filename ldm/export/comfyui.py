@@ -42,6 +42,7 @@ def workflow(
     width: int = 512,
     height: int = 512,
     prefix: str = "prospect",
+    negative: str = "",
 ) -> dict[str, Any]:
     """A workflow that reads `texts[stage]` in each stage; entry 0 is the END of generation.
 
@@ -50,6 +51,7 @@ def workflow(
         checkpoint: file in ComfyUI's models/checkpoints.
         sampler: as the web UI names it; one that is not known becomes ddim.
         prefix: of the picture's file name.
+        negative: what guidance leads away from, in all stages; escaped.
     """
     name, karras, _ = " ".join(sampler.lower().split()).partition(" karras")
     schedule = "karras" if karras else "normal" if name in SAMPLERS and SAMPLERS[name] != "ddim" else "ddim_uniform"
@@ -60,7 +62,7 @@ def workflow(
         return str(len(nodes))
 
     model = add("CheckpointLoaderSimple", ckpt_name=checkpoint)
-    negative = add("CLIPTextEncode", text="", clip=[model, 1])
+    negative = add("CLIPTextEncode", text=negative, clip=[model, 1])
     latent = add("EmptyLatentImage", width=width, height=height, batch_size=1)
     positive = None
     stage = len(texts) - 1

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from ldm.files import check_writable, replace_text, writing_to
 from ldm.flags import Parser, add_flag
-from ldm.sampling_flags import word
+from ldm.native import Native, native
+from ldm.sampling_flags import MODEL_DEFAULTS, word
 
 if TYPE_CHECKING:
     from ldm.embeddings import Concept
@@ -32,6 +33,7 @@ def build_parser(description: str) -> Parser:
 
     what = parser.add_argument_group("how they are used")
     add_flag(what, "--prompt", metavar="TEXT", help="in it, * stands for the concept or for the words ('*')")
+    add_flag(what, "--negative_prompt", default="", metavar="TEXT", help="plain text to lead away from (nothing)")
     words = what.add_mutually_exclusive_group()
     add_flag(words, "--words", metavar="FILE", help="YAML list, one entry for each stage, the END of generation first")
     add_flag(words, "--word", action="append", type=word, metavar="TEXT", help="one entry of it, once for each stage")
@@ -40,10 +42,10 @@ def build_parser(description: str) -> Parser:
     help_sampler = "as AUTOMATIC1111 names it: ddim, plms, 'Euler a', 'DPM++ 2M Karras', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)
     add_flag(what, "--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
-    add_flag(what, "--scale", type=float, default=10.0, metavar="X", help="guidance scale (10)")
+    add_flag(what, "--scale", type=float, metavar="X", help="guidance scale (the model's own, or 10)")
     add_flag(what, "--seed", type=int, default=42, metavar="N", help="(42)")
-    add_flag(what, "--height", type=int, default=512, metavar="PIXELS", help="(512)")
-    add_flag(what, "--width", type=int, default=512, metavar="PIXELS", help="(512)")
+    add_flag(what, "--height", type=int, metavar="PIXELS", help="(the model's own, or 512)")
+    add_flag(what, "--width", type=int, metavar="PIXELS", help="(the same)")
     help_count = (
         "a1111: 'after N steps' as documented; the program itself switches one step later, which is the default"
     )
@@ -77,10 +79,10 @@ def run(description: str, argv: Sequence[str] | None = None) -> list[Path]:
 
 
 def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    from ldm.commands import concept_files
     from ldm.embeddings import load_concept
     from ldm.export.card import caption, model_card
     from ldm.export.files import Export
+    from ldm.sampling_arguments import concept_files
 
     files = concept_files(options.concepts, "*")
     if len(files) != len(options.name):
@@ -112,10 +114,10 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
 
 def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]]) -> Use:
     """What the flags say of the prompt and of sampling."""
-    from ldm.commands import words_file
     from ldm.export.files import Use
     from ldm.presets import load_presets
-    from ldm.prompts import PLACEHOLDER, preset
+    from ldm.prompts import PLACEHOLDER
+    from ldm.sampling_arguments import preset_words, words_file
 
     prompt, words = options.prompt, options.word
     if options.words is not None:
@@ -127,9 +129,22 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
             )
         words, prompt = given.get("prospect_words"), given.get("prompt") if prompt is None else prompt
     if options.preset is not None:
-        placeholder, (_, concept) = next(iter(concepts.items()))
-        where = {"num_stages": concept.num_stages, "placeholder": placeholder}
-        words = preset(options.preset, prompt or "", **where, windows=load_presets(options.presets))
+        where = {"num_stages": next(iter(concepts.values()))[1].num_stages, "windows": load_presets(options.presets)}
+        words = preset_words(options.preset, prompt or "", concepts, **where)
         prompt = PLACEHOLDER
     settings = {name: getattr(options, name) for name in ("sampler", "steps", "scale", "seed", "width", "height")}
-    return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, documented=options.documented_counting)
+    settings |= _native(concepts).filled(**{name: settings[name] for name in Native._fields})
+    others = {"documented": options.documented_counting, "negative_prompt": options.negative_prompt}
+    return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, **others)
+
+
+def _native(concepts: Mapping[str, tuple[str, Concept]]) -> Native:
+    """The size and guidance of the small model that ships, if the first concept was learned for it; else v1's."""
+    from ldm.base_model import base_hash
+    from ldm.config import load_config
+
+    _, first = next(iter(concepts.values()))
+    wanted, ckpt = first.metadata.get("base_model_sha256"), Path(MODEL_DEFAULTS["ckpt"])
+    if wanted and ckpt.is_file() and base_hash(ckpt) == wanted:
+        return native(load_config(MODEL_DEFAULTS["config"]))
+    return Native()

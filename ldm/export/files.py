@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ldm.embeddings import Concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
-from ldm.export.texts import check_name, stage_texts
+from ldm.export.texts import check_name, escaped, stage_texts
 from ldm.files import replace_text
-from ldm.prompts import Words, check_placeholder
+from ldm.native import Native
+from ldm.prompts import Words, check_negative_prompt, check_placeholder
 
 _ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
 PROGRAMS = tuple(_ENDINGS)
@@ -36,11 +37,12 @@ class Use:
     words: Words | None = None
     sampler: str = "ddim"
     steps: int = 50
-    scale: float = 10.0
+    scale: float = Native().scale
     seed: int = 42
-    width: int = 512
-    height: int = 512
+    width: int = Native().width
+    height: int = Native().height
     documented: bool = False
+    negative_prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Export:
             raise ValueError("There is no concept to export; name one or more embedding files.")
         if len({name.lower() for name in names}) < len(names):
             raise ValueError(f"The names {', '.join(names)} are not all different; give every concept its own.")
+        check_negative_prompt(self.use.negative_prompt, self.concepts)
         webui.call_timesteps(self.use.sampler, self.use.steps)
         self._texts()
 
@@ -109,6 +112,7 @@ class Export:
             "NAME": self.name,
             "FILES": [path.name for path in self.stage_paths(Path())],
             "PROMPTS": self._texts(),
+            "NEGATIVE": use.negative_prompt,
             "STEPS, GUIDANCE, SEED": (use.steps, use.scale, use.seed),
             "HEIGHT, WIDTH": (use.height, use.width),
         }
@@ -129,6 +133,8 @@ class Export:
         settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
         notes = "".join(f"Not exact: {warning}\n" for warning in found)
         settings["counting"] = "as documented" if use.documented else "as the program does, from step 0"
+        negative = escaped(use.negative_prompt, webui.escape)
+        notes += f"Negative prompt: {negative}\n" if negative else ""
         return _HEADER.format(files=files, **settings) + notes + f"\n{prompt}\n"
 
     def _comfyui(self, warnings: list[str]) -> str:
@@ -136,4 +142,5 @@ class Export:
         checkpoint = next(iter(self.concepts.values()))[1].metadata.get("base_model", "sd-v1-4.ckpt")
         settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
         texts = self._texts(comfyui.spell, comfyui.escape)
+        settings["negative"] = escaped(use.negative_prompt, comfyui.escape)
         return json.dumps(comfyui.workflow(texts, checkpoint, prefix=self.name, **settings), indent=2) + "\n"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.embedding_files import short_hash
 from ldm.embeddings import Concept, load_concept
-from ldm.export.texts import stage_texts
+from ldm.export.texts import escaped, stage_texts
 from ldm.export.webui import escape, prompt_editing
 
 NEEDED = {"prompt", "sampler", "ddim_steps", "scale", "seed", "width", "height"}
@@ -19,7 +19,7 @@ _QUOTED = re.compile(r"[,:\n\"]")
 
 
 def infotext(record: Mapping[str, Any]) -> str:
-    """The text of the chunk `parameters`: the prompt, an empty negative prompt, and a line of settings.
+    """The text of the chunk `parameters`: the prompt, the negative prompt, and a line of settings.
 
     The prompt is the one that gives the picture there, after the concepts were exported under the names of their
     files (`scripts/export_embedding.py --to a1111`); what was asked for here stands among the settings.
@@ -35,6 +35,8 @@ def infotext(record: Mapping[str, Any]) -> str:
     texts = stage_texts(record["prompt"], words, stages, names, rows, escape=escape)
     prompt, _ = prompt_editing(texts, record["sampler"], record["ddim_steps"])
 
+    hashes = {p: found for p, file in sources.items() if (found := short_hash(file))}
+    hashes |= record.get("concept_hashes") or {}
     settings = {
         "Steps": record["ddim_steps"],
         "Sampler": record["sampler"].upper(),
@@ -46,10 +48,10 @@ def infotext(record: Mapping[str, Any]) -> str:
         "Eta DDIM": f"{record['ddim_eta']:g}" if record.get("ddim_eta") else None,
         "ProSpect prompt": record["prompt"],
         "ProSpect words": None if words is None else json.dumps(words, ensure_ascii=False),
-        "ProSpect concepts": ", ".join(f"{names[p]}: {_hash(file)}" for p, file in sources.items()) or None,
+        "ProSpect concepts": ", ".join(f"{names[p]}: {hashes.get(p, 'unknown')}" for p in sources) or None,
     }
     line = ", ".join(f"{key}: {_quote(str(value))}" for key, value in settings.items() if value is not None)
-    return f"{prompt}\nNegative prompt: \n{line}"
+    return f"{prompt}\nNegative prompt: {escaped(record.get('negative_prompt', ''), escape)}\n{line}"
 
 
 def _quote(text: str) -> str:
@@ -69,9 +71,3 @@ def _name(file: str, number: int) -> str:
     stem = path.parent.parent.name if path.stem == "embeddings" and path.parent.name == "checkpoints" else path.stem
     name = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "concept"
     return name if number == 0 else f"{name}-{chr(ord('a') + number % 26)}"
-
-
-def _hash(file: str) -> str:
-    """The first 12 digits of the file's SHA-256, as the web UI shows them."""
-    path = Path(file)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else "unknown"

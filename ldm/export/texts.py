@@ -23,6 +23,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def escaped(text: str, escape: Callable[[str], str]) -> str:
+    """Text without learned tokens as `stage_texts` writes it."""
+    return " ".join(escape(word) for word in text.split())
+
+
 def stage_texts(
     prompt: str,
     words: Words | None,
@@ -56,7 +61,7 @@ def stage_texts(
                 row = row if rows is None else rows[placeholder][row]
                 parts.append(spell(f"{names[placeholder]}-{row}"))
             else:
-                parts.extend(escape(word) for word in piece.split())
-        return " ".join(parts)
+                parts.append(escaped(piece, escape))
+        return " ".join(filter(None, parts))
 
     return [text(stage) for stage in range(num_stages)]

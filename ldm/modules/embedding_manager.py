@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.base_model import refuse_other_base
+from ldm.embedding_files import short_hash
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.modules.attention import CrossAttention, FeedForward
 from ldm.prompts import check_placeholder
@@ -100,6 +101,7 @@ class EmbeddingManager(nn.Module):
         self.learning = bool(words)
         self.loaded: dict[str, Concept] = {}
         self.sources: dict[str, str] = {}  # placeholder -> file, for the record
+        self.hashes: dict[str, str] = {}  # placeholder -> the first digits of that file's SHA-256
         self.base_path: Path | None = None  # where the base model's weights came from, if that is known
         self.attention: GeneratorBlock | None = None
         self.table: nn.Parameter | None = None
@@ -182,6 +184,10 @@ class EmbeddingManager(nn.Module):
                 refuse_other_base(concept.metadata, self.base_path, what)
         self.loaded.update(concepts)
         self.sources.update({p: "" if isinstance(s, Concept) else str(s) for p, s in sources.items()})
+        for placeholder, origin in sources.items():
+            self.hashes.pop(placeholder, None)
+            if isinstance(origin, (str, Path)) and (found := short_hash(origin)):
+                self.hashes[placeholder] = found
 
     @torch.no_grad()
     def start_from(self, source: str | Path | Concept) -> None:

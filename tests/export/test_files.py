@@ -1,6 +1,7 @@
 """Exported concepts: the files, what stands in them, what is refused; `scripts/export_embedding.py`."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -112,6 +113,31 @@ def test_the_script_for_diffusers_is_python_and_holds_no_code_of_a_prompt(file: 
     assert values["FILES"] == [f"teddy-{stage}.safetensors" for stage in range(10)]
     assert values["(STEPS, GUIDANCE, SEED)"] == (7, 3.0, 42)
     assert values["NAME"] == "teddy"
+
+
+def test_a_concept_of_the_small_model_gets_its_size_and_guidance(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for concept, given, expected in (
+        ("models/demo/concepts/dotted-star.safetensors", [], "CFG scale 2.5, seed 42, 64x64"),
+        ("models/demo/concepts/dotted-star.safetensors", ["--scale", "3", "--width", "32"], "3.0, seed 42, 32x64"),
+        (file, [], "CFG scale 10.0, seed 42, 512x512"),
+    ):
+        flags = ["--name", "a", "--to", "a1111", "--outdir", str(tmp_path / "o"), "--force", *given]
+        assert expected in run(DESCRIPTION, [str(concept), *flags])[-1].read_text(encoding="utf-8")
+
+
+def test_the_negative_prompt_is_in_all_three(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [str(file), "--name", "teddy", "--to", *PROGRAMS, "--negative_prompt", 'a "blurry" (dog)']
+    script, text, workflow = run(DESCRIPTION, [*flags, "--outdir", str(tmp_path / "o")])[-3:]
+    assert "\nNEGATIVE = 'a \"blurry\" (dog)'\n" in script.read_text(encoding="utf-8")
+    assert '\nNegative prompt: a "blurry" \\(dog\\)\n' in text.read_text(encoding="utf-8")
+    nodes = json.loads(workflow.read_text(encoding="utf-8"))
+    sampler = next(node["inputs"] for node in nodes.values() if node["class_type"] == "KSampler")
+    assert nodes[sampler["negative"][0]]["inputs"]["text"] == 'a "blurry" \\(dog\\)'
+    refused = refusal(capsys, str(file), "--name", "a", "--negative_prompt", "no *", "--outdir", str(tmp_path / "p"))
+    assert "negative_prompt has the placeholder '*'" in refused
 
 
 def test_the_prompt_of_the_web_ui_is_the_last_line(file: Path, tmp_path: Path) -> None:

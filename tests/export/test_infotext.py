@@ -33,7 +33,7 @@ def read(text: str) -> tuple[str, dict[str, str]]:
     *lines, last = text.strip().split("\n")
     found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
     assert len(found) >= 3  # fewer are taken for a part of the prompt
-    assert lines[1] == "Negative prompt: "
+    assert lines[1].startswith("Negative prompt: ")
     return lines[0], {key: json.loads(value) if value.startswith('"') else value for key, value in found}
 
 
@@ -49,6 +49,12 @@ def test_the_settings_that_other_tools_read() -> None:
         "Model": "sd-v1-4",
         "ProSpect prompt": "a * (dog), [x]: y",
     }
+
+
+def test_the_negative_prompt_has_its_place() -> None:
+    assert infotext(RECORD).splitlines()[1] == "Negative prompt: "
+    text = infotext(RECORD | {"negative_prompt": "blurry,\n(dark)"})
+    assert text.splitlines()[1] == r"Negative prompt: blurry, \(dark\)" and read(text)[1]["Steps"] == "20"
 
 
 def test_stages_become_prompt_editing_and_stay_readable(tmp_path) -> None:

@@ -25,6 +25,7 @@ from ldm.models.diffusion.acceleration import FixedUNet
 from ldm.models.diffusion.balance import LossBalance
 from ldm.models.diffusion.fitting import Fitting
 from ldm.models.diffusion.latents import LatentCodec
+from ldm.native import Native
 from ldm.prompts import PromptReader, Words
 from ldm.schedule import at, make_betas, schedule_buffers, vlb_weights
 from ldm.util import instantiate_from_config
@@ -80,6 +81,8 @@ class LatentDiffusion(LatentCodec, Fitting):
         "model_lr": "frozen weights stay frozen",
         "image_size": "latents of any size are taken",
     }
+
+    native = Native()  # what `load_model_from_config` finds in the configuration
 
     def __init__(
         self,
