@@ -150,11 +150,19 @@ def _put_together(recorded: Mapping[str, Any], given: Mapping[str, Any], source:
 def preset_words(
     attribute: str, prompt: str, concepts: Mapping[str, Any], num_stages: int, windows: Mapping[str, Sequence[int]]
 ) -> list[str]:
-    """The `prospect_words` of a preset for the first concept that the prompt names (else the first, else `*`)."""
+    """The `prospect_words` of a preset for the first concept that the prompt names (else the first, else `*`).
+
+    Where there are several, a warning says which one it is.
+    """
     from ldm.presets import preset
     from ldm.prompts import PLACEHOLDER
 
     named = [*(name for name in concepts if name in prompt), *concepts, PLACEHOLDER]
+    if len(concepts) > 1:
+        logger.warning(
+            "--preset takes %s from '%s' alone; ldm.prompts.joint, in Python, takes something from each concept.",
+            *(attribute, named[0]),
+        )
     return preset(attribute, prompt, num_stages=num_stages, placeholder=named[0], windows=windows)
 
 

@@ -10,6 +10,10 @@ from ldm.flags import Parser, add_flag
 
 # What makes the model, recorded in a picture beside the arguments of `main`.
 MODEL_DEFAULTS = {"config": "configs/demo/finetune.yaml", "ckpt": "models/demo/model.safetensors", "dtype": "float32"}
+HELP_PRESET = (
+    "what the concept gives, the prompt the rest: content, layout, material or style; of several concepts only the "
+    "first that the prompt names (ldm.prompts.joint, in Python, takes something from each)"
+)
 
 
 def device(text: str) -> str:
@@ -51,8 +55,7 @@ def build_parser(description: str, editing: bool) -> Parser:
     add_flag(words, "--words", metavar="FILE", help=help_words)
     help_word = "one entry of that list, given once for each stage; a number is the learned token of that stage"
     add_flag(words, "--word", dest="prospect_words", action="append", type=word, metavar="TEXT", help=help_word)
-    help_preset = "what the concept gives, the prompt the rest: content, layout, material or style"
-    add_flag(words, "--preset", metavar="ATTRIBUTE", help=help_preset)
+    add_flag(words, "--preset", metavar="ATTRIBUTE", help=HELP_PRESET)
     help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
     add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     help_base = "use concepts that were learned for another base model"

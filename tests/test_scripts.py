@@ -67,6 +67,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_help_imports_nothing_heavy(script: str) -> None:
     result = program(script, "--help", python=("-X", "importtime"))
     assert result.returncode == 0
+    assert "ldm.prompts.joint" in result.stdout
     assert "--words FILE" in result.stdout and f"python scripts/{script}.py --" in result.stdout
     assert ("--strength" in result.stdout) == (script == "img2img")
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
@@ -222,6 +223,16 @@ def material(tmp_path: Path, concept_file: Path) -> Path:
 
 def wanted_words(attribute: str, prompt: str) -> list[str]:
     return preset(attribute, prompt, windows=presets_beside(ROOT / "models/demo/model.safetensors"))
+
+
+def test_a_preset_is_for_one_concept(tmp_path: Path, concept_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--concept", f"<a>={concept_file}", "--concept", f"<b>={concept_file}", "--preset", "layout"]
+    record = read_parameters(txt2img(*flags, "--prompt", "a <b> star", "--outdir", tmp_path)[0])
+    assert record["prospect_words"] == [word.replace("*", "<b>") for word in wanted_words("layout", "a * star")]
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "--preset takes layout from '<b>' alone",
+        "The concept '<a>' has no effect: write <a> into the prompt where it belongs.",
+    ]
 
 
 def test_a_preset_is_in_the_file_name(tmp_path: Path, material: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ldm.files import check_writable, replace_text, writing_to
 from ldm.flags import Parser, add_flag
 from ldm.native import Native, native
-from ldm.sampling_flags import MODEL_DEFAULTS, word
+from ldm.sampling_flags import HELP_PRESET, MODEL_DEFAULTS, word
 
 if TYPE_CHECKING:
     from ldm.embeddings import Concept
@@ -37,7 +37,7 @@ def build_parser(description: str) -> Parser:
     words = what.add_mutually_exclusive_group()
     add_flag(words, "--words", metavar="FILE", help="YAML list, one entry for each stage, the END of generation first")
     add_flag(words, "--word", action="append", type=word, metavar="TEXT", help="one entry of it, once for each stage")
-    add_flag(words, "--preset", metavar="ATTRIBUTE", help="content, layout, material or style from the first concept")
+    add_flag(words, "--preset", metavar="ATTRIBUTE", help=HELP_PRESET)
     add_flag(what, "--presets", metavar="YAML", help="the presets' stages, as measured for a model (the paper's)")
     help_sampler = "as AUTOMATIC1111 names it: ddim, plms, 'Euler a', 'DPM++ 2M Karras', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)
