@@ -44,6 +44,19 @@ class Parser(argparse.ArgumentParser):
         return options
 
 
+class Once(argparse.Action):
+    """A flag that is refused when it is given again; `instead` says what to do."""
+
+    def __init__(self, *names: Any, instead: str, **options: Any) -> None:
+        super().__init__(*names, **options)
+        self.instead = instead
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, name: str) -> None:
+        if getattr(options, self.dest) is not None:
+            parser.error(f"{name} is given twice; {self.instead}")
+        setattr(options, self.dest, value)
+
+
 def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
     """Add a flag whose long name, the last one, is taken with underscores and with hyphens."""
     long = names[-1]

@@ -99,6 +99,12 @@ def test_img2img_as_a_program_and_a_mistake(tmp_path: Path) -> None:
 # What is written
 
 
+def test_pictures_in_a_row(tmp_path: Path) -> None:
+    paths = txt2img("--prompt", "a star", "--n_samples", 3, "--n_rows", 1, "--outdir", tmp_path)
+    assert Image.open(paths[0]).size == (32, 96) and read_parameters(paths[0])["n_rows"] == 1
+    assert (pixels(paths[0]) == np.concatenate([pixels(path) for path in paths[1:]])).all()
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     first = txt2img("--prompt", "a star", "--seed", 7, "--outdir", tmp_path)
     before = first[0].read_bytes()
@@ -417,6 +423,8 @@ REFUSED: list[tuple[bool, str, str]] = [
     (False, "--prompt a --strength 0.5", "unknown argument '--strength'"),
     (False, "--prompt a stray", "unknown argument 'stray'"),
     (False, "", "Say what to show: --prompt TEXT, or --words FILE."),
+    (False, "--prompt a --prompt b", "--prompt is given twice; for other pictures run the command again"),
+    (False, "--prompt a --n_rows -1", "n_rows must be at least 1, or 0 for as square as possible, not -1."),
     (False, "--prompt a --steps 0", "ddim_steps must be in 1..1000, not 0."),
     (False, "--prompt a --steps many", "argument --steps: invalid int value: 'many'"),
     (False, "--prompt a --width 100", "width must be a multiple of 16 for this model, not 100; nearest: 96."),
