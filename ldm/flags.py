@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -39,6 +40,11 @@ class Parser(argparse.ArgumentParser):
     def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The options, and none that is unknown."""
         options, unknown = self.parse_known_args(argv)
+        if unknown and getattr(options, "prompt", None) is not None and os.path.exists(unknown[0]):
+            self.error(
+                f"unknown argument '{unknown[0]}', which is a file: put the prompt in quotes, or the shell writes the "
+                "names of files for a *."
+            )
         if unknown:
             self.refuse(unknown[0])
         return options

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,5 +196,5 @@ def concept_files(texts: Sequence[str], own: str) -> dict[str, str]:
             raise ValueError(
                 f"--concept {text}: give every concept a name of its own, as in --concept '<vase>={path}'."
             )
-        concepts[name] = path
+        concepts[name] = os.path.expanduser(path)  # behind a =, the shell does not
     return concepts

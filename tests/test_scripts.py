@@ -340,6 +340,13 @@ def test_any_base_is_said_once_and_repeated(tmp_path: Path) -> None:
 # Concepts as files
 
 
+def test_a_concept_in_the_home_folder(tmp_path: Path, concept_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    picture = txt2img("--prompt", "a <v>", "--concept", f"<v>=~/{concept_file.name}", "--outdir", tmp_path)[0]
+    assert read_parameters(picture)["concepts"] == {"<v>": str(concept_file)}
+
+
 def test_a_folder_of_stage_files_is_a_concept(tmp_path: Path, concept_file: Path) -> None:
     save_stages(load_concept(concept_file), tmp_path, "star")
     files = [txt2img("--prompt", "a *", "--concept", f"*={c}", "--outdir", tmp_path) for c in (concept_file, tmp_path)]
@@ -421,6 +428,17 @@ REFUSED: list[tuple[bool, str, str]] = [
     # (editing, flags with {tmp} for a folder, part of the sentence)
     (False, "--prompt a --stepz 3", "unknown argument '--stepz'; did you mean --steps?"),
     (False, "--prompt a --strength 0.5", "unknown argument '--strength'"),
+    (False, "--prompt a LICENSE Makefile dog", "unknown argument 'LICENSE', which is a file: put the prompt in quotes"),
+    (False, "--prompt a configs", "put the prompt in quotes"),  # though --config is like it
+    (False, "LICENSE", "unknown argument 'LICENSE'; see --help"),
+    (
+        False,
+        "--prompt a --concept {tmp}/run",
+        "run': this is the folder of a run; its concept is '{tmp}/run/checkpoints/embeddings.safetensors'.",
+    ),
+    (False, "--prompt a --concept {tmp}/run/checkpoints", "'{tmp}/run/checkpoints/embeddings.safetensors'."),
+    (False, "--prompt a --concept {tmp}/run/checkpoints/last.ckpt", "'{tmp}/run/checkpoints/embeddings.safetensors'."),
+    (False, "--prompt a --concept {tmp}/run/configs", "this is a folder; it must have the stage files"),
     (False, "--prompt a stray", "unknown argument 'stray'"),
     (False, "", "Say what to show: --prompt TEXT, or --words FILE."),
     (False, "--prompt a --prompt b", "--prompt is given twice; for other pictures run the command again"),
@@ -481,6 +499,11 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     save_concept(Concept(torch.zeros(10, 768)), folder / "wide.safetensors")
+    for part in ("checkpoints", "configs"):
+        (folder / "run" / part).mkdir(parents=True)
+    for name in ("embeddings", "embeddings_gs-100"):
+        save_concept(Concept(torch.zeros(10, 128)), folder / "run/checkpoints" / f"{name}.safetensors")
+    torch.save({"state_dict": {}}, folder / "run/checkpoints/last.ckpt")
     origin = {"base_model": "sd-v1-4.ckpt", "base_model_sha256": "0" * 64}
     save_concept(Concept(torch.zeros(10, 128), origin), folder / "other.safetensors")
     for name, record in {
@@ -513,7 +536,7 @@ def test_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ldm.generate, "load_model_from_config", lambda *_, **__: pytest.fail("the weights were read"))
-    assert sentence in refusal(editing, flags.format(tmp=bad_files).split(), capsys)
+    assert sentence.replace("{tmp}", str(bad_files)) in refusal(editing, flags.format(tmp=bad_files).split(), capsys)
 
 
 def test_a_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
