@@ -1,8 +1,10 @@
 """`scripts/txt2img.py` and `scripts/img2img.py`: what they write, repeat, and refuse."""
 
+import ast
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -78,6 +80,13 @@ def test_help_imports_nothing_heavy(script: str) -> None:
 @pytest.mark.parametrize("script", ["txt2img", "img2img"])
 def test_the_scripts_are_short(script: str) -> None:
     assert len((ROOT / f"scripts/{script}.py").read_text(encoding="utf-8").splitlines()) < 100
+
+
+@pytest.mark.parametrize("script", ["txt2img", "img2img"])
+def test_the_examples_name_files_that_ship(script: str) -> None:
+    examples = ast.get_docstring(ast.parse((ROOT / f"scripts/{script}.py").read_text(encoding="utf-8")))
+    named = re.findall(r"--(?:concept|content) (\S+)", examples)
+    assert named and all((ROOT / path).is_file() for path in named)
 
 
 def test_txt2img_as_a_program(tmp_path: Path) -> None:
