@@ -47,6 +47,17 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
 
 
+def refuse_run(path: Path) -> None:
+    """Raise `EmbeddingError` for a run's folder or a checkpoint to resume it from, if its concept lies there."""
+    if path.is_dir():
+        what, folder = "this is the folder of a run", path if path.name == "checkpoints" else path / "checkpoints"
+    else:
+        what, folder = "this is to resume a run from", path.parent
+    concept = folder / "embeddings.safetensors"
+    if (path.is_dir() or path.name in ("last.ckpt", "previous.ckpt")) and concept.is_file():
+        raise EmbeddingError(f"{what}; its concept is '{concept}'.")
+
+
 def short_hash(path: str | Path) -> str | None:
     """The first 12 digits of a file's SHA-256, as AUTOMATIC1111's web UI shows them; None where it is no file."""
     path = Path(path)

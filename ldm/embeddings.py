@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
-from ldm.embedding_files import STAGES, EmbeddingError, in_order, is_plain, naming, read_embeddings, series, series_of
+from ldm.embedding_files import (
+    STAGES,
+    EmbeddingError,
+    in_order,
+    is_plain,
+    naming,
+    read_embeddings,
+    refuse_run,
+    series,
+    series_of,
+)
 from ldm.files import writing_to
 from ldm.prompts import check_placeholder
 
@@ -190,6 +200,8 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
         paths = [Path(path) for path in source]
         return _join(paths[0].parent, in_order(paths))
     path = Path(source)
+    with naming(path):
+        refuse_run(path)
     if path.is_dir():
         return _join(path, series(path, key))
     vectors, metadata = _read_file(path, key, rows_are_stages)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -39,9 +40,27 @@ class Parser(argparse.ArgumentParser):
     def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The options, and none that is unknown."""
         options, unknown = self.parse_known_args(argv)
+        if unknown and getattr(options, "prompt", None) is not None and os.path.exists(unknown[0]):
+            self.error(
+                f"unknown argument '{unknown[0]}', which is a file: put the prompt in quotes, or the shell writes the "
+                "names of files for a *."
+            )
         if unknown:
             self.refuse(unknown[0])
         return options
+
+
+class Once(argparse.Action):
+    """A flag that is refused when it is given again; `instead` says what to do."""
+
+    def __init__(self, *names: Any, instead: str, **options: Any) -> None:
+        super().__init__(*names, **options)
+        self.instead = instead
+
+    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, name: str) -> None:
+        if getattr(options, self.dest) is not None:
+            parser.error(f"{name} is given twice; {self.instead}")
+        setattr(options, self.dest, value)
 
 
 def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -192,6 +193,11 @@ def main(
         posterior = model.encode_first_stage(image)
     # as in the reference: the picture is noised to this entry of the schedule and denoised from the one below
     steps = ddim_steps if posterior is None else int(strength * ddim_steps)
+    if strength and not steps:
+        logger.warning(
+            "strength %g of %d steps is less than one, so the content picture stays as it is; %g makes one.",
+            *(strength, ddim_steps, math.ceil(100 / ddim_steps) / 100),
+        )
 
     record = {
         "prompt": prompt,

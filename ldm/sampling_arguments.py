@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,11 +151,19 @@ def _put_together(recorded: Mapping[str, Any], given: Mapping[str, Any], source:
 def preset_words(
     attribute: str, prompt: str, concepts: Mapping[str, Any], num_stages: int, windows: Mapping[str, Sequence[int]]
 ) -> list[str]:
-    """The `prospect_words` of a preset for the first concept that the prompt names (else the first, else `*`)."""
+    """The `prospect_words` of a preset for the first concept that the prompt names (else the first, else `*`).
+
+    Where there are several, a warning says which one it is.
+    """
     from ldm.presets import preset
     from ldm.prompts import PLACEHOLDER
 
     named = [*(name for name in concepts if name in prompt), *concepts, PLACEHOLDER]
+    if len(concepts) > 1:
+        logger.warning(
+            "--preset takes %s from '%s' alone; ldm.prompts.joint, in Python, takes something from each concept.",
+            *(attribute, named[0]),
+        )
     return preset(attribute, prompt, num_stages=num_stages, placeholder=named[0], windows=windows)
 
 
@@ -187,5 +196,5 @@ def concept_files(texts: Sequence[str], own: str) -> dict[str, str]:
             raise ValueError(
                 f"--concept {text}: give every concept a name of its own, as in --concept '<vase>={path}'."
             )
-        concepts[name] = path
+        concepts[name] = os.path.expanduser(path)  # behind a =, the shell does not
     return concepts

@@ -6,10 +6,15 @@ import argparse
 import re
 from pathlib import Path
 
-from ldm.flags import Parser, add_flag
+from ldm.flags import Once, Parser, add_flag
 
 # What makes the model, recorded in a picture beside the arguments of `main`.
 MODEL_DEFAULTS = {"config": "configs/demo/finetune.yaml", "ckpt": "models/demo/model.safetensors", "dtype": "float32"}
+ONE_PROMPT = "for other pictures run the command again, for a text of its own in each stage give --word for each."
+HELP_PRESET = (
+    "what the concept gives, the prompt the rest: content, layout, material or style; of several concepts only the "
+    "first that the prompt names (ldm.prompts.joint, in Python, takes something from each)"
+)
 
 
 def device(text: str) -> str:
@@ -43,7 +48,8 @@ def build_parser(description: str, editing: bool) -> Parser:
         add_flag(
             what, "--resize", metavar="HOW", help="how it is brought to width x height: crop, pad or squash (crop)"
         )
-    add_flag(what, "--prompt", metavar="TEXT", help="in it, * stands for the concept or for the entries of --words")
+    help_prompt = "in it, * stands for the concept or for the entries of --words"
+    add_flag(what, "--prompt", action=Once, instead=ONE_PROMPT, metavar="TEXT", help=help_prompt)
     help_negative = "plain text that guidance leads away from (nothing)"
     add_flag(what, "--negative_prompt", metavar="TEXT", help=help_negative)
     words = what.add_mutually_exclusive_group()
@@ -51,8 +57,7 @@ def build_parser(description: str, editing: bool) -> Parser:
     add_flag(words, "--words", metavar="FILE", help=help_words)
     help_word = "one entry of that list, given once for each stage; a number is the learned token of that stage"
     add_flag(words, "--word", dest="prospect_words", action="append", type=word, metavar="TEXT", help=help_word)
-    help_preset = "what the concept gives, the prompt the rest: content, layout, material or style"
-    add_flag(words, "--preset", metavar="ATTRIBUTE", help=help_preset)
+    add_flag(words, "--preset", metavar="ATTRIBUTE", help=HELP_PRESET)
     help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
     add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     help_base = "use concepts that were learned for another base model"
@@ -73,6 +78,9 @@ def build_parser(description: str, editing: bool) -> Parser:
     add_flag(how, "--sampler", metavar="NAME", help="ddim or plms (ddim)")
     add_flag(how, "--n_samples", type=int, metavar="N", help="pictures in a batch (1)")
     add_flag(how, "--n_iter", type=int, metavar="N", help="batches (1)")
+    add_flag(
+        how, "--n_rows", type=int, metavar="N", help="pictures in a row of the grid, 0 for as square as possible (0)"
+    )
     add_flag(how, "--height", type=int, metavar="PIXELS", help="(the model's own: 512 for Stable Diffusion)")
     add_flag(how, "--width", type=int, metavar="PIXELS", help="(the same)")
     help_legacy = "read --words as the reference does: only the first piece of each word"

@@ -2,8 +2,8 @@
 
   python scripts/img2img.py --content models/demo/references/dotted-star/dotted-star.png \\
       --strength 0.6 --prompt 'a large striped red star on the left on a navy background'
-  python scripts/img2img.py --content models/demo/references/dotted-star/dotted-star.png \\
-      --concept logs/demo/striped-heart/checkpoints/embeddings.safetensors --prompt '*'
+  python scripts/img2img.py --content models/demo/references/striped-heart/striped-heart.png \\
+      --concept models/demo/concepts/dotted-star.safetensors --prompt '*'
 """
 
 from ldm.commands import run

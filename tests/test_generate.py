@@ -269,6 +269,22 @@ def test_strength_says_where_denoising_begins(draw: Draw, content: Path) -> None
     assert timesteps(1.0) == [751, 501, 251, 1]
 
 
+@pytest.mark.parametrize("steps", [3, 10])
+def test_a_strength_of_less_than_a_step_is_said(
+    draw: Draw, content: Path, caplog: pytest.LogCaptureFixture, steps: int
+) -> None:
+    unchanged = draw(content_dir=content, strength=0.0, ddim_steps=steps)
+    assert caplog.messages == []
+    assert difference(draw(content_dir=content, strength=0.05, ddim_steps=steps), unchanged) == 0
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(
+        f"strength 0.05 of {steps} steps is less than one, so the content picture stays"
+    )
+    enough = float(caplog.messages[0].split()[-3])
+    assert difference(draw(content_dir=content, strength=enough, ddim_steps=steps), unchanged) > 0
+    assert len(caplog.messages) == 1
+
+
 def test_strength_1_still_gives_a_picture(draw: Draw, content: Path) -> None:
     edited = draw(content_dir=content, strength=1.0)
     assert edited.size == (SIZE, SIZE)

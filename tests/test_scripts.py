@@ -1,8 +1,10 @@
 """`scripts/txt2img.py` and `scripts/img2img.py`: what they write, repeat, and refuse."""
 
+import ast
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -67,6 +69,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_help_imports_nothing_heavy(script: str) -> None:
     result = program(script, "--help", python=("-X", "importtime"))
     assert result.returncode == 0
+    assert "ldm.prompts.joint" in result.stdout
     assert "--words FILE" in result.stdout and f"python scripts/{script}.py --" in result.stdout
     assert ("--strength" in result.stdout) == (script == "img2img")
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
@@ -77,6 +80,13 @@ def test_help_imports_nothing_heavy(script: str) -> None:
 @pytest.mark.parametrize("script", ["txt2img", "img2img"])
 def test_the_scripts_are_short(script: str) -> None:
     assert len((ROOT / f"scripts/{script}.py").read_text(encoding="utf-8").splitlines()) < 100
+
+
+@pytest.mark.parametrize("script", ["txt2img", "img2img"])
+def test_the_examples_name_files_that_ship(script: str) -> None:
+    examples = ast.get_docstring(ast.parse((ROOT / f"scripts/{script}.py").read_text(encoding="utf-8")))
+    named = re.findall(r"--(?:concept|content) (\S+)", examples)
+    assert named and all((ROOT / path).is_file() for path in named)
 
 
 def test_txt2img_as_a_program(tmp_path: Path) -> None:
@@ -96,6 +106,12 @@ def test_img2img_as_a_program_and_a_mistake(tmp_path: Path) -> None:
 
 
 # What is written
+
+
+def test_pictures_in_a_row(tmp_path: Path) -> None:
+    paths = txt2img("--prompt", "a star", "--n_samples", 3, "--n_rows", 1, "--outdir", tmp_path)
+    assert Image.open(paths[0]).size == (32, 96) and read_parameters(paths[0])["n_rows"] == 1
+    assert (pixels(paths[0]) == np.concatenate([pixels(path) for path in paths[1:]])).all()
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -224,6 +240,16 @@ def wanted_words(attribute: str, prompt: str) -> list[str]:
     return preset(attribute, prompt, windows=presets_beside(ROOT / "models/demo/model.safetensors"))
 
 
+def test_a_preset_is_for_one_concept(tmp_path: Path, concept_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--concept", f"<a>={concept_file}", "--concept", f"<b>={concept_file}", "--preset", "layout"]
+    record = read_parameters(txt2img(*flags, "--prompt", "a <b> star", "--outdir", tmp_path)[0])
+    assert record["prospect_words"] == [word.replace("*", "<b>") for word in wanted_words("layout", "a * star")]
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "--preset takes layout from '<b>' alone",
+        "The concept '<a>' has no effect: write <a> into the prompt where it belongs.",
+    ]
+
+
 def test_a_preset_is_in_the_file_name(tmp_path: Path, material: Path) -> None:
     other = txt2img("--from", material, "--preset", "layout", "--outdir", tmp_path)[0]
     again = txt2img("--from", material, "--outdir", tmp_path)[0]
@@ -323,6 +349,13 @@ def test_any_base_is_said_once_and_repeated(tmp_path: Path) -> None:
 # Concepts as files
 
 
+def test_a_concept_in_the_home_folder(tmp_path: Path, concept_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    picture = txt2img("--prompt", "a <v>", "--concept", f"<v>=~/{concept_file.name}", "--outdir", tmp_path)[0]
+    assert read_parameters(picture)["concepts"] == {"<v>": str(concept_file)}
+
+
 def test_a_folder_of_stage_files_is_a_concept(tmp_path: Path, concept_file: Path) -> None:
     save_stages(load_concept(concept_file), tmp_path, "star")
     files = [txt2img("--prompt", "a *", "--concept", f"*={c}", "--outdir", tmp_path) for c in (concept_file, tmp_path)]
@@ -406,8 +439,21 @@ REFUSED: list[tuple[bool, str, str]] = [
     # (editing, flags with {tmp} for a folder, part of the sentence)
     (False, "--prompt a --stepz 3", "unknown argument '--stepz'; did you mean --steps?"),
     (False, "--prompt a --strength 0.5", "unknown argument '--strength'"),
+    (False, "--prompt a LICENSE Makefile dog", "unknown argument 'LICENSE', which is a file: put the prompt in quotes"),
+    (False, "--prompt a configs", "put the prompt in quotes"),  # though --config is like it
+    (False, "LICENSE", "unknown argument 'LICENSE'; see --help"),
+    (
+        False,
+        "--prompt a --concept {tmp}/run",
+        "run': this is the folder of a run; its concept is '{tmp}/run/checkpoints/embeddings.safetensors'.",
+    ),
+    (False, "--prompt a --concept {tmp}/run/checkpoints", "'{tmp}/run/checkpoints/embeddings.safetensors'."),
+    (False, "--prompt a --concept {tmp}/run/checkpoints/last.ckpt", "'{tmp}/run/checkpoints/embeddings.safetensors'."),
+    (False, "--prompt a --concept {tmp}/run/configs", "this is a folder; it must have the stage files"),
     (False, "--prompt a stray", "unknown argument 'stray'"),
     (False, "", "Say what to show: --prompt TEXT, or --words FILE."),
+    (False, "--prompt a --prompt b", "--prompt is given twice; for other pictures run the command again"),
+    (False, "--prompt a --n_rows -1", "n_rows must be at least 1, or 0 for as square as possible, not -1."),
     (False, "--prompt a --steps 0", "ddim_steps must be in 1..1000, not 0."),
     (False, "--prompt a --steps many", "argument --steps: invalid int value: 'many'"),
     (False, "--prompt a --width 100", "width must be a multiple of 16 for this model, not 100; nearest: 96."),
@@ -464,6 +510,11 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     save_concept(Concept(torch.zeros(10, 768)), folder / "wide.safetensors")
+    for part in ("checkpoints", "configs"):
+        (folder / "run" / part).mkdir(parents=True)
+    for name in ("embeddings", "embeddings_gs-100"):
+        save_concept(Concept(torch.zeros(10, 128)), folder / "run/checkpoints" / f"{name}.safetensors")
+    torch.save({"state_dict": {}}, folder / "run/checkpoints/last.ckpt")
     origin = {"base_model": "sd-v1-4.ckpt", "base_model_sha256": "0" * 64}
     save_concept(Concept(torch.zeros(10, 128), origin), folder / "other.safetensors")
     for name, record in {
@@ -496,7 +547,7 @@ def test_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ldm.generate, "load_model_from_config", lambda *_, **__: pytest.fail("the weights were read"))
-    assert sentence in refusal(editing, flags.format(tmp=bad_files).split(), capsys)
+    assert sentence.replace("{tmp}", str(bad_files)) in refusal(editing, flags.format(tmp=bad_files).split(), capsys)
 
 
 def test_a_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

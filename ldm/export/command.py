@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.files import check_writable, replace_text, writing_to
-from ldm.flags import Parser, add_flag
+from ldm.flags import Once, Parser, add_flag
 from ldm.native import Native, native
-from ldm.sampling_flags import MODEL_DEFAULTS, word
+from ldm.sampling_flags import HELP_PRESET, MODEL_DEFAULTS, ONE_PROMPT, word
 
 if TYPE_CHECKING:
     from ldm.embeddings import Concept
@@ -32,12 +32,13 @@ def build_parser(description: str) -> Parser:
     add_flag(parser, "--force", action="store_true", help="overwrite files that are there")
 
     what = parser.add_argument_group("how they are used")
-    add_flag(what, "--prompt", metavar="TEXT", help="in it, * stands for the concept or for the words ('*')")
+    help_prompt = "in it, * stands for the concept or for the words ('*')"
+    add_flag(what, "--prompt", action=Once, instead=ONE_PROMPT, metavar="TEXT", help=help_prompt)
     add_flag(what, "--negative_prompt", default="", metavar="TEXT", help="plain text to lead away from (nothing)")
     words = what.add_mutually_exclusive_group()
     add_flag(words, "--words", metavar="FILE", help="YAML list, one entry for each stage, the END of generation first")
     add_flag(words, "--word", action="append", type=word, metavar="TEXT", help="one entry of it, once for each stage")
-    add_flag(words, "--preset", metavar="ATTRIBUTE", help="content, layout, material or style from the first concept")
+    add_flag(words, "--preset", metavar="ATTRIBUTE", help=HELP_PRESET)
     add_flag(what, "--presets", metavar="YAML", help="the presets' stages, as measured for a model (the paper's)")
     help_sampler = "as AUTOMATIC1111 names it: ddim, plms, 'Euler a', 'DPM++ 2M Karras', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)

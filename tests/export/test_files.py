@@ -212,6 +212,7 @@ def test_names_that_are() -> None:
     [
         (["--name", "a", "b"], "1 concepts and 2 names"),
         (["--name", "a", "--to", "invokeai"], "invalid choice: 'invokeai'"),
+        (["--name", "a", "--prompt", "a", "--prompt", "b"], "--prompt is given twice"),
         (["--name", "a", "--steps", "0"], "must be in 1..1000, not 0"),
         (["--name", "a", "--preset", "mood"], "Unknown preset 'mood'"),
         (["--name", "a", "--word", "x", "--word", "11"], "prospect_words[1] = 11"),
