@@ -84,15 +84,7 @@ def test_averaged_weights_follow_the_module_to_its_device() -> None:
     assert devices(callback) == {"meta"}
 
 
-@pytest.mark.parametrize(
-    "accelerator",
-    [
-        "cpu",
-        pytest.param(
-            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-        ),
-    ],
-)
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_averaged_weights_go_on_where_they_were_saved(tmp_path: Path, accelerator: str) -> None:
     """Two steps and two more are four, in the module and in the average."""
     ended = []

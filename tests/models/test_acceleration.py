@@ -33,7 +33,6 @@ from ldm.util import instantiate_from_config
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "models/demo/references/dotted-star"
 WORDS = ["a *"] * 5 + ["a red thing"] * 5
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def build(**params: object) -> LatentDiffusion:
@@ -514,7 +513,6 @@ def test_the_compiled_unet_computes_the_same() -> None:
 # On a GPU
 
 
-@needs_gpu
 @pytest.mark.gpu
 @torch.no_grad()
 @pytest.mark.parametrize("compile_unet", [False, True])
@@ -544,7 +542,6 @@ def steps_on_gpu(steps: int, **switches: object) -> tuple[list[float], Tensor]:
     return [loss.item() for loss in losses], model.embedding_manager.embeddings().detach().cpu()
 
 
-@needs_gpu
 @pytest.mark.gpu
 @torch.no_grad()
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
@@ -555,7 +552,6 @@ def test_a_captured_call_on_another_device_computes_the_same() -> None:
         torch.testing.assert_close(*latents, rtol=1e-3, atol=1e-3)
 
 
-@needs_gpu
 @pytest.mark.gpu
 def test_threads_share_a_captured_call() -> None:
     """Two threads with stages of their own, while one of them captures."""
@@ -574,7 +570,6 @@ def test_threads_share_a_captured_call() -> None:
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("switch", [{}, {"compile_unet": True}, {"unet_config.params.use_checkpoint": True}])
 def test_a_captured_step_learns_the_same(switch: dict[str, bool]) -> None:
@@ -583,7 +578,6 @@ def test_a_captured_step_learns_the_same(switch: dict[str, bool]) -> None:
     torch.testing.assert_close(captured[1], plain[1], rtol=1e-3, atol=1e-3)
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_step_does_not_synchronise(cuda_graph: bool) -> None:
