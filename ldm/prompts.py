@@ -118,9 +118,9 @@ def warn_of_unused(
             continue
         if own in text and own not in learned_as:
             logger.warning(
-                "The concept '%s' has no effect: it was learned as '%s', and is called so when it is loaded by that "
-                "name (--concept '%s=FILE', load({'%s': FILE})).",
-                *(name, own, own, own),
+                "The concept '%s' has no effect: the text says %s, as it was learned; write %s, or load it by that name "
+                "(--concept '%s=FILE', load({'%s': FILE})).",
+                *(name, own, name, own, own),
             )
         elif name in concepts:
             logger.warning("The concept '%s' has no effect: write %s into the prompt where it belongs.", name, name)

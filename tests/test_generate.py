@@ -361,7 +361,7 @@ def test_a_concept_that_is_called_what_it_was_learned_as(
     model.embedding_manager.load(learned)
     draw(**({"prompt": "*"} | arguments))
     sentence = (
-        "The concept '*' has no effect: it was learned as '<face>', and is called so when it is loaded by that name "
+        "The concept '*' has no effect: the text says <face>, as it was learned; write *, or load it by that name "
         "(--concept '<face>=FILE', load({'<face>': FILE}))."
     )
     assert caplog.messages == [sentence, sentence]
