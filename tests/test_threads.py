@@ -1,5 +1,7 @@
 """Two threads with one model, and two threads that read files at once."""
 
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -122,3 +124,12 @@ def test_threads_that_write_one_file_leave_one_of_theirs(tmp_path: Path) -> None
     together(lambda: write(1.0), lambda: write(2.0))
     assert load_file(path)["*"].unique().tolist() in ([1.0], [2.0])
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_do_not_spin(given: dict[str, str], policy: str) -> None:
+    """Said before torch is imported, which is when OpenMP reads it; spinning threads crawl on a busy machine."""
+    source = "import main, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == [policy, "False"], result.stderr
