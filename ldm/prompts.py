@@ -118,8 +118,8 @@ def warn_of_unused(
             continue
         if own in text and own not in learned_as:
             logger.warning(
-                "The concept '%s' has no effect: the text says %s, as it was learned; write %s, or load it by that name "
-                "(--concept '%s=FILE', load({'%s': FILE})).",
+                "The concept '%s' has no effect: the text says %s, as it was learned; write %s, or load it by that "
+                "name (--concept '%s=FILE', load({'%s': FILE})).",
                 *(name, own, name, own, own),
             )
         elif name in concepts:
