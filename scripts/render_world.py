@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.world import attributes_from_words, caption, random_attributes, render
+from ldm.data.world import RESOLUTION, attributes_from_words, caption, random_attributes, render
 from ldm.files import check_writable
 from ldm.flags import Parser
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resolution", type=int, default=64, help="pixels a side")
+    parser.add_argument("--resolution", type=int, default=RESOLUTION, help="pixels a side")
     parser.add_argument("--held-out", action="store_true", help="only combinations kept out of training")
     parser.add_argument("--caption-like", metavar="WORDS", help="one word of every factor, with commas between")
     parser.add_argument("--name", default="{:05d}", help="file name without ending, {} is the picture's number")

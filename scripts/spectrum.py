@@ -30,7 +30,7 @@ def build_parser() -> Parser:
     parser.add_argument("--width", type=positive, default=3, help="stages in a window (3)")
     parser.add_argument("--steps", type=positive, default=20, help="DDIM steps (20: two for each stage)")
     parser.add_argument("--scale", type=float, default=2.5, help="guidance scale (2.5)")
-    parser.add_argument("--size", type=positive, default=64, help="pixels a side of your prompt's pictures (64)")
+    parser.add_argument("--size", type=positive, default=128, help="pixels a side of your prompt's pictures (128)")
     parser.add_argument("--batch", type=positive, default=64, help="pictures at a time (64)")
     parser.add_argument("--prompt", help="judge your own prompt instead of the rendered world's")
     parser.add_argument("--add", metavar="TEXT", help="the prompt with one more word")
@@ -60,8 +60,8 @@ def refuse_misuse(parser: Parser, args: argparse.Namespace) -> None:
         for name in ("add", "switch", "concept", "clip", "lpips"):
             if getattr(args, name) not in (None, False):
                 parser.error(f"--{name} goes with --prompt; the rendered world has its own prompts and judge")
-        if args.size != 64:
-            parser.error(f"the rendered world's pictures have 64 pixels a side, not {args.size}; leave --size away")
+        if args.size != parser.get_default("size"):
+            parser.error(f"the rendered world's pictures have 128 pixels a side, not {args.size}; leave --size away")
     if args.concept is not None and "*" not in args.concept.partition("=")[2]:
         parser.error("--concept takes FILE=PROMPT with a * in the prompt, such as teddy.safetensors='a * mug'")
     if args.write_presets and (args.prompt is not None or not args.concepts):

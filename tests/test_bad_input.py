@@ -33,7 +33,7 @@ PICTURES = " --data_root models/demo/references/dotted-star"
 LEARN = QUICK + MODEL + PICTURES
 BASE = f"{QUICK}{PICTURES} --actual_resume {{bad}}/"
 DATA = f"{QUICK}{MODEL} --data_root {{bad}}/"
-MAKE = "--steps 1 --height 16 --width 16 --device cpu --prompt *"
+MAKE = "--steps 1 --height 32 --width 32 --device cpu --prompt *"
 EDIT = f"{MAKE} --strength 1 --content "
 
 
@@ -127,7 +127,7 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} data.params.num_workers=-1", "num_workers must be"),
         (f"{LEARN} data.params.train.params.size=0", "at least 1 x 1 pixels"),
         (f"{LEARN} data.params.train.params.size=-64", "at least 1 x 1 pixels"),
-        (f"{LEARN} data.params.train.params.size=60", "must be a multiple of 16; nearest: 64"),
+        (f"{LEARN} data.params.train.params.size=60", "must be a multiple of 32; nearest: 64"),
         (f"{LEARN} data.params.train.params.size=99968", "memory"),
         (f"{LEARN} data.params.train.params.repeats=0", "repeats must be at least 1"),
         (f"{LEARN} data.params.train.params.flip_p=2", "flip_p is a probability"),

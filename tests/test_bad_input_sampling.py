@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm import commands
 
-MAKE = "--steps 1 --height 16 --width 16 --device cpu --prompt *"
+MAKE = "--steps 1 --height 32 --width 32 --device cpu --prompt *"
 EDIT = f"{MAKE} --strength 1 --content "
 STAR = "models/demo/references/dotted-star/dotted-star.png"
 
@@ -63,9 +63,9 @@ GENERATING: dict[str, Cases] = {
         (f"{MAKE} --seed 9223372036854775807 --n_samples 2", "seed must be in 0.."),
         (f"{MAKE} --n_samples 0", "n_iter and n_samples must be at least 1"),
         (f"{MAKE} --n_iter -1", "n_iter and n_samples must be at least 1"),
-        (f"{MAKE} --height 0", "height must be a multiple of 16"),
-        (f"{MAKE} --height -64", "height must be a multiple of 16"),
-        (f"{MAKE} --width 65", "width must be a multiple of 16 for this model, not 65; nearest: 64"),
+        (f"{MAKE} --height 0", "height must be a multiple of 32"),
+        (f"{MAKE} --height -64", "height must be a multiple of 32"),
+        (f"{MAKE} --width 65", "width must be a multiple of 32 for this model, not 65; nearest: 64"),
         (f"{MAKE} --height 160000 --width 160000", "memory"),
         (f"{MAKE} --n_samples 100000000", "memory"),
         (f"{MAKE} --n_iter 100000000000", "memory"),
@@ -215,7 +215,7 @@ ACCEPTED: list[tuple[bool, str]] = [
 def test_accepted(editing: bool, flags: str, bad: Path, tmp_path: Path) -> None:
     paths = commands.run("", editing=editing, argv=[*words(flags, bad), "--outdir", str(tmp_path)])
     with Image.open(paths[0]) as picture:
-        assert picture.size == (16, 16)
+        assert picture.size == (32, 32)
 
 
 @pytest.mark.parametrize(("flags", "warned"), [("star", 1), ("*", 0), ("* --word *" + 9 * " --word a", 0)])

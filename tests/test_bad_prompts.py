@@ -67,7 +67,7 @@ REFUSED: list[tuple[dict[str, object], str]] = [
 
 
 def small(model: LatentDiffusion, **arguments: object):
-    usual = {"model": model, "height": 16, "width": 16, "ddim_steps": 1, "progress": False, "prompt": "*"}
+    usual = {"model": model, "height": 32, "width": 32, "ddim_steps": 1, "progress": False, "prompt": "*"}
     return main(**(usual | arguments))
 
 

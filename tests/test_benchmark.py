@@ -170,7 +170,7 @@ def test_loading_is_measured_in_a_process_of_its_own() -> None:
         ("--what nothing", "invalid choice: 'nothing'"),
         ("--of kv", "did you mean --off?"),
         ("--repeats 0", "--repeats must be at least 1, not 0"),
-        ("--resolution 60 --device cpu", "must be a multiple of 16"),
+        ("--resolution 60 --device cpu", "must be a multiple of 32"),
         ("--what load", "--what load needs --ckpt FILE"),
         ("--off kv", "'kv' makes no difference to --what train, only to sample"),
         ("--on float16 bfloat16", "--on takes one precision, not bfloat16 and float16"),

@@ -388,7 +388,7 @@ def test_names_do_not_lead_out_of_their_folders(tmp_path: Path, capsys: pytest.C
     concept = inner / "x.safetensors"
     save_file({"*": torch.ones(10, 128)}, concept, {"prospect.num_stages": "10"})
     before = files_in(tmp_path)
-    small = ["--steps", "1", "--height", "16", "--width", "16", "--device", "cpu", "--outdir", str(inner / "out")]
+    small = ["--steps", "1", "--height", "32", "--width", "32", "--device", "cpu", "--outdir", str(inner / "out")]
     paths = commands.run("", argv=[*small, "--concept", f"../../x={concept}", "--prompt", "../../x in ../../../y/z"])
     paths += commands.run("", argv=[*small, "--prompt", "/etc/passwd\x00../..\\..\\x"])
     assert all(path.parent == inner / "out" and ".." not in path.name for path in paths)

@@ -119,7 +119,7 @@ def test_a_data_set_of_ones_own_runs_on(tmp_path: Path) -> None:
         ({"lacks": "caption"}, "The samples of FourPictures lack 'caption'; add it"),
         ({"lacks": "image"}, "The samples of FourPictures lack 'image'; add it"),
         ({"shape": [3, 64, 64]}, "'image' of FourPictures must be (height, width, 3) in [-1, 1], not (3, 64"),
-        ({"shape": [64, 60, 3]}, "The train pictures' size 60 must be a multiple of 16; nearest: 64."),
+        ({"shape": [64, 60, 3]}, "The train pictures' size 60 must be a multiple of 32; nearest: 64."),
         ({"shape": [160000, 160000, 3]}, "Learning from 160000 x 160000 pixels, 2 at a time, needs about"),
     ],
 )
@@ -297,7 +297,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         ([*LEARN, "model.params.prospect_stages=ten"], "prospect_stages must be a whole number"),
         ([*LEARN, "data.batch_size=4"], "Unknown key 'batch_size' beside"),
         ([*LEARN, "data.params.train=null"], "does not say 'data.params.train:'"),
-        ([*LEARN, "data.params.train.params.size=60"], "must be a multiple of 16; nearest: 64"),
+        ([*LEARN, "data.params.train.params.size=60"], "must be a multiple of 32; nearest: 64"),
         ([*LEARN, "data.params.train.params.size=null"], "size is needed"),
         ([*LEARN, "lightning.modelcheckpoint.params.every_n_train_step=2"], "did you mean 'every_n_train_steps'?"),
         ([*LEARN, "lightning.modelcheckpoint.params.every_n_train_steps=0"], "at least 1"),

@@ -52,7 +52,7 @@ def test_the_notebook_runs(outputs: Path) -> None:
     names += ["flexible", "two-concepts", "joint", "between", "previews"]
     assert {name.rpartition("-")[0] for name in written} == set(names)
     assert all(np.asarray(picture).std() > 0 for picture in written.values())
-    assert written["content-2.png"].size == (4 * 64, 64)
+    assert written["content-2.png"].size == (4 * 128, 128)
     words = read_parameters(outputs / "content-2.png")["prospect_words"]
     measured = load_presets(ROOT / "models/demo/presets.yaml")["content"]
     assert [stage for stage, entry in enumerate(words) if "*" in entry] == list(measured)

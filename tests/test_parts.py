@@ -130,14 +130,14 @@ def test_the_trained_model_is_packed_and_generates(base: str, tmp_path: Path, at
     frozen = [key for key in averaged if key.startswith(("first_stage_model.", "cond_stage_model."))]
     assert all(torch.equal(averaged[key], current[key]) for key in frozen)  # standardization of the latents included
     model = load("configs/demo/finetune.yaml", str(packed), stages=1)
-    assert generate(model, [["a star"]], [0], steps=2, scale=2.5).shape == (1, 3, 64, 64)
+    assert generate(model, [["a star"]], [0], steps=2, scale=2.5).shape == (1, 3, 128, 128)
 
 
 def test_the_trained_classifier_is_packed_and_reads(tmp_path: Path, at_root):
     run, packed = tmp_path / "run", tmp_path / "classifier.safetensors"
     assert main.main(["--base", str(small("classifier", tmp_path)), "-p", str(run), *QUICK]) == 0
     pack_model.main([str(run), str(packed)])
-    assert load_judge(str(packed)).read(torch.zeros(1, 3, 64, 64)).shape == (1, 6)
+    assert load_judge(str(packed)).read(torch.zeros(1, 3, 128, 128)).shape == (1, 6)
 
 
 def test_a_run_that_ends_between_savings_keeps_average_and_weights(tmp_path: Path, at_root):

@@ -187,7 +187,7 @@ def test_each_key_of_the_reference_that_lost_its_meaning_is_named_once(caplog: p
     config = load_config(THEIRS)
     config.model.params.cond_stage_config.params = {"tokenizer": str(tiny.TOKENIZER)}
     for split in ("train", "validation"):
-        config.data.params[split].params.update({"data_root": str(PICTURES), "size": 16})
+        config.data.params[split].params.update({"data_root": str(PICTURES), "size": 32})
     with caplog.at_level(logging.INFO), torch.device("meta"):
         instantiate_from_config(config.model)
     with caplog.at_level(logging.INFO):

@@ -23,7 +23,7 @@ from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[1]
 CKPT = str(ROOT / "models/demo/model.safetensors")
-C, f = 4, 4  # the small model's; 4 and 8 for Stable Diffusion v1
+C, f = 4, 8  # as for Stable Diffusion v1
 H = W = 32
 WORDS = ["a dotted star"] * 5 + ["a * heart", 3, "*", "a heart", "a heart"]
 device = torch.device("cpu")

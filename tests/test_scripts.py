@@ -92,7 +92,7 @@ def test_the_examples_name_files_that_ship(script: str) -> None:
 def test_txt2img_as_a_program(tmp_path: Path) -> None:
     result = program("txt2img", "--prompt", "a red star", "--steps", "3", "--outdir", str(tmp_path / "out"))
     assert (result.returncode, result.stdout) == (0, f"{tmp_path / 'out' / 'a-red-star-42.png'}\n")
-    assert Image.open(result.stdout.strip()).size == (64, 64)  # what the small model was trained at
+    assert Image.open(result.stdout.strip()).size == (128, 128)  # what the small model was trained at
     assert read_parameters(result.stdout.strip())["scale"] == 2.5  # what its configuration samples with
 
 
@@ -456,7 +456,7 @@ REFUSED: list[tuple[bool, str, str]] = [
     (False, "--prompt a --n_rows -1", "n_rows must be at least 1, or 0 for as square as possible, not -1."),
     (False, "--prompt a --steps 0", "ddim_steps must be in 1..1000, not 0."),
     (False, "--prompt a --steps many", "argument --steps: invalid int value: 'many'"),
-    (False, "--prompt a --width 100", "width must be a multiple of 16 for this model, not 100; nearest: 96."),
+    (False, "--prompt a --width 100", "width must be a multiple of 32 for this model, not 100; nearest: 96."),
     (False, "--prompt a --eta -1", "ddim_eta must not be negative, but is -1.0."),
     (False, "--prompt a --eta 1 --sampler plms", "PLMS is deterministic"),
     (False, "--prompt a --sampler euler", "Unknown sampler 'euler'; there are ddim, plms."),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Relative distance (of norms) up to which two results count as the same, by the coarser precision of the two.
 TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
-RESOLUTIONS = {"demo": 64, "sd-v1": 512}
+RESOLUTIONS = {"demo": 128, "sd-v1": 512}
 PRECISIONS = frozenset({"float16", "bfloat16"})
 
 
@@ -39,7 +39,7 @@ def build_parser(description: str) -> Parser:
     add_flag(parser, "--stages", type=int, nargs="+", metavar="S", help="train: a row for each number of stages")
     add_flag(parser, "--batch", type=int, default=1, metavar="N", help="pictures, or samples of a step (1)")
     add_flag(parser, "--steps", type=int, default=10, metavar="N", help="sampling steps (10)")
-    add_flag(parser, "--resolution", type=int, metavar="PIXELS", help="(64 for demo, 512 for sd-v1)")
+    add_flag(parser, "--resolution", type=int, metavar="PIXELS", help="(128 for demo, 512 for sd-v1)")
     add_flag(parser, "--repeats", type=int, default=10, metavar="N", help="timed runs of each row (10)")
     add_flag(parser, "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, where others work")
     add_flag(parser, "--ckpt", type=Path, metavar="FILE", help="load: the file to open")

@@ -25,6 +25,7 @@ CENTRES: dict[str, tuple[float, float]] = {
 }
 RADII: dict[str, float] = {"large": 0.50, "small": 0.34}
 
+RESOLUTION = 128  # pixels a side, where nothing else is asked for
 CHUNK_PIXELS = 1 << 16  # pictures drawn at a time: few enough to stay in the processor's cache
 
 FACTORS: dict[str, tuple[str, ...]] = {
@@ -117,7 +118,7 @@ def _render(attributes: Tensor, seeds: Tensor, resolution: int) -> Tensor:
     cos, sin = column(angle.cos() / radius), column(angle.sin() / radius)
     x, y = dx * cos + dy * sin, dy * cos - dx * sin  # (N, R, R)
     pixel = column((2 / resolution) / radius)
-    # Larger objects have a slightly larger texture. A period is 7 to 9 pixels of 64.
+    # Larger objects have a slightly larger texture. A period is 7 to 9 of 64 pixels.
     period = column((0.12 + 0.30 * radius) / radius * (1 + 0.05 * jitter[:, 4]))
     shift = 0.15 * period
     shifted = x + shift * column(jitter[:, 5]), y + shift * column(jitter[:, 6])
@@ -136,7 +137,7 @@ def _render(attributes: Tensor, seeds: Tensor, resolution: int) -> Tensor:
     return ground + (painted - ground) * inside[:, None]
 
 
-def render(attributes: Tensor, seeds: Sequence[int] | Tensor, resolution: int = 64) -> Tensor:
+def render(attributes: Tensor, seeds: Sequence[int] | Tensor, resolution: int = RESOLUTION) -> Tensor:
     """Draw pictures; exact place, size, angle, texture phase and hue vary a little with the seed.
 
     Args:
@@ -218,14 +219,14 @@ class RenderedWorld(Dataset):
         self,
         size: int = 50000,
         seed: int = 0,
-        resolution: int = 64,
+        resolution: int = RESOLUTION,
         held_out: bool | None = False,
         empty: float = 0.1,
         drop: float = 0.1,
         wrong: float = 0.0,
         errors_from: int = 0,
         crop_until: int = 0,
-        crop: int = 32,
+        crop: int = RESOLUTION // 2,
         repeats: int = 1,
     ) -> None:
         if size < 1 or repeats < 1 or seed < 0:

@@ -69,7 +69,7 @@ def concept_attributes(number: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def concept_picture(number: int, seed: int) -> Tensor:
-    """The picture to learn, (3, 64, 64) in [-1, 1]."""
+    """The picture to learn, (3, R, R) in [-1, 1]."""
     picture, _ = concept_attributes(number, seed)
     return render(picture[None], [seed * 1000 + number])[0]
 

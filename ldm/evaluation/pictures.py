@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.commands import model_outline
 from ldm.conditioning import Conditioning
 from ldm.config import check_generates, load_config
+from ldm.data.world import RESOLUTION
 from ldm.generate import check_arguments
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.sampling import draw_noise, seeded_generators
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check(
-    config: str, ckpt: str, steps: int, scale: float, size: int = 64, concepts: Mapping[str, str] | None = None
+    config: str, ckpt: str, steps: int, scale: float, size: int = RESOLUTION, concepts: Mapping[str, str] | None = None
 ) -> None:
     """Find what `generate` could not do with a model, before its weights are read.
 
@@ -68,8 +69,8 @@ def generate(
     seeds: Sequence[int],
     steps: int = 50,
     scale: float = 2.5,
-    size: int = 64,
-    batch_size: int = 64,
+    size: int = RESOLUTION,
+    batch_size: int = RESOLUTION,
 ) -> Tensor:
     """Pictures (N, 3, size, size) in [-1, 1] for N seeds, by DDIM; picture n starts from the noise of seeds[n] alone.
 

@@ -24,7 +24,7 @@ class AttributeClassifier(pl.LightningModule):
     Training pictures are disturbed (noise, blur, contrast), since the pictures it is made for are generated ones.
 
     Args:
-        resolution: R, pixels a side.
+        resolution: R, pixels a side; other pictures are averaged to this size.
         channels: of the layers; each after the first halves the resolution.
     """
 
@@ -32,7 +32,7 @@ class AttributeClassifier(pl.LightningModule):
         self, resolution: int = 64, channels: Sequence[int] = (24, 48, 64, 96, 128), image_key: str = "image"
     ) -> None:
         super().__init__()
-        self.image_key = image_key
+        self.image_key, self.resolution = image_key, resolution
         self.learning_rate = 1e-3
         layers: list[nn.Module] = []
         previous = 3
@@ -44,8 +44,8 @@ class AttributeClassifier(pl.LightningModule):
         self.heads = nn.ModuleDict({name: nn.Linear(previous * side**2, len(v)) for name, v in FACTORS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Pictures (B, 3, R, R) in [-1, 1] to the logits of every factor, {name: (B, words)}."""
-        features = self.features(images)
+        """Pictures (B, 3, H, W) in [-1, 1] to the logits of every factor, {name: (B, words)}."""
+        features = self.features(F.adaptive_avg_pool2d(images, self.resolution))
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()

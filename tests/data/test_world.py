@@ -11,6 +11,7 @@ import torch
 
 from ldm.data.world import (
     FACTORS,
+    RESOLUTION,
     RenderedWorld,
     attributes_from_words,
     caption,
@@ -27,7 +28,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "make_demo_tokenizer.py"
 def test_a_picture_is_the_same_alone_and_in_a_batch():
     attributes = random_attributes(70, seed=3)
     batch = render(attributes, range(70))
-    assert batch.shape == (70, 3, 64, 64) and batch.dtype == torch.float32
+    assert batch.shape == (70, 3, RESOLUTION, RESOLUTION) and batch.dtype == torch.float32
     assert batch.min() >= -1 and batch.max() <= 1
     for n in (0, 1, 17, 69):
         assert torch.equal(render(attributes[n : n + 1], [n])[0], batch[n])
@@ -59,7 +60,7 @@ def test_every_value_of_a_factor_changes_the_picture(factor):
 def test_positions_are_where_the_words_say():
     rows = STAR.repeat(5, 1)
     rows[:, 0] = torch.arange(5)
-    pictures = render(rows, range(5))
+    pictures = render(rows, range(5), resolution=64)
     inside = (pictures - pictures[:, :, :1, :1]).abs().sum(1) > 0.3  # the corner shows the background
     centres = [torch.nonzero(mask).float().mean(0) - 31.5 for mask in inside]
     for word, (down, right) in zip(FACTORS["position"], centres, strict=True):
@@ -72,7 +73,7 @@ def test_backgrounds_are_lighter_or_darker_than_every_object():
     attributes = random_attributes(400, seed=0)
     attributes[:, 0] = FACTORS["position"].index("centre")
     attributes[:, 1] = FACTORS["size"].index("large")
-    pictures = (render(attributes, range(400)) + 1) / 2
+    pictures = (render(attributes, range(400), resolution=64) + 1) / 2
     luminance = [(part.flatten(2) * weights).sum(1) for part in (pictures[:, :, :4], pictures[:, :, 28:36, 28:36])]
     background, middle = luminance[0].mean(1), luminance[1]
     light = attributes[:, -1] < 3

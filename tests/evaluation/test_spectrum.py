@@ -131,7 +131,7 @@ def test_ones_own_prompts(tmp_path: Path, run: Run, monkeypatch):
 
 def test_an_empty_prompt_is_a_prompt(tmp_path: Path, run: Run, monkeypatch):
     monkeypatch.setattr(plots, "plot_spectrum", lambda *_: [])
-    flags = ["--prompt", "", "--add", "", "--size", 16, "--width", 10, "--count", 1, "--steps", 1, "--concepts", 0]
+    flags = ["--prompt", "", "--add", "", "--size", 32, "--width", 10, "--count", 1, "--steps", 1, "--concepts", 0]
     run(command, *flags, "--workers", 1, "--outdir", tmp_path)
     assert {row["experiment"] for row in rows(tmp_path)} == {"withhold", "add"}
 
@@ -181,8 +181,8 @@ NUMBERS = {"0": ("--count", "--steps", "--workers"), "-1": ("--count", "--steps"
         (command, ["--width", 0], "--width:"),
         (command, ["--width", 11], "--width must be in 1..10, not 11"),
         (command, ["--size", 0], "--size:"),
-        (command, ["--size", 128], "64 pixels a side, not 128"),
-        (command, [*OWN, "--size", 60], "must be a multiple of 16 for this model, not 60; nearest: 64"),
+        (command, ["--size", 64], "128 pixels a side, not 64"),
+        (command, [*OWN, "--size", 60], "must be a multiple of 32 for this model, not 60; nearest: 64"),
         *(
             (command, [flag, "a"], f"{flag} goes with --prompt")
             for flag in ("--add", "--switch", "--concept", "--clip")

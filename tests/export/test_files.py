@@ -120,7 +120,7 @@ def test_a_concept_of_the_small_model_gets_its_size_and_guidance(
 ) -> None:
     monkeypatch.chdir(ROOT)
     for concept, given, expected in (
-        ("models/demo/concepts/dotted-star.safetensors", [], "CFG scale 2.5, seed 42, 64x64"),
+        ("models/demo/concepts/dotted-star.safetensors", [], "CFG scale 2.5, seed 42, 128x128"),
         ("models/demo/concepts/dotted-star.safetensors", ["--scale", "3", "--width", "32"], "3.0, seed 42, 32x64"),
         (file, [], "CFG scale 10.0, seed 42, 512x512"),
     ):
