@@ -236,8 +236,7 @@ class RenderedWorld(Dataset):
                 raise ValueError(f"{name} is a probability, got {probability}")
         self.num_pictures, self.seed, self.resolution, self.repeats = size, seed, resolution, repeats
         self.empty, self.drop, self.wrong, self.errors_from = empty, drop, wrong, errors_from
-        self.crop_until, self.crop = crop_until, crop
-        self.with_images = True
+        self.crop_until, self.crop, self.with_images = crop_until, crop, True
         self.attributes = random_attributes(size, seed, held_out)  # long (size, F)
         self._epoch: tuple[int, np.ndarray] | None = None
 

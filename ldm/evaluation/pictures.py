@@ -70,7 +70,7 @@ def generate(
     steps: int = 50,
     scale: float = 2.5,
     size: int = RESOLUTION,
-    batch_size: int = RESOLUTION,
+    batch_size: int = 64,
 ) -> Tensor:
     """Pictures (N, 3, size, size) in [-1, 1] for N seeds, by DDIM; picture n starts from the noise of seeds[n] alone.
 
