@@ -119,19 +119,20 @@ def test_the_contract_of_the_signature() -> None:
 
 
 def test_a_picture_has_the_size_asked_for(draw: Draw) -> None:
-    picture = draw(width=48)
-    assert (picture.mode, picture.size) == ("RGB", (48, SIZE))
-    assert difference(picture, draw(width=48)) == 0
-    assert difference(picture, draw(width=48, seed=43)) > 1
+    picture = draw(width=96)
+    assert (picture.mode, picture.size) == ("RGB", (96, SIZE))
+    assert difference(picture, draw(width=96)) == 0
+    assert difference(picture, draw(width=96, seed=43)) > 1
 
 
 def test_the_models_own_size_and_guidance(model: LatentDiffusion) -> None:
     picture = main(PROMPT, model=model, ddim_steps=2, progress=False)
     record = json.loads(picture.info["prospect"])
-    assert picture.size == (64, 64) and (record["height"], record["width"], record["scale"]) == (64, 64, 2.5)
-    explicit = main(PROMPT, model=model, ddim_steps=2, height=64, width=64, scale=2.5, progress=False)
+    assert picture.size == (128, 128)
+    assert (record["height"], record["width"], record["scale"]) == (128, 128, 2.5)
+    explicit = main(PROMPT, model=model, ddim_steps=2, height=128, width=128, scale=2.5, progress=False)
     assert difference(picture, explicit) == 0
-    assert main(PROMPT, model=model, ddim_steps=1, width=32, progress=False).size == (32, 64)
+    assert main(PROMPT, model=model, ddim_steps=1, width=32, progress=False).size == (32, 128)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_the_callback_sees_every_step(draw: Draw, model: LatentDiffusion) -> Non
     seen: list[tuple[int, int, Tensor, Tensor]] = []
     picture = draw(ddim_steps=4, callback=lambda *step: seen.append(step))
     assert [(step, t) for step, t, _, _ in seen] == [(0, 751), (1, 501), (2, 251), (3, 1)]
-    assert all(x.shape == x_0.shape == (1, 4, SIZE // 4, SIZE // 4) for _, _, x, x_0 in seen)
+    assert all(x.shape == x_0.shape == (1, 4, SIZE // 8, SIZE // 8) for _, _, x, x_0 in seen)
     assert difference(to_pil(model.decode_first_stage(seen[-1][2])[0]), picture) == 0
     preview = to_pil(model.decode_first_stage(seen[0][3])[0])
     assert preview.size == picture.size and difference(preview, picture) > 1
@@ -397,7 +398,7 @@ def test_a_picture_can_be_made_again(
         scale=np.float32(2.5),
         n_samples=2,
         resize="pad",
-        width=48,
+        width=96,
         legacy_word_tokens=True,
         negative_prompt="größer (als)",
     )

@@ -71,7 +71,7 @@ def test_a_clip_model_judges_too(tmp_path: Path):
     model = CLIPModel(config).eval()
     model.save_pretrained(tmp_path)
     judge = DistanceJudge(tmp_path)
-    a, b, c = render(random_attributes(3, 2), [1, 2, 3]).split(1)
+    a, b, c = render(random_attributes(3, 2), [1, 2, 3], 64).split(1)
     assert judge.names == ("colour", "structure", "clip")
     assert judge.follows(a, a, b)[0, 2] > 0.999 and judge.follows(b, a, b)[0, 2] < 0.001
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]))

@@ -74,7 +74,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 def ours(
     model: LatentDiffusion, concepts: dict[str, Path], prompt: str, words: list | None, scale: float = 3.0
 ) -> tuple[Image.Image, torch.Tensor]:
-    """Our picture, and its latents (1, 4, 16, 16)."""
+    """Our picture, and its latents (1, 4, 8, 8)."""
     seen: list[torch.Tensor] = []
     settings = {"height": 64, "width": 64, "ddim_steps": 10, "seed": 7, "scale": scale, "progress": False}
     hook = {"callback": lambda step, t, x, x_0: seen.append(x)}
@@ -125,7 +125,7 @@ def test_several_pictures_at_once(
 ) -> None:
     usage = exported(concepts, tmp_path, *SMALL, "--prompt", "a * beside a <b>")
     usage.load(pipe)
-    latents = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
+    latents = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
     pictures = usage.generate(pipe, height=64, width=64, latents=latents, num_images_per_prompt=2).images
     expected, _ = ours(model, concepts, "a * beside a <b>", None)
     assert psnr(expected, pictures[0]) >= 40 > psnr(expected, pictures[1])

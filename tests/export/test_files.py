@@ -121,7 +121,7 @@ def test_a_concept_of_the_small_model_gets_its_size_and_guidance(
     monkeypatch.chdir(ROOT)
     for concept, given, expected in (
         ("models/demo/concepts/dotted-star.safetensors", [], "CFG scale 2.5, seed 42, 128x128"),
-        ("models/demo/concepts/dotted-star.safetensors", ["--scale", "3", "--width", "32"], "3.0, seed 42, 32x64"),
+        ("models/demo/concepts/dotted-star.safetensors", ["--scale", "3", "--width", "32"], "3.0, seed 42, 32x128"),
         (file, [], "CFG scale 10.0, seed 42, 512x512"),
     ):
         flags = ["--name", "a", "--to", "a1111", "--outdir", str(tmp_path / "o"), "--force", *given]

@@ -311,7 +311,7 @@ def gradients(model: LatentDiffusion) -> Tensor:
 
 def test_the_step_as_a_function_of_tensors(model: LatentDiffusion) -> None:
     """What a CUDA graph captures: the same loss, logged values and gradients, exactly."""
-    batch = batch_of(PersonalizedBase(PICTURES, size=64), [0, 1, 2])
+    batch = batch_of(PersonalizedBase(PICTURES, size=128), [0, 1, 2])
     loss, parts = model.shared_step(batch, "train")
     loss.backward()
     expected = gradients(model)
@@ -372,8 +372,8 @@ def test_a_step_never_reads_from_the_device() -> None:
     """On the meta device there is nothing to read: a step that waited for a value would fail."""
     model = build(embedding_reg_weight=0.1).train()
     model.balance = LossBalance()
-    model._latents = LatentCache(model, PersonalizedBase(PICTURES, size=64))
-    batch = batch_of(PersonalizedBase(PICTURES, size=64), [0, 1, 2])
+    model._latents = LatentCache(model, PersonalizedBase(PICTURES, size=128))
+    batch = batch_of(PersonalizedBase(PICTURES, size=128), [0, 1, 2])
     del batch["image"]
     model = model.to("meta")
     model._latents._moments = model._latents._moments.to("meta")
@@ -414,7 +414,7 @@ def test_the_trainer_reads_nothing_in_a_step_either(tmp_path: Path) -> None:
 
 def test_prompts_are_read_once(model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until captions or placeholders change."""
-    batch = batch_of(PersonalizedBase(PICTURES, size=64), [0, 1])
+    batch = batch_of(PersonalizedBase(PICTURES, size=128), [0, 1])
     read: list[tuple[str, ...]] = []
     learned = model.get_learned_conditioning
     monkeypatch.setattr(
@@ -457,7 +457,7 @@ def test_gradients_under_autocast_are_not_enlarged() -> None:
 
 def test_fused_adamw_is_adamw() -> None:
     """To the last digit of float32 after five steps."""
-    batch = batch_of(PersonalizedBase(PICTURES, size=64), [0, 1])
+    batch = batch_of(PersonalizedBase(PICTURES, size=128), [0, 1])
     learned = []
     for fused in (True, False):
         model = build(fused_adamw=fused).train()
@@ -500,7 +500,7 @@ def test_the_balance_of_losses_is_the_plain_loop() -> None:
 def test_the_compiled_unet_computes_the_same() -> None:
     """The real compiler, forward and backward: to 1e-4 of the largest value."""
     model, compiled = build().train(), build(compile_unet=True).train()
-    batch = batch_of(PersonalizedBase(PICTURES, size=64), [0, 1])
+    batch = batch_of(PersonalizedBase(PICTURES, size=128), [0, 1])
     results = []
     for m in (model, compiled):
         loss = m.shared_step(batch, "train")[0]
@@ -528,7 +528,7 @@ def test_a_captured_call_computes_the_same(compile_unet: bool) -> None:
 def steps_on_gpu(steps: int, **switches: object) -> tuple[list[float], Tensor]:
     """Losses of some steps, and what is learned after them."""
     model = build(**switches).cuda().train()
-    dataset = PersonalizedBase(PICTURES, size=64)
+    dataset = PersonalizedBase(PICTURES, size=128)
     model._latents = LatentCache(model, dataset)
     optimizer = model.configure_optimizers()
     losses = []
@@ -582,7 +582,7 @@ def test_a_captured_step_learns_the_same(switch: dict[str, bool]) -> None:
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_step_does_not_synchronise(cuda_graph: bool) -> None:
     model = build(cuda_graph=cuda_graph).cuda().train()
-    dataset = PersonalizedBase(PICTURES, size=64)
+    dataset = PersonalizedBase(PICTURES, size=128)
     model._latents = LatentCache(model, dataset)
     optimizer = model.configure_optimizers()
 
