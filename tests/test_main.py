@@ -365,7 +365,7 @@ def test_learning_rate_is_scaled_and_said(tmp_path: Path, caplog: pytest.LogCapt
         learn(tmp_path / "run", "--max_steps", "1", "--accumulate_grad_batches", "2", "--gpus", "0,")
     lines = [record.message for record in caplog.records if record.message.startswith("Learning rate")]
     assert lines == [
-        "Learning rate 9.60e-04 = 2 (accumulate_grad_batches) x 1 (devices) x 8 (batch size) x 6.00e-05 (base)"
+        "Learning rate 4.80e-04 = 2 (accumulate_grad_batches) x 1 (devices) x 8 (batch size) x 3.00e-05 (base)"
     ]
 
 

@@ -53,7 +53,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(
     assert len(seen) == 1, "at no time had the second process a folder of its own"
     assert "error" not in errors
     assert main.main([*common, "-l", str(tmp_path / "one"), "-n", "x", "data.params.batch_size=4"]) == 0
-    assert len(re.findall(r"Learning rate 2.40e-04 = .* 2 \(devices\) x 2 \(batch size\)", errors)) >= 1
+    assert len(re.findall(r"Learning rate 1.20e-04 = .* 2 \(devices\) x 2 \(batch size\)", errors)) >= 1
 
     folders = [run for name in ("one", "two") for run in (tmp_path / name).iterdir()]
     assert len(folders) == 2, "one log folder for both processes"

@@ -308,7 +308,7 @@ def test_the_name_of_the_log_folder(flags: str, folder: str | None) -> None:
     assert re.fullmatch(folder, open_run(cli.parse(arguments)).folder.as_posix())
 
 
-@pytest.mark.parametrize(("scale", "rate"), [("false", "6.00e-05"), ("true", "4.80e-04")])
+@pytest.mark.parametrize(("scale", "rate"), [("false", "3.00e-05"), ("true", "2.40e-04")])
 def test_the_learning_rate_is_scaled_unless_told_not_to(
     scale: str, rate: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
