@@ -3,8 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ldm.config import load_config
 from ldm.evaluation.ablation import INITIAL_WORDS, Ablation, gain, share, summary
-from ldm.evaluation.concepts import TRANSFERS, concept_attributes
+from ldm.evaluation.concepts import MAX_STEPS, TRANSFERS, concept_attributes
 from scripts import ablate
 
 YAML = Path(__file__).parents[2] / "configs" / "evidence" / "ablation.yaml"
@@ -13,7 +14,12 @@ YAML = Path(__file__).parents[2] / "configs" / "evidence" / "ablation.yaml"
 def test_the_yaml_that_ships():
     ablation = Ablation.read(YAML, ["prospect", "word-of-class"], limit=3)
     assert list(ablation.jobs()) == [f"{name}-{i:02d}" for name in ("prospect", "word-of-class") for i in range(3)]
-    assert ablation.overrides("prospect", 0) == {"model.params.frozen_dtype": "bfloat16"}
+    config = load_config(ablation.config)
+    assert ablation.overrides("prospect", 0) == {  # as the configuration learns
+        "model.params.frozen_dtype": "bfloat16",
+        "learning_rate": pytest.approx(config.model.base_learning_rate * config.data.params.batch_size),
+        MAX_STEPS: config.lightning.trainer.max_steps,
+    }
     picture, _ = concept_attributes(1, ablation.seed)
     shapes = ("circle", "square", "triangle", "star", "heart", "cross")
     assert ablation.overrides("word-of-class", 1)[INITIAL_WORDS] == [shapes[picture[2]]]
