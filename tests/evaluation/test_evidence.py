@@ -100,7 +100,7 @@ def test_captions_are_followed_on_combinations_that_training_never_showed():
 def test_layout_is_decided_early_and_texture_late(judge: AttributeJudge):
     """The prompt spectrum in small; with stages that did nothing both shares would be equal."""
     experiment = caption_experiments(24, 3)["switch"]
-    pictures = generate(load(CONFIG, MODEL), experiment.conditions["6"], experiment.seeds, steps=20)
+    pictures = generate(load(CONFIG, MODEL), experiment.conditions["5"], experiment.seeds, steps=20)
     same = dict(zip(FACTORS, judge.follows(pictures, experiment.toward, experiment.away).mean(dim=0), strict=True))
     other = dict(zip(FACTORS, judge.follows(pictures, experiment.away, experiment.toward).mean(dim=0), strict=True))
     assert same["position"] > 0.8 and same["background"] > 0.8
