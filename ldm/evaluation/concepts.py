@@ -74,6 +74,11 @@ def concept_picture(number: int, seed: int) -> Tensor:
     return render(picture[None], [seed * 1000 + number])[0]
 
 
+def noises(number: int, seed: int, count: int) -> list[int]:
+    """Seeds of the pictures that are made with concept `number`, alike in all prompts and ways of learning."""
+    return [seed * 1000 + number * count + i for i in range(count)]
+
+
 def fill(transfer: Transfer, attributes: Tensor) -> str:
     """The transfer's prompt with the words of the text's attributes (F,)."""
     words = {name: values[i] for (name, values), i in zip(FACTORS.items(), attributes.tolist(), strict=True)}
@@ -141,7 +146,7 @@ def bring(
     windows: Mapping[str, Sequence[int]], seeds: int = 4, steps: int = 50, scale: float = 2.5,
     everywhere: bool = True,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """What the learned vectors (S, D) of concept `number` bring into pictures.
+    """What the learned vectors (S, D) of concept `number` bring into pictures, from `noises` of its own.
 
     Returns:
         picture and text, the attributes (F,); latent_distance (N,) of the regenerated picture to the picture, root
@@ -162,8 +167,9 @@ def bring(
         if everywhere:
             texts[f"{name}-everywhere"] = windowed(prompt, range(10), stages)
     names = [name for name in texts for _ in range(seeds)]
+    numbers = noises(number, seed, seeds)
     columns = [[texts[name][stage] for name in names] for stage in range(stages)]
-    pictures = generate(model, columns, list(range(seeds)) * len(texts), steps, scale)
+    pictures = generate(model, columns, numbers * len(texts), steps, scale)
     latents = model.encode_first_stage(pictures[:seeds]).mode()
     wanted = model.encode_first_stage(picture[None]).mode()
     result = {

@@ -10,7 +10,7 @@ import torch
 
 from ldm.data.world import FACTORS, caption, random_attributes, sentence
 from ldm.embeddings import Concept, save_concept
-from ldm.evaluation.concepts import COLUMNS, TRANSFERS, brought, concept_attributes, fill, learn_concept
+from ldm.evaluation.concepts import COLUMNS, TRANSFERS, brought, concept_attributes, fill, learn_concept, noises
 from ldm.evaluation.jobs import run_jobs
 from ldm.evaluation.spectrum import Experiment, add, all_windows, place, switch, withhold
 
@@ -60,7 +60,7 @@ def concept_experiments(concepts: Mapping[str, str], seeds: int = 4) -> dict[str
     """For every preset, its prompt with the concept in each window of stages there is."""
     experiments = {}
     for name, transfer in TRANSFERS.items():
-        prompts, rows, others = [], [], []
+        prompts, rows, others, numbers = [], [], [], []
         for number, placeholder in enumerate(concepts):
             picture, text = concept_attributes(number, SEED)
             prompt = fill(transfer, text)
@@ -68,7 +68,7 @@ def concept_experiments(concepts: Mapping[str, str], seeds: int = 4) -> dict[str
             prompts += [prompt.replace("*", placeholder)] * seeds
             rows += [picture] * seeds
             others += [text] * seeds
-        numbers = list(range(seeds)) * len(concepts)
+            numbers += noises(number, SEED, seeds)
         experiments[f"concept-{name}"] = place(prompts, numbers, all_windows(), dict(concepts))
         experiments[f"concept-{name}"].toward = torch.stack(rows)
         experiments[f"concept-{name}"].away = torch.stack(others)

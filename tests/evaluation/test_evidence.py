@@ -10,11 +10,12 @@ from transformers import CLIPConfig, CLIPModel
 
 from ldm.data.world import FACTORS, random_attributes, render
 from ldm.evaluation import spectrum
+from ldm.evaluation.ablation import Ablation
 from ldm.evaluation.captions import follow_captions, load, load_judge
-from ldm.evaluation.concepts import TRANSFERS, brought, concept_attributes, fill, windowed
+from ldm.evaluation.concepts import TRANSFERS, brought, concept_attributes, fill, noises, windowed
 from ldm.evaluation.judges import AttributeJudge, DistanceJudge
 from ldm.evaluation.pictures import generate, staged
-from ldm.evaluation.world_spectrum import best_windows, caption_experiments
+from ldm.evaluation.world_spectrum import SEED, best_windows, caption_experiments
 
 ROOT = Path(__file__).parents[2]
 CONFIG, MODEL = "configs/demo/finetune.yaml", "models/demo/model.safetensors"
@@ -133,6 +134,13 @@ def test_picture_and_text_of_a_transfer_differ_in_every_factor():
         picture, text = concept_attributes(number, 50)
         assert (picture != text).all()
     assert "*" in fill(TRANSFERS["material"], text) and FACTORS["shape"][text[2]] in fill(TRANSFERS["material"], text)
+
+
+def test_windows_are_counted_on_other_noises_than_they_are_chosen_on():
+    ablation = Ablation.read(ROOT / "configs/evidence/ablation.yaml")
+    counted, chosen = ([x for number in range(24) for x in noises(number, s, 4)] for s in (ablation.seed, SEED))
+    chosen += caption_experiments(64, 3)["switch"].seeds
+    assert len(set(counted)) == 96 and not set(counted) & set(chosen)
 
 
 def test_what_was_brought():
