@@ -13,16 +13,21 @@ import yaml
 
 from ldm.config import read_yaml
 from ldm.data.world import FACTORS
-from ldm.evaluation.concepts import MAX_STEPS, TRANSFERS, bring, brought, concept_attributes, learn_concept
+from ldm.evaluation.concepts import MAX_STEPS, TRANSFERS, bring, brought, concept_attributes, learn_concept, noises
 from ldm.evaluation.jobs import Result, run_jobs
 from ldm.evaluation.plots import plot_transfers, plot_variants
 from ldm.evaluation.statistics import bootstrap
 from ldm.files import replace_text
+from ldm.presets import PRESET_STAGES
 
 KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale"}
-KEYS |= {"default", "everywhere", "settings", "variants"}
+KEYS |= {"default", "elsewhere", "settings", "variants"}
 EXAMPLE = "configs/evidence/ablation.yaml is one"
 INITIAL_WORDS = "model.params.personalization_config.params.initializer_words"
+
+
+PRESETS = "presets"  # where a concept's `*` stands: in the windows of the presets
+ELSEWHERE = {"all stages": dict.fromkeys(TRANSFERS, range(10)), "the paper's stages": PRESET_STAGES}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Ablation:
 
     Args:
         default: the variant that the others are compared with.
-        everywhere: the variants that are also counted with the concept in all stages.
+        elsewhere: the variants that are also counted with the concept in other stages than its presets'.
         settings: {dotted key: value} of the configuration, for all variants.
         variants: {name: {dotted key: value}}, and `concepts`, how many pictures are learned so.
     """
@@ -44,7 +49,7 @@ class Ablation:
     steps: int
     scale: float
     default: str
-    everywhere: list[str]
+    elsewhere: list[str]
     settings: dict[str, Any]
     variants: dict[str, dict[str, Any]]
 
@@ -62,7 +67,7 @@ class Ablation:
             raise ValueError(
                 f"'variants' and 'settings' in '{path}' must be sections with keys of their own; {EXAMPLE}."
             )
-        named = [*(only or ()), content["default"], *(content["everywhere"] or ())]
+        named = [*(only or ()), content["default"], *(content["elsewhere"] or ())]
         if unknown := [str(name) for name in named if name not in variants]:
             raise ValueError(f"'{path}' has no variants {', '.join(unknown)}; there are {', '.join(variants)}.")
         for name, values in variants.items():
@@ -70,7 +75,7 @@ class Ablation:
         kept = {name: values for name, values in variants.items() if only is None or name in only}
         for values in kept.values():
             values["concepts"] = min(values["concepts"], limit or values["concepts"])
-        return cls(**(content | {"everywhere": list(content["everywhere"] or ()), "variants": kept}))
+        return cls(**(content | {"elsewhere": list(content["elsewhere"] or ()), "variants": kept}))
 
     def jobs(self) -> dict[str, tuple[str, int]]:
         """Name of a job -> (variant, number of the concept)."""
@@ -105,13 +110,16 @@ class Ablation:
         workers: int | None = None,
     ) -> dict[str, Result]:
         shared = {"config": self.config, "ckpt": self.ckpt, "classifier": self.classifier, "seed": self.seed}
-        shared |= {"windows": {name: list(stages) for name, stages in windows.items()}}
-        shared |= {"seeds": self.pictures, "steps": self.steps, "scale": self.scale}
-        jobs = {
-            name: shared
-            | {"number": number, "vectors": learned[name]["vectors"].tolist(), "everywhere": variant in self.everywhere}
-            for name, (variant, number) in self.jobs().items()
-        }
+        shared |= {"steps": self.steps, "scale": self.scale}
+        jobs = {}
+        for name, (variant, number) in self.jobs().items():
+            places = {PRESETS: windows} | (ELSEWHERE if variant in self.elsewhere else {})
+            jobs[name] = shared | {
+                "number": number,
+                "vectors": learned[name]["vectors"].tolist(),
+                "placements": {place: {key: list(window) for key, window in w.items()} for place, w in places.items()},
+                "seeds": noises(number, self.seed, self.pictures),
+            }
         return run_jobs(bring, jobs, folder / "measured", workers, "counting")
 
 
@@ -128,12 +136,12 @@ def _check_variant(values: object, settings: Mapping[str, Any], what: str) -> No
 
 
 def summary(
-    ablation: Ablation, measured: Mapping[str, Result], variant: str, suffix: str = ""
+    ablation: Ablation, measured: Mapping[str, Result], variant: str, placement: str = PRESETS
 ) -> dict[str, np.ndarray]:
     """One value for each concept of a variant: (concepts,) under each name.
 
     Names: reconstruction (share of attributes), distance (of latents), wanted/…, leaked/…, transferred/… of each
-    preset, and transferred/all, their mean. With the suffix `-everywhere`, the concept stands in all stages.
+    preset, and transferred/all, their mean.
     """
     rows = []
     for name, (owner, _) in ablation.jobs().items():
@@ -145,7 +153,7 @@ def summary(
             "distance": result["latent_distance"].mean(),
         }
         for preset, transfer in TRANSFERS.items():
-            found = brought(result[f"read/{preset}{suffix}"], result["picture"], transfer)
+            found = brought(result[f"read/{placement}/{preset}"], result["picture"], transfer)
             row |= {f"{kind}/{preset}": values.mean() for kind, values in found.items()}
         row["transferred/all"] = np.mean([row[f"transferred/{preset}"] for preset in TRANSFERS])
         rows.append(row)
@@ -155,21 +163,22 @@ def summary(
 def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[str, Result], folder: Path) -> str:
     """The comparison as Markdown; also written, with plots, into `folder`."""
     summaries = {variant: summary(ablation, measured, variant) for variant in ablation.variants}
-    everywhere = {
-        f"{variant}, `*` in all stages": summary(ablation, measured, variant, "-everywhere")
-        for variant in ablation.everywhere
+    elsewhere = {
+        f"{variant}, `*` in {placement}": summary(ablation, measured, variant, placement)
+        for variant in ablation.elsewhere
+        for placement in ELSEWHERE
         if variant in ablation.variants
     }
     gains = {
         name: gain(values, summaries[ablation.default])
-        for name, values in (summaries | everywhere).items()
+        for name, values in (summaries | elsewhere).items()
         if ablation.default in summaries and name != ablation.default
     }
     presets = list(TRANSFERS)
     lines = ["| variant | concepts | attributes regenerated | latent distance | transfer, mean of presets | "]
     lines[0] += " | ".join(presets) + f" | transfer − {ablation.default}'s, same pictures | seconds to learn |"
     lines.append("|" + "---|" * (7 + len(presets)))
-    for name, values in (summaries | everywhere).items():
+    for name, values in (summaries | elsewhere).items():
         seconds = [float(learned[job]["seconds"]) for job, (v, _) in ablation.jobs().items() if v == name]
         cells = [name, str(len(values["distance"])), share(values["reconstruction"])]
         cells += [f"{values['distance'].mean():.3f}", share(values["transferred/all"])]
@@ -179,13 +188,13 @@ def tables(ablation: Ablation, measured: Mapping[str, Result], learned: Mapping[
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| variant | " + " | ".join(f"{p}: wanted / leaked" for p in presets) + " |"]
     lines.append("|" + "---|" * (1 + len(presets)))
-    for name, values in (summaries | everywhere).items():
+    for name, values in (summaries | elsewhere).items():
         cells = [f"{share(values[f'wanted/{p}'])} / {values[f'leaked/{p}'].mean():.2f}" for p in presets]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(lines) + "\n"
     replace_text(folder / "ablation.md", text)
-    everything = summaries | everywhere
+    everything = summaries | elsewhere
     numbers = {name: {key: x.tolist() for key, x in values.items()} for name, values in everything.items()}
     replace_text(folder / "ablation.json", json.dumps(numbers, indent=1) + "\n")
     plot_transfers(everything, presets, folder / "transfer.png")

@@ -106,7 +106,9 @@ def learn(config: str, ckpt: str, picture: Tensor, overrides: Mapping[str, Any],
         model = instantiate_from_config(settings.model)
         model.seed = seed
         data = instantiate_from_config(settings.data)
-        model.learning_rate = learning_rate or settings.model.base_learning_rate * settings.data.params.batch_size
+        if learning_rate is None:
+            learning_rate = settings.model.base_learning_rate * settings.data.params.batch_size
+        model.learning_rate = learning_rate
         trainer = pl.Trainer(
             max_steps=OmegaConf.select(settings, MAX_STEPS), accelerator="auto", devices=1, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -143,16 +145,18 @@ def learn_concept(
 @torch.no_grad()
 def bring(
     config: str, ckpt: str, classifier: str, vectors: Sequence[Sequence[float]], number: int, seed: int,
-    windows: Mapping[str, Sequence[int]], seeds: int = 4, steps: int = 50, scale: float = 2.5,
-    everywhere: bool = True,
+    placements: Mapping[str, Mapping[str, Sequence[int]]], seeds: Sequence[int], steps: int = 50, scale: float = 2.5,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """What the learned vectors (S, D) of concept `number` bring into pictures, from `noises` of its own.
+    """What the learned vectors (S, D) of concept `number` bring into N pictures for each prompt.
+
+    Args:
+        placements: {name: {preset: window}}, where `*` stands; a window is a list of tenths of time.
+        seeds: of the N pictures, alike in all prompts.
 
     Returns:
         picture and text, the attributes (F,); latent_distance (N,) of the regenerated picture to the picture, root
-        mean square; read/reconstruction and, for all of TRANSFERS, read/NAME (N, F) with the concept in the
-        windows and, where `everywhere`, read/NAME-everywhere with the concept in all stages; pictures/… uint8 beside
-        them.
+        mean square; read/reconstruction and, for all of TRANSFERS and all placements, read/PLACEMENT/PRESET (N, F);
+        pictures/… uint8 beside them.
     """
     concept = Concept(torch.tensor(vectors))
     picture = concept_picture(number, seed)
@@ -161,25 +165,22 @@ def bring(
     model, judge = load(config, ckpt, stages), load_judge(classifier)
     model.embedding_manager.load(concept)
     texts = {"reconstruction": ["a *"] * stages}
-    for name, transfer in TRANSFERS.items():
-        prompt = fill(transfer, text)
-        texts[name] = windowed(prompt, windows[name], stages)
-        if everywhere:
-            texts[f"{name}-everywhere"] = windowed(prompt, range(10), stages)
-    names = [name for name in texts for _ in range(seeds)]
-    numbers = noises(number, seed, seeds)
+    for placement, windows in placements.items():
+        for name, transfer in TRANSFERS.items():
+            texts[f"{placement}/{name}"] = windowed(fill(transfer, text), windows[name], stages)
+    names = [name for name in texts for _ in seeds]
     columns = [[texts[name][stage] for name in names] for stage in range(stages)]
-    pictures = generate(model, columns, numbers * len(texts), steps, scale)
-    latents = model.encode_first_stage(pictures[:seeds]).mode()
+    pictures = generate(model, columns, list(seeds) * len(texts), steps, scale)
+    latents = model.encode_first_stage(pictures[: len(seeds)]).mode()
     wanted = model.encode_first_stage(picture[None]).mode()
     result = {
         "picture": attributes.numpy(),
         "text": text.numpy(),
         "latent_distance": (latents - wanted).pow(2).mean(dim=(1, 2, 3)).sqrt().cpu().numpy(),
     }
-    for i, (name, read) in enumerate(zip(texts, judge.read(pictures).split(seeds), strict=True)):
-        result[f"read/{name}"] = read.numpy()
-        result[f"pictures/{name}"] = to_bytes(pictures[i * seeds : (i + 1) * seeds])
+    drawn = pictures.split(len(seeds))
+    for name, part, read in zip(texts, drawn, judge.read(pictures).split(len(seeds)), strict=True):
+        result |= {f"read/{name}": read.numpy(), f"pictures/{name}": to_bytes(part)}
     return result
 
 

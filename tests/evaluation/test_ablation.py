@@ -30,7 +30,7 @@ def test_one_value_for_each_concept():
     measured = {}
     for job, same in zip(ablation.jobs(), (1, 0), strict=True):
         read = np.full((4, 6), 1 - same)
-        reads = {f"read/{name}": read for name in (*TRANSFERS, "reconstruction")}
+        reads = {f"read/{name}": read for name in ("reconstruction", *(f"presets/{preset}" for preset in TRANSFERS))}
         measured[job] = reads | {"picture": np.zeros(6, int), "latent_distance": np.ones(4)}
     values = summary(ablation, measured, "prospect")
     assert values["reconstruction"].tolist() == [1, 0] and values["wanted/style"].tolist() == [1, 0]
@@ -53,7 +53,7 @@ steps: 2
 scale: 2.5
 settings: {lightning.trainer.max_steps: 2}
 default: prospect
-everywhere: [prospect, textual-inversion]
+elsewhere: [prospect, textual-inversion]
 variants:
   prospect: {concepts: 1, learning_rate: 1.0e-3}
   textual-inversion: {concepts: 1, model.params.prospect_stages: 1, word: shape}
@@ -71,7 +71,7 @@ def test_the_command_learns_counts_and_goes_on(tmp_path: Path, capsys, monkeypat
     rows = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith(("| prospect", "| text", "| other"))
     ]
-    assert len(rows) == 10  # two tables; two variants again with the concept in all stages
+    assert len(rows) == 14  # two tables; two variants again with the concept in all stages, and in the paper's
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
     assert len(files) == 6 and {"ablation.md", "ablation.json", "transfer.png", "variants.png"} <= {
         path.name for path in tmp_path.iterdir()
@@ -97,7 +97,7 @@ def test_the_command_learns_counts_and_goes_on(tmp_path: Path, capsys, monkeypat
         (TINY.replace("concepts: 1, learning", "concepts: 0, learning"), "must be a section that says how many"),
         (TINY.replace("word: shape", "word: shap"), "starts from the word of 'shap'; choose from position"),
         (TINY.replace("default: prospect", "default: prospekt"), "has no variants prospekt"),
-        (TINY.replace("everywhere: [prospect", "everywhere: [prospekt"), "has no variants prospekt"),
+        (TINY.replace("elsewhere: [prospect", "elsewhere: [prospekt"), "has no variants prospekt"),
         (TINY.replace("learning_rate: 1.0e-3", "lightning.trainer.max_step: 7"), "sets 'lightning.trainer.max_step'"),
         (TINY.replace("demo/classifier", "demo/nothing"), "models/demo/nothing.safetensors"),
         (TINY.replace("demo/model", "demo/nothing"), "models/demo/nothing.safetensors"),

@@ -12,10 +12,11 @@ from ldm.data.world import FACTORS, random_attributes, render
 from ldm.evaluation import spectrum
 from ldm.evaluation.ablation import Ablation
 from ldm.evaluation.captions import follow_captions, load, load_judge
-from ldm.evaluation.concepts import TRANSFERS, brought, concept_attributes, fill, noises, windowed
+from ldm.evaluation.concepts import TRANSFERS, brought, concept_attributes, fill, windowed
 from ldm.evaluation.judges import AttributeJudge, DistanceJudge
 from ldm.evaluation.pictures import generate, staged
-from ldm.evaluation.world_spectrum import SEED, best_windows, caption_experiments
+from ldm.evaluation.world_spectrum import best_windows, caption_experiments, concept_experiments
+from ldm.presets import PRESET_STAGES
 
 ROOT = Path(__file__).parents[2]
 CONFIG, MODEL = "configs/demo/finetune.yaml", "models/demo/model.safetensors"
@@ -136,11 +137,15 @@ def test_picture_and_text_of_a_transfer_differ_in_every_factor():
     assert "*" in fill(TRANSFERS["material"], text) and FACTORS["shape"][text[2]] in fill(TRANSFERS["material"], text)
 
 
-def test_windows_are_counted_on_other_noises_than_they_are_chosen_on():
-    ablation = Ablation.read(ROOT / "configs/evidence/ablation.yaml")
-    counted, chosen = ([x for number in range(24) for x in noises(number, s, 4)] for s in (ablation.seed, SEED))
-    chosen += caption_experiments(64, 3)["switch"].seeds
-    assert len(set(counted)) == 96 and not set(counted) & set(chosen)
+def test_windows_are_counted_on_other_noises_than_they_are_chosen_on(monkeypatch: pytest.MonkeyPatch):
+    experiments = caption_experiments(64, 3) | concept_experiments({f"<{i}>": "file" for i in range(24)})
+    chosen = {seed for experiment in experiments.values() for seed in experiment.seeds}
+    ablation = Ablation.read(ROOT / "configs/evidence/ablation.yaml", ["prospect"])
+    jobs = {}
+    monkeypatch.setattr("ldm.evaluation.ablation.run_jobs", lambda _, made, *__: jobs.update(made))
+    ablation.measure(Path(), dict.fromkeys(ablation.jobs(), {"vectors": np.zeros((10, 2))}), PRESET_STAGES)
+    counted = [seed for job in jobs.values() for seed in job["seeds"]]
+    assert len(set(counted)) == len(counted) == 24 * 4 and not chosen & set(counted)
 
 
 def test_what_was_brought():
