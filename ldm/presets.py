@@ -74,10 +74,16 @@ def preset(
         windows: attribute -> tenths; the paper's, or `model.presets`, which are measured if a file says so.
 
     Raises:
-        ValueError: unknown attribute, or a stage outside 0..S-1.
+        ValueError: unknown attribute, a stage outside 0..S-1, or a window in which none of few stages has its middle.
     """
     if stages is None:
         stages = _window(attribute, num_stages, windows)
+        if not stages:
+            tenths = ", ".join(map(str, windows[attribute]))
+            raise ValueError(
+                f"The preset '{attribute}' is stages {tenths} of ten, and none of this concept's {num_stages} has its "
+                "middle there; choose its stages yourself (stages=…, or --word for each stage)."
+            )
     _check_stages(attribute, stages, num_stages)
     return [_with_only(prompt, {placeholder: stage in stages}) for stage in range(num_stages)]
 
@@ -101,7 +107,7 @@ def joint(
         num_stages, windows: as for `preset`.
 
     Raises:
-        ValueError: no attribute, an unknown one, or a stage outside 0..S-1.
+        ValueError: no attribute, an unknown one, a stage outside 0..S-1, or an attribute that is left without a stage.
     """
     if not concepts:
         raise ValueError(f"joint needs a concept for at least one attribute: {', '.join(PRESET_STAGES)}.")
@@ -116,6 +122,11 @@ def joint(
             )
         windows[attribute] = set(chosen)
         _check_stages(attribute, chosen, num_stages)
+    if left := [attribute for attribute in concepts if not windows[attribute] and attribute not in (stages or {})]:
+        raise ValueError(
+            f"No stage is left for {' and '.join(left)}, since content gives way to material and style and few stages "
+            f"may miss a window; give stages={{'{left[0]}': […]}}."
+        )
 
     def text(stage: int) -> str:
         inside = dict.fromkeys(concepts.values(), False)

@@ -3,8 +3,9 @@
     python scripts/ablate.py configs/evidence/ablation.yaml --outdir outputs/ablation
     python scripts/ablate.py configs/evidence/ablation.yaml --only prospect textual-inversion --limit 4
 
-Every learned concept and every count stays in --outdir, where an interrupted run goes on. `--limit` and `--only`
-take part of the YAML; run again without them for the rest. The tables go to --outdir/ablation.{md,json}.
+Every learned concept and every count stays in --outdir, where an interrupted run goes on (with other code, take
+another folder). `--limit` and `--only` take part of the YAML; run again without them for the rest. The tables go to
+--outdir/ablation.{md,json}.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm.cli import positive
 from ldm.flags import Parser
 
 
@@ -19,34 +21,32 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml", type=Path, help="the variants")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most so many concepts of each variant")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one for each core)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most so many concepts of each variant")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (one for each core)")
     parser.add_argument(
         "--presets", type=Path, help="YAML of windows (presets.yaml beside the checkpoint, or the paper's)"
     )
     parser.add_argument("--outdir", type=Path, default=Path("outputs/ablation"))
     args = parser.parse_strictly()
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit must be at least 1, not {args.limit}")
     with parser.sentences():
         compare(args)
 
 
 def compare(args: argparse.Namespace) -> None:
     """Learn, count, print and write."""
-    from ldm.evaluation.ablation import Ablation, tables
+    from ldm.evaluation.ablation import Ablation
     from ldm.evaluation.captions import load, load_judge
-    from ldm.evaluation.concepts import TRANSFERS
+    from ldm.evaluation.comparison import tables
     from ldm.presets import load_presets, presets_beside
 
     ablation = Ablation.read(args.yaml, args.only, args.limit)
     windows = load_presets(args.presets) if args.presets else presets_beside(ablation.ckpt)
-    if missing := sorted(TRANSFERS.keys() - windows.keys()):
-        raise ValueError(f"The presets have no window for {', '.join(missing)}; see models/demo/presets.yaml.")
+    ablation.check()
     load(ablation.config, ablation.ckpt)  # what is missing or does not fit is found before hours of learning
     load_judge(ablation.classifier)
     learned = ablation.learn(args.outdir, args.workers)
-    text = tables(ablation, ablation.measure(args.outdir, learned, windows, args.workers), learned, args.outdir)
+    measured = ablation.measure(args.outdir, learned, windows, args.workers)
+    text = tables(ablation, measured, learned, windows, args.outdir)
     print(text)
     print(f"{args.outdir}: ablation.md, ablation.json, transfer.png, variants.png")
 

@@ -7,7 +7,7 @@
 
 Without --prompt, captions of the rendered world are drawn and attributes read by the classifier; with it, your
 prompts, judged by colour and structure, and by CLIP and LPIPS where you have their weights. Pictures, figures and
-spectrum.csv go to --outdir, where an interrupted run goes on.
+spectrum.csv go to --outdir, where an interrupted run goes on (with other code, take another folder).
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ def measure(args: argparse.Namespace) -> None:
             experiments["concept"] = spectrum.place([text] * args.count, seeds, windows, {"*": file})
     options = {"steps": args.steps, "scale": args.scale, "size": args.size, "batch_size": args.batch}
     found = spectrum.run(experiments, judge, **place, folder=args.outdir, options=options, workers=args.workers)
+    if "switch" in found:
+        places = spectrum.half_way(found["switch"], judge).items()
+        print("half of the pictures follow A at stage " + ", ".join(f"{stage:.1f} ({name})" for name, stage in places))
     figures = plot_spectrum(found, experiments, judge, args.outdir)
     if args.write_presets:
         windows = world_spectrum.best_windows(found)

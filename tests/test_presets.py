@@ -18,6 +18,18 @@ def test_measured_windows_take_the_place_of_the_papers(tmp_path: Path) -> None:
     assert [stage for stage, text in enumerate(both) if "<b>" in text] == [2]
 
 
+def test_an_attribute_without_a_stage_is_no_secret():
+    four = {"content": "<a>", "material": "<b>", "style": "<c>", "layout": "<d>"}
+    measured = {"content": (2, 3), "material": (3, 4), "style": (1, 2, 3), "layout": (9,)}
+    with pytest.raises(ValueError, match=r"No stage is left for content.*give stages=\{'content'"):
+        joint(four, "a thing", windows=measured)
+    words = joint(four, "a thing", {"content": [2]}, windows=measured)
+    assert "<a>" in words[2]
+    with pytest.raises(ValueError, match="'layout' is stages 9 of ten, and none of this concept's 4"):
+        preset("layout", "a star", num_stages=4)
+    assert preset("layout", "a star", stages=[], num_stages=4) == ["a star"] * 4
+
+
 def test_without_a_file_the_papers_hold(tmp_path: Path) -> None:
     assert presets_beside(tmp_path / "model.safetensors") == load_presets(None) == PRESET_STAGES
 

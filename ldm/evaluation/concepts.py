@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ldm.config import instantiate_from_config, load_config
@@ -85,6 +85,14 @@ def fill(transfer: Transfer, attributes: Tensor) -> str:
     return transfer.prompt.format(**words, preposition=PREPOSITIONS[words["position"]])
 
 
+def configured(config: str, overrides: Mapping[str, Any]) -> DictConfig:
+    """The configuration with other values for dotted keys."""
+    settings = load_config(config)
+    for key, value in overrides.items():
+        OmegaConf.update(settings, key, value)
+    return settings
+
+
 def learn(config: str, ckpt: str, picture: Tensor, overrides: Mapping[str, Any], seed: int = 23) -> Concept:
     """Learn one picture (3, R, R) as `main.py` does, with `overrides` of the configuration's dotted keys.
 
@@ -92,10 +100,8 @@ def learn(config: str, ckpt: str, picture: Tensor, overrides: Mapping[str, Any],
     `MAX_STEPS` counts.
     """
     overrides = dict(overrides)
-    settings = load_config(config)
     learning_rate = overrides.pop("learning_rate", None)
-    for key, value in overrides.items():
-        OmegaConf.update(settings, key, value)
+    settings = configured(config, overrides)
     settings.model.params.ckpt_path = ckpt
     pl.seed_everything(seed, verbose=False)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its notices would hide the progress bar
@@ -185,12 +191,12 @@ def bring(
 
 
 def brought(read: np.ndarray, picture: np.ndarray, transfer: Transfer) -> dict[str, np.ndarray]:
-    """How pictures (N, F) of one concept compare with its picture (F,): bool (N,) for each factor, and together.
+    """How pictures (N, F) of one concept compare with its picture (F,), bool (N,) each.
 
-    `wanted`: the wanted factor is the picture's. `leaked`: share of the unwanted factors that are. `transferred`:
-    the wanted factor is and none of the unwanted ones.
+    `wanted`: the wanted factor is the picture's. `leaked/FACTOR`: an unwanted factor is. `transferred`: the wanted
+    factor is and none of the unwanted ones.
     """
     same = read == picture
-    unwanted = same[:, [COLUMNS[name] for name in transfer.unwanted]]
     wanted = same[:, COLUMNS[transfer.wanted]]
-    return {"wanted": wanted, "leaked": unwanted.mean(axis=1), "transferred": wanted & ~unwanted.any(axis=1)}
+    leaked = {f"leaked/{name}": same[:, COLUMNS[name]] for name in transfer.unwanted}
+    return {"wanted": wanted, "transferred": wanted & ~np.any(list(leaked.values()), axis=0)} | leaked

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+
+try:
+    import matplotlib
+except ImportError as error:
+    raise ImportError("Figures need matplotlib; install it with: pip install -e '.[metrics]'") from error
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from ldm.evaluation.judges import Judge  # noqa: E402
 from ldm.evaluation.spectrum import Experiment, all_windows, matrix  # noqa: E402
-from ldm.evaluation.statistics import bootstrap  # noqa: E402
+from ldm.evaluation.statistics import mean_interval, share_interval  # noqa: E402
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
@@ -45,7 +49,7 @@ def plot_transfers(summaries: Mapping[str, Mapping[str, np.ndarray]], presets: S
     for i, name in enumerate(names):
         values = [summaries[name][f"transferred/{group}"] for group in groups]
         means = np.array([v.mean() for v in values])
-        errors = np.abs(np.array([bootstrap(v) for v in values]).T - means)
+        errors = np.abs(np.array([share_interval(v) for v in values]).T - means)
         width = 0.8 / len(names)
         axes.bar(np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width, means, width, yerr=errors, label=name)
     axes.set_xticks(range(len(groups)), [*presets, "mean"])
@@ -68,12 +72,14 @@ def plot_variants(
         ("reconstruction", "attributes regenerated", "o"),
         ("transferred/all", "transfer, mean of presets", "s"),
     ):
-        _dots(axes, [summary[key] for summary in summaries.values()], places, fmt=marker, label=label)
+        values = [summary[key] for summary in summaries.values()]
+        _dots(axes, values, [share_interval(v) for v in values], places, fmt=marker, label=label)
     axes.set_yticks(places, list(summaries))
     axes.legend(fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     if gains:
         shown = [place for place, name in zip(places, summaries, strict=True) if name in gains]
-        _dots(right, list(gains.values()), shown, fmt="s", color="C1")
+        intervals = [mean_interval(v, -1.0, 1.0) for v in gains.values()]
+        _dots(right, list(gains.values()), intervals, shown, fmt="s", color="C1")
     right.axvline(0, color="k", linewidth=0.8)
     right.set_title("transfer, minus the default's\non the same pictures", fontsize=8)
     for panel in (axes, right):
@@ -81,11 +87,16 @@ def plot_variants(
     _save(figure, path)
 
 
-def _dots(axes: plt.Axes, values: Sequence[np.ndarray], places: Sequence[float], **style: str) -> None:
+def _dots(
+    axes: plt.Axes,
+    values: Sequence[np.ndarray],
+    intervals: Sequence[tuple[float, float]],
+    places: Sequence[float],
+    **style: str,
+) -> None:
     """Means of values of one concept each, with their intervals, at heights `places`."""
     means = np.array([v.mean() for v in values])
-    errors = np.abs(np.array([bootstrap(v) for v in values]).T - means)
-    axes.errorbar(means, places, xerr=errors, capsize=2, **style)
+    axes.errorbar(means, places, xerr=np.abs(np.array(intervals).T - means), capsize=2, **style)
 
 
 def plot_spectrum(

@@ -28,7 +28,7 @@ from ldm.evaluation.captions import load, to_bytes
 from ldm.evaluation.jobs import run_jobs
 from ldm.evaluation.judges import Judge
 from ldm.evaluation.pictures import generate
-from ldm.evaluation.statistics import bootstrap, wilson
+from ldm.evaluation.statistics import mean_interval, share_interval, wilson
 from ldm.prompts import preset
 
 STAGES = 10
@@ -159,16 +159,35 @@ def from_bytes(pictures: np.ndarray) -> Tensor:
 
 
 def interval(values: np.ndarray, together: int, counts: bool) -> tuple[float, float]:
-    """95 % interval of the mean of values (N,) in 0..1; (0, 1) where one concept or picture is all there is.
+    """95 % interval of the mean of values (N,) in 0..1.
 
     Args:
         together: `Experiment.together`; N is a multiple of it.
-        counts: `Judge.counts`; counts of independent pictures have Wilson's interval, all else the bootstrap's.
+        counts: `Judge.counts`; shares of pictures are counted, all else are distances.
     """
     if counts and together == 1:
         return wilson(values.sum(), len(values))
     means = values.reshape(-1, together).mean(axis=1)
-    return bootstrap(means) if len(means) > 1 else (0.0, 1.0)
+    return share_interval(means) if counts else mean_interval(means, 0.0, 1.0)
+
+
+def half_way(found: Mapping[str, np.ndarray], judge: Judge) -> dict[str, float]:
+    """For each name of the judge the stage of the switch at which half of the pictures go along with prompt A.
+
+    Args:
+        found: {k: (N, A)} of the experiment `switch`.
+
+    Returns:
+        A number of stages 0..10, interpolated where the share first falls below a half; NaN where it never does.
+    """
+    places = {}
+    for name, shares in zip(judge.names, matrix(found, judge), strict=True):
+        below = np.flatnonzero(shares < 0.5)
+        places[name] = float("nan")
+        if len(below) and below[0] > 0:
+            k = below[0]
+            places[name] = float(k - 1 + (shares[k - 1] - 0.5) / (shares[k - 1] - shares[k]))
+    return places
 
 
 def _write(

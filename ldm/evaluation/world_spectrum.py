@@ -12,7 +12,7 @@ from ldm.data.world import FACTORS, caption, random_attributes, sentence
 from ldm.embeddings import Concept, save_concept
 from ldm.evaluation.concepts import COLUMNS, TRANSFERS, brought, concept_attributes, fill, learn_concept, noises
 from ldm.evaluation.jobs import run_jobs
-from ldm.evaluation.spectrum import Experiment, add, all_windows, place, switch, withhold
+from ldm.evaluation.spectrum import Experiment, add, all_windows, place, switch, throughout, withhold
 
 SETTINGS = {"model.params.frozen_dtype": "bfloat16"}  # as in configs/evidence/ablation.yaml
 SEED = 61  # of captions and of the concepts that windows are chosen on; the ablation's concepts have another
@@ -33,7 +33,9 @@ def caption_experiments(count: int, width: int) -> dict[str, Experiment]:
     prompts, seeds = [caption(row) for row in rows], list(range(count))
     experiments = {"withhold": withhold(prompts, seeds, width)}
     for name in FACTORS:
-        experiments[f"add-{name}"] = add([words_of(row, name) for row in rows], prompts, seeds, width)
+        without = [words_of(row, name) for row in rows]
+        experiments[f"add-{name}"] = add(without, prompts, seeds, width)
+        experiments[f"add-{name}"].conditions["none"] = throughout(without)  # what chance gives
         experiments[f"add-{name}"].judged = [name]
     experiments["switch"] = switch(prompts, [caption(row) for row in others], seeds)
     for experiment in experiments.values():

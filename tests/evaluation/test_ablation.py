@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ldm.config import load_config
-from ldm.evaluation.ablation import INITIAL_WORDS, Ablation, gain, share, summary
+from ldm.evaluation.ablation import INITIAL_WORDS, Ablation
+from ldm.evaluation.comparison import difference, gain, summary
 from ldm.evaluation.concepts import MAX_STEPS, TRANSFERS, concept_attributes
 from scripts import ablate
 
@@ -40,7 +41,8 @@ def test_one_value_for_each_concept():
 def test_variants_are_compared_on_the_same_concepts():
     default = {"transferred/all": np.array([0.5, 1.0, 0.0, 0.0])}
     differences = gain({"transferred/all": np.array([0.75, 0.75])}, default)
-    assert differences.tolist() == [0.25, -0.25] and share(differences, "+") == "+0.00 (-0.25 to +0.25)"
+    assert differences.tolist() == [0.25, -0.25]
+    assert difference(np.array([0.25, -0.25, 0.0])) == "+0.00 (-0.60 to +0.60)"
 
 
 TINY = """
@@ -71,7 +73,9 @@ def test_the_command_learns_counts_and_goes_on(tmp_path: Path, capsys, monkeypat
     rows = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith(("| prospect", "| text", "| other"))
     ]
-    assert len(rows) == 14  # two tables; two variants again with the concept in all stages, and in the paper's
+    # two tables of three variants, two of them again with the concept in all stages and in the paper's; and a third of
+    # what the first has more than the other five
+    assert len(rows) == 7 + 7 + 1 + 5
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
     assert len(files) == 6 and {"ablation.md", "ablation.json", "transfer.png", "variants.png"} <= {
         path.name for path in tmp_path.iterdir()
@@ -99,6 +103,20 @@ def test_the_command_learns_counts_and_goes_on(tmp_path: Path, capsys, monkeypat
         (TINY.replace("default: prospect", "default: prospekt"), "has no variants prospekt"),
         (TINY.replace("elsewhere: [prospect", "elsewhere: [prospekt"), "has no variants prospekt"),
         (TINY.replace("learning_rate: 1.0e-3", "lightning.trainer.max_step: 7"), "sets 'lightning.trainer.max_step'"),
+        (TINY.replace("learning_rate", "lerning_rate"), "sets 'lerning_rate', which does not count here; what does"),
+        (TINY.replace("learning_rate", "model.base_learning_rate"), "sets 'model.base_learning_rate'"),
+        (TINY.replace("time_sampling: stages", "ckpt_path: x"), "sets 'model.params.ckpt_path'"),
+        (TINY.replace("1.0e-3", "0"), "has the learning_rate 0; it must be"),
+        (TINY.replace("1.0e-3", "1e-3"), "has the learning_rate '1e-3'; it must be"),
+        (TINY.replace("prospect_stages: 1", "prospect_stage: 1"), "The variant 'textual-inversion': "),
+        (TINY.replace("prospect_stages: 1", "prospect_stages: 0"), "The variant 'textual-inversion': "),
+        (TINY.replace("model.params.time", "data.params.train.params.time"), "has no parameter 'time_sampling'"),
+        (TINY.replace("pictures: 1", "pictures: 0"), "'pictures' in"),
+        (TINY.replace("seed: 50", "seed: x"), "'seed' in"),
+        (TINY.replace("steps: 2\n", "steps: 0\n"), "ddim_steps"),
+        (TINY.replace("scale: 2.5", "scale: .nan"), "'scale' in"),
+        (TINY.replace("word: shape", "word: [shape]"), "starts from the word of '['shape']'"),
+        (TINY.replace("default: prospect", "default: [prospect]"), "has no variants ['prospect']"),
         (TINY.replace("demo/classifier", "demo/nothing"), "models/demo/nothing.safetensors"),
         (TINY.replace("demo/model", "demo/nothing"), "models/demo/nothing.safetensors"),
         (TINY.replace("demo/finetune", "demo/nothing"), "configs/demo/nothing.yaml"),

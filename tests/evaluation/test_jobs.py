@@ -68,10 +68,13 @@ def threads() -> dict[str, np.ndarray]:
     return {"threads": np.array(torch.get_num_threads())}
 
 
-def test_a_job_has_one_thread_whatever_the_number_of_workers(tmp_path: Path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_has_one_thread_whatever_the_number_of_workers(workers: int, tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # as in the processes of a user
     torch.set_num_threads(2)
     try:
-        assert run_jobs(threads, {"job": {}}, tmp_path, 1)["job"]["threads"] == 1
+        found = run_jobs(threads, {"one": {}, "two": {}}, tmp_path, workers)
+        assert [result["threads"] for result in found.values()] == [1, 1]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

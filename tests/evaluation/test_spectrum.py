@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ldm.embeddings import load_concept
 from ldm.evaluation import captions, plots, spectrum, world_spectrum
 from ldm.evaluation.judges import DistanceJudge, colour_distance
-from ldm.evaluation.statistics import bootstrap, wilson
+from ldm.evaluation.statistics import mean_interval, share_interval, wilson
 from ldm.presets import load_presets
 from scripts import accuracy
 from scripts import spectrum as command
@@ -221,13 +221,20 @@ def test_intervals_count_what_is_independent():
     concepts = np.array([1, 1, 1, 1, 1, 0, 0, 0.0])
     values = concepts.repeat(4)
     assert spectrum.interval(values, 1, counts=True) == wilson(20, 32)
-    assert spectrum.interval(values, 4, counts=True) == bootstrap(concepts)
+    assert spectrum.interval(values, 4, counts=True) == share_interval(concepts)
     distances = np.linspace(0.4, 0.6, 32)
-    assert spectrum.interval(distances, 1, counts=False) == bootstrap(distances)
+    assert spectrum.interval(distances, 1, counts=False) == mean_interval(distances, 0, 1)
     assert spectrum.interval(values[:4], 4, counts=True) == (0.0, 1.0)
     made = world_spectrum.concept_experiments({"<0>": "a", "<1>": "b"}, seeds=3)["concept-style"]
     assert made.together == 3 and len(set(made.seeds)) == 6  # every concept has noises of its own
     assert world_spectrum.caption_experiments(2, 3)["switch"].together == 1
+
+
+def test_the_stage_at_which_half_of_the_pictures_change_over():
+    shares = {"0": [1.0, 1.0], "1": [0.75, 1.0], "2": [0.25, 1.0], "3": [0.5, 1.0]}
+    found = {k: np.array([row, row]) for k, row in shares.items()}
+    places = spectrum.half_way(found, DistanceJudge())
+    assert places["colour"] == 1.5 and np.isnan(places["structure"])
 
 
 def test_the_table_has_the_intervals_of_its_judge(tmp_path: Path):
@@ -241,7 +248,9 @@ def test_the_table_has_the_intervals_of_its_judge(tmp_path: Path):
     )
     colour, structure = rows(tmp_path)
     assert [colour[key] for key in ("sum", "mean", "low", "high")] == ["2.0", "0.5", "0.5", "0.5"]
-    assert (float(structure["low"]), float(structure["high"])) == pytest.approx(bootstrap(values[:, 1]), abs=1e-4)
+    assert (float(structure["low"]), float(structure["high"])) == pytest.approx(
+        mean_interval(values[:, 1], 0, 1), abs=1e-4
+    )
 
 
 def test_a_concept_of_all_windows_is_drawn_with_those_at_one_end(tmp_path: Path, monkeypatch):

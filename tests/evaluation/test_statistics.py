@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ldm.evaluation.statistics import bootstrap, wilson
+from ldm.evaluation.statistics import _student, mean_interval, share_interval, wilson
 
 
 def test_wilson_against_published_values():
@@ -12,12 +12,35 @@ def test_wilson_against_published_values():
     assert wilson(0, 0) == (0.0, 1.0)
 
 
-def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
+def test_students_quantile():
+    """Published tables."""
+    assert [_student(n) for n in (5, 23, 1000)] == pytest.approx([2.571, 2.069, 1.962], rel=2e-3)
+    assert _student(2) == pytest.approx(4.303, rel=0.04)
+
+
+@pytest.mark.parametrize("concepts", [6, 24])
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.95])
+@pytest.mark.parametrize("alike", [0.1, 0.5])  # correlation of a concept's pictures
+def test_intervals_of_shares_cover_as_often_as_they_say(concepts: int, share: float, alike: float):
     rng = np.random.default_rng(0)
-    hits = [low <= 0.3 <= high for low, high in (bootstrap(rng.random(40) < 0.3, 500) for _ in range(300))]
-    assert 0.90 < np.mean(hits) < 0.98
+    a, b = share * (1 / alike - 1), (1 - share) * (1 / alike - 1)
+    drawn = rng.binomial(4, rng.beta(a, b, (1000, concepts))) / 4
+    found = np.array([share_interval(values) for values in drawn])
+    assert 0.94 < np.mean((found[:, 0] <= share) & (share <= found[:, 1])) < 0.995
+    if concepts == 24:
+        assert (found[:, 1] - found[:, 0]).mean() < 0.4
 
 
-def test_the_bootstrap_is_repeatable_and_certain_of_equal_values():
-    assert bootstrap([0.5] * 8) == (0.5, 0.5)
-    assert bootstrap([0.1, 0.4, 0.8]) == bootstrap([0.1, 0.4, 0.8])
+@pytest.mark.parametrize("count", [6, 24])
+def test_intervals_of_means_cover_as_often_as_they_say(count: int):
+    drawn = np.random.default_rng(0).normal(0.1, 0.2, (1000, count))
+    found = np.array([mean_interval(values, -1.0, 1.0) for values in drawn])
+    assert 0.93 < np.mean((found[:, 0] <= 0.1) & (found[:, 1] >= 0.1)) < 0.97
+
+
+def test_intervals_of_few_and_of_equal_values():
+    assert share_interval([1.0, 1.0]) == (0.0, 1.0) and mean_interval([0.1], -1.0, 1.0) == (-1.0, 1.0)
+    low, high = share_interval([1.0] * 6)
+    assert 0.4 < low < 0.6 and high == 1.0
+    assert mean_interval([0.5] * 8, 0.0, 1.0) == (0.5, 0.5)
+    assert mean_interval([0.0, 0.0, 1.0], 0.0, 1.0) == (0.0, 1.0)  # stays within what is possible
