@@ -27,13 +27,23 @@ class CheckpointWriter(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all, and keeps the one before it as `previous.ckpt`.
 
     Lightning's own goes through the system's temporary folder, and passes over a folder without permission.
+
+    Args:
+        resumed: the checkpoint that the run goes on from. If that is `previous.ckpt`, since `last.ckpt` is damaged, it
+            stays until there is another.
     """
+
+    def __init__(self, resumed: Path | None = None) -> None:
+        super().__init__()
+        self._resumed = resumed
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         content = io.BytesIO()  # torch hides the reason when a file cannot be written
         torch.save(checkpoint, content)
-        with replacing(path, keep=Path(path).with_name(PREVIOUS)) as temporary:
+        previous = Path(path).with_name(PREVIOUS)
+        with replacing(path, keep=None if previous == self._resumed else previous) as temporary:
             temporary.write_bytes(content.getbuffer())
+        self._resumed = None
 
 
 class SaveLast(pl.Callback):
@@ -88,6 +98,7 @@ class SaveLast(pl.Callback):
         if stopped_by:
             self.stopped_by = stopped_by
             trainer.should_stop = True
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # a stop goes before --min_steps
         if stopped_by or requested or trainer.global_step % self.every_n_train_steps == 0:
             self._requested = False
             self.save(trainer, module)
@@ -121,6 +132,21 @@ class SaveLast(pl.Callback):
         if trainer.is_global_zero and hasattr(module, "save_embeddings"):
             module.save_embeddings(self.path.with_name(EMBEDDINGS))
         trainer.save_checkpoint(self.path)
+
+
+class ConfiguredRate(pl.Callback):
+    """A resumed run learns at the rate of its configuration, not at the one that its checkpoint was saved with."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        scheduled = {id(config.scheduler.optimizer): config.scheduler for config in trainer.lr_scheduler_configs}
+        for optimizer in trainer.optimizers:
+            scheduler = scheduled.get(id(optimizer))
+            for i, group in enumerate(optimizer.param_groups):
+                if scheduler is None:
+                    group["lr"] = module.learning_rate
+                elif scheduler.base_lrs[i] != module.learning_rate:
+                    group["lr"] *= module.learning_rate / scheduler.base_lrs[i]
+                    group["initial_lr"] = scheduler.base_lrs[i] = module.learning_rate
 
 
 class EmbeddingSaver(pl.Callback):

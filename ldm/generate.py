@@ -88,6 +88,8 @@ def load_model_from_config(
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
+    # convolutions in float32 are no less exact than products of matrices are asked to be; cuDNN's default is TF32
+    torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     model.presets, model.native = presets_beside(ckpt), native(config)
     return model.to(pick_device(device)).eval().requires_grad_(False)
 
@@ -196,7 +198,7 @@ def main(
     if strength and not steps:
         logger.warning(
             "strength %g of %d steps is less than one, so the content picture stays as it is; %g makes one.",
-            *(strength, ddim_steps, math.ceil(100 / ddim_steps) / 100),
+            *(strength, ddim_steps, math.ceil(1e4 / ddim_steps) / 1e4),
         )
 
     record = {

@@ -66,7 +66,8 @@ class Run:
         made = [place for place in self.folder.parents if not place.exists()]
         with writing_to(self.folder):
             is_new = self._make()
-            remove_unfinished(self.folder)
+            for place in (self.checkpoints, self.configs, self.folder / "images"):
+                remove_unfinished(place)  # and nowhere else: the folder may hold more than the run
         try:
             yield
         finally:

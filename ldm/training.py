@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from ldm.callbacks import CheckpointWriter, EmbeddingSaver, SaveLast
+from ldm.callbacks import CheckpointWriter, ConfiguredRate, EmbeddingSaver, SaveLast
 from ldm.cli import MAX_SEED, translate_gpus
 from ldm.config import ConfigError, check_parameters, get_class, instantiate_from_config, load_config, nearest
 from ldm.files import replacing, writing_to
@@ -131,7 +131,7 @@ def build_trainer(config: DictConfig, run: Run, module: pl.LightningModule) -> p
         trainer["devices"] = int(devices)
     save_every = saving_interval(lightning.get("modelcheckpoint") or {})
     guard = FiniteGuard(save_every)
-    callbacks: list[pl.Callback] = [guard]
+    callbacks: list[pl.Callback] = [guard, ConfiguredRate()]
     if trainer.get("enable_progress_bar", True):
         callbacks.append(ProgressBar())
     if getattr(module, "embedding_manager", None) is not None:
@@ -148,7 +148,7 @@ def build_trainer(config: DictConfig, run: Run, module: pl.LightningModule) -> p
     tensorboard = TensorBoardLogger(run.folder, name="", version="", sub_dir="tensorboard")
     csv = CSVLogger(run.folder, name="csv", version=run.started)  # the logger empties a folder it finds
     # no distributed sampler: `RunningSampler` knows ranks
-    trainer = {"plugins": CheckpointWriter(), "use_distributed_sampler": False, **trainer}
+    trainer = {"plugins": CheckpointWriter(run.checkpoint), "use_distributed_sampler": False, **trainer}
     try:
         return pl.Trainer(
             default_root_dir=run.folder,

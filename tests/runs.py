@@ -1,6 +1,7 @@
 """Real runs of `main.py` on the small model, in processes of their own or in this one."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,17 @@ class Poison(pl.Callback):
         if trainer.global_step + 1 == self.step:
             for parameter in module.trainable_parameters():
                 parameter.grad.fill_(torch.inf)
+
+
+class CtrlC(pl.Callback):
+    """Presses it in a step; named in a configuration as `Poison` is."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, _: object) -> None:
+        if trainer.global_step + 1 == self.step:
+            signal.raise_signal(signal.SIGINT)
 
 
 class FourPictures(Dataset):

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.callbacks import AveragedWeights, EmbeddingSaver, ImageLogger
+from ldm.callbacks import AveragedWeights, ConfiguredRate, EmbeddingSaver, ImageLogger
 
 
 class Stub(nn.Module):
@@ -69,6 +69,32 @@ class Linear(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Scheduled(Linear):
+    """The same with a rate that falls to zero, as in training from scratch."""
+
+    def __init__(self, learning_rate: float) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.02])
+def test_a_falling_rate_goes_on_from_the_configured_one(rate: float, tmp_path: Path) -> None:
+    rates = []
+    for steps, configured in ((3, 0.1), (5, rate)):
+        module = Scheduled(configured)
+        module.on_train_batch_start = lambda *_, module=module: rates.append(module.optimizers().param_groups[0]["lr"])
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=[ConfiguredRate()], logger=False,
+                             enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+        trainer.fit(module, torch.ones(8, 1, 2), ckpt_path=tmp_path / "last.ckpt" if steps == 5 else None)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert rates == pytest.approx([0.1, 0.1 * 7 / 8, 0.1 * 6 / 8, rate * 5 / 8, rate * 4 / 8])
 
 
 def devices(callback: AveragedWeights) -> set[str]:

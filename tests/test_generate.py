@@ -270,6 +270,11 @@ def test_strength_says_where_denoising_begins(draw: Draw, content: Path) -> None
     assert timesteps(1.0) == [751, 501, 251, 1]
 
 
+def test_the_strength_of_one_step_is_said(draw: Draw, content: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw(content_dir=content, strength=0.001, ddim_steps=200)
+    assert caplog.messages[0].endswith("; 0.005 makes one.")
+
+
 @pytest.mark.parametrize("steps", [3, 10])
 def test_a_strength_of_less_than_a_step_is_said(
     draw: Draw, content: Path, caplog: pytest.LogCaptureFixture, steps: int
@@ -471,6 +476,20 @@ def test_bad_arguments(model: LatentDiffusion, arguments: dict[str, object], sen
 
 
 # The model
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_convolutions_are_tf32_only_where_products_are(
+    config: DictConfig, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "highest")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        load_model_from_config(config, CKPT, device="cpu")
+        assert torch.backends.cudnn.allow_tf32 is (precision == "high")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_loaded_model_is_frozen_and_the_configuration_left_alone(config: DictConfig, model: LatentDiffusion) -> None:

@@ -71,6 +71,7 @@ def test_the_checkpoint_before_is_offered(
     assert line.endswith(f"; go on from the one before it: python main.py -r {previous} -t.")
     assert torch.load(previous, weights_only=True)["global_step"] == 4
     assert resume(previous) == 0
+    assert torch.load(previous, weights_only=True)["global_step"] == 4  # the damaged one does not take its place
     expected, got = saved_tensors(finished / "checkpoints"), saved_tensors(run / "checkpoints")
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
 
@@ -100,6 +101,22 @@ def test_damaged_embeddings_to_start_from(run: Path, tmp_path: Path, capsys: pyt
     assert str(damaged) in line and line.endswith(f", or the ones saved before it: '{before}'.")
     assert not (tmp_path / "new").exists()
     assert main.main([*LEARN, *MADE_SMALL, *flags, str(before)]) == 0
+
+
+def test_a_resumed_run_learns_at_the_rate_it_is_asked_for(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As the sentence about a loss that is not finite advises."""
+    arguments = ["-t", "--max_steps", "7", "-s", "7", "model.base_learning_rate=1e-3"]
+    assert main.main(["-r", str(run), *arguments]) == 0
+    (state,) = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
+    assert [group["lr"] for group in state["param_groups"]] == [2e-3]  # for a batch of 2
+    assert "The run goes on with its own seed 23, not with 7." in caplog.messages
+
+
+def test_a_stop_goes_before_a_least_number_of_steps(tmp_path: Path) -> None:
+    stop = ["--allow_targets", "runs", "lightning.callbacks.stop={target: runs.CtrlC, params: {step: 2}}"]
+    flags = ["-p", str(tmp_path / "run"), "--max_steps", "6", "--min_steps", "6", "--min_epochs", "1"]
+    assert main.main([*LEARN, *MADE_SMALL, *every(100), *flags, *stop]) == 130
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
 def test_a_complete_run_that_is_resumed_mends_its_embeddings(run: Path, finished: Path) -> None:

@@ -83,13 +83,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return []
         dataset = self.datasets[split]
         workers = 0 if getattr(dataset, "in_memory", False) else self.num_workers
+        # with workers a thread pins memory, which CUDA forbids while the training step is captured
+        captures = workers > 0 and getattr(getattr(self.trainer, "lightning_module", None), "cuda_graph", False)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not captures,
         )
 
     def train_dataloader(self) -> DataLoader:

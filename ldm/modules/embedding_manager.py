@@ -126,10 +126,16 @@ class EmbeddingManager(nn.Module):
             return self.loaded[self.placeholder_strings[0]].vectors.to(self.initial_embeddings.device)
         if not self.learning:
             raise ValueError("No embedding is learned or loaded; call embedding_manager.load(path) first.")
-        vectors = self.attention(self.initial_embeddings) if self.attention is not None else self.table
+        return self._learned()
+
+    def _learned(self) -> Tensor:
+        vectors = self._generated()
         if self.norm == "word":
             vectors = F.normalize(vectors, dim=-1) * self.initial_embeddings.norm()
         return vectors
+
+    def _generated(self) -> Tensor:
+        return self.attention(self.initial_embeddings) if self.attention is not None else self.table
 
     def rows(self) -> dict[str, list[int]]:
         """Placeholder -> its row in `vectors()` for each of the S stages.
@@ -149,7 +155,7 @@ class EmbeddingManager(nn.Module):
 
     def vectors(self) -> Tensor | None:
         """All learned vectors (R, D), in the order of `rows()`; None when there are none."""
-        parts = [self.embeddings()] if self._trained_placeholders() else []
+        parts = [self._learned()] if self._trained_placeholders() else []
         parts += [concept.vectors.to(self.initial_embeddings.device) for concept in self.loaded.values()]
         return torch.cat(parts) if parts else None
 
@@ -191,7 +197,9 @@ class EmbeddingManager(nn.Module):
 
     @torch.no_grad()
     def start_from(self, source: str | Path | Concept) -> None:
-        """Begin learning where a saved concept ended: without dropout, `embeddings()` then equals its vectors.
+        """Begin learning where a saved concept ended: without dropout, its vectors are then the learned ones.
+
+        With `norm='word'` their directions are.
 
         Raises:
             ValueError: the file cannot be used, or has other stages or another width than this model.
@@ -204,7 +212,7 @@ class EmbeddingManager(nn.Module):
             )
         was_training = self.training
         self.eval()
-        difference = concept.vectors.to(self.initial_embeddings.device) - self.embeddings()
+        difference = concept.vectors.to(self.initial_embeddings.device) - self._generated()
         if self.attention is not None:
             self.attention.ff.net[2].bias.add_(difference.flatten())
         else:
@@ -216,14 +224,14 @@ class EmbeddingManager(nn.Module):
         was_training = self.training
         self.eval()
         with torch.no_grad():
-            vectors = self.embeddings().detach().float().cpu()
+            vectors = (self._learned() if self.learning else self.embeddings()).detach().float().cpu()
         self.train(was_training)
         concept = Concept(vectors, {"init_word": self.initial_word, **metadata})
         save_concept(concept, path, self.placeholder_strings[0])
 
     def distance_to_initial(self) -> Tensor:
         """Squared distance to the initial word's embedding, mean over stages: Textual Inversion's regulariser."""
-        return (self.embeddings() - self.initial_embeddings).pow(2).sum(dim=1).mean()
+        return (self._learned() - self.initial_embeddings).pow(2).sum(dim=1).mean()
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())

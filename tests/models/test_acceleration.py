@@ -510,6 +510,16 @@ def test_the_compiled_unet_computes_the_same() -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * one.abs().max().item())
 
 
+@torch.no_grad()
+def test_a_call_in_inference_mode_leaves_room_for_others(model: LatentDiffusion) -> None:
+    fixed = FixedUNet(model.model.diffusion_model, captured=True)
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    context = model.get_learned_conditioning(["a star"]).at(500)
+    with torch.inference_mode():
+        first = fixed(x.clone(), t.clone(), context).clone()
+    assert torch.equal(fixed(x, t, context), first)
+
+
 # On a GPU
 
 
@@ -540,6 +550,22 @@ def steps_on_gpu(steps: int, **switches: object) -> tuple[list[float], Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return [loss.item() for loss in losses], model.embedding_manager.embeddings().detach().cpu()
+
+
+@pytest.mark.gpu
+def test_a_captured_step_draws_the_dropout_of_the_plain_one() -> None:
+    """From the first step on, which warms up before: a resumed run captures anew and must go on as it would have."""
+    losses = []
+    for cuda_graph in (False, True):
+        model = build(cuda_graph=cuda_graph, **{"personalization_config.params.dropout": 0.1}).cuda().train()
+        dataset = PersonalizedBase(PICTURES, size=128)
+        model._latents = LatentCache(model, dataset)
+        batch = batch_of(dataset, [0, 1])
+        batch["draw"] = {k: v.pin_memory() for k, v in model._draw(batch, model._latent_shape(batch), "train").items()}
+        for seed in (5, 6):
+            torch.manual_seed(seed)
+            losses.append(model.shared_step(batch, "train")[0].item())
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-3) and losses[0] != losses[1]
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.config import load_config
-from ldm.data.datamodule import RunningSampler
+from ldm.data.datamodule import DataModuleFromConfig, RunningSampler
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.world import RenderedWorld
 from ldm.models.autoencoder import AutoencoderKL
@@ -103,6 +104,17 @@ def test_copies_are_waited_for_beside_cuda(
     with torch.set_grad_enabled(learning):
         model.shared_step(batch, "train" if learning else "val")
     assert waited and all(waited)
+
+
+@pytest.mark.parametrize(("workers", "cuda_graph", "pins"), [(0, True, True), (1, False, True), (1, True, False)])
+def test_no_thread_pins_memory_while_a_step_is_captured(
+    workers: int, cuda_graph: bool, pins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataModuleFromConfig(1, num_workers=workers)
+    data.datasets["train"] = [0]  # in no memory of its own
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(cuda_graph=cuda_graph))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert data._loader("train").pin_memory is pins
 
 
 def test_the_cache_changes_nothing(model: LatentDiffusion) -> None:
@@ -225,6 +237,18 @@ def test_standardised_latents_reconstruct_the_same() -> None:
     assert torch.allclose(mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-5)
     assert torch.allclose(mean.std((0, 2, 3)), torch.ones(4), atol=1e-5)
     assert torch.allclose(moments[:4], after.parameters, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_latents_are_standardised(dtype: str) -> None:
+    first_stage = build(frozen_dtype=dtype).first_stage_model
+    world = RenderedWorld(size=16, seed=9)
+    with torch.no_grad():
+        before = first_stage.decode(first_stage.encode(world.pictures(range(4))).mode()).float()
+        model = build(frozen_dtype=dtype)
+        LatentCache(model, world).standardize(model.first_stage_model)
+        after = model.first_stage_model.decode(model.first_stage_model.encode(world.pictures(range(4))).mode()).float()
+    assert (after - before).abs().mean() < 0.02
 
 
 def test_balanced_losses_count_alike() -> None:

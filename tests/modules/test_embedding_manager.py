@@ -7,7 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from ldm.embeddings import Concept
+from ldm.embeddings import Concept, load_concept
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.embedding_manager import EmbeddingManager, GeneratorBlock
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -165,6 +165,23 @@ def test_a_loaded_concept_takes_the_first_placeholder(embedder: FrozenCLIPEmbedd
     manager.load(concept)
     assert torch.equal(manager.embeddings(), concept.vectors)
     assert manager.rows() == {"*": list(range(10))} and len(manager.vectors()) == 10
+
+
+def test_what_is_learned_stays_apart_from_what_is_loaded(embedder: FrozenCLIPEmbedder, tmp_path: Path) -> None:
+    manager = EmbeddingManager(embedder, ["*", "<same>"], "teddy", num_stages=4, generator="table")
+    manager.load({"*": Concept(torch.randn(2, 128))})
+    assert manager.rows() == {"<same>": [0, 1, 2, 3], "*": [4, 4, 5, 5]}
+    assert torch.equal(manager.vectors(), torch.cat([manager.table, manager.loaded["*"].vectors]))
+    manager.save(tmp_path / "learned.safetensors")
+    assert torch.equal(load_concept(tmp_path / "learned.safetensors").vectors, manager.table.detach())
+
+
+@pytest.mark.parametrize("generator", ["block", "table"])
+def test_learning_starts_from_vectors_whose_length_is_kept(embedder: FrozenCLIPEmbedder, generator: str) -> None:
+    manager = EmbeddingManager(embedder, "*", "teddy", num_stages=4, generator=generator, norm="word").eval()
+    vectors = torch.nn.functional.normalize(torch.randn(4, 128), dim=-1) * manager.initial_embeddings.norm()
+    manager.start_from(Concept(vectors))
+    torch.testing.assert_close(manager.embeddings(), vectors, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

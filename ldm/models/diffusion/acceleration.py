@@ -63,8 +63,8 @@ class _Buffers:
     def __init__(
         self, call: Callable[..., Tensor], x: Tensor, timesteps: Tensor, context: Projected, capture: bool
     ) -> None:
-        self.x, self.timesteps = x.clone(), timesteps.clone()
-        self.context = context.clone()
+        with torch.inference_mode(False):  # calls outside of it write into them, too
+            self.x, self.timesteps, self.context = x.clone(), timesteps.clone(), context.clone()
         self.current = context
         self._run: Callable[[], Tensor] = lambda: call(self.x, self.timesteps, self.context)
         if capture:

@@ -182,7 +182,8 @@ class Fitting(pl.LightningModule):
     def _captured_step(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sizes = tuple(x.shape for x in inputs)
         if sizes not in self._captured:
-            self._captured[sizes] = TensorStep(self).capture(inputs)
+            with torch.random.fork_rng([self.device], device_type="cuda"):  # warming up draws dropout
+                self._captured[sizes] = TensorStep(self).capture(inputs)
         step = self._captured[sizes]
         return step.named(step(*inputs))
 
@@ -224,7 +225,10 @@ class Fitting(pl.LightningModule):
             checkpoint["state_dict"] = kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.seed = checkpoint.get("seed", self.seed)
+        seed = checkpoint.get("seed", self.seed)
+        if seed != self.seed:
+            logger.warning("The run goes on with its own seed %d, not with %d.", seed, self.seed)
+        self.seed = seed
         if self.embedding_manager is not None:
             self.strict_loading = False  # frozen weights are not in it
 

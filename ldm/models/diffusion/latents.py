@@ -122,7 +122,7 @@ class LatentCache:
         encode.bias[:channels].sub_(shift).mul_(scale)
         encode.weight[:channels].mul_(scale.view(-1, 1, 1, 1))
         encode.bias[channels:].add_(2 * scale.log())
-        decode.bias.add_(decode.weight[:, :, 0, 0] @ shift)
+        decode.bias.add_(decode.weight[:, :, 0, 0].float() @ shift)
         decode.weight.div_(scale.view(1, -1, 1, 1))
 
 
