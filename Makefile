@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 
 .PHONY: setup demo concepts test test-slow test-offline lint format clean
 
@@ -15,7 +16,9 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements.lock
 	@echo "Installing the pinned packages into $(VENV); the first time this takes some minutes."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || { \
+	  $(PYTHON) -c '$(SUPPORTED)' || { echo "Python 3.10 to 3.13 is needed, as in: make setup PYTHON=python3.12" >&2; exit 1; }; \
+	  $(PYTHON) -m venv --clear $(VENV); }
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.lock -e '.[dev,metrics]'
 # Alone: the quantizer that the tests use needs only torch, and torchvision does not import beside a CPU build of it.
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -c requirements.lock taming-transformers-rom1504

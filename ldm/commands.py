@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.files import check_writable, writing_to
 from ldm.native import Native, native
-from ldm.sampling_arguments import PRESET, given_arguments, recorded_arguments, warn_of_changed_concepts
+from ldm.sampling_arguments import (
+    PRESET,
+    given_arguments,
+    recorded_arguments,
+    warn_of_changed_concepts,
+    warn_of_changed_content,
+)
 from ldm.sampling_flags import MODEL_DEFAULTS, build_parser
 
 if TYPE_CHECKING:
@@ -63,6 +69,7 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     arguments |= native(config).filled(**{name: arguments.get(name) for name in Native._fields})
     check_writable(options.outdir, "--outdir")
     _check(arguments, outline, editing, options.device)
+    warn_of_changed_content(recorded, arguments.get("content_dir"))
     if outline.embedding_manager is not None:
         warn_of_changed_concepts(recorded, arguments.get("concepts") or {}, outline.embedding_manager.hashes)
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])

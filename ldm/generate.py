@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -189,9 +190,10 @@ def main(
         logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
     door = SAMPLERS[sampler](model)
     door.make_schedule(ddim_num_steps=ddim_steps, ddim_eta=ddim_eta, verbose=False)
-    posterior = None
+    posterior = content = None
     if content_dir is not None:
-        image = to_tensor(fit(open_content(content_dir), width, height, resize)).unsqueeze(0)
+        content = open_content(content_dir)
+        image = to_tensor(fit(content, width, height, resize)).unsqueeze(0)
         posterior = model.encode_first_stage(image)
     # as in the reference: the picture is noised to this entry of the schedule and denoised from the one below
     steps = ddim_steps if posterior is None else int(strength * ddim_steps)
@@ -206,11 +208,14 @@ def main(
         "prospect_words": None if prospect_words is None else list(prospect_words),
         "negative_prompt": negative_prompt,
         "content_dir": content_source(content_dir),
+        "content_hash": None if content is None else content_hash(content),
         **settings,
         "legacy_word_tokens": legacy_word_tokens,
         **used_concepts,
         "any_base": any_base,
         "base_model": model.base_model.get("base_model"),
+        "dtype": str(model.model.diffusion_model.dtype).removeprefix("torch."),
+        "num_stages": model.num_stages,
     }
     pictures: list[Image.Image] = []
     try:
@@ -258,6 +263,11 @@ def open_content(content: str | Path | Image.Image) -> Image.Image:
     if isinstance(content, Image.Image):
         return to_rgb(ImageOps.exif_transpose(content), WHITE)
     return open_image(content)
+
+
+def content_hash(content: Image.Image) -> str:
+    """The first digits of the SHA-256 of a picture's pixels, as RGB."""
+    return hashlib.sha256(content.tobytes()).hexdigest()[:10]
 
 
 def content_source(content: str | Path | Image.Image | None) -> str | None:

@@ -81,19 +81,28 @@ def _group_limits(root: str = "/sys/fs/cgroup", groups: str = "/proc/self/cgroup
     for line in _read(groups).splitlines():
         _, kinds, path = line.split(":", 2)
         if kinds == "":
-            top, limit, used = Path(root), "memory.max", "memory.current"
+            top, limit, used, cached = Path(root), "memory.max", "memory.current", ""
         elif "memory" in kinds.split(","):
             top, limit, used = Path(root) / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_"
         else:
             continue
         folder = top / path.lstrip("/")
         for place in (folder, *folder.parents):  # inside a container the group's own path is not there
             numbers = [_read(place / name).strip() for name in (limit, used)]
             if all(number.isdecimal() for number in numbers):
-                left.append(max(0, int(numbers[0]) - int(numbers[1])))
+                taken = max(0, int(numbers[1]) - _file_cache(place / "memory.stat", cached))
+                left.append(max(0, int(numbers[0]) - taken))
             if place == top:
                 break
     return left
+
+
+def _file_cache(statistics: Path, prefix: str) -> int:
+    """Bytes of files that a group keeps in memory, and gives up when a program needs it."""
+    lines = (line.split() for line in _read(statistics).splitlines())
+    counts = {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[1].isdecimal()}
+    return counts.get(f"{prefix}inactive_file", 0) + counts.get(f"{prefix}active_file", 0)
 
 
 def _read(path: str | Path) -> str:

@@ -22,8 +22,11 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
     A second chunk, `parameters`, says it the way AUTOMATIC1111's web UI does, for other tools.
 
     Raises:
+        ValueError: the file is not called .png, the one format that keeps the parameters.
         WriteError: no room or no right; nothing is left then.
     """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"'{path}' must end in .png, which keeps what repeats the picture.")
     info = PngInfo()
     if PNG_KEY in picture.info:
         info.add_itxt(PNG_KEY, picture.info[PNG_KEY])
@@ -34,7 +37,7 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
     with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        picture.save(temporary, pnginfo=info)
+        picture.save(temporary, format="PNG", pnginfo=info)
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:

@@ -68,6 +68,15 @@ def warn_of_changed_concepts(
             )
 
 
+def warn_of_changed_content(recorded: Mapping[str, Any], content: str | None) -> None:
+    """Warn of a content picture of `--from` whose file shows something else now."""
+    from ldm.generate import content_hash, open_content
+
+    was = recorded.get("content_hash")
+    if content and was and content == recorded.get("content_dir") and was != content_hash(open_content(content)):
+        logger.warning("The content picture '%s' is another than the one that was edited.", content)
+
+
 def given_arguments(
     options: argparse.Namespace, recorded: Mapping[str, Any], outline: LatentDiffusion, ckpt: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -99,7 +108,7 @@ def given_arguments(
         own = outline.embedding_manager.placeholder_strings[0] if outline.embedding_manager else PLACEHOLDER
         given["concepts"] = concept_files(options.concept, own)
     arguments = {name: value for name, value in recorded.items() if name in settable} | given
-    _check_types(arguments)
+    check_types(arguments)
     preset = {} if options.preset is None else {PRESET: options.preset}
     texts = {name: given[name] for name in TEXTS if name in given} | preset
     made_of = {key: recorded[key] for key in (PRESET, PRESET_PROMPT) if isinstance(recorded.get(key), str)}
@@ -116,7 +125,8 @@ def given_arguments(
     return arguments, made_of
 
 
-def _check_types(arguments: Mapping[str, Any]) -> None:
+def check_types(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for a prompt or concepts that are no texts."""
     prompt, concepts = arguments.get("prompt", ""), arguments.get("concepts") or {}
     if not isinstance(prompt, str):
         raise ValueError(f"prompt must be a text, not {prompt!r}; in YAML, put it in quotes.")

@@ -18,10 +18,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help=".ckpt or .safetensors file, or diffusers folder")
     parser.add_argument("target", type=Path, help="the .safetensors file to write")
     parser.add_argument("--half", action="store_true", help="store the weights as float16 (half the size)")
+    parser.add_argument("--force", action="store_true", help="overwrite the target")
     parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     options = parser.parse_strictly(argv)
     if options.target.suffix != ".safetensors":
         parser.error(f"the target must end in .safetensors, not '{options.target.suffix}'")
+    if options.target.resolve() == options.source.resolve():
+        parser.error(f"'{options.target}' is the source; name another file")
+    if options.target.exists() and not options.force:
+        parser.error(f"'{options.target}' is there already; say --force to overwrite it, or name another file")
     with parser.sentences(options.debug):
         state = read_state_dict(options.source, torch.float16 if options.half else None)
         metadata = {"source": options.source.name, "source_sha256": file_hash(options.source)}

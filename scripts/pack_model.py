@@ -1,7 +1,7 @@
 """Pack a model trained from scratch into one file: a diffusion model in the CompVis layout, or the classifier.
 
-    python scripts/pack_model.py logs/…_small models/demo/model.safetensors
-    python scripts/pack_model.py logs/…_classifier models/demo/classifier.safetensors
+    python scripts/pack_model.py logs/…_small models/demo/model.safetensors --force
+    python scripts/pack_model.py logs/…_classifier models/demo/classifier.safetensors --force
 
 Averaged weights where the run averaged them. Half precision by default.
 """
@@ -26,8 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="log folder of the run")
     parser.add_argument("out", type=Path, help="the .safetensors file to write")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
     parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     arguments = parser.parse_strictly(argv)
+    if arguments.out.exists() and not arguments.force:
+        parser.error(f"'{arguments.out}' is there already; say --force to overwrite it, or name another file")
     with parser.sentences(arguments.debug):
         pack(arguments)
 

@@ -188,7 +188,7 @@ LEARNING: dict[str, Cases] = {
         (f"{BASE}lacking.safetensors", "1 missing: model.diffusion_model.out.0.bias"),
         (f"{BASE}more.safetensors", "1 unexpected: model.diffusion_model.label_emb.weight"),
         (
-            f"{BASE}nan.safetensors",
+            f"{BASE}good.safetensors",
             "model.diffusion_model.out.0.bias has values that are not finite in float32; download",
         ),
         (f"{BASE}infinite.safetensors", "not finite in float32; download"),
@@ -240,6 +240,9 @@ SCRIPTS: list[tuple[str, str, str]] = [
         "{bad}/whole.ckpt {out}/none/a.safetensors",
         "Cannot write 'a.safetensors': there is no folder",
     ),
+    ("convert_checkpoint", "{bad}/whole.ckpt {bad}/good.safetensors", "is there already; say --force"),
+    ("convert_checkpoint", "{bad}/good.safetensors {bad}/good.safetensors --force", "is the source; name another"),
+    ("pack_model", "{bad}/run {bad}/good.safetensors", "is there already; say --force"),
     ("convert_checkpoint", "{bad}/whole.ckpt {out}/a.safetensors --haf", "did you mean --half?"),
     ("pack_model", "{bad}/nowhere {out}/a.safetensors", "There is no file"),
     ("pack_model", "{bad}/run {out}/a.safetensors", "holds no whole model; give the log folder"),
@@ -289,7 +292,7 @@ def files(folder: Path) -> dict[Path, bytes]:
         ("model.params.personalization_config.params.generator=table", "lacks what this configuration trains"),
         ("--max_stepz 3", "did you mean --max_steps?"),
         ("--gpus x", "--gpus takes device numbers"),
-        ("--actual_resume {bad}/nan.safetensors", "not finite in float32"),
+        ("--actual_resume {bad}/good.safetensors", "not finite in float32"),
     ],
 )
 def test_resuming_otherwise(

@@ -152,6 +152,21 @@ def test_a_wrong_result_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not command.main("", ["--mode", "reference", "--repeats", "1", "--device", "cpu"])[1]
 
 
+@pytest.mark.parametrize(("deviating", "agree"), [({"bfloat16"}, True), ({"bfloat16", "float32"}, False)])
+def test_a_half_precision_row_excuses_no_other(
+    deviating: set[str], agree: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results that are 5 % off are near enough in bfloat16, and in nothing else beside it."""
+
+    def result(step: train.TrainingStep) -> torch.Tensor:
+        dtype = "bfloat16" if "bfloat16" in step.switches else "float32" if "stages" in step.switches else "reference"
+        return torch.tensor([1.05 if dtype in deviating else 1.0])
+
+    monkeypatch.setattr(train.TrainingStep, "result", result)
+    arguments = "--mode reference --on bfloat16 --off bfloat16 --repeats 1 --device cpu"
+    assert command.main("", arguments.split())[1] is agree
+
+
 def test_stages_side_by_side() -> None:
     arguments = "--stages 1 50 --repeats 1 --device cpu model.params.personalization_config.params.generator=table"
     text, _ = command.main("", arguments.split())

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.images import fit, to_pil, to_tensor
+from ldm.data.images import fit, open_image, to_pil, to_tensor
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.generate import Interrupted, load_model_from_config, main, read_parameters, save_picture
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -412,6 +412,9 @@ def test_a_picture_can_be_made_again(
     assert parameters["concepts"] == {"*": str(concept_file)}
     assert parameters.pop("base_model") == "model.safetensors"
     assert parameters.pop("concept_hashes") == {"*": sha256(concept_file.read_bytes()).hexdigest()[:12]}
+    assert (parameters.pop("dtype"), parameters.pop("num_stages")) == ("float32", model.num_stages)
+    hashed = parameters.pop("content_hash")
+    assert hashed == (sha256(open_image(content).tobytes()).hexdigest()[:10] if editing else None)
     model.embedding_manager.loaded.clear()
     again = main(model=model, progress=False, **parameters)
     assert difference(again, picture) == 0
@@ -423,6 +426,14 @@ def test_content_that_is_no_file_is_recorded_as_such(draw: Draw, tmp_path: Path,
     for source, recorded in ((Image.open(content), str(content)), (Image.new("RGB", (40, 40)), "")):
         save_picture(draw(content_dir=source), tmp_path / "edited.png")
         assert read_parameters(tmp_path / "edited.png")["content_dir"] == recorded
+        assert len(read_parameters(tmp_path / "edited.png")["content_hash"]) == 10
+
+
+@pytest.mark.parametrize("name", ["mug.jpg", "mug"])
+def test_only_png_keeps_what_repeats_a_picture(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must end in \.png"):
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / "new" / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_picture_from_elsewhere_has_no_parameters(content: Path) -> None:

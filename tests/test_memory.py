@@ -227,9 +227,14 @@ def test_containers_limits_count(tmp_path: Path) -> None:
     group(tmp_path / "2/a/b", memory_max="max", memory_current=3)
     group(tmp_path / "2/a", memory_max=GIGABYTE, memory_current=GIGABYTE // 4)
     assert memory._group_limits(str(tmp_path / "2"), str(listing)) == [GIGABYTE * 3 // 4]
+    files = f"anon 7\ninactive_file {GIGABYTE // 8}\nactive_file {GIGABYTE // 16}\nbad\n"
+    (tmp_path / "2/a/memory.stat").write_text(files)  # given up when memory is needed
+    assert memory._group_limits(str(tmp_path / "2"), str(listing)) == [GIGABYTE * 15 // 16]
     listing.write_text("4:cpu,memory:/not/here\n")
     group(tmp_path / "1/memory", memory_limit_in_bytes=100, memory_usage_in_bytes=120)
     assert memory._group_limits(str(tmp_path / "1"), str(listing)) == [0]
+    (tmp_path / "1/memory/memory.stat").write_text("inactive_file 9\ntotal_inactive_file 30\ntotal_active_file 200\n")
+    assert memory._group_limits(str(tmp_path / "1"), str(listing)) == [100]
     assert memory._group_limits(str(tmp_path / "none"), str(listing)) == []
 
 

@@ -337,6 +337,21 @@ def test_from_says_where_a_concept_is_another_file_now(
     assert caplog.messages == []
 
 
+def test_from_says_where_the_content_shows_something_else_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = tmp_path / "content.png"
+    Image.new("RGB", (64, 64), "red").save(content)
+    (edited,) = img2img("--prompt", "a star", "--content", content, "--outdir", tmp_path)
+    Image.open(content).save(content, compress_level=0)  # other bytes, the same pixels
+    img2img("--from", edited, "--outdir", tmp_path)
+    assert caplog.messages == []
+    Image.new("RGB", (64, 64), "blue").save(content)
+    img2img("--from", edited, "--outdir", tmp_path)
+    assert caplog.messages == [f"The content picture '{content}' is another than the one that was edited."]
+    caplog.clear()
+    img2img("--from", edited, "--content", tmp_path / edited.name, "--outdir", tmp_path)
+    assert caplog.messages == []
+
+
 def test_any_base_is_said_once_and_repeated(tmp_path: Path) -> None:
     other = Concept(torch.zeros(10, 128), {"base_model": "sd-v1-4.ckpt", "base_model_sha256": "0" * 64})
     save_concept(other, tmp_path / "other.safetensors")

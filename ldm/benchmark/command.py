@@ -137,8 +137,8 @@ def _rows(
 
     # with other numbers of stages other things are learned: nothing to compare
     distances = {} if options.stages else deviations({c.name: c.result() for c in contenders}, oracle)
-    coarsest = max(TOLERANCES[str(c.dtype).removeprefix("torch.")] for c in contenders)
-    agree = all(distance <= coarsest for distance in distances.values())
+    tolerances = {c.name: TOLERANCES[str(c.dtype).removeprefix("torch.")] for c in contenders}
+    agree = all(distance <= max(tolerances[name], tolerances[oracle]) for name, distance in distances.items())
     found = alternate(contenders, device, options.repeats)
     first = found[oracle]
     rows = [

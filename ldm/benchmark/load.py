@@ -23,8 +23,11 @@ def alternate_loads(names: Sequence[str], size: str, checkpoint: Path, dtype: st
     for _ in range(repeats):
         for name, measurement in found.items():
             command = [sys.executable, "-c", CHILD, name, size, str(checkpoint), dtype, device]
-            out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-            values = json.loads(out.splitlines()[-1])
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+                raise ValueError(f"'{checkpoint}' could not be opened the way of '{name}': {reason}")
+            values = json.loads(done.stdout.splitlines()[-1])
             measurement.wall_ms.append(values["wall_ms"])
             measurement.cpu_ms.append(values["cpu_ms"])
             measurement.peak_bytes = max(measurement.peak_bytes or 0, values["peak_bytes"] or 0) or None

@@ -1,7 +1,8 @@
 """diffusers' networks and scheduler on the same weights: what a user of that library would run.
 
 The training step is that of its textual-inversion example: the picture is encoded in every step, the text
-transformer stays in float32, and AdamW moves the whole token table, of which all rows but the new ones are put back.
+transformer keeps float32 weights and runs under autocast, and AdamW moves the whole token table, of which all rows but
+the new ones are put back.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ class PeerTraining:
             z = posterior.mean + posterior.std * draw["posterior_noise"].to(peer.dtype)
             z = z * self.base.scale_factor
         noise, t = draw["noise"].to(peer.dtype), draw["t"]
-        context = peer.text_encoder(self.ids).last_hidden_state.to(peer.dtype)
+        half = peer.dtype if peer.dtype != torch.float32 else None
+        with torch.autocast(self.ids.device.type, half, enabled=half is not None):
+            context = peer.text_encoder(self.ids).last_hidden_state.to(peer.dtype)
         prediction = peer.unet(self.scheduler.add_noise(z, noise, t), t, context).sample
         target = noise if self.base.parameterization == "eps" else self.scheduler.get_velocity(z, noise, t)
         return F.mse_loss(prediction.float(), target.float())
@@ -134,11 +137,13 @@ class PeerTraining:
 
 
 class PeerSampling:
-    """The loop of diffusers' pipeline; the contexts, made once before, change with the stage as ours do."""
+    """The loop of diffusers' pipeline; its contexts are made by our text transformer, as ours are and in the same
+    precision, and change with the stage."""
 
     def __init__(self, peer: Peer, batch: int, resolution: int, steps: int) -> None:
         self.peer, self.batch, self.steps = peer, batch, steps
-        self.ours = Sampling(peer.base, frozenset({"text_batch"}), batch, resolution, steps)
+        text = frozenset({"text_batch", str(peer.dtype).removeprefix("torch.")}) - {"float32"}
+        self.ours = Sampling(peer.base, text, batch, resolution, steps)
 
     @torch.no_grad()
     def run(self) -> Tensor:

@@ -31,6 +31,11 @@ def stage_range(stage: int, num_stages: int, last: int | None = None) -> tuple[f
     return start, 1.0 if stage == 0 else percent(stage)
 
 
+def knows(sampler: str) -> bool:
+    """Whether a sampler, as the web UI names it, has a name in ComfyUI here."""
+    return " ".join(sampler.lower().split()).partition(" karras")[0] in SAMPLERS
+
+
 def workflow(
     texts: Sequence[str],
     checkpoint: str,

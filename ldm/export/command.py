@@ -92,7 +92,11 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     concepts = dict(zip(files, named, strict=True))
     export = Export(concepts, _use(options, concepts))
     programs, folder = list(dict.fromkeys(options.to)), options.outdir or Path("outputs") / options.name[0]
-    copies = {picture: folder / picture.name for picture in options.pictures if options.card}
+    if options.pictures and not options.card:
+        raise ValueError("--pictures are shown in the model card; say --card, too.")
+    copies = {picture: folder / picture.name for picture in options.pictures}
+    if len({copy.name for copy in copies.values()}) < len(copies):
+        raise ValueError("--pictures have the same name in two folders; rename one of them.")
     captions = {copy.name: caption(picture) for picture, copy in copies.items()}
     copies = {picture: copy for picture, copy in copies.items() if picture.resolve() != copy.resolve()}
 
@@ -115,10 +119,10 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
 
 def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]]) -> Use:
     """What the flags say of the prompt and of sampling."""
-    from ldm.export.files import Use
+    from ldm.export.files import Use, most_stages
     from ldm.presets import load_presets
     from ldm.prompts import PLACEHOLDER
-    from ldm.sampling_arguments import preset_words, words_file
+    from ldm.sampling_arguments import check_types, preset_words, words_file
 
     prompt, words = options.prompt, options.word
     if options.words is not None:
@@ -128,9 +132,11 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
             raise ValueError(
                 f"'{options.words}' has {', '.join(unknown)}; here it gives prospect_words and prompt only."
             )
+        check_types(given)
         words, prompt = given.get("prospect_words"), given.get("prompt") if prompt is None else prompt
     if options.preset is not None:
-        where = {"num_stages": next(iter(concepts.values()))[1].num_stages, "windows": load_presets(options.presets)}
+        stages = most_stages(concept for _, concept in concepts.values())
+        where = {"num_stages": stages, "windows": load_presets(options.presets)}
         words = preset_words(options.preset, prompt or "", concepts, **where)
         prompt = PLACEHOLDER
     settings = {name: getattr(options, name) for name in ("sampler", "steps", "scale", "seed", "width", "height")}

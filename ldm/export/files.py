@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +19,14 @@ _ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfy
 PROGRAMS = tuple(_ENDINGS)
 _HEADER = """\
 Put the files {files} into the folder embeddings of the web UI, and paste the last line as the prompt.
-Made for {steps} steps of {sampler}, CFG scale {scale}, seed {seed}, {width}x{height}: with another sampler or number of
-steps the stages would change at wrong times. Counted {counting}.
+Made for {steps} steps of {sampler}{schedule}, CFG scale {scale}, seed {seed}, {width}x{height}: with another
+sampler or number of steps the stages would change at wrong times. Counted {counting}.
 """
+
+
+def most_stages(concepts: Iterable[Concept]) -> int:
+    """The number of stages in which nothing of a concept is lost; those with fewer are read by time."""
+    return max(concept.num_stages for concept in concepts)
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,8 @@ class Export:
 
     @property
     def num_stages(self) -> int:
-        """As many as there are words; without words, as many as the first concept has."""
-        return len(self.use.words) if self.use.words else next(iter(self.concepts.values()))[1].num_stages
+        """As many as there are words; without words, as many as the concept has that has most."""
+        return len(self.use.words) if self.use.words else most_stages(concept for _, concept in self.concepts.values())
 
     def stage_paths(self, folder: Path) -> list[Path]:
         """The files of the stages, concept after concept."""
@@ -90,7 +95,13 @@ class Export:
         return self.stage_paths(folder) + [folder / f"{self.name}_{_ENDINGS[program]}" for program in programs]
 
     def write(self, programs: Sequence[str], folder: Path) -> list[str]:
-        """Write the stage files, and one file for each of `programs`; returns warnings, each a sentence."""
+        """Write the stage files, and one file for each of `programs`; returns warnings, each a sentence.
+
+        Raises:
+            ValueError: a program cannot make that many steps; nothing is written.
+        """
+        if "diffusers" in programs and self.use.steps == webui.TIMESTEPS:
+            raise ValueError(f"diffusers' DDIM makes at most {webui.TIMESTEPS - 1} steps; give fewer with --steps.")
         folder.mkdir(parents=True, exist_ok=True)
         for name, concept in self.concepts.values():
             save_stages(concept, folder, name)
@@ -108,6 +119,11 @@ class Export:
 
     def _diffusers(self, warnings: list[str]) -> str:
         use = self.use
+        if webui.TIMESTEPS % use.steps:
+            warnings.append(
+                f"With {use.steps} steps diffusers' DDIM takes other timesteps, and makes a slightly other picture; "
+                f"use a number of steps that divides {webui.TIMESTEPS}."
+            )
         values = {
             "NAME": self.name,
             "FILES": [path.name for path in self.stage_paths(Path())],
@@ -132,6 +148,8 @@ class Export:
         files = " … ".join(self.stage_paths(Path())[end].name for end in (0, -1))
         settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
         notes = "".join(f"Not exact: {warning}\n" for warning in found)
+        schedule = webui.schedule_type(use.sampler)
+        settings["schedule"] = f" (schedule type: {schedule}, not Automatic)" if schedule else ""
         settings["counting"] = "as documented" if use.documented else "as the program does, from step 0"
         negative = escaped(use.negative_prompt, webui.escape)
         notes += f"Negative prompt: {negative}\n" if negative else ""
@@ -139,6 +157,10 @@ class Export:
 
     def _comfyui(self, warnings: list[str]) -> str:
         use = self.use
+        if not comfyui.knows(use.sampler):
+            warnings.append(
+                f"'{use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."
+            )
         checkpoint = next(iter(self.concepts.values()))[1].metadata.get("base_model", "sd-v1-4.ckpt")
         settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
         texts = self._texts(comfyui.spell, comfyui.escape)

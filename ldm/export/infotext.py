@@ -29,11 +29,14 @@ def infotext(record: Mapping[str, Any]) -> str:
     """
     words, sources = record.get("prospect_words"), record.get("concepts") or {}
     concepts = {placeholder: _concept(file) for placeholder, file in sources.items()}
-    stages = next((c.num_stages for c in concepts.values() if c is not None), 10) if words is None else len(words)
+    stages = record.get("num_stages") or max((c.num_stages for c in concepts.values() if c is not None), default=10)
+    stages = stages if words is None else len(words)
     rows = {p: list(range(stages)) if c is None else c.rows_for(stages) for p, c in concepts.items()}
     names = {placeholder: _name(file, number) for number, (placeholder, file) in enumerate(sources.items())}
     texts = stage_texts(record["prompt"], words, stages, names, rows, escape=escape)
-    prompt, _ = prompt_editing(texts, record["sampler"], record["ddim_steps"])
+    steps = record["ddim_steps"]
+    calls = int(record["strength"] * steps) if record.get("content_dir") is not None else None
+    prompt, _ = prompt_editing(texts, record["sampler"], steps, calls=calls)
 
     hashes = {p: found for p, file in sources.items() if (found := short_hash(file))}
     hashes |= record.get("concept_hashes") or {}

@@ -53,12 +53,23 @@ def call_timesteps(sampler: str, steps: int) -> list[float] | None:
     return np.interp(7 * np.log(most + ramp * (least - most)), np.log(sigmas), np.arange(TIMESTEPS)).tolist()
 
 
-def prompt_editing(texts: Sequence[str], sampler: str, steps: int, documented: bool = False) -> tuple[str, list[str]]:
+def schedule_type(sampler: str) -> str | None:
+    """What the web UI calls the spacing of a sampler's timesteps; None where it has no choice, or is not known."""
+    name = " ".join(sampler.lower().split())
+    if name not in SAMPLERS or name in ("ddim", "plms"):
+        return None
+    return "Karras" if name.endswith(" karras") else "Uniform"
+
+
+def prompt_editing(
+    texts: Sequence[str], sampler: str, steps: int, documented: bool = False, calls: int | None = None
+) -> tuple[str, list[str]]:
     """One prompt that is `texts[stage]` at every call of the U-Net, and what keeps it from being that exactly.
 
     Args:
         texts: one for each stage, entry 0 = END of generation, escaped (`escape`).
         documented: count as the documentation says, "after `when` steps", and not as the program does.
+        calls: of a picture that is edited, how many of the steps are made: the last ones, counted from 0 again.
 
     Returns:
         The prompt, and warnings, each a sentence; without any the prompt is exact.
@@ -71,6 +82,8 @@ def prompt_editing(texts: Sequence[str], sampler: str, steps: int, documented: b
             f"The timesteps of '{sampler}' are not known, so the stages change only about where they should; "
             f"exact are {', '.join(SAMPLERS)}, and ComfyUI with any sampler."
         )
+    if calls:
+        timesteps, steps = timesteps[-calls:], calls
     runs: list[list] = []  # [text, number of the last call that reads it]
     for call, t in enumerate(timesteps):
         text = texts[stage_of(int(t), len(texts), TIMESTEPS)]

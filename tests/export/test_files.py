@@ -179,6 +179,42 @@ def test_a_warning_is_on_standard_error_and_in_the_file(
     assert f"Not exact: {warning.removeprefix('warning: ')}" in paths[-1].read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        (["--to", "diffusers", "--steps", "30"], "With 30 steps diffusers' DDIM takes other timesteps"),
+        (["--to", "comfyui", "--sampler", "Heun"], "'Heun' becomes ddim in the workflow for ComfyUI"),
+        (["--to", "diffusers", "comfyui", "--steps", "40", "--sampler", "Euler a"], ""),
+    ],
+)
+def test_what_is_not_exact_is_said(
+    flags: list[str], warning: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(DESCRIPTION, [str(file), "--name", "teddy", *flags, "--outdir", str(tmp_path / "o")])
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {warning}") if warning else said == ""
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule"), [("DPM++ 2M", "Uniform"), ("DPM++ 2M Karras", "Karras"), ("ddim", "")]
+)
+def test_the_web_ui_is_told_the_schedule(sampler: str, schedule: str, file: Path, tmp_path: Path) -> None:
+    flags = ["--name", "teddy", "--to", "a1111", "--sampler", sampler, "--outdir", str(tmp_path / "o")]
+    text = run(DESCRIPTION, [str(file), *flags])[-1].read_text(encoding="utf-8")
+    told = f"{sampler} (schedule type: {schedule}, not Automatic), CFG" if schedule else f"{sampler}, CFG"
+    assert f"steps of {told}" in text
+
+
+def test_no_stage_of_any_concept_is_lost(file: Path, tmp_path: Path) -> None:
+    """Nor where the first has one only; a preset has the same stages."""
+    save_concept(Concept(torch.zeros(1, 16)), tmp_path / "one.safetensors")
+    sources = [str(tmp_path / "one.safetensors"), f"<b>={file}"]
+    flags = ["--name", "one", "ten", "--to", "a1111", "--steps", "10", "--prompt", "a <b> by *"]
+    for more in ([], ["--preset", "material"]):  # which is of stages 0 to 4 of the concept that is named first
+        paths = run(DESCRIPTION, [*sources, *flags, *more, "--outdir", str(tmp_path / f"o{len(more)}")])
+        assert paths[-1].read_text(encoding="utf-8").splitlines()[-1].count("ten-") == 10
+
+
 # Refusals
 
 
@@ -219,11 +255,17 @@ def test_names_that_are() -> None:
         (["--name", "a", "--words", "none.yaml"], "There is no file 'none.yaml'"),
         (["--name", "a", "--nme", "b"], "unknown argument '--nme'; did you mean --name?"),
         (["--name", "a", "--card", "--pictures", "none.png"], "There is no file 'none.png'"),
+        (["--name", "a", "--card", "--pictures", "x/s.png", "y/s.png"], "have the same name in two folders"),
+        (["--name", "a", "--pictures", "s.png"], "say --card, too"),
+        (["--name", "a", "--to", "diffusers", "--steps", "1000"], "at most 999 steps"),
+        (["--name", "a", "--words", "{folder}/words.yaml"], "prompt must be a text, not 5"),
     ],
 )
 def test_mistakes_end_with_a_sentence(
     flags: list[str], sentence: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "words.yaml").write_text("prompt: 5\n")
+    flags = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
     assert sentence in refusal(capsys, str(file), "--outdir", str(tmp_path / "out"), *flags)
     assert not (tmp_path / "out").exists()
 

@@ -62,12 +62,31 @@ def test_stages_become_prompt_editing_and_stay_readable(tmp_path) -> None:
     file = tmp_path / "my_run" / "checkpoints" / "embeddings.safetensors"
     save_concept(Concept(torch.zeros(2, 4)), file)
     words = ["a *", 'a "dog"\n: b']
-    changed = {"prompt": "*", "prospect_words": words, "concepts": {"*": str(file)}, "content_dir": "x.png"}
+    changed = {"prompt": "*", "prospect_words": words, "concepts": {"*": str(file)}}
     prompt, settings = read(infotext(RECORD | changed | {"sampler": "plms", "ddim_eta": 0.5}))
     assert prompt == r'a ["dog" \: b:my-run-0:10]'
     assert json.loads(settings["ProSpect words"]) == words
-    assert settings["Denoising strength"] == "0.5" and settings["Eta DDIM"] == "0.5" and settings["Sampler"] == "PLMS"
+    assert settings["Eta DDIM"] == "0.5" and settings["Sampler"] == "PLMS"
     assert re.fullmatch("my-run: [0-9a-f]{12}", settings["ProSpect concepts"])
+
+
+@pytest.mark.parametrize(("strength", "expected"), [(0.5, "fine"), (0.75, "[coarse:fine:4]"), (1.0, "[coarse:fine:9]")])
+def test_an_edited_picture_counts_the_steps_that_are_made(strength: float, expected: str) -> None:
+    """The web UI makes the last of them, and counts from 0: of 20 steps of DDIM the 10 of stages 0 to 4, for 0.5."""
+    words = {"prompt": "*", "prospect_words": ["fine"] * 5 + ["coarse"] * 5}
+    prompt, settings = read(infotext(RECORD | words | {"content_dir": "x.png", "strength": strength}))
+    assert prompt == expected and settings["Denoising strength"] == f"{strength:g}"
+
+
+def test_stages_are_the_models(tmp_path) -> None:
+    """Also where the first concept has fewer of its own."""
+    files = {"*": tmp_path / "one.safetensors", "<b>": tmp_path / "two.safetensors"}
+    for file, stages in zip(files.values(), (1, 2), strict=True):
+        save_concept(Concept(torch.zeros(stages, 4)), file)
+    concepts = {"prompt": "<b> by *", "concepts": {name: str(file) for name, file in files.items()}}
+    assert read(infotext(RECORD | concepts))[0] == "[two-b-1:two-b-0:9] by one-0"
+    prompt = read(infotext(RECORD | {"num_stages": 5} | concepts))[0]
+    assert prompt == "[two-b-1:two-b-0:11] by one-0", prompt
 
 
 def test_a_concept_that_is_gone_has_ten_stages() -> None:
