@@ -32,8 +32,6 @@ EXAMPLE = "configs/evidence/ablation.yaml is one"
 SECTIONS = ("model.params.", "data.params.")
 REPLACED = {"model.params.ckpt_path", "data.params.train.params.data_root"}  # by the ablation's own
 INITIAL_WORDS = "model.params.personalization_config.params.initializer_words"
-
-
 PRESETS = "presets"  # where a concept's `*` stands: in the windows of the presets
 ELSEWHERE = {"all stages": dict.fromkeys(TRANSFERS, range(10)), "the paper's stages": PRESET_STAGES}
 
@@ -163,7 +161,10 @@ def _check_variant(values: object, settings: Mapping[str, Any], what: str) -> No
     rate = both.get("learning_rate", 1.0)
     if not _is_number(rate) or rate <= 0:
         raise ValueError(f"{what} has the learning_rate {rate!r}; it must be a number above 0, such as 4.8e-4.")
-    for key in both:
+    steps = both.get(MAX_STEPS, 1)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"{what} has {MAX_STEPS} {steps!r}; it must be a whole number from 1 on.")
+    for key in map(str, both):
         if key in REPLACED or not (key in {"concepts", "word", "learning_rate", MAX_STEPS} or key.startswith(SECTIONS)):
             known = ["learning_rate", "word", MAX_STEPS, *(f"{section}…" for section in SECTIONS)]
             raise ValueError(f"{what} sets '{key}', which does not count here; what does: {', '.join(known)}.")

@@ -101,7 +101,8 @@ def tables(
     replace_text(folder / "ablation.md", text)
     numbers = {name: {key: x.tolist() for key, x in values.items()} for name, values in rows.items()}
     replace_text(folder / "ablation.json", json.dumps(numbers, indent=1) + "\n")
-    plot_transfers(rows, list(TRANSFERS), folder / "transfer.png")
+    shown = {name: rows[name] for name in [*named, *elsewhere]} or rows
+    plot_transfers(shown, list(TRANSFERS), folder / "transfer.png")
     plot_variants(summaries, {name: x for name, x in gains.items() if name in summaries}, folder / "variants.png")
     return text
 

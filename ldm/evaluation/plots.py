@@ -41,17 +41,15 @@ def heat_map(
 
 
 def plot_transfers(summaries: Mapping[str, Mapping[str, np.ndarray]], presets: Sequence[str], path: Path) -> None:
-    """Transfer of `prospect`, `textual-inversion`, and variants with the concept in all stages, by preset."""
-    names = [name for name in summaries if "all stages" in name] or list(summaries)
-    names = list(dict.fromkeys([*(n for n in ("prospect", "textual-inversion") if n in summaries), *names]))
+    """Transfer of each, by preset."""
     figure, axes = plt.subplots(figsize=(8, 3.4))
     groups = [*presets, "all"]
-    for i, name in enumerate(names):
-        values = [summaries[name][f"transferred/{group}"] for group in groups]
+    for i, (name, summary) in enumerate(summaries.items()):
+        values = [summary[f"transferred/{group}"] for group in groups]
         means = np.array([v.mean() for v in values])
         errors = np.abs(np.array([share_interval(v) for v in values]).T - means)
-        width = 0.8 / len(names)
-        axes.bar(np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width, means, width, yerr=errors, label=name)
+        width = 0.8 / len(summaries)
+        axes.bar(np.arange(len(groups)) + (i - (len(summaries) - 1) / 2) * width, means, width, yerr=errors, label=name)
     axes.set_xticks(range(len(groups)), [*presets, "mean"])
     axes.set_ylabel("wanted attribute only")
     axes.set_ylim(0, 1)

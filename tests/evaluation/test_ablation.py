@@ -106,6 +106,8 @@ def test_the_command_learns_counts_and_goes_on(tmp_path: Path, capsys, monkeypat
         (TINY.replace("learning_rate", "lerning_rate"), "sets 'lerning_rate', which does not count here; what does"),
         (TINY.replace("learning_rate", "model.base_learning_rate"), "sets 'model.base_learning_rate'"),
         (TINY.replace("time_sampling: stages", "ckpt_path: x"), "sets 'model.params.ckpt_path'"),
+        (TINY.replace("max_steps: 2", "max_steps: -1"), "has lightning.trainer.max_steps -1; it must be"),
+        (TINY.replace("learning_rate", "5"), "sets '5', which does not count here"),
         (TINY.replace("1.0e-3", "0"), "has the learning_rate 0; it must be"),
         (TINY.replace("1.0e-3", "1e-3"), "has the learning_rate '1e-3'; it must be"),
         (TINY.replace("prospect_stages: 1", "prospect_stage: 1"), "The variant 'textual-inversion': "),
