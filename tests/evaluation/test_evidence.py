@@ -159,7 +159,21 @@ def test_what_was_brought():
     assert leaked == {"shape": [False, True, False], "texture": [False] * 3, "colour": [False] * 3}
 
 
-def test_the_best_window_is_the_shortest_of_the_best():
-    same = {"3": [0, 0, 0, 1, 0, 0], "2-3": [0, 0, 0, 1, 0, 0], "0-9": [1, 1, 1, 1, 1, 1], "5": [0, 0, 0, 0, 0, 0]}
-    found = {f"concept-{name}": {w: np.array([x]) for w, x in same.items()} for name in TRANSFERS}
-    assert best_windows(found)["material"] == [3]
+def chosen(windows: dict[str, tuple[int, int]], concepts: int) -> list[int]:
+    """For material, of {window: (concepts whose texture comes, concepts whose background does)}; one picture each."""
+    found = {}
+    for window, (textures, backgrounds) in windows.items():
+        found[window] = np.zeros((concepts, len(FACTORS)))
+        found[window][:textures, list(FACTORS).index("texture")] = 1
+        found[window][:backgrounds, list(FACTORS).index("background")] = 1
+    return best_windows({f"concept-{name}": found for name in TRANSFERS}, together=1)["material"]
+
+
+def test_a_window_is_chosen_by_what_it_brings():
+    best = {"2-6": (6, 0), "1-6": (6, 0), "5": (1, 0), "0-9": (8, 8)}
+    assert chosen(best, 8) == [2, 3, 4, 5, 6], "of equals the shortest"
+    assert chosen(best | {"1-7": (7, 1)}, 8) == [1, 2, 3, 4, 5, 6, 7], "as good but for luck, and brings more"
+    assert chosen(best | {"1-7": (7, 2)}, 8) == [2, 3, 4, 5, 6], "brings a background more often than chance"
+    assert chosen(best | {"1-7": (7, 4)}, 8) == [2, 3, 4, 5, 6], "more than a standard error worse"
+    assert chosen({"4-5": (0, 0), "5": (0, 0)}, 1) == [5]
+    assert chosen({"4-5": (2, 2), "5": (1, 1)}, 2) == [4, 5], "none without the background"
