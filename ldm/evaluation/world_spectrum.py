@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ldm.data.world import FACTORS, caption, random_attributes, sentence
-from ldm.embeddings import Concept, save_concept
+from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.evaluation.concepts import COLUMNS, TRANSFERS, brought, concept_attributes, fill, learn_concept, noises
 from ldm.evaluation.jobs import run_jobs
 from ldm.evaluation.spectrum import Experiment, add, all_windows, place, switch, throughout, withhold
@@ -46,16 +47,25 @@ def caption_experiments(count: int, width: int) -> dict[str, Experiment]:
 def learn_concepts(config: str, ckpt: str, count: int, folder: Path, workers: int | None = None) -> dict[str, str]:
     """Learn `count` held-out pictures with the configuration, but frozen parts in bfloat16: {placeholder: file}.
 
-    The files in `folder`/learned are written anew each time: they are of this model and this configuration.
+    The files are `folder`/learned/concept-NN.safetensors; one that holds the vectors already stays, byte for byte (the
+    format writes metadata in any order), so that what was drawn with it counts as drawn.
     """
     shared = {"config": config, "ckpt": ckpt, "seed": SEED, "overrides": SETTINGS}
     jobs = {f"concept-{i:02d}": shared | {"number": i} for i in range(count)}
     files = {}
     for i, result in enumerate(run_jobs(learn_concept, jobs, folder / "learned", workers, "learning").values()):
         path = folder / "learned" / f"concept-{i:02d}.safetensors"
-        save_concept(Concept(torch.from_numpy(result["vectors"])), path)
+        vectors = torch.from_numpy(result["vectors"])
+        if not _holds(path, vectors):
+            save_concept(Concept(vectors), path)
         files[f"<{i}>"] = str(path)
     return files
+
+
+def _holds(path: Path, vectors: torch.Tensor) -> bool:
+    with suppress(ValueError, OSError):
+        return torch.equal(load_concept(path).vectors, vectors)
+    return False
 
 
 def concept_experiments(concepts: Mapping[str, str], seeds: int = 4) -> dict[str, Experiment]:

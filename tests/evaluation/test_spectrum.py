@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm.embeddings import load_concept
+from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.evaluation import captions, plots, spectrum, world_spectrum
 from ldm.evaluation.judges import DistanceJudge, colour_distance
 from ldm.evaluation.statistics import mean_interval, share_interval, wilson
@@ -89,7 +89,11 @@ def test_the_rendered_world(tmp_path: Path, config: Path, changed_model: Path, r
     assert {(row["low"], row["high"]) for row in table if row["experiment"] in concepts} == {("0.0", "1.0")}
     assert ("0.0", "1.0") not in {(row["low"], row["high"]) for row in table if row["experiment"] == "switch"}
 
-    before = load_concept(out / "learned" / "concept-00.safetensors").vectors
+    file = out / "learned" / "concept-00.safetensors"
+    before = load_concept(file).vectors
+    save_concept(Concept(before, {"note": "the same vectors in other bytes"}), file)
+    world_spectrum.learn_concepts(str(config), MODEL, 1, out, 1)
+    assert load_concept(file).metadata["note"], "what was drawn with the file counts as drawn"
     monkeypatch.setattr(plots, "plot_spectrum", lambda *_: [])
     monkeypatch.setattr(world_spectrum, "caption_experiments", lambda *_: {})
     pictures = out / "pictures" / "concept-content-0-9.npz"
