@@ -188,7 +188,7 @@ LEARNING: dict[str, Cases] = {
         (f"{BASE}lacking.safetensors", "1 missing: model.diffusion_model.out.0.bias"),
         (f"{BASE}more.safetensors", "1 unexpected: model.diffusion_model.label_emb.weight"),
         (
-            f"{BASE}good.safetensors",
+            f"{BASE}nan.safetensors",
             "model.diffusion_model.out.0.bias has values that are not finite in float32; download",
         ),
         (f"{BASE}infinite.safetensors", "not finite in float32; download"),
@@ -292,7 +292,7 @@ def files(folder: Path) -> dict[Path, bytes]:
         ("model.params.personalization_config.params.generator=table", "lacks what this configuration trains"),
         ("--max_stepz 3", "did you mean --max_steps?"),
         ("--gpus x", "--gpus takes device numbers"),
-        ("--actual_resume {bad}/good.safetensors", "not finite in float32"),
+        ("--actual_resume {bad}/nan.safetensors", "not finite in float32"),
     ],
 )
 def test_resuming_otherwise(
