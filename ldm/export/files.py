@@ -25,7 +25,7 @@ sampler or number of steps the stages would change at wrong times. Counted {coun
 
 
 def most_stages(concepts: Iterable[Concept]) -> int:
-    """The number of stages in which nothing of a concept is lost; those with fewer are read by time."""
+    """The stages of the concept that has most; those with fewer are read by time."""
     return max(concept.num_stages for concept in concepts)
 
 
