@@ -35,13 +35,13 @@ class CheckpointWriter(TorchCheckpointIO):
 
     def __init__(self, resumed: Path | None = None) -> None:
         super().__init__()
-        self._resumed = resumed
+        self._resumed = resumed and resumed.resolve()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         content = io.BytesIO()  # torch hides the reason when a file cannot be written
         torch.save(checkpoint, content)
         previous = Path(path).with_name(PREVIOUS)
-        with replacing(path, keep=None if previous == self._resumed else previous) as temporary:
+        with replacing(path, keep=None if previous.resolve() == self._resumed else previous) as temporary:
             temporary.write_bytes(content.getbuffer())
         self._resumed = None
 

@@ -84,8 +84,8 @@ def tables(
             ],
         ),
     ]  # fmt: skip
-    if named:  # the first of them, compared with all that differ in placement alone, too
-        first, others = named[0], [name for name in [*named[1:], *elsewhere] if name in rows]
+    if named:  # the first of them beside the others, and beside itself with `*` elsewhere
+        first, others = named[0], [*named[1:], *elsewhere]
         parts.append(
             _table(
                 [f"{first} minus", "attributes regenerated", "transfer", *TRANSFERS],
