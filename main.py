@@ -12,12 +12,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ldm import cli
+from ldm.cli import train as cli
 
 logger = logging.getLogger("main")
 
 # Names that the reference's YAML files look for here, and where they live.
-_HOMES = {"DataModuleFromConfig": "ldm.data.datamodule", "ImageLogger": "ldm.callbacks"}
+_HOMES = {"DataModuleFromConfig": "ldm.data.datamodule", "ImageLogger": "ldm.training.callbacks"}
 
 
 def __getattr__(name: str) -> object:
@@ -33,10 +33,13 @@ def train(options: argparse.Namespace) -> int:
     import pytorch_lightning as pl
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from ldm import memory, parts, run_checks, training
+    from ldm import memory
     from ldm.config import allow_targets, instantiate_from_config
-    from ldm.files import writing_to
-    from ldm.runs import open_run
+    from ldm.files.writing import writing_to
+    from ldm.training import checks as run_checks
+    from ldm.training import parts
+    from ldm.training import setup as training
+    from ldm.training.runs import open_run
 
     allow_targets(*options.allow_targets)
     run = open_run(options)

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.diffusers_layout import TEXT, UNET, find_weights, to_compvis
-from ldm.files import replacing
-from ldm.schedule import make_betas, schedule_buffers
-from ldm.weight_files import CheckpointError, MappedFiles, missing, model_files, read_file
+from ldm.files.diffusers_layout import TEXT, UNET, find_weights, to_compvis
+from ldm.files.weights import CheckpointError, MappedFiles, missing, model_files, read_file
+from ldm.files.writing import replacing
+from ldm.models.diffusion.schedule import make_betas, schedule_buffers
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # A configuration cannot allow anything itself: it may come from a stranger.
 ALLOWED_TARGETS = (
     "ldm",
+    "evaluation",
     "main",
     "torch.nn.modules.linear.Identity",
     "pytorch_lightning.callbacks",

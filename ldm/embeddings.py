@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
-from ldm.embedding_files import (
+from ldm.conditioning.prompts import check_placeholder
+from ldm.conditioning.stages import matching_stage
+from ldm.files.embedding_formats import (
     STAGES,
     EmbeddingError,
     in_order,
@@ -24,8 +26,7 @@ from ldm.embedding_files import (
     series,
     series_of,
 )
-from ldm.files import writing_to
-from ldm.prompts import check_placeholder
+from ldm.files.writing import writing_to
 
 __all__ = [
     "Concept",
@@ -83,7 +84,7 @@ class Concept:
 
     def rows_for(self, num_stages: int) -> list[int]:
         """The row that each of `num_stages` stages reads: the one at the middle of that stage's timesteps."""
-        return [int((s + 0.5) * self.num_stages / num_stages) for s in range(num_stages)]
+        return [matching_stage(s, num_stages, self.num_stages) for s in range(num_stages)]
 
     def lerp(self, other: Concept, weight: float) -> Concept:
         """A concept between this one (weight 0) and another (weight 1), stage by stage.

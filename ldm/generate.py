@@ -17,22 +17,22 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.cli.sampling_checks import SAMPLERS, check_arguments
+from ldm.conditioning.presets import presets_beside
+from ldm.conditioning.prompts import check_negative_prompt, warn_of_unused
 from ldm.config import check_generates, instantiate_from_config, load_config
-from ldm.data.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
-from ldm.guards import FirstBad, refuse_bad_latents
+from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
+from ldm.files.records import PNG_KEY, read_parameters, save_picture
 from ldm.memory import check_generating
+from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.sampling import Callback, draw_noise, seeded_generators
 from ldm.native import native
-from ldm.presets import presets_beside
-from ldm.prompts import check_negative_prompt, warn_of_unused
-from ldm.records import PNG_KEY, read_parameters, save_picture
-from ldm.sampling_checks import SAMPLERS, check_arguments
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
+    from ldm.conditioning.prompts import Words
     from ldm.embeddings import Concept
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.prompts import Words
 
 __all__ = [
     "PNG_KEY",
@@ -138,7 +138,7 @@ def main(
         n_rows: pictures in a row of the grid; 0 for as square as possible.
         scale: guidance scale; 1 is no guidance. None is the model's own: 10 for Stable Diffusion.
         model: from `load_model_from_config`.
-        prospect_words: one entry for each stage, entry 0 = end of generation; see `ldm.prompts`.
+        prospect_words: one entry for each stage, entry 0 = end of generation; see `ldm.conditioning.prompts`.
         height, width: pixels; multiples of 64 for Stable Diffusion. None is the model's own: 512 for that.
         sampler: ddim or plms.
         resize: how the content picture is brought to width x height: crop, pad or squash.

@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import Context
+from ldm.conditioning.context import Context
 from ldm.data.repeated import picture_sides
 
 if TYPE_CHECKING:

@@ -1,13 +1,17 @@
-"""Names that LDM code expects here, and the choice of device."""
+"""Devices and seeds, and the names that LDM code expects here."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.config import instantiate_from_config
 
-__all__ = ["instantiate_from_config", "pick_device", "to_device"]
+__all__ = ["instantiate_from_config", "mix_seed", "pick_device", "seed_step", "to_device"]
 
 
 def to_device(tensor: Tensor, device: torch.device | str | None) -> Tensor:
@@ -30,3 +34,14 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
         usable = [f"cuda:{i}" for i in range(gpus)] + [kind for kind in ("mps", "cpu") if counts[kind]]
         raise ValueError(f"Device '{device}' is not usable here; usable: {', '.join(usable)}.")
     return device
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several non-negative numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_step(batch: Mapping[str, Any]) -> None:
+    """Seed PyTorch's global state for a training step by the batch's first sample; without `sample`, leave it."""
+    if "sample" in batch:
+        torch.manual_seed(mix_seed(0, int(batch["sample"][0])))

@@ -11,10 +11,13 @@ another folder). `--limit` and `--only` take part of the YAML; run again without
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from ldm.cli import positive
-from ldm.flags import Parser
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
+
+from ldm.cli.flags import Parser
+from ldm.cli.train import positive
 
 
 def main() -> None:
@@ -34,10 +37,10 @@ def main() -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Learn, count, print and write."""
-    from ldm.evaluation.ablation import Ablation
-    from ldm.evaluation.captions import load, load_judge
-    from ldm.evaluation.comparison import tables
-    from ldm.presets import load_presets, presets_beside
+    from evaluation.ablation import Ablation
+    from evaluation.captions import load, load_judge
+    from evaluation.comparison import tables
+    from ldm.conditioning.presets import load_presets, presets_beside
 
     ablation = Ablation.read(args.yaml, args.only, args.limit)
     windows = load_presets(args.presets) if args.presets else presets_beside(ablation.ckpt)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from ldm.cli import positive
-from ldm.flags import Parser
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
+
+from ldm.cli.flags import Parser
+from ldm.cli.train import positive
 
 
 def main() -> None:
@@ -36,13 +39,13 @@ def main() -> None:
 
 def count(args: argparse.Namespace) -> None:
     """Draw, count, print and write."""
-    from ldm.data.images import make_grid
-    from ldm.data.world import FACTORS
-    from ldm.evaluation.captions import follow_captions, judge_itself, load_judge
-    from ldm.evaluation.jobs import run_jobs
-    from ldm.evaluation.pictures import check
-    from ldm.evaluation.statistics import wilson
-    from ldm.files import check_writable, replace_text
+    from evaluation.captions import follow_captions, judge_itself, load_judge
+    from evaluation.jobs import run_jobs
+    from evaluation.pictures import check
+    from evaluation.statistics import wilson
+    from evaluation.world.rendered import FACTORS
+    from ldm.files.images import make_grid
+    from ldm.files.writing import check_writable, replace_text
 
     check(args.config, args.ckpt, args.steps, args.scale)
     check_writable(args.outdir, "--outdir")

@@ -10,8 +10,11 @@ precision explains.
 """
 
 import sys
+from pathlib import Path
 
-from ldm.benchmark.command import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
+
+from evaluation.benchmark.command import main
 
 if __name__ == "__main__":
     table, agree = main(__doc__)

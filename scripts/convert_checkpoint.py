@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint import file_hash, identify, read_state_dict, save_state_dict
-from ldm.flags import Parser
+from ldm.cli.flags import Parser
 
 
 def main(argv: list[str] | None = None) -> None:

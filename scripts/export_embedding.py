@@ -6,7 +6,7 @@
       --to a1111 --prompt 'a <a> beside a <b>' --steps 20 --sampler 'DPM++ 2M Karras' --card
 """
 
-from ldm.export.command import run
+from ldm.cli.export import run
 
 if __name__ == "__main__":
     for path in run(__doc__):

@@ -6,7 +6,7 @@
       --concept models/demo/concepts/dotted-star.safetensors --prompt '*'
 """
 
-from ldm.commands import run
+from ldm.cli.sample import run
 
 if __name__ == "__main__":
     for path in run(__doc__, editing=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.flags import Parser, add_flag
+from ldm.cli.flags import Parser, add_flag
 
 
 def main() -> None:

@@ -5,11 +5,14 @@ python scripts/make_demo_tokenizer.py --out models/demo/tokenizer
 
 import argparse
 import json
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from ldm.data.world import world_vocabulary
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
+
+from evaluation.world.rendered import world_vocabulary
 
 END = "</w>"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

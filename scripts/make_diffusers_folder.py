@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.flags import Parser, add_flag
-from ldm.sampling_flags import MODEL_DEFAULTS
+from ldm.cli.flags import Parser, add_flag
+from ldm.cli.sampling_flags import MODEL_DEFAULTS
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -31,8 +31,8 @@ def build_pipeline(config: str | Path, ckpt: str | Path) -> StableDiffusionPipel
     from omegaconf import OmegaConf
 
     from ldm.config import load_config
-    from ldm.diffusers_layout import to_compvis
-    from ldm.diffusers_networks import build_networks
+    from ldm.export.diffusers_networks import build_networks
+    from ldm.files.diffusers_layout import to_compvis
     from ldm.generate import load_model_from_config
 
     model = load_model_from_config(config, ckpt, device="cpu")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
-from ldm.schedule import make_betas, schedule_buffers
+from ldm.models.diffusion.schedule import make_betas, schedule_buffers
 
 LAYOUT = Path(__file__).resolve().parents[1] / "tests" / "golden" / "sd_v1_state_dict.json"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint import read_state_dict, save_state_dict
-from ldm.flags import Parser
+from ldm.cli.flags import Parser
 
 PARTS = ("model.", "first_stage_model.", "cond_stage_model.")
 CLASSIFIER = ("features.", "heads.")

@@ -6,15 +6,18 @@ python scripts/render_world.py --out /tmp/star --count 1 --caption-like large,do
 
 import argparse
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.world import RESOLUTION, attributes_from_words, caption, random_attributes, render
-from ldm.files import check_writable
-from ldm.flags import Parser
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
+
+from evaluation.world.rendered import RESOLUTION, attributes_from_words, caption, random_attributes, render
+from ldm.cli.flags import Parser
+from ldm.files.writing import check_writable
 
 
 def save_picture(picture: Tensor, path: Path) -> None:

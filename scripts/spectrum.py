@@ -13,10 +13,13 @@ spectrum.csv go to --outdir, where an interrupted run goes on (with other code, 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from ldm.cli import natural, positive
-from ldm.flags import Parser
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
+
+from ldm.cli.flags import Parser
+from ldm.cli.train import natural, positive
 
 
 def build_parser() -> Parser:
@@ -74,11 +77,11 @@ def measure(args: argparse.Namespace) -> None:
     """Draw, judge and write."""
     import yaml
 
-    from ldm.evaluation import spectrum, world_spectrum
-    from ldm.evaluation.judges import AttributeJudge, DistanceJudge
-    from ldm.evaluation.pictures import check
-    from ldm.evaluation.plots import plot_spectrum
-    from ldm.files import check_writable, replace_text, writing_to
+    from evaluation import spectrum, world_spectrum
+    from evaluation.judges import AttributeJudge, DistanceJudge
+    from evaluation.pictures import check
+    from evaluation.plots import plot_spectrum
+    from ldm.files.writing import check_writable, replace_text, writing_to
 
     file, _, text = (args.concept or "").partition("=")
     check(args.config, args.ckpt, args.steps, args.scale, args.size, {"*": file} if args.concept else None)

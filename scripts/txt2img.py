@@ -8,7 +8,7 @@
       --prompt 'a teddy walking in times square' --width 768
 """
 
-from ldm.commands import run
+from ldm.cli.sample import run
 
 if __name__ == "__main__":
     for path in run(__doc__):

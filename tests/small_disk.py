@@ -17,7 +17,7 @@ import torch
 from runs import LEARN, MADE_SMALL, every, unfinished
 
 import main
-from ldm import commands
+from ldm.cli import sample as commands
 from ldm.embeddings import load_concept
 
 PAGE = 4096

@@ -18,12 +18,12 @@ import torch
 from bad_files import Cases, cases, refused, words
 
 import main
-from ldm import cli
 from ldm.checkpoint import read_state_dict
-from ldm.data.images import open_image
+from ldm.cli import train as cli
 from ldm.data.personalized import PersonalizedBase, find_pictures
 from ldm.embeddings import Concept, load_concept, save_concept
-from ldm.files import WriteError
+from ldm.files.images import open_image
+from ldm.files.writing import WriteError
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,7 +134,10 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} lightning.trainer.precision=bf16-true", "use model.params.frozen_dtype=bfloat16"),
         (f"{LEARN} lightning.logger=5", "must be a section"),
         (f"{LEARN} lightning.logger.params.name=x", "lightning.logger must be a section with a `target:`"),
-        (f"{LEARN} lightning.logger.target=ldm.callbacks.SaveLast lightning.logger.params.dirpath=x", "is no logger"),
+        (
+            f"{LEARN} lightning.logger.target=ldm.training.callbacks.SaveLast lightning.logger.params.dirpath=x",
+            "is no logger",
+        ),
         (
             f"{LEARN} lightning.logger.target=pytorch_lightning.loggers.CSVLogger lightning.logger.params.nam=x",
             "'name'?",

@@ -8,7 +8,7 @@ import pytest
 from bad_files import ROOT, Cases, cases, refused, words
 from PIL import Image
 
-from ldm import commands
+from ldm.cli import sample as commands
 
 MAKE = "--steps 1 --height 32 --width 32 --device cpu --prompt *"
 EDIT = f"{MAKE} --strength 1 --content "

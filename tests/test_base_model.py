@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import base_model
-from ldm.base_model import base_hash, refuse_other_base
 from ldm.checkpoint import CheckpointError, file_hash
 from ldm.embeddings import Concept, load_concept, save_concept
+from ldm.files import base_model
+from ldm.files.base_model import base_hash, refuse_other_base
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 

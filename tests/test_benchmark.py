@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.benchmark import command, models, sample, train
-from ldm.benchmark.load import alternate_loads
-from ldm.benchmark.measure import Contender, alternate, count_flop, deviations, matmul_ceiling
-from ldm.benchmark.peer import peer_contender
-from ldm.benchmark.report import make_row, table
-from ldm.benchmark.switches import DEFAULTS, REFERENCE, SWITCHES
+from evaluation.benchmark import command, models, sample, train
+from evaluation.benchmark.load import alternate_loads
+from evaluation.benchmark.measure import Contender, alternate, count_flop, deviations, matmul_ceiling
+from evaluation.benchmark.peer import peer_contender
+from evaluation.benchmark.report import make_row, table
+from evaluation.benchmark.switches import DEFAULTS, REFERENCE, SWITCHES
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
 ROOT = Path(__file__).parents[1]

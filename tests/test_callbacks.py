@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.callbacks import AveragedWeights, ConfiguredRate, EmbeddingSaver, ImageLogger
+from ldm.training.callbacks import AveragedWeights, ConfiguredRate, EmbeddingSaver, ImageLogger
 
 
 class Stub(nn.Module):

@@ -29,7 +29,7 @@ from ldm.checkpoint import (
     refuse_other_families,
     save_state_dict,
 )
-from ldm.diffusers_layout import to_compvis
+from ldm.files.diffusers_layout import to_compvis
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUT = json.loads((ROOT / "tests" / "golden" / "sd_v1_state_dict.json").read_text())["state_dict"]

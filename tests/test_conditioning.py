@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.conditioning import Conditioning, Context, PromptConditioning, as_conditioning
+from ldm.conditioning.context import Conditioning, Context, as_conditioning
+from ldm.conditioning.encoding import PromptConditioning
 
 
 def stages(count: int = 10, batch: int = 2) -> list[torch.Tensor]:

@@ -60,7 +60,7 @@ def test_the_allow_list_can_be_extended_by_the_caller(monkeypatch: pytest.Monkey
 
 
 def test_a_key_without_meaning_is_accepted_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    config = {"target": "ldm.callbacks.ImageLogger", "params": {"batch_frequency": 8, "clamp": True}}
+    config = {"target": "ldm.training.callbacks.ImageLogger", "params": {"batch_frequency": 8, "clamp": True}}
     with caplog.at_level(logging.INFO):
         instantiate_from_config(config)
     assert [record.message for record in caplog.records if "'clamp'" in record.message]

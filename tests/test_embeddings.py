@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept, save_stages
-from ldm.modules.embedding_manager import GeneratorBlock
+from ldm.methods.prospect import GeneratorBlock
 
 WIDTH = 16
 VECTOR = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))

@@ -15,10 +15,10 @@ import torch
 from runs import LEARN, MADE_SMALL, ROOT, every, finish, saved_tensors, start, unfinished
 
 import main
-from ldm import commands
 from ldm.checkpoint import save_state_dict
-from ldm.export import command as export
-from ldm.files import WriteError, check_writable, replacing
+from ldm.cli import export
+from ldm.cli import sample as commands
+from ldm.files.writing import WriteError, check_writable, replacing
 
 NAMESPACE = ["unshare", "-rm"]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ldm.checkpoint import CheckpointError, read_state_dict
+from ldm.conditioning.presets import PRESET_STAGES, preset
+from ldm.conditioning.prompts import PromptReader, check_words
 from ldm.embeddings import EmbeddingError, load_concept
-from ldm.prompts import PRESET_STAGES, PromptReader, check_words, preset
 
 ROOT = Path(__file__).parents[1]
 FUZZ = settings(

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.images import fit, open_image, to_pil, to_tensor
 from ldm.embeddings import Concept, load_concept, save_concept
+from ldm.files.images import fit, open_image, to_pil, to_tensor
 from ldm.generate import Interrupted, load_model_from_config, main, read_parameters, save_picture
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.native import Native, native

@@ -12,11 +12,12 @@ from runs import CONFIG, LEARN, MADE_SMALL, MODEL, ROOT, every
 from torch import nn
 
 import main as program
-from ldm import commands
+from ldm.cli import sample as commands
 from ldm.embeddings import Concept, save_concept
 from ldm.generate import load_model_from_config
 from ldm.generate import main as generate
-from ldm.guards import FiniteGuard, FirstBad, NotFiniteError
+from ldm.models.diffusion.finite import FirstBad, NotFiniteError
+from ldm.training.finite import FiniteGuard
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion

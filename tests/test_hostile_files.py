@@ -28,8 +28,8 @@ from bad_files import CONFIG, MODEL, ROOT, STAR
 from safetensors.torch import save_file
 
 import main
-from ldm import commands
 from ldm.checkpoint import CheckpointError, file_hash, read_state_dict
+from ldm.cli import sample as commands
 from ldm.config import ConfigError, instantiate_from_config, load_config
 from ldm.embeddings import EmbeddingError, load_concept
 

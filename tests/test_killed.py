@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import LEARN, MADE_SMALL, every, saved_tensors, start, unfinished, wait_for
 
-from ldm.callbacks import LAST, PREVIOUS
+from ldm.training.callbacks import LAST, PREVIOUS
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are stopped and inspected by signals")
 PHASES = ("start-up", "step", "checkpoint", "pictures")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.checkpoint import load_weights, read_state_dict
-from ldm.conditioning import Context
+from ldm.conditioning.context import Context
 from ldm.config import load_config
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import LatentDiffusion

@@ -20,11 +20,12 @@ from runs import FourPictures
 from safetensors import safe_open
 
 import main
-from ldm import base_model, cli
 from ldm.checkpoint import file_hash, read_state_dict
+from ldm.cli import train as cli
 from ldm.data.repeated import Repeated
 from ldm.embeddings import load_concept
-from ldm.training import own_loggers
+from ldm.files import base_model
+from ldm.training.setup import own_loggers
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models/demo/model.safetensors"
@@ -223,8 +224,8 @@ def test_a_logger_whose_package_is_missing(
 
 
 def test_only_the_embedding_is_trained(tmp_path: Path) -> None:
-    from ldm.runs import open_run
-    from ldm.training import build_config, build_trainer, save_configs
+    from ldm.training.runs import open_run
+    from ldm.training.setup import build_config, build_trainer, save_configs
     from ldm.util import instantiate_from_config
 
     options = cli.parse([*LEARN, "-p", str(tmp_path / "run"), "--max_steps", "2", NO_PICTURES])

@@ -15,7 +15,8 @@ import torch
 from bad_files import CONFIG, MODEL, ROOT, STAR
 
 import main
-from ldm import commands, memory
+from ldm import memory
+from ldm.cli import sample as commands
 from ldm.config import instantiate_from_config, load_config
 from ldm.generate import load_model_from_config
 from ldm.generate import main as generate

@@ -10,9 +10,9 @@ import torch
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
+from ldm.conditioning.presets import load_presets
 from ldm.embeddings import Concept, save_concept
 from ldm.generate import read_parameters
-from ldm.presets import load_presets
 from scripts.demo import execute
 
 ROOT = Path(__file__).parents[1]

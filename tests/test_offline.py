@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bad_files import CONFIG, MODEL, ROOT
 
-from ldm import commands
+from ldm.cli import sample as commands
 from ldm.config import load_config
 from ldm.generate import load_model_from_config
 from ldm.modules.encoders import modules

@@ -11,9 +11,9 @@ from runs import ROOT, finish, saved_tensors, start, wait_for
 from safetensors.torch import load_file
 
 import main
+from evaluation.captions import load, load_judge
+from evaluation.pictures import generate
 from ldm.config import load_config
-from ldm.evaluation.captions import load, load_judge
-from ldm.evaluation.pictures import generate
 from scripts import pack_model
 
 PARTS = {"first_stage_ckpt": "autoencoder", "cond_stage_ckpt": "text"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.presets import PRESET_STAGES, joint, load_presets, preset, presets_beside
+from ldm.conditioning.presets import PRESET_STAGES, joint, load_presets, preset, presets_beside
 
 
 def test_measured_windows_take_the_place_of_the_papers(tmp_path: Path) -> None:

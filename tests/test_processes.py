@@ -88,7 +88,7 @@ SAME_SECOND = """
 import sys
 import time
 from pathlib import Path
-from ldm.runs import Run
+from ldm.training.runs import Run
 wanted, ready, go = map(Path, sys.argv[1:])
 ready.touch()
 while not go.exists():
@@ -129,7 +129,7 @@ def test_two_whole_runs_started_together(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
-    from ldm.runs import Run
+    from ldm.training.runs import Run
 
     run = Run(tmp_path / "run", "now")
     with pytest.raises(KeyError), run.opened():

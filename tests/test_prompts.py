@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from ldm.prompts import PRESET_STAGES, PromptReader, check_words, joint, preset
+from ldm.conditioning.presets import PRESET_STAGES, joint, preset
+from ldm.conditioning.prompts import PromptReader, check_words
 
 RECORDED = tiny.golden("text")
 PROMPTS = tiny.META["prompts"]

@@ -20,16 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 import main
-from ldm import cli
-from ldm.conditioning import Context
+from ldm.cli import train as cli
+from ldm.conditioning.context import Context
 from ldm.config import load_config
 from ldm.generate import load_model_from_config
 from ldm.generate import main as generate
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.runs import open_run
-from ldm.training import build_config, build_trainer, choose_devices
+from ldm.training.runs import open_run
+from ldm.training.setup import build_config, build_trainer, choose_devices
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parent.parent

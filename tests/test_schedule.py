@@ -5,12 +5,12 @@ import pytest
 import tiny
 import torch
 
-from ldm.schedule import (
+from ldm.conditioning.stages import stage_of
+from ldm.models.diffusion.schedule import (
     ddim_parameters,
     ddim_timesteps,
     make_betas,
     schedule_buffers,
-    stage_of,
     vlb_weights,
 )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.images import bytes_to_tensor, check_fit, fit, is_picture, open_image
+from ldm.files.images import bytes_to_tensor, check_fit, fit, is_picture, open_image
 from ldm.memory import check
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class PersonalizedBase(Dataset):
         set: "train", or "validation", "val", "test".
         placeholder_token: the caption of every sample.
         center_crop: the reference's way to say `resize="crop"`.
-        resize: "squash", "crop" or "pad", see `ldm.data.images.fit`.
+        resize: "squash", "crop" or "pad", see `ldm.files.images.fit`.
         seed: of the order and of the mirroring.
         per_image_tokens, mixing_prob, coarse_class_text: of the reference's YAML files; accepted, not used;
             there too the caption is always the placeholder.

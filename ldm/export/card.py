@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from ldm.data.images import open_image
 from ldm.embeddings import Concept
+from ldm.files.images import open_image
 
 # Base models that the hub knows under another name than that of their file.
 ON_THE_HUB = {
@@ -91,7 +91,7 @@ def caption(picture: Path) -> str:
     Raises:
         ValueError, OSError: it is no picture, or is not there.
     """
-    from ldm.records import PNG_KEY, read_parameters
+    from ldm.files.records import PNG_KEY, read_parameters
 
     with open_image(picture):
         pass

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ldm.conditioning.prompts import Words, check_negative_prompt, check_placeholder
 from ldm.embeddings import Concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.texts import check_name, escaped, stage_texts
-from ldm.files import replace_text
+from ldm.files.writing import replace_text
 from ldm.native import Native
-from ldm.prompts import Words, check_negative_prompt, check_placeholder
 
 _ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
 PROGRAMS = tuple(_ENDINGS)

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.embedding_files import short_hash
 from ldm.embeddings import Concept, load_concept
 from ldm.export.texts import escaped, stage_texts
 from ldm.export.webui import escape, prompt_editing
+from ldm.files.embedding_formats import short_hash
 
 NEEDED = {"prompt", "sampler", "ddim_steps", "scale", "seed", "width", "height"}
 _QUOTED = re.compile(r"[,:\n\"]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from ldm.prompts import Words, check_words, split_pattern, stage_pieces
+from ldm.conditioning.prompts import Words, check_words, split_pattern, stage_pieces
 
 _NAME = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.schedule import make_betas, stage_of
+from ldm.conditioning.stages import stage_of
+from ldm.models.diffusion.schedule import make_betas
 
 TIMESTEPS = 1000
 # One call of the U-Net for each step, at timesteps that are even unless the name ends in `karras`.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
-from ldm.seeds import seed_step
+from ldm.util import seed_step
 
 logger = logging.getLogger(__name__)
 

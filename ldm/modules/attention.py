@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.conditioning import Context, Projected
+from ldm.conditioning.context import Context, Projected
 from ldm.modules.diffusionmodules.util import zero_module
 
 # Up to this many query-key pairs the CPU's plain products train faster than the fused kernel (docs/benchmarks.md).

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.data import images
-from ldm.data.images import ImageError, fit, make_grid, open_image, to_pil, to_tensor
 from ldm.data.personalized import PersonalizedBase
+from ldm.files import images
+from ldm.files.images import ImageError, fit, make_grid, open_image, to_pil, to_tensor
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 NEAREST = Image.Resampling.NEAREST

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.world import (
+from evaluation.world.rendered import (
     FACTORS,
     RESOLUTION,
     RenderedWorld,

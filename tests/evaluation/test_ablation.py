@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evaluation.ablation import INITIAL_WORDS, Ablation
+from evaluation.comparison import difference, gain, summary
+from evaluation.concepts import MAX_STEPS, TRANSFERS, concept_attributes
 from ldm.config import load_config
-from ldm.evaluation.ablation import INITIAL_WORDS, Ablation
-from ldm.evaluation.comparison import difference, gain, summary
-from ldm.evaluation.concepts import MAX_STEPS, TRANSFERS, concept_attributes
 from scripts import ablate
 
 YAML = Path(__file__).parents[2] / "configs" / "evidence" / "ablation.yaml"

@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from ldm.data.world import FACTORS, random_attributes, render
-from ldm.evaluation import spectrum
-from ldm.evaluation.ablation import Ablation
-from ldm.evaluation.captions import follow_captions, load, load_judge
-from ldm.evaluation.concepts import TRANSFERS, brought, concept_attributes, fill, windowed
-from ldm.evaluation.judges import AttributeJudge, DistanceJudge
-from ldm.evaluation.pictures import generate, staged
-from ldm.evaluation.world_spectrum import best_windows, caption_experiments, concept_experiments
-from ldm.presets import PRESET_STAGES
+from evaluation import spectrum
+from evaluation.ablation import Ablation
+from evaluation.captions import follow_captions, load, load_judge
+from evaluation.concepts import TRANSFERS, brought, concept_attributes, fill, windowed
+from evaluation.judges import AttributeJudge, DistanceJudge
+from evaluation.pictures import generate, staged
+from evaluation.world.rendered import FACTORS, random_attributes, render
+from evaluation.world_spectrum import best_windows, caption_experiments, concept_experiments
+from ldm.conditioning.presets import PRESET_STAGES
 
 ROOT = Path(__file__).parents[2]
 CONFIG, MODEL = "configs/demo/finetune.yaml", "models/demo/model.safetensors"
@@ -142,7 +142,7 @@ def test_windows_are_counted_on_other_noises_than_they_are_chosen_on(monkeypatch
     chosen = {seed for experiment in experiments.values() for seed in experiment.seeds}
     ablation = Ablation.read(ROOT / "configs/evidence/ablation.yaml", ["prospect"])
     jobs = {}
-    monkeypatch.setattr("ldm.evaluation.ablation.run_jobs", lambda _, made, *__: jobs.update(made))
+    monkeypatch.setattr("evaluation.ablation.run_jobs", lambda _, made, *__: jobs.update(made))
     ablation.measure(Path(), dict.fromkeys(ablation.jobs(), {"vectors": np.zeros((10, 2))}), PRESET_STAGES)
     counted = [seed for job in jobs.values() for seed in job["seeds"]]
     assert len(set(counted)) == len(counted) == 24 * 4 and not chosen & set(counted)

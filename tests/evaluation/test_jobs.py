@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.evaluation.jobs import run_jobs
+from evaluation.jobs import run_jobs
 
 
 def square(number: int, folder: str, content: object = None) -> dict[str, np.ndarray]:

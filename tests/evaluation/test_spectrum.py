@@ -13,11 +13,11 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from evaluation import captions, plots, spectrum, world_spectrum
+from evaluation.judges import DistanceJudge, colour_distance
+from evaluation.statistics import mean_interval, share_interval, wilson
+from ldm.conditioning.presets import load_presets
 from ldm.embeddings import Concept, load_concept, save_concept
-from ldm.evaluation import captions, plots, spectrum, world_spectrum
-from ldm.evaluation.judges import DistanceJudge, colour_distance
-from ldm.evaluation.statistics import mean_interval, share_interval, wilson
-from ldm.presets import load_presets
 from scripts import accuracy
 from scripts import spectrum as command
 

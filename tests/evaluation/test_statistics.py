@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ldm.evaluation.statistics import _student, mean_interval, share_interval, wilson
+from evaluation.statistics import _student, mean_interval, share_interval, wilson
 
 
 def test_wilson_against_published_values():

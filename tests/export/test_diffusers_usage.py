@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from ldm.cli.export import run
 from ldm.embeddings import Concept, save_concept
-from ldm.export.command import run
 from ldm.generate import load_model_from_config, main
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from scripts.make_diffusers_folder import build_pipeline

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
+from ldm.cli.export import run
+from ldm.conditioning.prompts import PromptReader
 from ldm.embeddings import Concept, load_concept, save_concept
-from ldm.export.command import run
 from ldm.export.files import PROGRAMS, Export, Use
 from ldm.export.texts import check_name, stage_texts
-from ldm.prompts import PromptReader
 
 ROOT = Path(__file__).parents[2]
 DESCRIPTION = "Export.\n"

@@ -12,7 +12,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 
 from ldm.export.webui import SAMPLERS, call_timesteps, escape, prompt_editing
-from ldm.schedule import ddim_timesteps
+from ldm.models.diffusion.schedule import ddim_timesteps
 
 TEXTS = [f"a teddy-{stage} walking" for stage in range(10)]
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
-from ldm.conditioning import Context, PromptConditioning
+from ldm.conditioning.context import Context
+from ldm.conditioning.encoding import PromptConditioning
 from ldm.config import load_config
 from ldm.data.personalized import PersonalizedBase
 from ldm.models.diffusion.acceleration import FixedUNet, TensorStep, _Buffers
@@ -26,8 +27,8 @@ from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.latents import LatentCache
 from ldm.models.diffusion.sampling import guided
+from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 from ldm.modules.attention import attend, set_attention
-from ldm.schedule import ddim_parameters, ddim_timesteps
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from torch import Tensor
 
-from ldm.conditioning import Conditioning
+from ldm.conditioning.context import Conditioning
 from ldm.models.diffusion.ddim import DDIMSampler, ddim
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.plms import PLMSSampler, plms
 from ldm.models.diffusion.sampling import Sampler, guided, seeded_generators
-from ldm.schedule import ddim_parameters, ddim_timesteps
+from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 
 RECORDED = tiny.golden("sample")
 IMG2IMG = tiny.META["img2img"]

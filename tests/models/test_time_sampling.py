@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ldm.conditioning.stages import stage_of
 from ldm.config import instantiate_from_config, load_config
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.schedule import stage_of
 
 
 def model(**params: object) -> LatentDiffusion:

@@ -11,10 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from evaluation.world.rendered import RenderedWorld
 from ldm.config import load_config
 from ldm.data.datamodule import DataModuleFromConfig, RunningSampler
 from ldm.data.personalized import PersonalizedBase
-from ldm.data.world import RenderedWorld
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.balance import LossBalance
 from ldm.models.diffusion.ddpm import LatentDiffusion

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.embeddings import Concept, load_concept
+from ldm.methods.prospect import GeneratorBlock
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.embedding_manager import EmbeddingManager, GeneratorBlock
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 RECORDED = tiny.golden("embedding_manager")

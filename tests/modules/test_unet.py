@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from ldm.conditioning import Context
+from ldm.conditioning.context import Context
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules import attention
 from ldm.modules.attention import BasicTransformerBlock, attend

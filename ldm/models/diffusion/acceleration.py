@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning import Context, Projected
+from ldm.conditioning.context import Context, Projected
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion

@@ -24,7 +24,7 @@ def ddim(
     """Denoise x (B, C, H, W) from the last entry of the schedule to the first (eq. 12).
 
     Args:
-        timesteps, alphas, alphas_prev, sigmas: increasing schedule, S entries each (`ldm.schedule`).
+        timesteps, alphas, alphas_prev, sigmas: increasing schedule, S entries each (`ldm.models.diffusion.schedule`).
         noise: gives the noise of a step; needed where sigmas are not 0.
     """
     total = len(timesteps)

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_weights, read_state_dict
-from ldm.conditioning import Conditioning, Context, Projected, PromptConditioning, SlotEncoder, as_conditioning
+from ldm.conditioning.context import Conditioning, Context, Projected, as_conditioning
+from ldm.conditioning.encoding import PromptConditioning, SlotEncoder
+from ldm.conditioning.prompts import PromptReader, Words
 from ldm.memory import check_weights
 from ldm.models.diffusion.acceleration import FixedUNet
 from ldm.models.diffusion.balance import LossBalance
 from ldm.models.diffusion.fitting import Fitting
 from ldm.models.diffusion.latents import LatentCodec
+from ldm.models.diffusion.schedule import at, make_betas, schedule_buffers, vlb_weights
 from ldm.native import Native
-from ldm.prompts import PromptReader, Words
-from ldm.schedule import at, make_betas, schedule_buffers, vlb_weights
 from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class LatentDiffusion(LatentCodec, Fitting):
         "log_every_t": "samplers report every step through a callback",
         "conditioning_key": "conditioning is always cross-attention",
         "monitor": "the last checkpoint is kept",
-        "use_ema": "averaged weights come from the callback ldm.callbacks.AveragedWeights",
+        "use_ema": "averaged weights come from the callback ldm.training.callbacks.AveragedWeights",
         "scheduler_config": "the learning rate is constant when embeddings are learned",
         "unfreeze_model": "frozen weights stay frozen",
         "model_lr": "frozen weights stay frozen",
@@ -234,7 +235,7 @@ class LatentDiffusion(LatentCodec, Fitting):
         prospect_words: Words | None = None,
         legacy_word_tokens: bool = False,
     ) -> Conditioning:
-        """A batch of prompts, each with the same `prospect_words` (S entries; see `ldm.prompts`).
+        """A batch of prompts, each with the same `prospect_words` (S entries; see `ldm.conditioning.prompts`).
 
         Raises:
             ValueError: `prospect_words` of the wrong length or with a wrong entry.

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.base_model import base_hash
+from ldm.conditioning.stages import timesteps_of
+from ldm.files.base_model import base_hash
 from ldm.models.autoencoder import DiagonalGaussianDistribution, cosine_to_zero
 from ldm.models.diffusion.acceleration import TensorStep
 from ldm.models.diffusion.latents import LatentCache
-from ldm.schedule import at
-from ldm.seeds import mix_seed
-from ldm.util import to_device
+from ldm.models.diffusion.schedule import at
+from ldm.util import mix_seed, to_device
 
 if TYPE_CHECKING:
-    from ldm.conditioning import PromptConditioning
+    from ldm.conditioning.encoding import PromptConditioning
     from ldm.models.diffusion.ddpm import Cond
     from ldm.modules.embedding_manager import EmbeddingManager
 
@@ -105,8 +105,8 @@ class Fitting(pl.LightningModule):
         """Uniform over all timesteps, or over those of stage `number` mod S."""
         first, last = 0, self.num_timesteps
         if self.time_sampling == "stages":
-            stage = number % self.num_stages
-            first, last = (-(-i * self.num_timesteps // self.num_stages) for i in (stage, stage + 1))
+            own = timesteps_of(number % self.num_stages, self.num_stages, self.num_timesteps)
+            first, last = own.start, own.stop
         return torch.randint(first, last, (), generator=generator)
 
     def posterior(self, batch: Mapping[str, Any]) -> DiagonalGaussianDistribution | Tensor:

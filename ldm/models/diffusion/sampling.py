@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.conditioning import Context, Projected, as_conditioning, encode_together
-from ldm.schedule import ddim_parameters, ddim_timesteps
+from ldm.conditioning.context import Context, Projected, as_conditioning
+from ldm.conditioning.encoding import encode_together
+from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import Cond, LatentDiffusion

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.conditioning import Context, Projected
+from ldm.conditioning.context import Context, Projected
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.util import enter, leave, timestep_embedding, zero_module
 

@@ -1,0 +1,97 @@
+"""The model that is measured, and copies of it for each way to run it, which share what they can."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from evaluation.benchmark.switches import dtype_name
+from ldm.config import instantiate_from_config, load_config
+from ldm.modules.attention import set_attention
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = {"demo": "configs/demo/finetune.yaml", "sd-v1": "configs/stable-diffusion/v1-finetune.yaml"}
+DEMO_WEIGHTS = "models/demo/model.safetensors"
+# random weights give words no meaning, so any vocabulary of the size will do
+VOCABULARY = "tests/golden/tokenizer"
+
+
+def build_model(
+    size: str, device: torch.device, overrides: Sequence[str] = (), stages: int | None = None
+) -> LatentDiffusion:
+    """The small model that ships, or one of Stable Diffusion v1's shape with random weights; float32.
+
+    Raises:
+        ConfigError, ValueError: overrides that do not fit.
+    """
+    config = load_config(ROOT / CONFIGS[size], overrides=overrides)
+    params = config.model.params
+    set_tokenizer(config, size)
+    if size == "demo":
+        params.ckpt_path = str(ROOT / DEMO_WEIGHTS)
+    if stages is not None:
+        params.prospect_stages = stages
+    # what differs from step to step could not be compared
+    OmegaConf.update(config, "model.params.personalization_config.params.dropout", 0.0)
+    torch.manual_seed(0)
+    model = instantiate_from_config(config.model)
+    _fill_zeros(model)
+    model.unet_sizes = OmegaConf.to_container(params.unet_config.params)  # for networks of other libraries
+    return model.to(device)
+
+
+def set_tokenizer(config: DictConfig, size: str) -> None:
+    """Name the vocabulary by its full path."""
+    key = "model.params.cond_stage_config.params.tokenizer"
+    OmegaConf.update(config, key, str(ROOT / (VOCABULARY if size == "sd-v1" else OmegaConf.select(config, key))))
+
+
+@torch.no_grad()
+def _fill_zeros(model: nn.Module) -> None:
+    """Random values for weights that begin as zero, so that no layer is without effect."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+
+
+def variant(base: LatentDiffusion, switches: frozenset[str]) -> LatentDiffusion:
+    """A copy with the switches set. Frozen weights are shared where precision and memory format are the same; what
+    is learned is its own."""
+    shared = {id(p): p for part in frozen_parts(base) for p in part.parameters()}
+    model = copy.deepcopy(base, shared)
+    dtype = getattr(torch, dtype_name(switches))
+    for part in frozen_parts(model):
+        _convert(part, dtype, "channels_last" in switches)
+    model.model.requires_grad_("frozen" not in switches)
+    model.fused_adamw = "fused_adamw" in switches
+    model.decode_batch = 1 if "decode_slices" in switches else None
+    chosen = "auto" if "attention" in switches else "plain"
+    set_attention(model, "fused" if "fused_attention" in switches else chosen)
+    model.accelerate("compile" in switches, "cuda_graph" in switches)
+    return model
+
+
+def frozen_parts(model: LatentDiffusion) -> tuple[nn.Module, ...]:
+    return model.model, model.first_stage_model, model.cond_stage_model
+
+
+def _convert(part: nn.Module, dtype: torch.dtype, channels_last: bool) -> None:
+    """New parameters in place of shared ones; `Module.to` would change those of all copies."""
+
+    def converted(x: Tensor) -> Tensor:
+        layout = torch.channels_last if channels_last and x.ndim == 4 else torch.preserve_format
+        return x.to(dtype, memory_format=layout)
+
+    for module in part.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(converted(parameter.detach()), requires_grad=False)

@@ -1,0 +1,104 @@
+"""A training step: ours with any switch turned, down to what the reference does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evaluation.benchmark.measure import Contender
+from evaluation.benchmark.models import variant
+from evaluation.benchmark.switches import dtype_name, is_opaque
+from ldm.models.diffusion.latents import LatentCache
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+class RandomPictures:
+    """Pictures (3, R, R) of noise in [-1, 1], which cost what others do."""
+
+    flips = False
+
+    def __init__(self, count: int, resolution: int) -> None:
+        self.num_pictures, self.resolution = count, resolution
+        self.with_images = True
+
+    def picture(self, i: int, flipped: bool = False) -> Tensor:
+        generator = torch.Generator().manual_seed(i)
+        return torch.rand(3, self.resolution, self.resolution, generator=generator) * 2 - 1
+
+    def batch(self, numbers: range, with_images: bool) -> dict[str, Any]:
+        """What a data loader gives for the samples of these numbers; sample n shows picture n."""
+        batch = {
+            "caption": ["*"] * len(numbers),
+            "picture": torch.tensor(numbers),
+            "flipped": torch.zeros(len(numbers), dtype=torch.bool),
+            "sample": torch.tensor(numbers),
+        }
+        if with_images:
+            batch["image"] = torch.stack([self.picture(i) for i in numbers]).permute(0, 2, 3, 1).contiguous()
+        return batch
+
+
+class TrainingStep:
+    """A model with its optimizer and its batches; `run` is a step, `result` its losses and gradients.
+
+    Without the switch `batch`, the samples go through one by one, and their gradients are accumulated.
+    """
+
+    def __init__(self, base: LatentDiffusion, switches: frozenset[str], batch: int, resolution: int) -> None:
+        self.model = variant(base, switches).train()
+        self.switches = switches
+        pictures = RandomPictures(batch, resolution)
+        cached = "latents" in switches
+        ranges = [range(batch)] if "batch" in switches else [range(i, i + 1) for i in range(batch)]
+        self.batches = [pictures.batch(numbers, with_images=not cached) for numbers in ranges]
+        if cached:
+            self.model._latents = LatentCache(self.model, pictures)
+        self.optimizer = self.model.configure_optimizers()
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        if "stages" in self.switches:
+            return self.model.shared_step(batch, "train")[0]
+        model = self.model
+        draw = model._draw(batch, model._latent_shape(batch), "train")
+        draw = {name: values.to(model.device) for name, values in draw.items()}
+        z = model.get_first_stage_encoding(model.posterior(batch), draw["posterior_noise"])
+        return model.p_losses(z, every_stage(model, batch["caption"]), draw["t"], draw["noise"])[0]
+
+    def backward(self) -> Tensor:
+        losses = []
+        for batch in self.batches:
+            loss = self.loss(batch) / len(self.batches)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def run(self) -> None:
+        self.backward()
+        self.optimizer.step()
+        self.model.zero_grad()
+
+    def result(self) -> Tensor:
+        """The loss, then its gradient by everything that is learned."""
+        loss = self.backward()
+        gradients = [p.grad.flatten() for p in self.model.trainable_parameters() if p.grad is not None]
+        values = torch.cat([loss.view(1), *gradients]).clone()
+        self.model.zero_grad()
+        return values
+
+
+def every_stage(model: LatentDiffusion, prompts: list[str], words: list[str] | None = None) -> list[Tensor]:
+    """The contexts of all S stages, each in a text pass of its own, as the reference makes them."""
+    manager, encoder = model.embedding_manager, model.cond_stage_model
+    cond = model.get_learned_conditioning(prompts, words)
+    slots = cond.slots.expand(model.num_stages, -1, -1)
+    vectors = manager.vectors()
+    return [encoder(stage, vectors) for stage in slots]
+
+
+def contender(base: LatentDiffusion, name: str, switches: frozenset[str], batch: int, resolution: int) -> Contender:
+    step = TrainingStep(base, switches, batch, resolution)
+    return Contender(name, step.run, step.result, getattr(torch, dtype_name(switches)), batch, is_opaque(switches))

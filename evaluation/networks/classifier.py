@@ -1,0 +1,81 @@
+"""Reads the attributes of pictures of the rendered world: the judge of what a model generates there.
+
+It shares nothing with the generative model: trained on rendered pictures only, by labels, not by captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evaluation.world.rendered import FACTORS
+from ldm.models.autoencoder import cosine_to_zero
+from ldm.util import seed_step
+
+
+class AttributeClassifier(pl.LightningModule):
+    """One convolutional trunk and a linear head for each factor of `evaluation.world.rendered`.
+
+    Training pictures are disturbed (noise, blur, contrast), since the pictures it is made for are generated ones.
+
+    Args:
+        resolution: R, pixels a side; other pictures are averaged to this size.
+        channels: of the layers; each after the first halves the resolution.
+    """
+
+    def __init__(
+        self, resolution: int = 64, channels: Sequence[int] = (24, 48, 64, 96, 128), image_key: str = "image"
+    ) -> None:
+        super().__init__()
+        self.image_key, self.resolution = image_key, resolution
+        self.learning_rate = 1e-3
+        layers: list[nn.Module] = []
+        previous = 3
+        for i, c in enumerate(channels):
+            layers += [nn.Conv2d(previous, c, 3, stride=1 if i == 0 else 2, padding=1), nn.GroupNorm(8, c), nn.GELU()]
+            previous = c
+        side = resolution // 2 ** (len(channels) - 1)
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1))
+        self.heads = nn.ModuleDict({name: nn.Linear(previous * side**2, len(v)) for name, v in FACTORS.items()})
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Pictures (B, 3, H, W) in [-1, 1] to the logits of every factor, {name: (B, words)}."""
+        features = self.features(F.adaptive_avg_pool2d(images, self.resolution))
+        return {name: head(features) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> Tensor:
+        """The most probable word of every factor: long (B, F), columns in the order of `FACTORS`."""
+        return torch.stack([logits.argmax(dim=1) for logits in self(images).values()], dim=1)
+
+    def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
+        seed_step(batch)
+        logits = self(disturbed(batch[self.image_key].permute(0, 3, 1, 2)))
+        columns = zip(logits.items(), batch["attributes"].unbind(1), strict=True)
+        losses = {name: F.cross_entropy(predicted, truth) for (name, predicted), truth in columns}
+        loss = torch.stack(list(losses.values())).sum()
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Any], _: int) -> None:
+        correct = (self.read(batch[self.image_key].permute(0, 3, 1, 2)) == batch["attributes"]).float().mean(dim=0)
+        self.log_dict({f"val/{name}": value for name, value in zip(FACTORS, correct, strict=True)})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
+        return {"optimizer": optimizer, "lr_scheduler": cosine_to_zero(optimizer, self.trainer)}
+
+
+def disturbed(images: Tensor) -> Tensor:
+    """Pictures (B, 3, R, R) with some blur, contrast and noise, a random amount of each for every picture."""
+    amount = lambda: torch.rand(len(images), 1, 1, 1, device=images.device)  # noqa: E731
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = torch.lerp(images, blurred, 0.7 * amount())
+    images = images * (0.85 + 0.3 * amount()) + 0.1 * (amount() - 0.5)
+    return images + 0.1 * amount() * torch.randn_like(images)

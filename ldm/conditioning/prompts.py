@@ -1,0 +1,265 @@
+"""Prompts to token slots: `prospect_words` and placeholders. (The paper's presets are in `ldm.conditioning.presets`.)
+
+A slot (S, B, L) is a token id, or -(r + 1) for row r of the table of learned vectors. Stage axis everywhere:
+entry 0 is the END of generation (timesteps 0 … T/S), the last entry its START.
+"""
+
+from __future__ import annotations
+
+import logging
+import numbers
+import re
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+logger = logging.getLogger(__name__)
+
+PLACEHOLDER = "*"
+Words = Sequence["str | int | None"]
+
+
+def check_prompt(prompt: str, what: str = "A prompt") -> None:
+    """Raise `ValueError` unless `prompt` is a text that can be written down."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"{what} must be a text, not a {type(prompt).__name__}.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"{what} has bytes that are no text ({prompt[:40]!a}); write it in UTF-8.")
+
+
+def check_placeholder(placeholder: str) -> None:
+    """Raise `ValueError` unless prompts can be cut at `placeholder`: `*` is replaced wherever it stands."""
+    if not isinstance(placeholder, str) or not placeholder.strip():
+        raise ValueError(f"A placeholder must be a visible text such as '*', not {placeholder!r}.")
+    if PLACEHOLDER in placeholder and placeholder != PLACEHOLDER:
+        raise ValueError(
+            f"The placeholder '{placeholder}' must not contain '*', which is one itself; take '<star>' or so."
+        )
+
+
+def check_negative_prompt(text: str, placeholders: Iterable[str]) -> None:
+    """Raise `ValueError` unless `text` is plain: learned tokens have no place in what a picture is led away from."""
+    check_prompt(text, "negative_prompt")
+    for placeholder in (PLACEHOLDER, *placeholders):
+        if placeholder in text:
+            raise ValueError(
+                f"negative_prompt has the placeholder '{placeholder}'; it must be plain text, so leave it out."
+            )
+
+
+def check_words(words: Words, num_stages: int) -> list[str | int | None]:
+    """`words` as a checked list.
+
+    Raises:
+        ValueError: not a list of S entries, or an entry that is neither a text, a stage number, nor None.
+    """
+    if isinstance(words, (str, bytes)) or not isinstance(words, Sequence):
+        raise ValueError(f"prospect_words must be a list of {num_stages} entries, not a {type(words).__name__}.")
+    if len(words) != num_stages:
+        raise ValueError(
+            f"prospect_words has {len(words)} entries, but this model has {num_stages} stages; entry 0 is the end "
+            "of generation, the last one its start."
+        )
+    checked: list[str | int | None] = []
+    for i, word in enumerate(words):
+        if word is None or isinstance(word, str):
+            check_prompt(word or "", f"prospect_words[{i}]")
+            checked.append(word)
+        elif isinstance(word, numbers.Integral) and not isinstance(word, bool):
+            if not 0 <= word < num_stages:
+                raise ValueError(f"prospect_words[{i}] = {word}: a stage number must be in 0..{num_stages - 1}.")
+            checked.append(int(word))
+        else:
+            raise ValueError(
+                f"prospect_words[{i}] is a {type(word).__name__}; an entry is a text, a stage number, or None."
+            )
+    return checked
+
+
+def warn_of_unused(
+    concepts: Collection[str], prompt: str, words: Words | None, learned_as: Mapping[str, str] | None = None
+) -> None:
+    """Warn of concepts that no text names, if they were asked for, or if a text calls them what their file does.
+
+    Args:
+        concepts: placeholders that were asked for.
+        words: as `check_words` takes them.
+        learned_as: for everything that is loaded: placeholder -> the one in its file.
+    """
+    learned_as = learned_as or {}
+    text = " ".join(prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None])
+    for name in dict.fromkeys((*concepts, *learned_as)):
+        own = learned_as.get(name, name)
+        if name in text:
+            continue
+        if own in text and own not in learned_as:
+            logger.warning(
+                "The concept '%s' has no effect: the text says %s, as it was learned; write %s, or load it by that "
+                "name (--concept '%s=FILE', load({'%s': FILE})).",
+                *(name, own, name, own, own),
+            )
+        elif name in concepts:
+            logger.warning("The concept '%s' has no effect: write %s into the prompt where it belongs.", name, name)
+
+
+def split_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:
+    """What `stage_pieces` cuts prompts with: the placeholders, and `*`."""
+    known = sorted({PLACEHOLDER, *placeholders}, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, known)) + ")")
+
+
+def stage_pieces(
+    prompt: str, entry: str | int | None, stage: int, pattern: re.Pattern[str], placeholders: Container[str]
+) -> list[str | tuple[str, int]]:
+    """A prompt in one stage, cut into texts and (placeholder, stage whose learned token stands there).
+
+    Args:
+        entry: the stage's entry of `prospect_words`.
+        pattern: from `split_pattern`.
+        placeholders: those that something is learned for; others stay text.
+    """
+    if isinstance(entry, str):
+        prompt = prompt.replace(PLACEHOLDER, entry)
+    pieces: list[str | tuple[str, int]] = []
+    for piece in pattern.split(prompt):
+        if piece in placeholders:
+            chosen = piece == PLACEHOLDER and isinstance(entry, int)
+            pieces.append((piece, entry if chosen else stage))
+        elif piece:
+            pieces.append(piece)
+    return pieces
+
+
+class PromptReader:
+    """Reads prompts for one tokenizer and one set of learned placeholders.
+
+    Args:
+        tokenizer: CLIP's BPE.
+        placeholders: placeholder -> its row in the table of learned vectors for each of the S stages.
+        num_stages: S.
+        max_length: L.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        placeholders: Mapping[str, Sequence[int]],
+        num_stages: int,
+        max_length: int = 77,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.placeholders = dict(placeholders)
+        self.num_stages = num_stages
+        self.max_length = max_length
+        self._pattern = split_pattern(self.placeholders)
+        self._warnings: dict[str, None] = {}  # of the text that is being read, each once and in order
+
+    def read(self, prompts: Sequence[str], words: Words | None = None, legacy_word_tokens: bool = False) -> Tensor:
+        """Slots (S, B, L) for B prompts, each with the same `words`.
+
+        Raises:
+            ValueError: see `check_words`; or a prompt is not a string.
+        """
+        for prompt in prompts:
+            check_prompt(prompt)
+        self._warnings.clear()
+        if words is not None:
+            words = check_words(words, self.num_stages)
+            self._warn_without_placeholder(prompts)
+        if legacy_word_tokens:
+            rows = [self._legacy_slots(prompt, words) for prompt in prompts]
+        else:
+            rows = [[self._slots(prompt, words, stage) for stage in range(self.num_stages)] for prompt in prompts]
+        for warning in self._warnings:
+            logger.warning(warning)
+        return torch.tensor(rows).transpose(0, 1).contiguous()
+
+    def _warn_without_placeholder(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            if PLACEHOLDER not in prompt:
+                self._warn(f"prospect_words has no effect: the prompt '{prompt}' has no '*' for it to replace.")
+
+    def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
+        """The L slots of one prompt in one stage, the whole text tokenised by BPE."""
+        entry = None if words is None else words[stage]
+        body: list[int] = []
+        for piece in stage_pieces(prompt, entry, stage, self._pattern, self.placeholders):
+            if isinstance(piece, tuple):
+                body.append(self._learned(*piece))
+            else:
+                if piece == PLACEHOLDER:
+                    self._warn_unlearned()
+                body.extend(self._ids(piece))
+        room = self.max_length - 2
+        if len(body) > room:
+            self._warn(f"The prompt is longer than {room} tokens; cut off: '{self._spell(body[room:])}'")
+        return self._close(body[:room])
+
+    def _learned(self, placeholder: str, stage: int) -> int:
+        return -(self.placeholders[placeholder][stage] + 1)
+
+    def _ids(self, text: str) -> list[int]:
+        # not verbose: the tokenizer would warn of long text too
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _spell(self, slots: Sequence[int]) -> str:
+        names = {row: name for name, rows in self.placeholders.items() for row in rows}
+        tokens = ([slot] if slot >= 0 else self._ids(names[-slot - 1]) for slot in slots)
+        return self.tokenizer.decode(list(chain.from_iterable(tokens)))
+
+    def _warn(self, message: str) -> None:
+        self._warnings[message] = None
+
+    def _warn_unlearned(self) -> None:
+        self._warn("Nothing is learned or loaded for '*', so it is read as an ordinary character.")
+
+    def _close(self, body: list[int]) -> list[int]:
+        """Add the start mark, the end mark, and padding (which is the end mark in Stable Diffusion v1)."""
+        end = self.tokenizer.eos_token_id
+        tokens = [self.tokenizer.bos_token_id, *body, end]
+        return tokens + [end] * (self.max_length - len(tokens))
+
+    def _legacy_slots(self, prompt: str, words: list[str | int | None] | None) -> list[list[int]]:
+        """Slots of all stages by the reference's rule, to repeat results made with it.
+
+        The prompt is tokenised whole and only a `*` that is a token of its own counts. Entries are split at single
+        spaces and only the first BPE piece of each word is kept; an empty piece is the end mark. An int reads
+        the list while it is being edited. Beyond L slots everything is cut, the end mark too.
+        """
+        ids = self.tokenizer(prompt, truncation=True, max_length=self.max_length)["input_ids"]
+        ids = ids + [self.tokenizer.eos_token_id] * (self.max_length - len(ids))
+        star = self.tokenizer.convert_tokens_to_ids(PLACEHOLDER + "</w>")
+        is_learned = PLACEHOLDER in self.placeholders
+        if star in ids and not is_learned:
+            self._warn_unlearned()
+
+        def learned(stage: int) -> int:
+            return self._learned(PLACEHOLDER, stage) if is_learned else star
+
+        resolved: list[list[int]] = []
+        for stage in range(self.num_stages):
+            entry = None if words is None else words[stage]
+            if entry is None:
+                resolved.append([learned(stage)])
+            elif isinstance(entry, str):
+                pieces = entry.split(" ")
+                resolved.append([learned(stage) if p == PLACEHOLDER else self._first_piece(p) for p in pieces])
+            else:
+                resolved.append(resolved[entry] if entry < stage else [learned(entry)])
+        stages = []
+        for replacement in resolved:
+            slots: list[int] = []
+            for token in ids:
+                slots.extend(replacement if token == star else [token])
+            stages.append(slots[: self.max_length])
+        return stages
+
+    def _first_piece(self, word: str) -> int:
+        ids = self._ids(word)
+        return ids[0] if ids else self.tokenizer.eos_token_id

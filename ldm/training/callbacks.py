@@ -1,0 +1,251 @@
+"""What happens beside training: saving, resuming, pictures in the log folder."""
+
+from __future__ import annotations
+
+import io
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ldm.files.images import make_grid, to_pil
+from ldm.files.writing import replacing, writing_to
+from ldm.training.finite import FiniteGuard
+
+LAST, PREVIOUS, EMBEDDINGS = "last.ckpt", "previous.ckpt", "embeddings.safetensors"
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, and keeps the one before it as `previous.ckpt`.
+
+    Lightning's own goes through the system's temporary folder, and passes over a folder without permission.
+
+    Args:
+        resumed: the checkpoint that the run goes on from. If that is `previous.ckpt`, since `last.ckpt` is damaged, it
+            stays until there is another.
+    """
+
+    def __init__(self, resumed: Path | None = None) -> None:
+        super().__init__()
+        self._resumed = resumed and resumed.resolve()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()  # torch hides the reason when a file cannot be written
+        torch.save(checkpoint, content)
+        previous = Path(path).with_name(PREVIOUS)
+        with replacing(path, keep=None if previous.resolve() == self._resumed else previous) as temporary:
+            temporary.write_bytes(content.getbuffer())
+        self._resumed = None
+
+
+class SaveLast(pl.Callback):
+    """Keep `last.ckpt`: what is trained, the optimizer and the step; enough to resume exactly.
+
+    Saves every `every_n_train_steps`, at the end, and on SIGUSR1. Ctrl-C and SIGTERM let the step finish, save and
+    stop; a second Ctrl-C stops at once. It must be the last of the callbacks: whatever belongs to the step that
+    `last.ckpt` holds is then on the disk, and a run that was killed and resumed leaves the same files.
+
+    Args:
+        guard: is asked before anything is saved.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500, guard: FiniteGuard | None = None) -> None:
+        self.path = Path(dirpath) / LAST
+        self.every_n_train_steps = every_n_train_steps
+        self.guard = guard
+        self.stopped_by: int | None = None  # number of the signal that ended the run
+        self._requested = False
+        self._saved_step = -1
+        self._old_handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # after Lightning has set its handlers: the one for SIGTERM talks to the other processes in the middle of a step
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may handle signals
+        handlers = {"SIGUSR1": self._request, "SIGINT": self._stop, "SIGTERM": self._stop}
+        for name, handler in handlers.items():
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                number = getattr(signal, name)
+                self._old_handlers[number] = signal.signal(number, handler)
+
+    def _request(self, *_: Any) -> None:
+        self._requested = True
+
+    def _stop(self, number: int, *_: Any) -> None:
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt
+        self.stopped_by = number
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """The handlers that were there, before Lightning in its turn puts back what it found."""
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        stopped_by, requested = self._agreed(trainer)
+        if stopped_by:
+            self.stopped_by = stopped_by
+            trainer.should_stop = True
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # a stop goes before --min_steps
+        if stopped_by or requested or trainer.global_step % self.every_n_train_steps == 0:
+            self._requested = False
+            self.save(trainer, module)
+
+    def _agreed(self, trainer: pl.Trainer) -> tuple[int, int]:
+        """What is stopped by and whether saving was asked for, the same in all processes: they do both together.
+
+        A signal that comes meanwhile counts in the next step.
+        """
+        flags = self.stopped_by or 0, int(self._requested)
+        if trainer.world_size == 1:
+            return flags
+        reduced = torch.tensor(flags, device=trainer.strategy.root_device)
+        return tuple(trainer.strategy.reduce(reduced, reduce_op="max").tolist())
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.save(trainer, module)
+        self._put_back()
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The embeddings again, for a run that was complete when it was resumed and has made no step."""
+        if trainer.is_global_zero and trainer.global_step > 0 and hasattr(module, "save_embeddings"):
+            module.save_embeddings(self.path.with_name(EMBEDDINGS))
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.global_step in (0, self._saved_step):
+            return  # with accumulation the same step comes several times
+        self._saved_step = trainer.global_step
+        if self.guard is not None:
+            self.guard.check(trainer, module)
+        if trainer.is_global_zero and hasattr(module, "save_embeddings"):
+            module.save_embeddings(self.path.with_name(EMBEDDINGS))
+        trainer.save_checkpoint(self.path)
+
+
+class ConfiguredRate(pl.Callback):
+    """A resumed run learns at the rate of its configuration, not at the one that its checkpoint was saved with."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        scheduled = {id(config.scheduler.optimizer): config.scheduler for config in trainer.lr_scheduler_configs}
+        for optimizer in trainer.optimizers:
+            scheduler = scheduled.get(id(optimizer))
+            for i, group in enumerate(optimizer.param_groups):
+                if scheduler is None:
+                    group["lr"] = module.learning_rate
+                elif scheduler.base_lrs[i] != module.learning_rate:
+                    group["lr"] *= module.learning_rate / scheduler.base_lrs[i]
+                    group["initial_lr"] = scheduler.base_lrs[i] = module.learning_rate
+
+
+class EmbeddingSaver(pl.Callback):
+    """Keep `embeddings_gs-N.safetensors` every `every_n_train_steps`, to compare what later steps changed."""
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
+        self.dirpath = Path(dirpath)
+        self.every_n_train_steps = every_n_train_steps
+        self._saved_step = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        due = step % self.every_n_train_steps == 0 and step != self._saved_step  # once, with accumulation too
+        if due and trainer.is_global_zero:
+            self._saved_step = step
+            module.save_embeddings(self.dirpath / f"embeddings_gs-{step}.safetensors")
+
+
+class AveragedWeights(WeightAveraging):
+    """The exponential moving average of the weights, saved in their place and used where they are validated.
+
+    Lightning's own `EMAWeightAveraging` multiplies and adds, which in 1000 steps moves even frozen weights by 1e-5 of
+    their size; interpolating all of them at once leaves those as they are, and is three times as fast.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, not {decay}.")
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Follow the module to its device, where Lightning brings it after `setup` has made the copy."""
+        self._average_model.to(module.device)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Leave the weights as they are: they are saved after this, and a resumed run goes on with them."""
+
+
+class ImageLogger(pl.Callback):
+    """Write `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.jpg` every `batch_frequency` steps.
+
+    The pictures come from the module's `log_images(batch, split=…, **log_images_kwargs)`:
+    {key: (N, 3, H, W) in [-1, 1]}.
+
+    Args:
+        increase_log_steps: also log at steps 1, 2, 4, 8, … below `batch_frequency`.
+    """
+
+    ignored_keys = {
+        "rescale": "pictures are always brought from [-1, 1] to 0..255",
+        "clamp": "pictures are always clamped",
+        "log_on_batch_idx": "steps are counted by the optimizer",
+    }
+
+    def __init__(
+        self,
+        batch_frequency: int,
+        max_images: int = 4,
+        increase_log_steps: bool = True,
+        disabled: bool = False,
+        log_first_step: bool = False,
+        log_images_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(batch_frequency, int) or batch_frequency < 1:
+            raise ValueError(f"batch_frequency must be at least 1 step, not {batch_frequency!r}; see `disabled`.")
+        self.batch_frequency = batch_frequency
+        self.max_images = max_images
+        self.disabled = disabled
+        self.log_images_kwargs = dict(log_images_kwargs or {})
+        doubling = [2**i for i in range(batch_frequency.bit_length()) if 2**i < batch_frequency]
+        self.extra_steps = set(doubling if increase_log_steps else []) | ({1} if log_first_step else set())
+        self._last_step = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step % self.batch_frequency == 0 or step in self.extra_steps
+        if due and step > 0 and step != self._last_step:
+            self._last_step = step
+            self.write(trainer, module, batch, batch_idx, "train")
+
+    def write(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, split: str) -> None:
+        if self.disabled or not trainer.is_global_zero or not hasattr(module, "log_images"):
+            return
+        was_training = module.training
+        module.eval()
+        with torch.no_grad():
+            pictures = module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
+        module.train(was_training)
+        folder = Path(trainer.default_root_dir) / "images" / split
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        where = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx + 1:06}"
+        for key, tensor in pictures.items():
+            self._save(tensor[: self.max_images], folder / f"{key}_{where}.jpg")
+
+    @staticmethod
+    def _save(pictures: Tensor, path: Path) -> None:
+        grid = make_grid([to_pil(picture.float().cpu()) for picture in pictures])
+        with replacing(path) as temporary:
+            grid.save(temporary, quality=95)

@@ -1,0 +1,89 @@
+"""What can be wrong with a training run, found before its log folder is made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from ldm.checkpoint import read_state_dict
+from ldm.config import ConfigError, nearest
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.repeated import picture_sides
+from ldm.models.diffusion.sampling import MAX_SCALE
+from ldm.training.callbacks import ImageLogger
+
+CASTS_ALL = {"bf16-true": "bfloat16", "16-true": "float16"}  # Lightning casts the whole module, buffers too
+
+
+def check_pictures(callbacks: Sequence[pl.Callback], module: pl.LightningModule) -> None:
+    """Raise `ConfigError` where the pictures of the log folder would fail when the first ones are due."""
+    for callback in callbacks:
+        if not isinstance(callback, ImageLogger) or callback.disabled or not hasattr(module, "log_images"):
+            continue
+        given, known = callback.log_images_kwargs, inspect.signature(module.log_images).parameters
+        settable = [name for name in known if name not in ("batch", "N", "split", "_")]
+        for key, value in given.items():
+            if key not in settable and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+                raise ConfigError(f"log_images_kwargs: unknown key '{key}'{nearest(str(key), settable)}")
+            if key == "ddim_steps" and not (isinstance(value, int) and 1 <= value <= module.num_timesteps):
+                raise ConfigError(f"log_images_kwargs.ddim_steps must be in 1..{module.num_timesteps}, not {value}.")
+            if key == "scale" and not (isinstance(value, int | float) and 0 <= value <= MAX_SCALE):
+                raise ConfigError(f"log_images_kwargs.scale must be in 0..{MAX_SCALE}, not {value}.")
+
+
+def check_precision(module: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Raise `ConfigError` where the trainer's precision would spoil what is learned, or fail in the first step.
+
+    `64-true` is let through: nothing loses digits.
+    """
+    precision = trainer.precision
+    if precision in CASTS_ALL:
+        mixed = precision.replace("true", "mixed")
+        raise ConfigError(
+            f"precision '{precision}' would round the noise schedule and what is learned; to halve frozen weights use "
+            f"model.params.frozen_dtype={CASTS_ALL[precision]}, and to train from scratch --precision {mixed}."
+        )
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and precision == "bf16-mixed" and any(p.dtype == torch.float16 for p in module.parameters()):
+        raise ConfigError(
+            "frozen_dtype=float16 does not go with the precision bf16-mixed on the CPU (where 16-mixed becomes it); "
+            "use model.params.frozen_dtype=bfloat16, or --precision 32-true."
+        )
+
+
+def check_resumable(module: pl.LightningModule, checkpoint: Path | None) -> None:
+    """Raise `ValueError` unless the checkpoint to resume from holds what `module` trains."""
+    if checkpoint is None:
+        return
+    saved, own = read_state_dict(checkpoint), module.state_dict()
+    for key, tensor in saved.items():
+        if key in own and own[key].shape != tensor.shape:
+            raise ValueError(
+                f"'{checkpoint}' does not fit the configuration ({key} is {tuple(tensor.shape)}, not "
+                f"{tuple(own[key].shape)}); resume with the run's own configuration, or begin a new run."
+            )
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not trained <= saved.keys():
+        raise ValueError(
+            f"'{checkpoint}' lacks what this configuration trains; resume with the run's own, or begin a new run."
+        )
+
+
+def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:
+    """Raise `ValueError` unless the data sets' pictures have a size that the model takes."""
+    if not hasattr(module, "size_unit"):
+        return
+    for split, dataset in data.datasets.items():
+        sides = picture_sides(dataset, module.image_key, module.caption_key)
+        if sides is None:
+            raise ValueError(f"data.params.{split}.params.size is needed: pictures are learned at one size.")
+        for size in sides:
+            if size % module.size_unit:
+                unit, nearest_size = module.size_unit, max(1, round(size / module.size_unit)) * module.size_unit
+                raise ValueError(
+                    f"The {split} pictures' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
+                )
