@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -216,10 +217,12 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 def check_parameters(cls: type, params: Mapping[str, Any]) -> None:
     """Raise `ConfigError` unless `cls(**params)` has all it needs and nothing it does not know."""
     parameters = inspect.signature(cls).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    options = getattr(cls, "options_type", None)  # a dataclass whose fields are taken as keywords
+    known = [*parameters, *(field.name for field in dataclasses.fields(options))] if options else [*parameters]
+    if options or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in params:
-            if key not in parameters:
-                raise ConfigError(f"{cls.__name__} has no parameter '{key}'{nearest(key, list(parameters))}")
+            if key not in known:
+                raise ConfigError(f"{cls.__name__} has no parameter '{key}'{nearest(key, known)}")
     for name, p in parameters.items():
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in params:
             raise ConfigError(f"{cls.__name__} needs the parameter '{name}', which the configuration does not give.")

@@ -76,7 +76,8 @@ def variant(base: LatentDiffusion, switches: frozenset[str]) -> LatentDiffusion:
     model.decode_batch = 1 if "decode_slices" in switches else None
     chosen = "auto" if "attention" in switches else "plain"
     set_attention(model, "fused" if "fused_attention" in switches else chosen)
-    model.accelerate("compile" in switches, "cuda_graph" in switches)
+    mode = "max-autotune" if "max_autotune" in switches else "compile" in switches
+    model.accelerate(mode, "cuda_graph" in switches)
     return model
 
 

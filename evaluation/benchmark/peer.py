@@ -97,7 +97,7 @@ class PeerTraining:
         self.peer, self.base = peer, base
         self.batch = RandomPictures(batch, resolution).batch(range(batch), with_images=True)
         self.images = self.batch["image"].permute(0, 3, 1, 2).to(base.device, peer.dtype)
-        draw = base._draw(self.batch, base._latent_shape(self.batch), "train")
+        draw = base._draw(self.batch, "train")
         self.draw = {name: values.to(base.device) for name, values in draw.items()}
         self.scheduler = peer.scheduler()
         encoder = peer.text_encoder.requires_grad_(False).train()

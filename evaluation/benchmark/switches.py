@@ -19,7 +19,8 @@ SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
     "channels_last": (False, ("train", "sample", "vae"), "memory format of the convolutions"),
     "bfloat16": (False, ("train", "sample", "text", "vae"), "frozen weights in bfloat16"),
     "float16": (False, ("train", "sample", "text", "vae"), "frozen weights in float16"),
-    "compile": (False, ("train", "sample"), "torch.compile of the U-Net"),
+    "compile": (False, ("train", "sample"), "torch.compile of the U-Net (reduce-overhead)"),
+    "max_autotune": (False, ("train", "sample"), "torch.compile of the U-Net in its mode max-autotune"),
     "cuda_graph": (False, ("train", "sample"), "U-Net call, or the whole step, captured in a CUDA graph"),
     "decode_slices": (False, ("sample", "vae"), "the first stage decodes one picture at a time"),
 }
@@ -39,7 +40,7 @@ def describe() -> str:
 
 def is_opaque(switches: frozenset[str]) -> bool:
     """Whether a compiled or captured call hides its operations from torch's counter."""
-    return bool(switches & {"compile", "cuda_graph"})
+    return bool(switches & {"compile", "max_autotune", "cuda_graph"})
 
 
 def dtype_name(switches: frozenset[str]) -> str:

@@ -56,14 +56,14 @@ class TrainingStep:
         ranges = [range(batch)] if "batch" in switches else [range(i, i + 1) for i in range(batch)]
         self.batches = [pictures.batch(numbers, with_images=not cached) for numbers in ranges]
         if cached:
-            self.model._latents = LatentCache(self.model, pictures)
+            self.model._latents = LatentCache(self.model.encode_first_stage, pictures)
         self.optimizer = self.model.configure_optimizers()
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         if "stages" in self.switches:
             return self.model.shared_step(batch, "train")[0]
         model = self.model
-        draw = model._draw(batch, model._latent_shape(batch), "train")
+        draw = model._draw(batch, "train")
         draw = {name: values.to(model.device) for name, values in draw.items()}
         z = model.get_first_stage_encoding(model.posterior(batch), draw["posterior_noise"])
         return model.p_losses(z, every_stage(model, batch["caption"]), draw["t"], draw["noise"])[0]

@@ -138,9 +138,10 @@ class Conditioning:
         return [self.of_bucket(bucket).k for bucket in range(self.num_buckets)]
 
 
-def as_conditioning(
-    cond: Conditioning | Context | Tensor | Sequence[Tensor], num_timesteps: int = 1000
-) -> Conditioning:
+Cond = Conditioning | Context | Tensor | Sequence[Tensor]  # what LDM code passes around as a prompt
+
+
+def as_conditioning(cond: Cond, num_timesteps: int = 1000) -> Conditioning:
     """A `Conditioning` from what LDM code passes around: a tensor (B, L, D), or a list of S of them.
 
     Raises:

@@ -154,7 +154,7 @@ def test_one_compilation_serves_stages_prompts_and_seeds() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    fixed = FixedUNet(model.model.diffusion_model, captured=True)
+    fixed = FixedUNet(model.model.diffusion_model, "cuda_graph")
     fixed.call = torch.compile(model.model.diffusion_model, fullgraph=True, backend=backend)
     for latents in both_ways(model, fixed):
         torch.testing.assert_close(*latents, rtol=0, atol=1e-4)
@@ -198,7 +198,7 @@ def test_autocast_has_buffers_of_its_own(model: LatentDiffusion) -> None:
     """Keys and values of another precision must not be rounded into the same place."""
     unet, (cond, _) = model.model.diffusion_model, prompts(model)
     inputs = noise(), torch.tensor([950]), cond.at(950)
-    fixed = FixedUNet(unet, captured=True)
+    fixed = FixedUNet(unet, "cuda_graph")
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             assert torch.equal(fixed(*inputs), unet(*inputs))
@@ -316,7 +316,7 @@ def test_the_step_as_a_function_of_tensors(model: LatentDiffusion) -> None:
     loss, parts = model.shared_step(batch, "train")
     loss.backward()
     expected = gradients(model)
-    draw = model._draw(batch, torch.Size((4, 16, 16)), "train")
+    draw = model._draw(batch, "train")
     z = model.get_first_stage_encoding(model.posterior(batch), draw["posterior_noise"])
     slots = model.get_learned_conditioning(batch["caption"]).rows(draw["t"])
     step = TensorStep(model)
@@ -373,12 +373,12 @@ def test_a_step_never_reads_from_the_device() -> None:
     """On the meta device there is nothing to read: a step that waited for a value would fail."""
     model = build(embedding_reg_weight=0.1).train()
     model.balance = LossBalance()
-    model._latents = LatentCache(model, PersonalizedBase(PICTURES, size=128))
+    model._latents = LatentCache(model.encode_first_stage, PersonalizedBase(PICTURES, size=128))
     batch = batch_of(PersonalizedBase(PICTURES, size=128), [0, 1, 2])
     del batch["image"]
     model = model.to("meta")
-    model._latents._moments = model._latents._moments.to("meta")
-    batch["draw"] = model._draw(batch, model._latent_shape(batch), "train")
+    model._latents.moments = model._latents.moments.to("meta")
+    batch["draw"] = model._draw(batch, "train")
     batch = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in batch.items()}
     loss, parts = model.shared_step(batch, "train")
     loss.backward()
@@ -513,7 +513,7 @@ def test_the_compiled_unet_computes_the_same() -> None:
 
 @torch.no_grad()
 def test_a_call_in_inference_mode_leaves_room_for_others(model: LatentDiffusion) -> None:
-    fixed = FixedUNet(model.model.diffusion_model, captured=True)
+    fixed = FixedUNet(model.model.diffusion_model, "cuda_graph")
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
     context = model.get_learned_conditioning(["a star"]).at(500)
     with torch.inference_mode():
@@ -526,11 +526,11 @@ def test_a_call_in_inference_mode_leaves_room_for_others(model: LatentDiffusion)
 
 @pytest.mark.gpu
 @torch.no_grad()
-@pytest.mark.parametrize("compile_unet", [False, True])
-def test_a_captured_call_computes_the_same(compile_unet: bool) -> None:
+@pytest.mark.parametrize("mode", ["cuda_graph", "reduce-overhead"])
+def test_an_accelerated_call_computes_the_same(mode: str) -> None:
     """To 1e-3: three prompts and seeds through one graph."""
     model = build(channels_last=True).eval().cuda()
-    fixed = FixedUNet(model.model.diffusion_model, compile_unet, captured=True)
+    fixed = FixedUNet(model.model.diffusion_model, mode)
     for latents in both_ways(model, fixed):
         torch.testing.assert_close(*latents, rtol=1e-3, atol=1e-3)
     assert len(fixed._buffers) == 1
@@ -540,12 +540,12 @@ def steps_on_gpu(steps: int, **switches: object) -> tuple[list[float], Tensor]:
     """Losses of some steps, and what is learned after them."""
     model = build(**switches).cuda().train()
     dataset = PersonalizedBase(PICTURES, size=128)
-    model._latents = LatentCache(model, dataset)
+    model._latents = LatentCache(model.encode_first_stage, dataset)
     optimizer = model.configure_optimizers()
     losses = []
     for n in range(steps):
         batch = batch_of(dataset, [2 * n, 2 * n + 1])
-        batch["draw"] = {k: v.pin_memory() for k, v in model._draw(batch, model._latent_shape(batch), "train").items()}
+        batch["draw"] = {k: v.pin_memory() for k, v in model._draw(batch, "train").items()}
         losses.append(model.shared_step(batch, "train")[0])
         losses[-1].backward()
         optimizer.step()
@@ -560,9 +560,9 @@ def test_a_captured_step_draws_the_dropout_of_the_plain_one() -> None:
     for cuda_graph in (False, True):
         model = build(cuda_graph=cuda_graph, **{"personalization_config.params.dropout": 0.1}).cuda().train()
         dataset = PersonalizedBase(PICTURES, size=128)
-        model._latents = LatentCache(model, dataset)
+        model._latents = LatentCache(model.encode_first_stage, dataset)
         batch = batch_of(dataset, [0, 1])
-        batch["draw"] = {k: v.pin_memory() for k, v in model._draw(batch, model._latent_shape(batch), "train").items()}
+        batch["draw"] = {k: v.pin_memory() for k, v in model._draw(batch, "train").items()}
         for seed in (5, 6):
             torch.manual_seed(seed)
             losses.append(model.shared_step(batch, "train")[0].item())
@@ -574,7 +574,7 @@ def test_a_captured_step_draws_the_dropout_of_the_plain_one() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_a_captured_call_on_another_device_computes_the_same() -> None:
     model = build().eval().to("cuda:1")
-    fixed = FixedUNet(model.model.diffusion_model, captured=True)
+    fixed = FixedUNet(model.model.diffusion_model, "cuda_graph")
     for latents in both_ways(model, fixed):
         torch.testing.assert_close(*latents, rtol=1e-3, atol=1e-3)
 
@@ -598,7 +598,7 @@ def test_threads_share_a_captured_call() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("switch", [{}, {"compile_unet": True}, {"unet_config.params.use_checkpoint": True}])
+@pytest.mark.parametrize("switch", [{}, {"unet_config.params.use_checkpoint": True}])
 def test_a_captured_step_learns_the_same(switch: dict[str, bool]) -> None:
     plain, captured = steps_on_gpu(5), steps_on_gpu(5, cuda_graph=True, **switch)
     assert captured[0] == pytest.approx(plain[0], rel=1e-3)
@@ -610,12 +610,12 @@ def test_a_captured_step_learns_the_same(switch: dict[str, bool]) -> None:
 def test_a_step_does_not_synchronise(cuda_graph: bool) -> None:
     model = build(cuda_graph=cuda_graph).cuda().train()
     dataset = PersonalizedBase(PICTURES, size=128)
-    model._latents = LatentCache(model, dataset)
+    model._latents = LatentCache(model.encode_first_stage, dataset)
     optimizer = model.configure_optimizers()
 
     def step(n: int) -> None:
         batch = batch_of(dataset, [n])
-        batch["draw"] = {k: v.pin_memory() for k, v in model._draw(batch, model._latent_shape(batch), "train").items()}
+        batch["draw"] = {k: v.pin_memory() for k, v in model._draw(batch, "train").items()}
         batch["picture"], batch["flipped"] = batch["picture"].pin_memory(), batch["flipped"].pin_memory()
         model.shared_step(batch, "train")[0].backward()
         optimizer.step()

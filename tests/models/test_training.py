@@ -93,7 +93,7 @@ def test_copies_are_waited_for_beside_cuda(
     model: LatentDiffusion, learning: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = PersonalizedBase(PICTURES / "striped-heart", size=64)
-    model._latents = LatentCache(model, dataset)
+    model._latents = LatentCache(model.encode_first_stage, dataset)
     batch, move, waited = batch_of(dataset, [0, 1]), Tensor.to, []
 
     def spy(tensor: Tensor, *args: object, **options: object) -> Tensor:
@@ -125,29 +125,12 @@ def test_the_cache_changes_nothing(model: LatentDiffusion) -> None:
     batches = [batch_of(dataset, list(range(n, n + 3))) for n in (0, 3, 6)]
     assert {bool(f) for batch in batches for f in batch["flipped"]} == {True, False}
     fresh = [model.shared_step(batch, "val")[0] for batch in batches]
-    model._latents = LatentCache(model, dataset)
+    model._latents = LatentCache(model.encode_first_stage, dataset)
     small = [batch_of(dataset, list(range(n, n + 3))) for n in (0, 3, 6)]
     assert all("image" not in batch for batch in small)
     cached = [model.shared_step(batch, "val")[0] for batch in small]
     for one, two in zip(fresh, cached, strict=True):
         assert torch.allclose(one, two, rtol=1e-4)
-
-
-def test_the_posterior_is_sampled_in_every_step(model: LatentDiffusion) -> None:
-    draws = [model._draw({"sample": torch.tensor([n])}, torch.Size((4, 16, 16)), "train") for n in (1, 2, 1)]
-    assert torch.equal(draws[0]["posterior_noise"], draws[2]["posterior_noise"])
-    assert not torch.equal(draws[0]["posterior_noise"], draws[1]["posterior_noise"])
-    assert not torch.equal(draws[0]["posterior_noise"], draws[0]["noise"])
-    validation = model._draw({"sample": torch.tensor([1])}, torch.Size((4, 16, 16)), "val")
-    assert not torch.equal(validation["noise"], draws[0]["noise"])
-
-
-def test_timesteps_are_uniform(model: LatentDiffusion) -> None:
-    t = model._draw({"sample": torch.arange(4000)}, torch.Size((1, 1, 1)), "train")["t"]
-    counts = torch.bincount(t * 10 // 1000, minlength=10)
-    chi_squared = ((counts - 400.0) ** 2 / 400).sum()
-    assert t.min() >= 0 and t.max() <= 999
-    assert chi_squared < 27.9  # one in a thousand for nine degrees of freedom
 
 
 def test_a_sample_depends_on_its_number_only(model: LatentDiffusion) -> None:
@@ -228,11 +211,11 @@ def test_standardised_latents_reconstruct_the_same() -> None:
         before = first_stage.encode(images)
         noise = torch.randn(before.mean.shape)
         expected = first_stage.decode(before.sample(noise))
-        cache = LatentCache(model, world)
+        cache = LatentCache(model.encode_first_stage, world)
         cache.standardize(first_stage)
         after = first_stage.encode(images)
         assert torch.allclose(first_stage.decode(after.sample(noise)), expected, atol=1e-4)
-    moments: Tensor = cache._moments
+    moments: Tensor = cache.moments
     mean = moments[:, :4]
     assert torch.allclose(mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-5)
     assert torch.allclose(mean.std((0, 2, 3)), torch.ones(4), atol=1e-5)
@@ -249,7 +232,7 @@ def test_half_precision_latents_are_standardised(dtype: str) -> None:
         return model.decode_first_stage(model.encode_first_stage(world.pictures(range(4))).mode())
 
     before = reconstructed()
-    LatentCache(model, world).standardize(model.first_stage_model)
+    LatentCache(model.encode_first_stage, world).standardize(model.first_stage_model)
     assert (reconstructed() - before).abs().mean() < 0.02 < before.std()
 
 

@@ -1,47 +1,54 @@
-"""The U-Net call and the training step at fixed addresses, to be compiled or captured in a CUDA graph once.
+"""Faster ways to call the U-Net and to make a training step: compiled, or captured in a CUDA graph.
 
-Both compute what the plain call computes: they are switches (`compile_unet`, `cuda_graph`), off by default.
+Both compute what the plain call computes. They are switches (`compile_unet`, `cuda_graph`), off by default. A capture
+takes seconds and removes the launch overhead; compilation takes about a minute and also fuses kernels
+(docs/benchmarks.md).
 Shapes: B batch, C latent channels, H W latent height and width, L tokens.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.context import Context, Projected
-
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 WARM_UP = 3  # calls before a capture, in which libraries choose their kernels and allocate
 
+Step = tuple[Tensor, dict[str, Tensor]]  # loss, and the values to be logged
+
 
 class FixedUNet:
-    """A U-Net called through buffers of its own, one set for each size of its inputs.
+    """A U-Net that is called through buffers of its own, one set for each size of its inputs.
 
-    A compiled or captured call then serves all stages, prompts and seeds: a new stage is copied into the buffers.
+    One compiled or captured call then serves all stages, prompts and seeds: a new stage is copied into the buffers.
     Threads take turns. With gradients (training) the call goes to the compiled U-Net directly.
+
+    Args:
+        mode: `cuda_graph`, or a mode of torch.compile. On the CPU graphs do not exist, and the plain or the compiled
+            U-Net is called.
     """
 
-    def __init__(self, unet: UNetModel, compiled: bool = False, captured: bool = False) -> None:
-        self.unet = unet
-        self.compiled, self.captured = compiled, captured
-        self.call: Callable[..., Tensor] = torch.compile(unet, fullgraph=True) if compiled else unet
-        self._buffers: dict[object, _Buffers] = {}
+    def __init__(self, unet: UNetModel, mode: str) -> None:
+        self.unet, self.mode = unet, mode
+        self.captured = mode == "cuda_graph"
+        self.call: Callable[..., Tensor] = unet
+        if not self.captured:
+            self.call = torch.compile(unet, fullgraph=True, mode=mode)
+        self._buffers: dict[Hashable, _Buffers] = {}
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[FixedUNet], tuple[UNetModel, bool, bool]]:
+    def __reduce__(self) -> tuple[type[FixedUNet], tuple[UNetModel, str]]:
         """Copies begin without buffers: what was captured reads the weights of this U-Net."""
-        return FixedUNet, (self.unet, self.compiled, self.captured)
+        return FixedUNet, (self.unet, self.mode)
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Context | Projected) -> Tensor:
-        """As `UNetModel.forward`."""
+        """Call the U-Net; arguments and result as for `UNetModel.forward`."""
         if torch.is_grad_enabled():
             return self.call(x, timesteps, context)
         if isinstance(context, Context):
@@ -85,7 +92,7 @@ class _Buffers:
 
         def replay() -> Tensor:
             graph.replay()
-            return out.clone()  # the next replay writes into the same place
+            return out
 
         self._run = replay
 
@@ -96,20 +103,29 @@ class _Buffers:
             for own, new in zip(self.context.tensors(), context.tensors(), strict=True):
                 own.copy_(new)
             self.current = context
-        return self._run()
+        return self._run().clone()  # the next call writes into the same place
+
+
+class Learner(Protocol):
+    """The model whose training step is captured."""
+
+    @property
+    def learned_parameters(self) -> nn.Module: ...
+    def encode_slots(self, slots: Tensor) -> Tensor: ...
+    def p_losses(self, x_start: Tensor, cond: Context, t: Tensor, noise: Tensor) -> Step: ...
 
 
 class TensorStep(nn.Module):
     """The loss of one training step as a function of tensors only, whose parameters are what is learned."""
 
-    def __init__(self, model: LatentDiffusion) -> None:
+    def __init__(self, model: Learner) -> None:
         super().__init__()
-        self.learned = model.embedding_manager
+        self.learned = model.learned_parameters
         self._model = (model,)  # in a tuple, so that its frozen weights are no parameters of the step
         self._names: list[str] = []
 
     def forward(self, z: Tensor, t: Tensor, noise: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
-        """The loss, then the values to be logged.
+        """Return the loss, then the values to be logged.
 
         Args:
             z, noise: (B, C, H, W).
@@ -121,17 +137,17 @@ class TensorStep(nn.Module):
         self._names = list(parts)
         return loss, *parts.values()
 
-    def named(self, values: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, parts) as `p_losses` gives them."""
+    def named(self, values: tuple[Tensor, ...]) -> Step:
+        """Return (loss, parts) as `p_losses` gives them."""
         loss, *parts = values
-        # what is logged is read later than the next replay writes it
-        return loss, {name: part.detach().clone() for name, part in zip(self._names, parts, strict=True)}
+        # whoever keeps these reads them later than the next replay writes into the same place
+        return loss.clone(), {name: part.detach().clone() for name, part in zip(self._names, parts, strict=True)}
 
     def capture(self, examples: Sequence[Tensor]) -> TensorStep:
         """Capture forward and backward pass in CUDA graphs, for inputs of the sizes of `examples`.
 
         Dropout stays random: a replay reads the device's generator.
         """
-        examples = tuple(x.detach().clone() for x in examples)
-        with torch.cuda.device(examples[0].device):
-            return torch.cuda.make_graphed_callables(self, examples, num_warmup_iters=WARM_UP, allow_unused_input=True)
+        inputs = tuple(x.detach().clone() for x in examples)
+        with torch.cuda.device(inputs[0].device):
+            return torch.cuda.make_graphed_callables(self, inputs, num_warmup_iters=WARM_UP, allow_unused_input=True)

@@ -1,8 +1,8 @@
-"""Latent diffusion (Rombach et al. 2022): the model, its prompts, and its first stage.
+"""Latent diffusion (Rombach et al. 2022): networks, prompts, loss and training step.
 
 With a `personalization_config` only the embedding manager is trained, against the frozen model (ProSpect,
 Zhang et al. 2023). Without one the U-Net is trained from scratch, with the text transformer if
-`cond_stage_trainable`. Its loss, and what Lightning calls, are in `fitting.py`.
+`cond_stage_trainable`.
 
 Shapes: B batch, C latent channels, H W latent height and width, L tokens, D width of the text transformer.
 """
@@ -15,62 +15,62 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_weights, read_state_dict
-from ldm.conditioning.context import Conditioning, Context, Projected, as_conditioning
+from ldm.conditioning.context import Cond, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import PromptConditioning, SlotEncoder
 from ldm.conditioning.prompts import PromptReader, Words
+from ldm.files.base_model import base_hash
 from ldm.memory import check_weights
-from ldm.models.diffusion.acceleration import FixedUNet
+from ldm.models.autoencoder import FirstStage, cosine_to_zero
+from ldm.models.diffusion import latents
+from ldm.models.diffusion.acceleration import FixedUNet, Step, TensorStep
 from ldm.models.diffusion.balance import LossBalance
-from ldm.models.diffusion.fitting import Fitting
-from ldm.models.diffusion.latents import LatentCodec
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.draws import Draws
+from ldm.models.diffusion.latents import LatentCache, Posterior
+from ldm.models.diffusion.options import DiffusionOptions
 from ldm.models.diffusion.schedule import at, make_betas, schedule_buffers, vlb_weights
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.modules.embedding_manager import EmbeddingManager
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.native import Native
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, mix_seed, to_device
 
 logger = logging.getLogger(__name__)
 
-Cond = Conditioning | Context | Tensor | Sequence[Tensor]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CAPTURED = "cuda_graph is used for the training step."
+NOT_CAPTURED = (
+    "cuda_graph is not used for the training step: it needs a CUDA device, embeddings to learn, one process, "
+    "no accumulation, and a precision that is not mixed."
+)
 
 
 class DiffusionWrapper(nn.Module):
     """Only adds the level `diffusion_model` of the checkpoint's key names."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: UNetModel) -> None:
         super().__init__()
         self.diffusion_model = unet
 
 
-class LatentDiffusion(LatentCodec, Fitting):
-    """Parameters as in the reference's YAML, and these:
+class LatentDiffusion(pl.LightningModule):
+    """A U-Net on the latents of a first stage, told by a text transformer what to show.
 
     Args:
-        parameterization: what the U-Net predicts, `eps` (Stable Diffusion v1) or `v` (Salimans and Ho 2022).
-        ckpt_path: base model (.ckpt, .safetensors, diffusers folder). None: random weights.
-        first_stage_ckpt, cond_stage_ckpt: for training from scratch, the runs that trained these parts.
-        standardize_latents: training from scratch: fold into the first stage what gives its latents mean 0 and
-            standard deviation 1 in every channel (LDM's `scale_by_std`, but for each channel).
-        embedding_manager_ckpt: concept to start from, or to generate with.
-        frozen_dtype: float32, float16 or bfloat16, the precision in which frozen weights are held and used.
-        channels_last: memory format of the convolutions' weights.
-        cache_latents: encode every picture once (posterior moments, for each flip); the posterior is still
-            sampled in every step.
-        time_sampling: `uniform` (the reference), or `stages`: sample n is trained at a random timestep of stage
-            n mod S, so that every stage has its turn.
-        balanced_loss: training from scratch: divide the loss by its running mean at that noise level.
-        fused_adamw: PyTorch's fused kernel for the embeddings' optimizer.
-        decode_batch: pictures that the first stage decodes at a time, when memory is short; None for all.
-        compile_unet: torch.compile the U-Net; see `accelerate`.
-        cuda_graph: capture the U-Net call, and the training step, in CUDA graphs; see `accelerate`.
+        unet_config, first_stage_config, cond_stage_config: the networks, each with `target` and `params`.
+        personalization_config: the embedding manager; None trains the networks.
+        options: the fields of `DiffusionOptions`.
 
     Raises:
-        ValueError: an unknown choice, or parts that do not fit each other.
+        ValueError, ConfigError, CheckpointError: an unknown choice, or parts that do not fit each other.
     """
 
+    options_type = DiffusionOptions
     ignored_keys = {
         "num_timesteps_cond": "there is one conditioning for all timesteps, chosen by stage",
         "log_every_t": "samplers report every step through a callback",
@@ -82,8 +82,14 @@ class LatentDiffusion(LatentCodec, Fitting):
         "model_lr": "frozen weights stay frozen",
         "image_size": "latents of any size are taken",
     }
-
     native = Native()  # what `load_model_from_config` finds in the configuration
+
+    alphas_cumprod: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    lvlb_weights: Tensor
+    first_stage_model: FirstStage
+    cond_stage_model: FrozenCLIPEmbedder
 
     def __init__(
         self,
@@ -91,110 +97,54 @@ class LatentDiffusion(LatentCodec, Fitting):
         first_stage_config: Mapping[str, Any],
         cond_stage_config: Mapping[str, Any],
         personalization_config: Mapping[str, Any] | None = None,
-        linear_start: float = 0.00085,
-        linear_end: float = 0.0120,
-        timesteps: int = 1000,
-        channels: int = 4,
-        scale_factor: float = 0.18215,
-        prospect_stages: int = 10,
-        first_stage_key: str = "image",
-        cond_stage_key: str = "caption",
-        cond_stage_trainable: bool = False,
-        embedding_reg_weight: float = 0.0,
-        parameterization: str = "eps",
-        ckpt_path: str | None = None,
-        first_stage_ckpt: str | None = None,
-        cond_stage_ckpt: str | None = None,
-        standardize_latents: bool = False,
-        embedding_manager_ckpt: str | None = None,
-        frozen_dtype: str = "float32",
-        channels_last: bool = False,
-        cache_latents: bool = True,
-        time_sampling: str = "uniform",
-        balanced_loss: bool = False,
-        fused_adamw: bool = True,
-        decode_batch: int | None = None,
-        compile_unet: bool = False,
-        cuda_graph: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
-        if parameterization not in ("eps", "v"):
-            raise ValueError(f"parameterization must be 'eps' or 'v', not '{parameterization}'.")
-        if frozen_dtype not in DTYPES:
-            raise ValueError(f"frozen_dtype must be one of {', '.join(DTYPES)}, not '{frozen_dtype}'.")
-        for name, count in (("timesteps", timesteps), ("prospect_stages", prospect_stages)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}.")
-        if time_sampling not in ("uniform", "stages"):
-            raise ValueError(f"time_sampling must be 'uniform' or 'stages', not '{time_sampling}'.")
-        self.time_sampling = time_sampling
-        if decode_batch is not None and decode_batch < 1:
-            raise ValueError(f"decode_batch must be at least 1, or left out for all at once, not {decode_batch}.")
-        self.parameterization = parameterization
-        self.num_timesteps = timesteps
-        self.channels = channels
-        self.scale_factor = scale_factor
-        self.num_stages = prospect_stages
-        self.image_key, self.caption_key = first_stage_key, cond_stage_key
-        self.cond_stage_trainable = cond_stage_trainable and personalization_config is None
-        self.embedding_reg_weight = embedding_reg_weight
-        self.cache_latents = cache_latents
-        self.standardize_latents = standardize_latents
-        self.fused_adamw, self.decode_batch = fused_adamw, decode_batch
+        self.options = opt = DiffusionOptions(**options)
+        self.parameterization = opt.parameterization
+        self.num_timesteps, self.num_stages = opt.timesteps, opt.prospect_stages
+        self.channels, self.scale_factor = opt.channels, opt.scale_factor
+        self.image_key, self.caption_key = opt.first_stage_key, opt.cond_stage_key
+        self.cond_stage_trainable = opt.cond_stage_trainable and personalization_config is None
+        self.fused_adamw, self.decode_batch = opt.fused_adamw, opt.decode_batch
+        self.learning_rate = 1e-4
+        self.seed = 23
         self.base_model: dict[str, str] = {}
+        self.timesteps: Tensor | None = None  # (B,), of the latest training batch
+        self._latents: LatentCache | None = None
+        self._prompts: tuple[Any, PromptConditioning] | None = None  # of the latest training batch
+        self._captured: dict[Any, TensorStep] = {}  # by the sizes of their inputs; no submodules of this one
 
-        betas = make_betas(linear_start, linear_end, timesteps)
+        betas = make_betas(opt.linear_start, opt.linear_end, opt.timesteps)
         for name, buffer in schedule_buffers(betas).items():
             self.register_buffer(name, buffer)
         self.register_buffer("lvlb_weights", vlb_weights(betas), persistent=False)
-        self.balance = LossBalance() if balanced_loss else None
-
+        self.balance = LossBalance() if opt.balanced_loss else None
         # with a checkpoint the weights are built without memory and then taken from the file
-        with torch.device("meta") if ckpt_path else contextlib.nullcontext():
+        with torch.device("meta") if opt.ckpt_path else contextlib.nullcontext():
             self.model = DiffusionWrapper(instantiate_from_config(unet_config))
             self.first_stage_model = instantiate_from_config(first_stage_config)
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
-        if self.model.diffusion_model.in_channels != channels:
-            raise ValueError(
-                f"channels is {channels}, but the U-Net takes {self.model.diffusion_model.in_channels} (in_channels)."
-            )
-        if ckpt_path:
-            check_weights(self, DTYPES[frozen_dtype])
-            self.init_from_ckpt(ckpt_path, DTYPES[frozen_dtype])
-        self.load_parts(first_stage_ckpt, cond_stage_ckpt)
-        self._freeze_parts(DTYPES[frozen_dtype], learns_embeddings=personalization_config is not None)
-        if channels_last:
-            self.model.to(memory_format=torch.channels_last)
-            self.first_stage_model.to(memory_format=torch.channels_last)
+        if (takes := self.model.diffusion_model.in_channels) != opt.channels:
+            raise ValueError(f"channels is {opt.channels}, but the U-Net takes {takes} (in_channels).")
+        if opt.ckpt_path:
+            check_weights(self, opt.dtype)
+            self.init_from_ckpt(opt.ckpt_path, opt.dtype)
+        self.load_parts(opt.first_stage_ckpt, opt.cond_stage_ckpt)
+        self._freeze(learns_embeddings=personalization_config is not None)
+        self.embedding_manager = self._make_manager(personalization_config)
+        self.accelerate(opt.compile_unet, opt.cuda_graph)
 
-        self.embedding_manager = None
-        if personalization_config is not None:
-            self.embedding_manager = instantiate_from_config(
-                personalization_config, embedder=self.cond_stage_model, num_stages=prospect_stages
-            )
-            self.embedding_manager.base_path = Path(ckpt_path) if ckpt_path else None
-            if embedding_manager_ckpt and self.embedding_manager.learning:
-                self.embedding_manager.start_from(embedding_manager_ckpt)
-            elif embedding_manager_ckpt:
-                self.embedding_manager.load(embedding_manager_ckpt)
-        self.accelerate(compile_unet, cuda_graph)
+    # --- weights -----------------------------------------------------------------------------------------------
 
-    def accelerate(self, compile_unet: bool = False, cuda_graph: bool = False) -> None:
-        """Choose how the U-Net is called: as it is, compiled, captured in a CUDA graph (other devices: as it is), or
-        both. The first call of each size takes long (compiling: a minute or more); it then serves all stages,
-        prompts and seeds."""
-        self.cuda_graph = cuda_graph
-        self._captured.clear()
-        unet = self.model.diffusion_model
-        self._fixed_unet = FixedUNet(unet, compile_unet, cuda_graph) if compile_unet or cuda_graph else None
-
-    @property
-    def size_unit(self) -> int:
-        """What the height and width of pictures, in pixels, must be multiples of: 64 for Stable Diffusion v1."""
-        return self.first_stage_model.downsampling * self.model.diffusion_model.downsampling
+    def init_from_ckpt(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Load the weights of a base model; see `ldm.checkpoint` for formats and errors."""
+        load_weights(self, read_state_dict(path, dtype), path)
+        self.base_model = {"base_model": Path(path).name}
+        self._base_path = Path(path)
 
     def load_parts(self, first_stage_ckpt: str | None = None, cond_stage_ckpt: str | None = None) -> None:
-        """Take the parts that other runs trained, from their checkpoints."""
+        """Load the parts that other runs trained, from their checkpoints."""
         if first_stage_ckpt:
             load_weights(self.first_stage_model, read_state_dict(first_stage_ckpt), first_stage_ckpt)
         if cond_stage_ckpt:
@@ -203,8 +153,8 @@ class LatentDiffusion(LatentCodec, Fitting):
             state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
             load_weights(self.cond_stage_model, state, cond_stage_ckpt)
 
-    def _freeze_parts(self, dtype: torch.dtype, learns_embeddings: bool) -> None:
-        """Freeze, and hold in `dtype`, every part that is not trained."""
+    def _freeze(self, learns_embeddings: bool) -> None:
+        """Freeze every part that is not trained, and hold it in `frozen_dtype`."""
         frozen = {
             self.first_stage_model: True,
             self.model: learns_embeddings,
@@ -212,7 +162,28 @@ class LatentDiffusion(LatentCodec, Fitting):
         }
         for part, stays in frozen.items():
             if stays:
-                part.eval().requires_grad_(False).to(dtype)
+                part.eval().requires_grad_(False).to(self.options.dtype)
+        if self.options.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+            self.first_stage_model.to(memory_format=torch.channels_last)
+
+    def _make_manager(self, config: Mapping[str, Any] | None) -> EmbeddingManager | None:
+        if config is None:
+            return None
+        manager = instantiate_from_config(config, embedder=self.cond_stage_model, num_stages=self.num_stages)
+        manager.base_path = Path(self.options.ckpt_path) if self.options.ckpt_path else None
+        if (start := self.options.embedding_manager_ckpt) is not None:
+            manager.start_from(start) if manager.learning else manager.load(start)
+        return manager
+
+    def accelerate(self, compile_unet: bool | str = False, cuda_graph: bool = False) -> None:
+        """Choose how the U-Net is called: as it is, compiled (in a mode of torch.compile), or captured in a CUDA graph
+        (other devices: as it is). The first call of each size takes long (compiling: about a minute); it then serves
+        all stages, prompts and seeds."""
+        self.cuda_graph = cuda_graph
+        self._captured.clear()
+        mode = "cuda_graph" if cuda_graph else "reduce-overhead" if compile_unet is True else compile_unet
+        self._fixed_unet = FixedUNet(self.model.diffusion_model, mode) if mode else None
 
     def train(self, mode: bool = True) -> LatentDiffusion:
         super().train(mode)
@@ -221,11 +192,31 @@ class LatentDiffusion(LatentCodec, Fitting):
                 module.eval()
         return self
 
-    def init_from_ckpt(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Take the weights of a base model; see `ldm.checkpoint` for formats and errors."""
-        load_weights(self, read_state_dict(path, dtype), path)
-        self.base_model = {"base_model": Path(path).name}
-        self._base_path = Path(path)
+    @property
+    def size_unit(self) -> int:
+        """What the height and width of images, in pixels, must be multiples of: 64 for Stable Diffusion v1."""
+        return self.first_stage_model.downsampling * self.model.diffusion_model.downsampling
+
+    @contextlib.contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Averaged weights, as LDM code asks for them; a frozen model has only the ones it has."""
+        yield
+
+    # --- first stage -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_first_stage(self, images: Tensor) -> Posterior:
+        """Return the posterior of the latents of images (B, 3, f·H, f·W) in [-1, 1]."""
+        return latents.encode(self.first_stage_model, images.to(self.device))
+
+    def get_first_stage_encoding(self, posterior: Posterior, noise: Tensor | None = None) -> Tensor:
+        """Return scaled latents (B, C, H, W): a sample of the posterior, by `noise` (B, C, H, W) if it is given."""
+        return self.scale_factor * (posterior if isinstance(posterior, Tensor) else posterior.sample(noise))
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        """Return float32 images (B, 3, f·H, f·W), about [-1, 1], not clamped, for scaled latents z (B, C, H, W)."""
+        return latents.decode(self.first_stage_model, (z / self.scale_factor).to(self.device), self.decode_batch)
 
     # --- prompts -----------------------------------------------------------------------------------------------
 
@@ -234,8 +225,8 @@ class LatentDiffusion(LatentCodec, Fitting):
         prompts: str | Sequence[str],
         prospect_words: Words | None = None,
         legacy_word_tokens: bool = False,
-    ) -> Conditioning:
-        """A batch of prompts, each with the same `prospect_words` (S entries; see `ldm.conditioning.prompts`).
+    ) -> PromptConditioning:
+        """Return a batch of prompts, each with the same `prospect_words` (S entries; see `ldm.conditioning.prompts`).
 
         Raises:
             ValueError: `prospect_words` of the wrong length or with a wrong entry.
@@ -247,11 +238,11 @@ class LatentDiffusion(LatentCodec, Fitting):
         reader = PromptReader(encoder.tokenizer, rows, self.num_stages, encoder.max_length)
         slots = reader.read(prompts, prospect_words, legacy_word_tokens)
         # outside learning, the vectors are those of now, as `rows` is, whatever another thread loads meanwhile
-        vectors = manager.vectors() if rows and not torch.is_grad_enabled() else None
+        vectors = manager.vectors() if manager is not None and rows and not torch.is_grad_enabled() else None
         return PromptConditioning(slots, SlotEncoder(self.encode_slots, vectors), self.num_timesteps, self.device)
 
     def encode_slots(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """Contexts (N, L, D) of token slots (N, L), with `vectors` (R, D) in the learned places.
+        """Return contexts (N, L, D) of token slots (N, L), with `vectors` (R, D) in the learned places.
 
         None: what is learned or loaded now.
         """
@@ -262,27 +253,228 @@ class LatentDiffusion(LatentCodec, Fitting):
     # --- diffusion ---------------------------------------------------------------------------------------------
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Latents noised to timesteps t (B,): sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε (Ho et al. 2020, eq. 4)."""
+        """Noise latents to timesteps t (B,): sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε (Ho et al. 2020, eq. 4)."""
         return at(self.sqrt_alphas_cumprod, t) * x_start + at(self.sqrt_one_minus_alphas_cumprod, t) * noise
 
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """What the U-Net predicts, float32 (B, C, H, W), for latents at raw timesteps t (B,)."""
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Cond | Projected) -> Tensor:
+        """Return what the U-Net predicts, float32 (B, C, H, W), for latents at raw timesteps t (B,)."""
         if not isinstance(cond, Projected):
             cond = as_conditioning(cond, self.num_timesteps).at(t)
         unet = self._fixed_unet or self.model.diffusion_model
         return unet(x_noisy, t, cond)
 
     def project_context(self, context: Context) -> Projected:
-        """Keys and values of all cross-attention layers, which may take a context's place in `apply_model`."""
+        """Return the keys and values of all cross-attention layers, for `apply_model` in a context's place."""
         return self.model.diffusion_model.project(context)
 
     def to_eps(self, prediction: Tensor, x_noisy: Tensor, t: Tensor) -> Tensor:
-        """The predicted noise, whatever the parameterization (v: Salimans and Ho 2022, appendix D)."""
+        """Return the predicted noise, whatever the parameterization (v: Salimans and Ho 2022, appendix D)."""
         if self.parameterization == "eps":
             return prediction
         return at(self.sqrt_alphas_cumprod, t) * prediction + at(self.sqrt_one_minus_alphas_cumprod, t) * x_noisy
 
-    @contextlib.contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Averaged weights, as LDM code asks for them; a frozen model has only the ones it has."""
-        yield
+    def p_losses(self, x_start: Tensor, cond: Cond, t: Tensor, noise: Tensor | None = None) -> Step:
+        """Return the training loss, and the values to be logged.
+
+        Args:
+            x_start: scaled latents (B, C, H, W).
+            t: raw timesteps (B,) long.
+            noise: standard normal (B, C, H, W).
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        prediction = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        target = noise
+        if self.parameterization == "v":
+            target = at(self.sqrt_alphas_cumprod, t) * noise - at(self.sqrt_one_minus_alphas_cumprod, t) * x_start
+        per_sample = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+        prefix = "train" if self.training else "val"
+        parts = {
+            f"{prefix}/loss_simple": per_sample.mean(),
+            f"{prefix}/loss_vlb": (self.lvlb_weights[t] * per_sample).mean(),
+        }
+        if self.balance is not None and self.training:
+            per_sample = self.balance(per_sample, t / self.num_timesteps)
+        loss = per_sample.mean()
+        weight = self.options.embedding_reg_weight
+        if weight > 0 and self.embedding_manager is not None:
+            regulariser = self.embedding_manager.distance_to_initial()
+            parts[f"{prefix}/loss_emb_reg"] = regulariser
+            loss = loss + weight * regulariser
+        parts[f"{prefix}/loss"] = loss
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self._captured.clear()  # graphs of an earlier fit: the weights may have moved since
+        if self.cuda_graph:
+            with self.trainer.precision_plugin.forward_context():
+                captures = self._captures("train")
+            logger.info(CAPTURED if captures else NOT_CAPTURED)
+        datasets = getattr(self.trainer.datamodule, "datasets", {})
+        if self.options.cache_latents and "train" in datasets and hasattr(datasets["train"], "num_pictures"):
+            self._latents = LatentCache(self.encode_first_stage, datasets["train"])
+            if self.options.standardize_latents and self.trainer.ckpt_path is None:
+                self._latents.standardize(self.first_stage_model)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Draw on the host while the device works on the step before; the step itself never waits for the device."""
+        if "sample" not in batch:
+            return batch
+        draw = self._draw(batch, "train" if self.trainer.training else "val")
+        if self.device.type == "cuda":
+            draw = {name: values.pin_memory() for name, values in draw.items()}
+        return {**batch, "draw": draw, "dropout_seed": self._dropout_seed(batch)}
+
+    def _draw(self, batch: Mapping[str, Any], split: str) -> dict[str, Tensor]:
+        """Return the timesteps and noises of a batch, on the host."""
+        by_stage = self.options.time_sampling == "stages"
+        draws = Draws(self.seed, self.num_stages, self.num_timesteps, by_stage)
+        return draws.batch(batch["sample"].tolist(), self._latent_shape(batch), validating=split == "val")
+
+    def _latent_shape(self, batch: Mapping[str, Any]) -> torch.Size:
+        if self.image_key not in batch and self._latents is not None:
+            return self._latents.shape
+        sides = batch[self.image_key].shape[1:3]
+        return torch.Size((self.channels, *(side // self.first_stage_model.downsampling for side in sides)))
+
+    def _dropout_seed(self, batch: Mapping[str, Any]) -> int:
+        # dropout takes no generator; seeding by the first sample of all processes' batches makes it, too, the same
+        # in a resumed run and in every process; all processes validate on the same samples
+        before = self.global_rank * len(batch["sample"]) if self._trainer is None or self._trainer.training else 0
+        return mix_seed(self.seed, int(batch["sample"][0]) - before)
+
+    def posterior(self, batch: Mapping[str, Any]) -> Posterior:
+        """Return the posterior of a batch's latents, from the cache or from the first stage."""
+        if self.image_key not in batch and self._latents is not None:
+            return self._latents.posterior(batch["picture"], batch["flipped"])
+        return self.encode_first_stage(batch[self.image_key].permute(0, 3, 1, 2))
+
+    def shared_step(self, batch: Mapping[str, Any], split: str) -> Step:
+        """Return the loss of a batch, and the values to be logged."""
+        draw = batch.get("draw") or self._draw(batch, split)
+        t, noise, posterior_noise = (to_device(draw[name], self.device) for name in ("t", "noise", "posterior_noise"))
+        self.timesteps = t
+        z = self.get_first_stage_encoding(self.posterior(batch), posterior_noise)
+        captions = tuple(batch[self.caption_key])
+        if not torch.is_grad_enabled():
+            return self.p_losses(z, self.get_learned_conditioning(captions), t, noise)
+        cond = self._prompts_to_learn(captions)
+        if self._captures(split):
+            return self._captured_step(z, t, noise, cond.rows(t))
+        return self.p_losses(z, cond, t, noise)
+
+    def _prompts_to_learn(self, captions: tuple[str, ...]) -> PromptConditioning:
+        """Return the prompts of a step, read anew only where they differ from those of the step before."""
+        key = captions, None if self.embedding_manager is None else self.embedding_manager.rows()
+        if self._prompts is None or self._prompts[0] != key or self._prompts[1].slots.device != self.device:
+            self._prompts = key, self.get_learned_conditioning(captions)
+        return self._prompts[1]
+
+    def _captures(self, split: str) -> bool:
+        """Return whether the step runs as a CUDA graph.
+
+        With accumulation its gradients would be overwritten. PyTorch captures with several processes and under
+        autocast on conditions of their own (more calls before; no cache of weights), so neither is tried.
+        """
+        trainer = self._trainer
+        plain = trainer is None or (trainer.accumulate_grad_batches == 1 and trainer.world_size == 1)
+        learns = self.embedding_manager is not None and split == "train"
+        on_gpu = self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        return self.cuda_graph and on_gpu and learns and plain
+
+    def _captured_step(self, *inputs: Tensor) -> Step:
+        sizes = tuple(x.shape for x in inputs)
+        if sizes not in self._captured:
+            with torch.random.fork_rng([self.device], device_type="cuda"):  # warming up draws dropout
+                self._captured[sizes] = TensorStep(self).capture(inputs)
+        step = self._captured[sizes]
+        return step.named(step(*inputs))
+
+    def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
+        torch.manual_seed(batch["dropout_seed"] if "dropout_seed" in batch else self._dropout_seed(batch))
+        loss, parts = self.shared_step(batch, "train")
+        self.log_dict(parts, prog_bar=False, batch_size=len(batch["sample"]))
+        self.log("loss", loss.detach(), logger=False)  # for the bar, which asks for it when it moves
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping[str, Any], _: int) -> None:
+        parts = self.shared_step(batch, "val")[1]
+        # there are no averaged weights to compare with: the reference logs the same values under both names
+        parts |= {f"{name}_ema": value for name, value in parts.items()}
+        self.log_dict(parts, batch_size=len(batch["sample"]))
+
+    @property
+    def learned_parameters(self) -> nn.Module:
+        """The embedding manager, whose parameters are what is learned."""
+        if self.embedding_manager is None:
+            raise ValueError("This model has no personalization_config, so nothing is learned beside its networks.")
+        return self.embedding_manager
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        if self.embedding_manager is not None:
+            return self.embedding_manager.embedding_parameters()
+        text = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable else []
+        return [*self.model.parameters(), *text]
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW: at a constant rate for embeddings; with warm-up and decay to zero for training from scratch."""
+        parameters = self.trainable_parameters()
+        if self.embedding_manager is not None:
+            # Lightning clips gradients only for optimizers that are not fused
+            clips = self._trainer is not None and self._trainer.gradient_clip_val
+            fused = self.fused_adamw and not clips and self.device.type in ("cpu", "cuda")
+            return torch.optim.AdamW(parameters, lr=self.learning_rate, fused=fused or None)
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99))
+        return {"optimizer": optimizer, "lr_scheduler": cosine_to_zero(optimizer, self.trainer)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seed"] = self.seed
+        if self.embedding_manager is not None:
+            kept = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("embedding_manager.")}
+            checkpoint["state_dict"] = kept
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        seed = checkpoint.get("seed", self.seed)
+        if seed != self.seed:
+            logger.warning("The run goes on with its own seed %d, not with %d.", seed, self.seed)
+        self.seed = seed
+        if self.embedding_manager is not None:
+            self.strict_loading = False  # frozen weights are not in it
+
+    def save_embeddings(self, path: str | Path) -> None:
+        """Write the learned embeddings as a concept file, with where they came from."""
+        if self.embedding_manager is None:
+            return
+        if self.base_model and "base_model_sha256" not in self.base_model:
+            self.base_model["base_model_sha256"] = base_hash(self._base_path)
+        self.embedding_manager.save(path, step=str(self.trainer.global_step), **self.base_model)
+
+    @torch.no_grad()
+    def log_images(
+        self, batch: Mapping[str, Any], N: int = 4, split: str = "train", ddim_steps: int = 50, scale: float = 5.0
+    ) -> dict[str, Tensor]:
+        """Return images to look at during training, (N, 3, H, W) each; samples start from fixed noise."""
+        z = self.get_first_stage_encoding(latents.mode(self.posterior(batch)))[:N]
+        captions = list(batch[self.caption_key])[: len(z)]
+        images = {"reconstruction": self.decode_first_stage(z)}
+        if self.image_key in batch:
+            images["inputs"] = batch[self.image_key][:N].permute(0, 3, 1, 2)
+        generators = [torch.Generator().manual_seed(mix_seed(self.seed, i)) for i in range(len(z))]
+        x_T = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(self.device)
+        cond = self.get_learned_conditioning(captions)
+        uncond = self.get_learned_conditioning([""] * len(z))
+        for name, guidance in {"samples": 1.0, "samples_scaled": scale}.items():
+            z, _ = DDIMSampler(self).sample(
+                S=ddim_steps,
+                batch_size=len(x_T),
+                shape=tuple(x_T.shape[1:]),
+                conditioning=cond,
+                unconditional_guidance_scale=guidance,
+                unconditional_conditioning=uncond,
+                x_T=x_T,
+                verbose=False,
+            )
+            images[name] = self.decode_first_stage(z)
+        return images

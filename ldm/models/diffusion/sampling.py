@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.conditioning.context import Context, Projected, as_conditioning
+from ldm.conditioning.context import Cond, Conditioning, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import encode_together
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
-
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import Cond, LatentDiffusion
 
 MAX_SCALE = 1000  # guidance beyond it leaves nothing of a picture; useful scales are below 30
 
@@ -30,7 +27,21 @@ NoiseSource = Callable[[], Tensor]  # the next standard normal (B, C, H, W)
 Callback = Callable[[int, int, Tensor, Tensor], None]  # step, timestep, x (after the step), predicted x_0
 
 
-def guided(model: LatentDiffusion, cond: Cond, uncond: Cond | None = None, guidance_scale: float = 1.0) -> Denoiser:
+class NoisePredictor(Protocol):
+    """What the samplers need of a latent diffusion model."""
+
+    num_timesteps: int
+    alphas_cumprod: Tensor
+
+    @property
+    def device(self) -> torch.device: ...
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor: ...
+    def project_context(self, context: Context) -> Projected: ...
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Projected) -> Tensor: ...
+    def to_eps(self, prediction: Tensor, x_noisy: Tensor, t: Tensor) -> Tensor: ...
+
+
+def guided(model: NoisePredictor, cond: Cond, uncond: Cond | None = None, guidance_scale: float = 1.0) -> Denoiser:
     """The model's noise prediction under classifier-free guidance (Ho and Salimans 2022, eq. 6, with w + 1).
 
     Both predictions are made in one batch of 2B; at scale 1 only the conditional one is made. All prompts are
@@ -43,7 +54,7 @@ def guided(model: LatentDiffusion, cond: Cond, uncond: Cond | None = None, guida
     if guidance_scale != 1.0 and uncond is None:
         raise ValueError(f"A guidance scale of {guidance_scale} needs unconditional_conditioning (the prompt '').")
     uncond = None if uncond is None or guidance_scale == 1.0 else as_conditioning(uncond, model.num_timesteps)
-    prompts = [cond] if uncond is None else [uncond, cond]
+    prompts: list[Conditioning] = [cond] if uncond is None else [uncond, cond]
     kept: tuple[list[Context], Projected] | None = None
 
     def projected(t: int) -> Projected:
@@ -88,7 +99,7 @@ class Sampler(ABC):
     `ddim_sqrt_one_minus_alphas`, each (S,) float64 on the host.
     """
 
-    def __init__(self, model: LatentDiffusion, schedule: str = "linear") -> None:
+    def __init__(self, model: NoisePredictor, schedule: str = "linear") -> None:
         self.model = model
         self.ddpm_num_timesteps = model.num_timesteps
 

@@ -1,0 +1,78 @@
+"""The reference's recorded numbers (tests/golden) on any device and in any precision."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from evaluation.benchmark.models import ROOT
+from ldm.config import instantiate_from_config, load_config
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+
+# Relative distance of norms that a precision explains, on the tiny model.
+BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def tiny_model(device: torch.device, dtype: str) -> LatentDiffusion:
+    """Return the tiny model of the records, with its weights made from their names."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import tiny
+
+    config = load_config(tiny.CONFIG)
+    text = config.model.params.cond_stage_config.params
+    text.text_config, text.tokenizer = tiny.TEXT_CONFIG, str(tiny.TOKENIZER)
+    OmegaConf.update(config, "model.params.frozen_dtype", dtype)
+    model = instantiate_from_config(config.model)
+    tiny.fill(model.model.diffusion_model, tiny.UNET)
+    tiny.fill(model.first_stage_model, tiny.FIRST_STAGE)
+    tiny.fill(model.cond_stage_model.transformer.text_model, tiny.TEXT)
+    tiny.fill(model.embedding_manager.attention, tiny.ATTENTION)
+    model.embedding_manager.initial_embeddings.copy_(model.cond_stage_model.token_table[11798][None])  # teddy
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def deviations(device: torch.device, dtype: str) -> list[dict[str, Any]]:
+    """Return, for each part, the relative distance to the record and whether the precision explains it."""
+    torch.backends.cudnn.allow_tf32 = False  # cuDNN's default rounds float32 to 10 bits
+    model = tiny_model(device, dtype)
+    import tiny
+
+    unet, vae, sample = tiny.golden("unet"), tiny.golden("vae"), tiny.golden("sample")
+    sampling = tiny.META["sampling"]
+    prompt = tiny.META["prompts"][sampling["prompt"]]
+    cond = model.get_learned_conditioning([prompt["prompt"]], prospect_words=prompt["prospect_words"])
+    uncond = model.get_learned_conditioning([sampling["uc"]])
+    context = tiny.context("unet").to(device)
+    t = torch.full((1,), 250, device=device)
+    steps, scale = sampling["scales"][0]
+    latents, _ = DDIMSampler(model).sample(
+        S=steps,
+        batch_size=1,
+        shape=(4, 8, 8),
+        conditioning=cond,
+        x_T=sample["x_T"],
+        unconditional_guidance_scale=scale,
+        unconditional_conditioning=uncond,
+    )
+    name = next(key for key in sample if key.startswith(f"ddim.S{steps}.scale{scale}") and key.endswith(".latent"))
+    found = {
+        "embeddings": (
+            model.embedding_manager.embeddings(),
+            tiny.golden("embedding_manager")["placeholder_embeddings"],
+        ),
+        "unet": (model.apply_model(unet["x"].to(device), t, context), unet["out.t250"]),
+        "vae": (model.decode_first_stage(vae["mode_times_scale_factor"].to(device)), vae["decode_first_stage_of_that"]),
+        "ddim": (latents, sample[name]),
+    }
+    return [row(what, dtype, *pair) for what, pair in found.items()]
+
+
+def row(what: str, dtype: str, ours: Tensor, recorded: Tensor) -> dict[str, Any]:
+    distance = float((ours.float().cpu() - recorded).norm() / recorded.norm())
+    return {"what": what, "dtype": dtype, "deviation": distance, "ok": distance <= BOUNDS[dtype]}
