@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ldm.conditioning.context import Conditioning, Context, as_conditioning
-from ldm.conditioning.encoding import PromptConditioning
+from ldm.conditioning.encoding import PromptConditioning, SlotEncoder
+from ldm.conditioning.learned import NOTHING_LEARNED, Learned
 
 
 def stages(count: int = 10, batch: int = 2) -> list[torch.Tensor]:
@@ -84,7 +85,8 @@ def test_a_context_is_computed_once_for_each_bucket() -> None:
 def test_prompts_are_remembered_only_without_gradients() -> None:
     weight = torch.ones(1, requires_grad=True)
     slots = torch.arange(2 * 3 * 5).view(2, 3, 5)  # S = 2, B = 3, L = 5
-    cond = PromptConditioning(slots, lambda s: s.unsqueeze(-1).float() * weight)
+    encode = lambda s, t, learned: Context.of(s.unsqueeze(-1).float() * weight)  # noqa: E731
+    cond = PromptConditioning(slots, SlotEncoder(encode, NOTHING_LEARNED))
     one = cond.at(100).k
     with torch.no_grad():
         weight.mul_(2)
@@ -99,7 +101,12 @@ def test_distinct_rows_are_found_on_the_cpu() -> None:
     """Devices without `unique`, of which `meta` is one, only encode them."""
     slots = torch.arange(10).view(10, 1, 1).expand(10, 2, 5)
     encoded: list[torch.Tensor] = []
-    cond = PromptConditioning(slots, lambda s: encoded.append(s) or s.unsqueeze(-1).float(), device="meta")
+
+    def encode(slots: torch.Tensor, t: torch.Tensor, learned: Learned | None) -> Context:
+        encoded.append(slots)
+        return Context.of(slots.unsqueeze(-1).float())
+
+    cond = PromptConditioning(slots, SlotEncoder(encode, NOTHING_LEARNED), device="meta")
     with torch.no_grad():
         context = cond.at(100).k
     assert cond.slots.device.type == context.device.type == encoded[0].device.type == "meta"

@@ -11,49 +11,52 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.context import Conditioning, Context
+from ldm.conditioning.learned import Learned
+from ldm.conditioning.stages import timesteps_of
 from ldm.util import to_device
 
 
 class SlotEncoder:
-    """Encodes token slots with the learned vectors of one moment; None, and with gradients: those of each call.
-
-    Two are equal when they give the same contexts, so that their prompts can be encoded in one batch.
+    """Encodes token slots with what was learned at one moment; None, and with gradients: with that of each call.
 
     Args:
-        encode: slots (N, L), vectors (R, D) or None -> contexts (N, L, D).
+        encode: slots (N, L), timesteps (1 or N,), learned or None -> context.
     """
 
-    __hash__ = None
+    def __init__(self, encode: Callable[[Tensor, Tensor, Learned | None], Context], learned: Learned | None) -> None:
+        self._encode, self.learned = encode, learned
 
-    def __init__(self, encode: Callable[[Tensor, Tensor | None], Tensor], vectors: Tensor | None) -> None:
-        self.encode, self.vectors = encode, vectors
+    def __call__(self, slots: Tensor, t: Tensor) -> Context:
+        return self._encode(slots, t, None if torch.is_grad_enabled() else self.learned)
 
-    def __call__(self, slots: Tensor) -> Tensor:
-        return self.encode(slots, None if torch.is_grad_enabled() else self.vectors)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, SlotEncoder) or self.encode != other.encode:
+    def joins(self, other: SlotEncoder) -> bool:
+        """Whether the rows of both can be encoded in one batch: prompts of `other` read nothing else."""
+        if self._encode != other._encode:
             return False
-        if self.vectors is None or other.vectors is None:
-            return self.vectors is other.vectors
-        return self.vectors.shape == other.vectors.shape and torch.equal(self.vectors, other.vectors)
+        if self.learned is None or other.learned is None:
+            return self.learned is other.learned
+        if self.learned.prefixes != other.learned.prefixes:
+            return False
+        if not other.learned.tokens:  # plain prompts, which need no contexts of their own for the layers
+            return self.learned.num_layers == 1
+        return self.learned.tokens == other.learned.tokens
 
 
 class PromptConditioning(Conditioning):
     """Prompts as token slots (S, B, L), encoded when a timestep asks for them.
 
     While gradients are wanted, only the rows that a batch needs are encoded: one for each sample, whatever S is.
-    Otherwise all distinct rows are encoded in one batch at the first use, and remembered.
+    Otherwise all distinct rows are encoded in one batch at the first use, and remembered; vectors that change with the
+    timestep (NeTI) are encoded for one timestep after the other, and only the latest context is kept.
 
     Args:
         slots: on the CPU; they are moved to `device`.
-        encode_slots: slots (N, L) -> contexts (N, L, D).
     """
 
     def __init__(
         self,
         slots: Tensor,
-        encode_slots: Callable[[Tensor], Tensor],
+        encoder: SlotEncoder,
         num_timesteps: int = 1000,
         device: torch.device | str | None = None,
     ) -> None:
@@ -61,34 +64,53 @@ class PromptConditioning(Conditioning):
         self._host_slots = slots[:1] if constant else slots
         self.slots = to_device(self._host_slots, device)
         super().__init__(None, slots.shape[1], len(self.slots), num_timesteps)
-        self._encode_slots = encode_slots
-        self._distinct: tuple[Tensor, Tensor] | None = None
+        self._encoder = encoder
+        self._changes = encoder.learned is not None and encoder.learned.changes_with_time and bool((slots < 0).any())
+        self._distinct: tuple[Context, Tensor] | None = None  # contexts of the distinct rows; (S, B) where they stand
+        self._latest: tuple[tuple[int, ...], Context] | None = None
 
     def at(self, t: int | Tensor) -> Context:
         if torch.is_grad_enabled():
-            return Context.of(self._encode_slots(self.rows(t)))
-        return super().at(t)
+            return self._encoder(self.rows(t), self._timesteps(t))
+        if not self._changes:
+            return super().at(t)
+        return self._encoder(self.rows(t), t) if isinstance(t, Tensor) else self._of_timestep(t)
 
     def of_bucket(self, bucket: int) -> Context:
         # with gradients nothing is remembered: the learned vectors change from step to step
         return self._encode(bucket) if torch.is_grad_enabled() else super().of_bucket(bucket)
 
     def rows(self, t: int | Tensor) -> Tensor:
-        """The slots (B, L) that the batch needs at timestep t, an int or (B,)."""
+        """Return the slots (B, L) that the batch needs at timestep t, an int or (B,)."""
         if not isinstance(t, Tensor):
             return self.slots[self.bucket(int(t))]
         self._check_batch(t)
         stage = self.bucket(t)
         return self.slots[stage.to(self.slots.device), torch.arange(self.batch_size, device=self.slots.device)]
 
+    def _timesteps(self, t: int | Tensor) -> Tensor:
+        return t if isinstance(t, Tensor) else torch.full((1,), t, device=self.slots.device)
+
     def _encode(self, stage: int) -> Context:
         # a method: a function that holds `self` would keep the contexts in memory until the garbage collector comes
         if torch.is_grad_enabled():
-            return Context.of(self._encode_slots(self.slots[stage]))
+            t = timesteps_of(stage, self.num_buckets, self.num_timesteps).start
+            return self._encoder(self.slots[stage], self._timesteps(t))
         if self._distinct is None:
             encode_together(self)
         contexts, place = self._distinct
-        return Context.of(contexts[place[stage]])
+        return contexts.map(lambda x: x[..., place[stage], :, :])
+
+    def _of_timestep(self, t: int) -> Context:
+        """The context of a timestep that has one of its own; prompts that are equal are encoded once."""
+        stage = self.bucket(t)
+        key = stage, *self._encoder.learned.bucket(t)
+        if self._latest is None or self._latest[0] != key:
+            distinct, place = torch.unique(self._host_slots[stage], dim=0, return_inverse=True)
+            context = self._encoder(to_device(distinct, self.slots.device), self._timesteps(t))
+            place = to_device(place, self.slots.device)
+            self._latest = key, context.map(lambda x: x[..., place, :, :])
+        return self._latest[1]
 
 
 def encode_together(*conditionings: Conditioning) -> None:
@@ -96,15 +118,16 @@ def encode_together(*conditionings: Conditioning) -> None:
 
     Without gradients only: with them nothing is remembered.
     """
-    prompts = [c for c in conditionings if isinstance(c, PromptConditioning) and c._distinct is None]
+    prompts = [c for c in conditionings if isinstance(c, PromptConditioning) and c._distinct is None and not c._changes]
     if torch.is_grad_enabled() or not prompts:
         return
-    encode = prompts[0]._encode_slots
-    prompts = [c for c in prompts if c._encode_slots == encode and c.slots.shape[-1] == prompts[0].slots.shape[-1]]
+    prompts.sort(key=lambda c: c._encoder.learned is not None and not c._encoder.learned.tokens)  # plain prompts last
+    first = prompts[0]
+    prompts = [c for c in prompts if first._encoder.joins(c._encoder) and c.slots.shape[-1] == first.slots.shape[-1]]
     rows = torch.cat([c._host_slots.flatten(0, 1) for c in prompts])
     distinct, place = torch.unique(rows, dim=0, return_inverse=True)  # on the CPU: not every device can
-    device = prompts[0].slots.device
-    contexts = encode(to_device(distinct, device))
+    device = first.slots.device
+    contexts = first._encoder(to_device(distinct, device), torch.zeros(1, dtype=torch.long, device=device))
     places = to_device(place, device).split([c.slots.shape[0] * c.slots.shape[1] for c in prompts])
     for conditioning, own in zip(prompts, places, strict=True):
         conditioning._distinct = contexts, own.unflatten(0, conditioning.slots.shape[:2])

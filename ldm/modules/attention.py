@@ -5,6 +5,9 @@ Shapes: B batch, N query tokens (H·W inside the U-Net), L context tokens, C cha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,11 +21,40 @@ PLAIN_ATTENTION_PAIRS = 2**17
 PLAIN_ATTENTION_PAIRS_HALF = 2**20
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto", causal: bool = False) -> Tensor:
+class Site(NamedTuple):
+    """The attention that an `AttentionHook` is called for.
+
+    Args:
+        layer: number of the transformer block in order of execution, 0 … 15 in Stable Diffusion v1.
+        is_cross: attention to the prompt; False for attention of the image to itself.
+        t: raw timestep of the U-Net call; -1 where the caller did not say.
+    """
+
+    layer: int
+    is_cross: bool
+    t: int = -1
+
+
+# Probabilities (B, heads, N, L) at a site -> those that are used in their place, of the same shape.
+AttentionHook = Callable[[Tensor, Site], Tensor]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    hook: Callable[[Tensor], Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Softmax attention; q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d).
 
     Args:
         causal: query i reads keys 0 … i only.
+        bias: added to the logits, broadcastable to (B, heads, N, L).
+        hook: is given the probabilities (B, heads, N, L) and returns those to be used; without one they are not made.
         backend: `plain` products, PyTorch's `fused` attention, or `auto`: fused, except where its backward pass on
             the CPU is slower than plain products (measured 1.6 times for a training step of the demo model).
     """
@@ -30,13 +62,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto", causal: bool 
         limit = PLAIN_ATTENTION_PAIRS if q.dtype == torch.float32 else PLAIN_ATTENTION_PAIRS_HALF
         few = q.shape[-2] * k.shape[-2] <= limit
         backend = "plain" if q.device.type == "cpu" and q.requires_grad and few else "fused"
-    if backend == "fused":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if backend == "fused" and hook is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, float("-inf"))
-    return scores.softmax(dim=-1) @ v
+    probabilities = scores.softmax(dim=-1)
+    return (probabilities if hook is None else hook(probabilities)) @ v
 
 
 def set_attention(module: nn.Module, backend: str) -> None:
@@ -89,13 +124,18 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(
-        self, x: Tensor, k_in: Tensor | None = None, v_in: Tensor | None = None, projected: bool = False
+        self,
+        x: Tensor,
+        k_in: Tensor | None = None,
+        v_in: Tensor | None = None,
+        projected: bool = False,
+        hook: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """With `projected`, `k_in` and `v_in` are what `project` made of them."""
+        """With `projected`, `k_in` and `v_in` are what `project` made of them; `hook` as in `attend`."""
         k_in = x if k_in is None else k_in
         v_in = k_in if v_in is None else v_in
         k, v = (k_in, v_in) if projected else self.project(k_in, v_in)
-        out = attend(self._heads(self.to_q(x)), k, v, self.attention_backend)
+        out = attend(self._heads(self.to_q(x)), k, v, hook=hook, backend=self.attention_backend)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def project(self, k_in: Tensor, v_in: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,11 +161,16 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.layer_index = layer_index
 
-    def forward(self, x: Tensor, context: Context | Projected) -> Tensor:
-        x = self.attn1(self.norm1(x)) + x
+    def forward(self, x: Tensor, context: Context | Projected, hook: AttentionHook | None = None) -> Tensor:
+        x = self.attn1(self.norm1(x), hook=self._at(hook, is_cross=False)) + x
         k, v = context.layer(self.layer_index)
-        x = self.attn2(self.norm2(x), k, v, projected=isinstance(context, Projected)) + x
+        projected = isinstance(context, Projected)
+        x = self.attn2(self.norm2(x), k, v, projected, self._at(hook, is_cross=True)) + x
         return self.ff(self.norm3(x)) + x
+
+    def _at(self, hook: AttentionHook | None, is_cross: bool) -> Callable[[Tensor], Tensor] | None:
+        site = Site(self.layer_index, is_cross)
+        return None if hook is None else lambda probabilities: hook(probabilities, site)
 
 
 class SpatialTransformer(nn.Module):
@@ -155,9 +200,9 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zero_module(nn.Conv2d(inner, channels, 1))
 
-    def forward(self, x: Tensor, context: Context | Projected) -> Tensor:
+    def forward(self, x: Tensor, context: Context | Projected, hook: AttentionHook | None = None) -> Tensor:
         height = x.shape[-2]
         h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context, hook)
         return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioning.learned import NOTHING_LEARNED, FixedVectors, Learned
 from ldm.conditioning.prompts import check_placeholder
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files.base_model import refuse_other_base
@@ -133,6 +134,11 @@ class EmbeddingManager(nn.Module):
         parts = [self._learned()] if self._trained_placeholders() else []
         parts += [concept.vectors.to(self.initial_embeddings.device) for concept in self.loaded.values()]
         return torch.cat(parts) if parts else None
+
+    def learned_now(self) -> Learned:
+        """Return what prompts read at this moment; concepts that are loaded later do not change it."""
+        vectors = self.vectors()
+        return NOTHING_LEARNED if vectors is None else Learned((FixedVectors(vectors[None]),))
 
     def _trained_placeholders(self) -> list[str]:
         return [p for p in self.placeholder_strings if self.learning and p not in self.loaded]

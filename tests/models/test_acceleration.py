@@ -285,7 +285,7 @@ def test_plain_and_fused_attention_are_the_same(causal: bool, dtype: torch.dtype
     q, k, v = (torch.randn(2, 4, 9, 8, generator=generator).to(dtype).requires_grad_() for _ in range(3))
     results = []
     for backend in ("plain", "fused"):
-        out = attend(q, k, v, backend, causal)
+        out = attend(q, k, v, backend=backend, causal=causal)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     for plain, fused in zip(*results, strict=True):

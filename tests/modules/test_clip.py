@@ -86,7 +86,7 @@ def test_equal_to_transformers(act: str, width: int) -> None:
     for length in (16, 5):
         ids = torch.randint(50, (3, length))
         expected = theirs(input_ids=ids).last_hidden_state
-        found = ours.text_model(ours.text_model.token_table[ids])
+        found = ours.text_model.final_layer_norm(ours.text_model(ours.text_model.token_table[ids]))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -106,10 +106,11 @@ def test_learned_vectors_take_the_place_of_negative_slots() -> None:
             torch.stack([table[7], vectors[1], vectors[1], table[9]]),
         ]
     )
-    assert torch.equal(embedder.embed(slots, vectors), expected)
-    assert torch.equal(embedder(slots, vectors), embedder.transformer.text_model(expected))
+    assert torch.equal(embedder.embed(slots, vectors[None, None]).squeeze(0), expected)
+    text = embedder.transformer.text_model
+    assert torch.equal(embedder(slots, vectors), text.final_layer_norm(text(expected)))
     positive = slots.clamp(min=0)
-    assert torch.equal(embedder.embed(positive), table[positive])
+    assert torch.equal(embedder.embed(positive).squeeze(0), table[positive])
 
 
 def test_gradients_reach_the_learned_vectors_that_occur() -> None:

@@ -111,7 +111,7 @@ class Learner(Protocol):
 
     @property
     def learned_parameters(self) -> nn.Module: ...
-    def encode_slots(self, slots: Tensor) -> Tensor: ...
+    def encode_slots(self, slots: Tensor, t: Tensor) -> Context: ...
     def p_losses(self, x_start: Tensor, cond: Context, t: Tensor, noise: Tensor) -> Step: ...
 
 
@@ -133,7 +133,7 @@ class TensorStep(nn.Module):
             slots: (B, L).
         """
         (model,) = self._model
-        loss, parts = model.p_losses(z, Context.of(model.encode_slots(slots)), t, noise)
+        loss, parts = model.p_losses(z, model.encode_slots(slots, t), t, noise)
         self._names = list(parts)
         return loss, *parts.values()
 

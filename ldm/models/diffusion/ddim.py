@@ -35,8 +35,8 @@ def ddim(
         x = a_prev**0.5 * x_0 + (1 - a_prev - sigma**2) ** 0.5 * eps
         if sigma > 0:
             x = x + sigma * noise()
-        if callback is not None:
-            callback(step, t, x, x_0)
+        if callback is not None and (changed := callback(step, t, x, x_0)) is not None:
+            x = changed
     return x
 
 

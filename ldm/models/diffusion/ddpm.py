@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import load_weights, read_state_dict
 from ldm.conditioning.context import Cond, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import PromptConditioning, SlotEncoder
+from ldm.conditioning.learned import NOTHING_LEARNED, Learned
 from ldm.conditioning.prompts import PromptReader, Words
 from ldm.files.base_model import base_hash
 from ldm.memory import check_weights
@@ -35,6 +36,7 @@ from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.latents import LatentCache, Posterior
 from ldm.models.diffusion.options import DiffusionOptions
 from ldm.models.diffusion.schedule import at, make_betas, schedule_buffers, vlb_weights
+from ldm.modules.attention import AttentionHook
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -231,24 +233,30 @@ class LatentDiffusion(pl.LightningModule):
         Raises:
             ValueError: `prospect_words` of the wrong length or with a wrong entry.
         """
-        manager = self.embedding_manager
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        encoder = self.cond_stage_model
+        manager, encoder = self.embedding_manager, self.cond_stage_model
         rows = manager.rows() if manager is not None else {}
         reader = PromptReader(encoder.tokenizer, rows, self.num_stages, encoder.max_length)
         slots = reader.read(prompts, prospect_words, legacy_word_tokens)
         # outside learning, the vectors are those of now, as `rows` is, whatever another thread loads meanwhile
-        vectors = manager.vectors() if manager is not None and rows and not torch.is_grad_enabled() else None
-        return PromptConditioning(slots, SlotEncoder(self.encode_slots, vectors), self.num_timesteps, self.device)
+        learned = NOTHING_LEARNED if manager is None else None if torch.is_grad_enabled() else manager.learned_now()
+        return PromptConditioning(slots, SlotEncoder(self.encode_slots, learned), self.num_timesteps, self.device)
 
-    def encode_slots(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """Return contexts (N, L, D) of token slots (N, L), with `vectors` (R, D) in the learned places.
+    def get_unconditional(self, negative: str = "", count: int = 1) -> PromptConditioning:
+        """Return `count` times the plain text that guidance leads away from, every concept switched off."""
+        encoder = self.cond_stage_model
+        slots = PromptReader(encoder.tokenizer, {}, self.num_stages, encoder.max_length).read([negative] * count)
+        plain = SlotEncoder(self.encode_slots, NOTHING_LEARNED)
+        return PromptConditioning(slots, plain, self.num_timesteps, self.device)
+
+    def encode_slots(self, slots: Tensor, t: Tensor, learned: Learned | None = None) -> Context:
+        """Return the context of token slots (N, L), with what is learned at timesteps t (1 or N,) in its places.
 
         None: what is learned or loaded now.
         """
-        if vectors is None and self.embedding_manager is not None:
-            vectors = self.embedding_manager.vectors()
-        return self.cond_stage_model(slots, vectors)
+        if learned is None:
+            learned = NOTHING_LEARNED if self.embedding_manager is None else self.embedding_manager.learned_now()
+        return self.cond_stage_model.encode(slots, learned.vectors(t), learned.prefix, learned.logit_bias)
 
     # --- diffusion ---------------------------------------------------------------------------------------------
 
@@ -256,10 +264,17 @@ class LatentDiffusion(pl.LightningModule):
         """Noise latents to timesteps t (B,): sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε (Ho et al. 2020, eq. 4)."""
         return at(self.sqrt_alphas_cumprod, t) * x_start + at(self.sqrt_one_minus_alphas_cumprod, t) * noise
 
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Cond | Projected) -> Tensor:
-        """Return what the U-Net predicts, float32 (B, C, H, W), for latents at raw timesteps t (B,)."""
+    def apply_model(
+        self, x_noisy: Tensor, t: Tensor, cond: Cond | Projected, hook: AttentionHook | None = None
+    ) -> Tensor:
+        """Return what the U-Net predicts, float32 (B, C, H, W), for latents at raw timesteps t (B,).
+
+        A `hook` is called in every attention (see `ldm.modules.attention`), and needs the U-Net as it is.
+        """
         if not isinstance(cond, Projected):
             cond = as_conditioning(cond, self.num_timesteps).at(t)
+        if hook is not None:
+            return self.model.diffusion_model(x_noisy, t, cond, hook)
         unet = self._fixed_unet or self.model.diffusion_model
         return unet(x_noisy, t, cond)
 
@@ -464,7 +479,7 @@ class LatentDiffusion(pl.LightningModule):
         generators = [torch.Generator().manual_seed(mix_seed(self.seed, i)) for i in range(len(z))]
         x_T = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(self.device)
         cond = self.get_learned_conditioning(captions)
-        uncond = self.get_learned_conditioning([""] * len(z))
+        uncond = self.get_unconditional(count=len(z))
         for name, guidance in {"samples": 1.0, "samples_scaled": scale}.items():
             z, _ = DDIMSampler(self).sample(
                 S=ddim_steps,

@@ -46,8 +46,8 @@ def plms(
             combined = (55 * eps - 59 * older[0] + 37 * older[1] - 9 * older[2]) / 24
         x, x_0 = move(x, combined, i)
         older = [eps, *older[:2]]
-        if callback is not None:
-            callback(step, t, x, x_0)
+        if callback is not None and (changed := callback(step, t, x, x_0)) is not None:
+            x = changed
     return x
 
 

@@ -19,12 +19,14 @@ from torch import Tensor
 from ldm.conditioning.context import Cond, Conditioning, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import encode_together
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
+from ldm.modules.attention import AttentionHook
 
 MAX_SCALE = 1000  # guidance beyond it leaves nothing of a picture; useful scales are below 30
 
 Denoiser = Callable[[Tensor, int], Tensor]  # latents (B, C, H, W), raw timestep -> predicted noise (B, C, H, W)
 NoiseSource = Callable[[], Tensor]  # the next standard normal (B, C, H, W)
-Callback = Callable[[int, int, Tensor, Tensor], None]  # step, timestep, x (after the step), predicted x_0
+# step, timestep, x (after the step), predicted x_0; a tensor that is returned takes the place of x
+Callback = Callable[[int, int, Tensor, Tensor], "Tensor | None"]
 
 
 class NoisePredictor(Protocol):
@@ -37,15 +39,25 @@ class NoisePredictor(Protocol):
     def device(self) -> torch.device: ...
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor: ...
     def project_context(self, context: Context) -> Projected: ...
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Projected) -> Tensor: ...
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Projected, hook: AttentionHook | None = None) -> Tensor: ...
     def to_eps(self, prediction: Tensor, x_noisy: Tensor, t: Tensor) -> Tensor: ...
 
 
-def guided(model: NoisePredictor, cond: Cond, uncond: Cond | None = None, guidance_scale: float = 1.0) -> Denoiser:
-    """The model's noise prediction under classifier-free guidance (Ho and Salimans 2022, eq. 6, with w + 1).
+def guided(
+    model: NoisePredictor,
+    cond: Cond,
+    uncond: Cond | None = None,
+    guidance_scale: float = 1.0,
+    hook: AttentionHook | None = None,
+) -> Denoiser:
+    """Return the model's noise prediction under classifier-free guidance (Ho and Salimans 2022, eq. 6, with w + 1).
 
-    Both predictions are made in one batch of 2B; at scale 1 only the conditional one is made. All prompts are
-    encoded in one batch, and the keys and values of cross-attention are kept while the stage stays the same.
+    Both predictions are made in one batch of 2B, the unconditional one first; at scale 1 only the conditional one is
+    made. All prompts are encoded in one batch, and the keys and values of cross-attention are kept while the context
+    stays the same.
+
+    Args:
+        hook: called in every attention of the U-Net, with the timestep in its site.
 
     Raises:
         ValueError: guidance without an unconditional prompt.
@@ -69,13 +81,18 @@ def guided(model: NoisePredictor, cond: Cond, uncond: Cond | None = None, guidan
         encode_together(*prompts)
         x = torch.cat([x] * len(prompts))
         timesteps = torch.full((len(x),), t, device=x.device)
-        eps = model.to_eps(model.apply_model(x, timesteps, projected(t)), x, timesteps)
+        eps = model.to_eps(model.apply_model(x, timesteps, projected(t), at_timestep(hook, t)), x, timesteps)
         if uncond is None:
             return eps
         eps_uncond, eps_cond = eps.chunk(2)
         return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
 
     return denoise
+
+
+def at_timestep(hook: AttentionHook | None, t: int) -> AttentionHook | None:
+    """Return the hook with the timestep written into its sites."""
+    return None if hook is None else lambda probabilities, site: hook(probabilities, site._replace(t=t))
 
 
 def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -156,7 +173,7 @@ class Sampler(ABC):
         x = draw_noise(generators, size, device) if x_T is None else x_T.to(device)
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
 
-        def hooks(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+        def hooks(step: int, t: int, x: Tensor, x_0: Tensor) -> Tensor | None:
             index = S - 1 - step
             if index % log_every_t == 0 or index == S - 1:
                 intermediates["x_inter"].append(x)
@@ -165,8 +182,7 @@ class Sampler(ABC):
                 callback(step)
             if img_callback is not None:
                 img_callback(x_0, step)
-            if step_callback is not None:
-                step_callback(step, t, x, x_0)
+            return None if step_callback is None else step_callback(step, t, x, x_0)
 
         denoise = guided(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
         return self.run(denoise, x, S, lambda: draw_noise(generators, size, device), hooks), intermediates

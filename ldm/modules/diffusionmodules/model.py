@@ -54,7 +54,7 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         # contiguous: the fused kernels need it, and without them all pairs of positions would be in memory
         q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c").contiguous() for layer in (self.q, self.k, self.v))
-        h = attend(q, k, v, self.attention_backend)
+        h = attend(q, k, v, backend=self.attention_backend)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
 
 

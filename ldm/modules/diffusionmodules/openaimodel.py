@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.conditioning.context import Context, Projected
-from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.modules.attention import AttentionHook, BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.util import enter, leave, timestep_embedding, zero_module
 
 
@@ -61,12 +61,14 @@ class Upsample(nn.Module):
 class Block(nn.ModuleList):
     """The layers of one `input_blocks` / `middle_block` / `output_blocks` entry, each with what it needs."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Context | Projected, hook: AttentionHook | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
+                x = layer(x, context, hook)
             else:
                 x = layer(x)
         return x
@@ -180,10 +182,13 @@ class UNetModel(nn.Module):
         layers = tuple(block.attn2.project(*context.layer(block.layer_index)) for block in blocks)
         return Projected(layers, *context)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Context | Projected) -> Tensor:
-        """Prediction (B, C_out, H, W), in float32, for noised latents x (B, C_in, H, W) at timesteps (B,).
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Context | Projected, hook: AttentionHook | None = None
+    ) -> Tensor:
+        """Return the prediction (B, C_out, H, W), in float32, for noised latents x (B, C_in, H, W) at timesteps (B,).
 
-        H and W must be multiples of 2^(levels - 1). `context` may be what `project` made of it.
+        H and W must be multiples of 2^(levels - 1). `context` may be what `project` made of it. `hook` is called in
+        every attention; without one the probabilities are never made.
         """
         dtype = self.dtype
         h = enter(x, dtype)
@@ -192,16 +197,18 @@ class UNetModel(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (B, E)
         skips = []
         for block in self.input_blocks:
-            h = self._run(block, h, emb, context)
+            h = self._run(block, h, emb, context, hook)
             skips.append(h)
-        h = self._run(self.middle_block, h, emb, context)
+        h = self._run(self.middle_block, h, emb, context, hook)
         for block in self.output_blocks:
-            h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, context, hook)
         return leave(self.out(h), dtype)
 
-    def _run(self, block: Block, h: Tensor, emb: Tensor, context: Context | Projected) -> Tensor:
+    def _run(
+        self, block: Block, h: Tensor, emb: Tensor, context: Context | Projected, hook: AttentionHook | None
+    ) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             # the state of the generators may not be read while a CUDA graph is captured
             draws = self.training and self.dropout > 0
-            return checkpoint(block, h, emb, context, use_reentrant=False, preserve_rng_state=draws)
-        return block(h, emb, context)
+            return checkpoint(block, h, emb, context, hook, use_reentrant=False, preserve_rng_state=draws)
+        return block(h, emb, context, hook)

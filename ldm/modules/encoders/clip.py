@@ -6,7 +6,9 @@ Shapes: B prompts, L tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.attention import attend
+
+KeyValue = tuple[Tensor, Tensor]
+NO_PREFIX: Mapping[int, KeyValue] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,28 @@ class CLIPAttention(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prefix: KeyValue | None = None, logit_bias: float = 0.0) -> Tensor:
+        """With a `prefix`, keys and values (P, heads, d) each, every token also reads these, by `logit_bias` more."""
         projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (rearrange(p, "b l (h d) -> b h l d", h=self.heads) for p in projections)
-        out = attend(q, k, v, self.attention_backend, causal=True)
+        if prefix is None:
+            out = attend(q, k, v, causal=True, backend=self.attention_backend)
+        else:
+            k, v = (torch.cat([_before(own, x), y], dim=2) for own, y in zip(prefix, (k, v), strict=True))
+            bias = _prefix_bias(x.shape[1], len(prefix[0]), logit_bias, q)
+            out = attend(q, k, v, bias=bias, backend=self.attention_backend)
         return self.out_proj(rearrange(out, "b h l d -> b l (h d)"))
+
+
+def _before(prefix: Tensor, x: Tensor) -> Tensor:
+    """A prefix (P, heads, d) for the prompts x (B, L, D): (B, heads, P, d)."""
+    return prefix.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1)
+
+
+def _prefix_bias(length: int, prefix_length: int, logit_bias: float, like: Tensor) -> Tensor:
+    """What is added to the logits (L, P + L): `logit_bias` for the prefix, the causal mask for the tokens."""
+    causal = like.new_full((length, length), float("-inf")).triu(1)
+    return torch.cat([like.new_full((length, prefix_length), logit_bias), causal], dim=1)
 
 
 class CLIPMLP(nn.Module):
@@ -80,13 +102,13 @@ class CLIPLayer(nn.Module):
         self.mlp = CLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, prefix: KeyValue | None = None, logit_bias: float = 0.0) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), prefix, logit_bias)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class CLIPTextTransformer(nn.Module):
-    """Input embeddings (B, L, D) -> last hidden states after the final norm (B, L, D); L at most 77."""
+    """Input embeddings (B, L, D) -> last hidden states (B, L, D), before the final norm; L at most 77."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -108,11 +130,27 @@ class CLIPTextTransformer(nn.Module):
         """Token embeddings (vocabulary, D)."""
         return self.embeddings["token_embedding"].weight
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        x = inputs + self.embeddings["position_embedding"].weight[: inputs.shape[1]]
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        return self.final_layer_norm(x)
+    def forward(self, inputs: Tensor, prefix: Mapping[int, KeyValue] = NO_PREFIX, logit_bias: float = 0.0) -> Tensor:
+        """Return the hidden states (B, L, D) before `final_layer_norm`.
+
+        Args:
+            inputs: token embeddings (B, L, D).
+            prefix: layer -> keys and values (P, heads, d) that all tokens of that layer read, too (CatVersion).
+            logit_bias: added to the logits of the prefix.
+        """
+        return self.run_layers(self.enter(inputs), 0, len(self.encoder["layers"]), prefix, logit_bias)
+
+    def enter(self, inputs: Tensor) -> Tensor:
+        """Return the first layer's input (B, L, D): token and position embeddings."""
+        return inputs + self.embeddings["position_embedding"].weight[: inputs.shape[1]]
+
+    def run_layers(
+        self, x: Tensor, first: int, end: int, prefix: Mapping[int, KeyValue] = NO_PREFIX, logit_bias: float = 0.0
+    ) -> Tensor:
+        """Return the output (B, L, D) of layer `end` - 1 for x, the input of layer `first`."""
+        for index in range(first, end):
+            x = self.encoder["layers"][index](x, prefix.get(index), logit_bias)
+        return x
 
 
 class CLIPTextModel(nn.Module):

@@ -13,9 +13,11 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.context import Context
+from ldm.conditioning.learned import TokenVectors
 from ldm.config import nearest
 from ldm.modules.diffusionmodules.util import enter, leave
-from ldm.modules.encoders.clip import CLIPTextConfig, CLIPTextModel
+from ldm.modules.encoders.clip import NO_PREFIX, CLIPTextConfig, CLIPTextModel, KeyValue
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -88,17 +90,53 @@ class FrozenCLIPEmbedder(nn.Module):
         )
 
     def embed(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """Input embeddings (B, L, D) for slots (B, L): a token id, or -(r + 1) for row r of `vectors` (R, D)."""
+        """Return the input embeddings (layers, N, L, D) of slots (N, L): a token id, or -(r + 1) for row r of vectors.
+
+        Args:
+            vectors: (layers, 1, R, D) for all rows of slots, or (layers, N, R, D), a table for each.
+        """
         table = self.token_table
-        inputs = nn.functional.embedding(slots.clamp(min=0), table)
+        inputs = nn.functional.embedding(slots.clamp(min=0), table)[None]
         if vectors is None:
             return inputs
-        learned = nn.functional.embedding((-1 - slots).clamp(min=0), enter(vectors, table.dtype))
+        learned = at_slots(enter(vectors, table.dtype), slots)
         return torch.where((slots < 0).unsqueeze(-1), learned, inputs)
 
+    def encode(
+        self,
+        slots: Tensor,
+        vectors: TokenVectors | None = None,
+        prefix: Mapping[int, KeyValue] = NO_PREFIX,
+        logit_bias: float = 0.0,
+    ) -> Context:
+        """Return the float32 context of token slots (N, L): (N, L, D), or (layers, N, L, D) with vectors for layers.
+
+        Args:
+            vectors: the learned vectors; see `embed`. Their residuals enter the values only.
+            prefix, logit_bias: as for `CLIPTextTransformer.forward`.
+        """
+        text, dtype = self.transformer.text_model, self.token_table.dtype
+        inputs = self.embed(slots, None if vectors is None else vectors.e)
+        hidden = text(inputs.flatten(0, 1), prefix, logit_bias).unflatten(0, inputs.shape[:2])
+        context = Context.of(leave(text.final_layer_norm(hidden), dtype))
+        if vectors is not None and vectors.residual is not None:
+            residual = torch.where((slots < 0).unsqueeze(-1), at_slots(vectors.residual, slots), 0.0).to(hidden.dtype)
+            hidden = hidden + hidden.norm(dim=-1, keepdim=True) * residual
+            context = Context(context.k, leave(text.final_layer_norm(hidden), dtype))
+        return context.map(lambda x: x.squeeze(0))
+
     def forward(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """Contexts (B, L, D), float32; see `embed` for the arguments."""
-        return leave(self.transformer.text_model(self.embed(slots, vectors)), self.token_table.dtype)
+        """Return contexts (N, L, D), float32, of slots (N, L) with `vectors` (R, D) in the learned places."""
+        return self.encode(slots, None if vectors is None else TokenVectors(vectors[None, None])).k
+
+
+def at_slots(table: Tensor, slots: Tensor) -> Tensor:
+    """Return (layers, N, L, D): the rows of a table (layers, 1 or N, R, D) that slots (N, L) name, elsewhere any."""
+    rows = (-1 - slots).clamp(min=0)
+    if table.shape[1] == 1:
+        return torch.stack([nn.functional.embedding(rows, layer) for layer in table[:, 0]])
+    each = torch.arange(len(rows), device=rows.device).unsqueeze(-1)
+    return table[:, each, rows]
 
 
 def hub_folder(repository: str) -> Path | None:

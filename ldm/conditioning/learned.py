@@ -1,0 +1,139 @@
+"""What can stand in a prompt beside text: learned tokens, learned prefixes, and changes of the finished context.
+
+A method of personalisation is one of these (docs/extending.md). The frozen model knows no method; it asks for the
+vectors of a timestep, and methods whose answers change at other places of time say so by their `bucket`.
+Shapes: B timesteps or prompts, N rows of slots, L tokens, D width of the text transformer, R rows of learned vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.conditioning.context import Context
+
+
+class TokenVectors(NamedTuple):
+    """Embeddings of learned tokens.
+
+    Args:
+        e: (layers, B, R, D): `layers` 1, or one for each cross-attention layer of the U-Net; B 1, or one for each
+            timestep that was asked for.
+        residual: like e, or None: added to the last hidden state where the token stands, for the values of
+            cross-attention only; in units of that state's norm (NeTI's textual bypass).
+    """
+
+    e: Tensor
+    residual: Tensor | None = None
+
+    @staticmethod
+    def cat(parts: Sequence[TokenVectors]) -> TokenVectors:
+        """Join along R; parts without layers, timesteps or residual are repeated for those of the others."""
+        sizes = [max(part.e.shape[axis] for part in parts) for axis in (0, 1)]
+        e = torch.cat([part.e.expand(*sizes, -1, -1) for part in parts], dim=2)
+        if all(part.residual is None for part in parts):
+            return TokenVectors(e)
+        residuals = [torch.zeros_like(part.e) if part.residual is None else part.residual for part in parts]
+        return TokenVectors(e, torch.cat([r.expand(*sizes, -1, -1) for r in residuals], dim=2))
+
+
+class LearnedTokens(Protocol):
+    """Vectors for a placeholder: Textual Inversion, P+, ProSpect, NeTI."""
+
+    num_layers: int  # 1, or as many as the U-Net has cross-attention layers
+
+    def bucket(self, t: int) -> int:
+        """Return the part of time that timestep t lies in: equal bucket, equal vectors."""
+
+    def vectors(self, t: Tensor) -> TokenVectors:
+        """Return the vectors at timesteps t (B,), on the device of t."""
+
+
+class FixedVectors:
+    """A table of vectors (layers, R, D) for all timesteps; equal where the values are."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self.num_layers = len(table)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FixedVectors) or self.table.shape != other.table.shape:
+            return False
+        return self.table is other.table or torch.equal(self.table, other.table)
+
+    def bucket(self, t: int) -> int:
+        return 0
+
+    def vectors(self, t: Tensor) -> TokenVectors:
+        return TokenVectors(self.table[:, None])
+
+
+class LearnedPrefix(Protocol):
+    """Keys and values that every token of some text layers reads, too: CatVersion."""
+
+    logit_bias: float
+
+    def key_values(self) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """Return text layer -> (K, V), each (P, heads, d)."""
+
+
+class ValueModulation(Protocol):
+    """A change of the finished context, most often of its values: StyleDiffusion, null-text inversion."""
+
+    timesteps: tuple[int, ...]
+
+    def __call__(self, context: Context, t: int) -> Context:
+        """Return the context that is read at timestep t, one of `timesteps`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """Everything learned that prompts read at one moment; what is loaded later does not change it.
+
+    Args:
+        tokens: in the order of their rows in the table of all learned vectors.
+        prefixes: stacked in this order.
+    """
+
+    tokens: tuple[LearnedTokens, ...] = ()
+    prefixes: tuple[LearnedPrefix, ...] = ()
+
+    def bucket(self, t: int) -> tuple[int, ...]:
+        """Return what tells timesteps apart: equal buckets, equal vectors."""
+        return tuple(tokens.bucket(t) for tokens in self.tokens)
+
+    @property
+    def changes_with_time(self) -> bool:
+        """Whether the table of vectors changes with the timestep; ProSpect's holds those of all stages."""
+        return any(tokens.bucket(0) != tokens.bucket(999) for tokens in self.tokens)
+
+    @property
+    def num_layers(self) -> int:
+        return max((tokens.num_layers for tokens in self.tokens), default=1)
+
+    def vectors(self, t: Tensor) -> TokenVectors | None:
+        """Return the table of all learned vectors at timesteps t (B,); None where there is none."""
+        return TokenVectors.cat([tokens.vectors(t) for tokens in self.tokens]) if self.tokens else None
+
+    @property
+    def prefix(self) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """Text layer -> keys and values (P, heads, d) of all prefixes, one behind the other."""
+        stacked: dict[int, tuple[Tensor, Tensor]] = {}
+        for prefix in self.prefixes:
+            for layer, (k, v) in prefix.key_values().items():
+                before = stacked.get(layer)
+                stacked[layer] = (k, v) if before is None else (torch.cat([before[0], k]), torch.cat([before[1], v]))
+        return stacked
+
+    @property
+    def logit_bias(self) -> float:
+        return self.prefixes[0].logit_bias if self.prefixes else 0.0
+
+
+NOTHING_LEARNED = Learned()
