@@ -9,12 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import main
+from evaluation.benchmark.models import build_model, variant
+from evaluation.benchmark.switches import DEFAULTS
 from ldm.embeddings import load_concept
 from ldm.generate import load_model_from_config
 from ldm.generate import main as generate
+from ldm.models.diffusion.ddim import ddim
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.sampling import guided
 
+# Largest relative distance (of norms) to float32 of what the U-Net predicts, of the loss's gradient by what is learned,
+# and of the latents after one guided step, at 128 pixels with random weights: twice what was measured.
+HALF_PRECISION = {
+    ("float16", "frozen_dtype"): (5e-3, 1e-2, 5e-3),
+    ("bfloat16", "frozen_dtype"): (3e-2, 5e-2, 3e-2),
+    ("float16", "autocast"): (5e-3, 1e-2, 5e-3),
+    ("bfloat16", "autocast"): (3e-2, 5e-2, 3e-2),
+}
 ROOT = Path(__file__).parent.parent
 TOKENIZER = f"model.params.cond_stage_config.params.tokenizer={ROOT / 'tests/golden/tokenizer'}"
 
@@ -42,3 +56,35 @@ def test_load_train_a_step_and_sample(tmp_path: Path) -> None:
     picture = generate("a * dog", ddim_steps=2, height=256, width=256, model=model, progress=False)
     assert isinstance(picture, Image.Image) and picture.size == (256, 256)
     assert len(picture.getcolors(256 * 256)) > 100  # neither black (not a number) nor flat
+
+
+def _step(model: LatentDiffusion) -> tuple[Tensor, Tensor, Tensor]:
+    """A prediction, the gradient of a loss, and latents after a guided step."""
+    x, noise = (torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    t = torch.tensor([500])
+    model.train().zero_grad()
+    model.p_losses(x, model.get_learned_conditioning(["*"]), t, noise)[0].backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.trainable_parameters() if p.grad is not None])
+    model.eval()
+    with torch.no_grad():
+        cond = model.get_learned_conditioning(["a *"])
+        prediction = model.apply_model(x, t, cond)
+        denoise = guided(model, cond, model.get_unconditional(), 5.0)
+        latents = ddim(denoise, x, [500], [0.3], [0.5], [0.0])
+    return prediction, gradient, latents
+
+
+@pytest.mark.slow
+def test_half_precision_at_real_size() -> None:
+    """On the CPU, which rounds as a GPU does; both ways: frozen weights in half precision, and autocast (AMP)."""
+    base = build_model("sd-v1", torch.device("cpu"))
+    expected = _step(base)
+    for (dtype, way), bounds in HALF_PRECISION.items():
+        if way == "frozen_dtype":
+            found = _step(variant(base, DEFAULTS | {dtype}))
+        else:
+            with torch.autocast("cpu", getattr(torch, dtype)):
+                found = _step(variant(base, DEFAULTS))
+        distances = [((one - two).norm() / two.norm()).item() for one, two in zip(found, expected, strict=True)]
+        print(dtype, way, [f"{distance:.1e}" for distance in distances])
+        assert all(d <= bound for d, bound in zip(distances, bounds, strict=True)), (dtype, way, distances)

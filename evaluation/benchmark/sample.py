@@ -40,7 +40,7 @@ class Sampling:
         side = resolution // self.model.first_stage_model.downsampling
         self.shape = (self.model.channels, side, side)
         timesteps = ddim_timesteps(steps, self.model.num_timesteps)
-        alphas_cumprod = self.model.alphas_cumprod.cpu().double().numpy()
+        alphas_cumprod = self.model.host_alphas_cumprod
         self.schedule = (timesteps, *ddim_parameters(alphas_cumprod, timesteps, 0.0))
         self.text_rows = 0
         text = self.model.cond_stage_model.transformer.text_model

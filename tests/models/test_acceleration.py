@@ -69,7 +69,7 @@ def model(shared: LatentDiffusion) -> Iterator[LatentDiffusion]:
 
 def schedule(model: LatentDiffusion, steps: int) -> tuple:
     timesteps = ddim_timesteps(steps, 1000)
-    return (timesteps, *ddim_parameters(model.alphas_cumprod.cpu().double().numpy(), timesteps, 0.0))
+    return (timesteps, *ddim_parameters(model.host_alphas_cumprod, timesteps, 0.0))
 
 
 def prompts(model: LatentDiffusion, count: int = 1) -> tuple[PromptConditioning, PromptConditioning]:

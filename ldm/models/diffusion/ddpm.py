@@ -35,7 +35,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.latents import LatentCache, Posterior
 from ldm.models.diffusion.options import DiffusionOptions
-from ldm.models.diffusion.schedule import at, make_betas, schedule_buffers, vlb_weights
+from ldm.models.diffusion.schedule import at, host_alphas_cumprod, make_betas, schedule_buffers, vlb_weights
 from ldm.modules.attention import AttentionHook
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.embedding_manager import EmbeddingManager
@@ -118,6 +118,7 @@ class LatentDiffusion(pl.LightningModule):
         self._captured: dict[Any, TensorStep] = {}  # by the sizes of their inputs; no submodules of this one
 
         betas = make_betas(opt.linear_start, opt.linear_end, opt.timesteps)
+        self.host_alphas_cumprod = host_alphas_cumprod(betas)  # samplers never ask the device for it
         for name, buffer in schedule_buffers(betas).items():
             self.register_buffer(name, buffer)
         self.register_buffer("lvlb_weights", vlb_weights(betas), persistent=False)

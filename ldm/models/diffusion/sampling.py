@@ -33,7 +33,7 @@ class NoisePredictor(Protocol):
     """What the samplers need of a latent diffusion model."""
 
     num_timesteps: int
-    alphas_cumprod: Tensor
+    host_alphas_cumprod: np.ndarray
 
     @property
     def device(self) -> torch.device: ...
@@ -130,9 +130,8 @@ class Sampler(ABC):
             raise ValueError(f"ddim_eta must not be negative, but is {ddim_eta}.")
         if ddim_eta > 1:  # a step would have to add more noise than is left after it
             raise ValueError(f"ddim_eta must be at most 1 (as random as DDPM), not {ddim_eta}.")
-        alphas_cumprod = self.model.alphas_cumprod.cpu().double().numpy()  # MPS has no float64
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps)
-        alphas, alphas_prev, sigmas = ddim_parameters(alphas_cumprod, self.ddim_timesteps, ddim_eta)
+        alphas, alphas_prev, sigmas = ddim_parameters(self.model.host_alphas_cumprod, self.ddim_timesteps, ddim_eta)
         self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas = alphas, alphas_prev, sigmas
         self.ddim_sqrt_one_minus_alphas = np.sqrt(1.0 - alphas)
 

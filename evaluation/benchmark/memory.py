@@ -1,0 +1,142 @@
+"""Peak memory of learning and sampling, counted on PyTorch's `meta` device: no GPU, no memory and no arithmetic.
+
+What is counted are the bytes of all tensors that are alive at once, weights included. A GPU needs more: the allocator's
+fragmentation, and the workspaces of cuDNN and cuBLAS.
+
+    python -m evaluation.benchmark.memory        # the table of docs/benchmarks.md, about a minute on one core
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from evaluation.benchmark.models import CONFIGS, ROOT, set_tokenizer
+from ldm.config import instantiate_from_config, load_config
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, and the most that were alive at once.
+
+    Args:
+        module: its weights count from the start.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+        if module is not None:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage until nobody holds it."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention by the memory-efficient kernel, as on a GPU; on `meta` PyTorch would make the probabilities."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        causal = kwargs.get("is_causal", False)
+        return kernel(*args[:3], kwargs.get("attn_mask"), True, 0.0, causal)[0]
+
+
+def meta_model(size: str = "sd-v1", **params: Any) -> LatentDiffusion:
+    """Return a model of `demo` or `sd-v1` size on the meta device; `params` go over `model.params`."""
+    config = load_config(ROOT / CONFIGS[size])
+    set_tokenizer(config, size)
+    OmegaConf.update(config, "model.params.ckpt_path", None)
+    for key, value in params.items():
+        OmegaConf.update(config, f"model.params.{key}", value)
+    with torch.device("meta"):
+        model = instantiate_from_config(config.model)
+    return model.to("meta")
+
+
+def learning_peak(model: LatentDiffusion, side: int = 64, batch: int = 1) -> int:
+    """Return the peak in bytes of three training steps on latents (batch, C, side, side)."""
+    model.train()
+    optimizer = model.configure_optimizers()
+    x, noise = (torch.empty(batch, model.channels, side, side, device="meta") for _ in range(2))
+    t = torch.zeros(batch, dtype=torch.long, device="meta")
+    cond = model.get_learned_conditioning(["*"] * batch)
+    with FusedAttention(), PeakMemory(model) as memory:
+        for _ in range(3):
+            loss = model.p_losses(x, cond, t, noise)[0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return memory.peak
+
+
+@torch.no_grad()
+def sampling_peak(model: LatentDiffusion, side: int = 64, batch: int = 1) -> int:
+    """Return the peak in bytes of three guided DDIM steps and of decoding, for latents (batch, C, side, side)."""
+    model.eval()
+    with FusedAttention(), PeakMemory(model) as memory:
+        cond, uncond = model.get_learned_conditioning(["*"] * batch), model.get_unconditional(count=batch)
+        latents, _ = DDIMSampler(model).sample(
+            S=3,
+            batch_size=batch,
+            shape=(model.channels, side, side),
+            conditioning=cond,
+            unconditional_guidance_scale=5.0,
+            unconditional_conditioning=uncond,
+        )
+        model.decode_first_stage(latents)
+    return memory.peak
+
+
+def table() -> str:
+    """Return the Markdown table of Stable Diffusion's size at 512²."""
+    lines = ["| 512², counted | float32 | bfloat16 or float16 |", "|---|---|---|"]
+    rows = {
+        "learning, batch 1": (learning_peak, {}, {}),
+        "learning, batch 4": (learning_peak, {}, {"batch": 4}),
+        "sampling and decoding, batch 1": (sampling_peak, {}, {}),
+        "sampling and decoding, batch 8": (sampling_peak, {}, {"batch": 8}),
+        "the same with `decode_batch=1`": (sampling_peak, {"decode_batch": 1}, {"batch": 8}),
+    }
+    for name, (count, params, sizes) in rows.items():
+        peaks = [count(meta_model(**params, frozen_dtype=dtype), **sizes) for dtype in ("float32", "bfloat16")]
+        lines.append(f"| {name} | {peaks[0] / 1e9:.1f} GB | {peaks[1] / 1e9:.1f} GB |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    print(table())  # noqa: T201

@@ -1,0 +1,148 @@
+"""What a GPU would refuse, shown without one: the `meta` device mixes with no other and cannot be read.
+
+Learning, sampling and editing run there at the small model's and at Stable Diffusion's real size, in every precision.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evaluation.benchmark.memory import learning_peak, meta_model, sampling_peak
+from ldm.models.autoencoder import FirstStage
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.latents import LatentCache
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling import Sampler, seeded_generators
+from ldm.modules.attention import Site
+
+SIZES = {"demo": 16, "sd-v1": 64}  # latent height and width
+WORDS = ["a * thing"] * 5 + [None] * 4 + ["a thing"]
+
+
+@pytest.fixture(
+    scope="module", params=[(s, d) for s in SIZES for d in ("float32", "float16", "bfloat16")], ids="-".join
+)
+def case(request: pytest.FixtureRequest) -> tuple[LatentDiffusion, int]:
+    size, dtype = request.param
+    return meta_model(size, frozen_dtype=dtype), SIZES[size]
+
+
+@pytest.fixture(autouse=True)
+def _unread_first_stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without the one question that float16 asks of the first stage: whether its values are finite."""
+
+    def in_range(self: FirstStage, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        return function(x.to(next(self.parameters()).dtype))
+
+    monkeypatch.setattr(FirstStage, "in_range", in_range)
+    yield
+
+
+def test_everything_moves_with_the_model(case: tuple[LatentDiffusion, int]) -> None:
+    model, _ = case
+    assert all(x.is_meta for x in (*model.parameters(), *model.buffers()))
+
+
+def test_a_learning_step_asks_the_device_nothing(case: tuple[LatentDiffusion, int]) -> None:
+    model, side = case
+    model.train()
+    model._latents = LatentCache.__new__(LatentCache)
+    model._latents._flips, model._latents._is_gaussian = True, True
+    model._latents.moments = torch.empty(4, 2 * model.channels, side, side, device="meta")
+    batch = {
+        "caption": ["*", "*"],
+        "picture": torch.tensor([0, 1]),
+        "flipped": torch.tensor([False, True]),
+        "sample": torch.tensor([0, 1]),
+    }
+    optimizer = model.configure_optimizers()
+    for _ in range(2):
+        loss, parts = model.shared_step(batch, "train")
+        loss.backward()
+        optimizer.step()
+    assert loss.is_meta and all(part.is_meta for part in parts.values())
+    learned = model.trainable_parameters()
+    assert any(p.grad is not None for p in learned) and all(p.grad is None or p.grad.is_meta for p in learned)
+    assert all(p.grad is None for p in model.model.parameters())
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler])
+@torch.no_grad()
+def test_sampling_asks_the_device_nothing(case: tuple[LatentDiffusion, int], sampler: type[Sampler]) -> None:
+    model, side = case
+    model.eval()
+    seen: list[tuple[int, Tensor]] = []
+    latents, _ = sampler(model).sample(
+        S=4,
+        batch_size=2,
+        shape=(model.channels, side, side),
+        conditioning=model.get_learned_conditioning(["*", "a *"], WORDS),
+        eta=0.5 if sampler is DDIMSampler else 0.0,
+        unconditional_guidance_scale=5.0,
+        unconditional_conditioning=model.get_unconditional("a thing", 2),
+        generators=seeded_generators([0, 1]),
+        step_callback=lambda step, t, x, x_0: seen.append((t, x)),
+    )
+    assert latents.is_meta and all(isinstance(t, int) and x.is_meta for t, x in seen) and len(seen) == 4
+    assert model.decode_first_stage(latents).is_meta
+
+
+@torch.no_grad()
+def test_editing_asks_the_device_nothing(case: tuple[LatentDiffusion, int]) -> None:
+    model, side = case
+    model.eval()
+    pixels = side * model.first_stage_model.downsampling
+    posterior = model.encode_first_stage(torch.empty(1, 3, pixels, pixels))
+    z = model.get_first_stage_encoding(posterior, torch.randn(1, model.channels, side, side))
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(4)
+    x = sampler.stochastic_encode(z, torch.tensor([2]), noise=torch.randn(1, model.channels, side, side))
+    sites: list[Site] = []
+
+    def hook(probabilities: Tensor, site: Site) -> Tensor:
+        sites.append(site)
+        return probabilities * 1.0
+
+    cond = model.get_learned_conditioning(["*"], WORDS)
+    assert sampler.decode(x, cond, 2, 5.0, model.get_unconditional()).is_meta
+    t = torch.full((1,), 500, device="meta")
+    assert model.apply_model(x, t, cond.at(500), hook).is_meta
+    assert len(sites) == 2 * model.model.diffusion_model.num_attention_layers
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that are read from tensors, each of which makes the host wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_how_often_sampling_reads_does_not_grow_with_its_steps(tiny_model: LatentDiffusion) -> None:
+    counts = []
+    for steps in (3, 9):
+        cond, uncond = tiny_model.get_learned_conditioning(["*"]), tiny_model.get_unconditional()
+        with Reads() as reads:
+            DDIMSampler(tiny_model).sample(
+                steps, 1, (4, 8, 8), cond, unconditional_guidance_scale=3.0, unconditional_conditioning=uncond
+            )
+        counts.append(reads.count)
+    assert counts == [0, 0]
+
+
+def test_counted_memory() -> None:
+    """Learning at 512² in half precision fits into 6 GB; a larger batch needs more."""
+    half = meta_model(frozen_dtype="bfloat16")
+    weights = sum(p.nbytes for p in half.parameters())
+    assert weights < learning_peak(half) < 6e9 and weights < sampling_peak(half) < 6e9
+    small = meta_model("demo")
+    assert learning_peak(small, 16) < learning_peak(small, 16, batch=4)
