@@ -1,0 +1,151 @@
+"""NeTI: a small network from timestep and U-Net layer to a token embedding (Alaluf et al. 2023, "A Neural Space-Time
+Representation for Text-to-Image Personalization").
+
+Shapes: B timesteps, layers of cross-attention in order of execution, D width of the text transformer, H = 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.conditioning.learned import TokenVectors
+
+HIDDEN = 128
+FREQUENCIES = 1024  # of the Fourier features, each a sine and a cosine
+BYPASS_STRENGTH = 0.2  # of the textual bypass, in units of the hidden state's norm
+NORMS = ("joint", "token")
+
+
+@dataclass(frozen=True)
+class NeTISettings:
+    """What a mapper is made with; the defaults are the published ones.
+
+    Args:
+        num_layers: cross-attention layers of the U-Net.
+        target_norm: norm of the output, that of the super-category's embedding; None leaves it free.
+        normalize: what has `target_norm`: `joint`, token embedding and bypass together, as released files have it, or
+            the `token` embedding alone, as the paper says.
+        output_bypass: also a residual for the values (the textual bypass).
+        positional_encoding: Fourier features; without them t and layer enter as numbers in [-1, 1].
+        sigma_t, sigma_l: deviations of the frequencies for raw timesteps and layers.
+        num_anchors: timesteps on which the first layer's rows are centred at the start; divides 1000.
+        nested_dropout: probability that a call drops the tail of the hidden vector, in training; None: never, and
+            truncation is ignored.
+
+    Raises:
+        ValueError: a number of anchors that does not divide 1000, or an unknown norm.
+    """
+
+    num_layers: int = 16
+    width: int = 768
+    target_norm: float | None = None
+    normalize: str = "joint"
+    output_bypass: bool = True
+    positional_encoding: bool = True
+    sigma_t: float = 0.03
+    sigma_l: float = 2.0
+    num_anchors: int = 10
+    nested_dropout: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        if self.num_anchors < 1 or 1000 % self.num_anchors:
+            raise ValueError(f"num_anchors must divide 1000, not {self.num_anchors}; 10 is usual.")
+        if self.normalize not in NORMS:
+            raise ValueError(f"normalize must be one of {', '.join(NORMS)}, not '{self.normalize}'.")
+
+
+class NeTIMapper(nn.Module):
+    """The mapper M(t, l); parameter names are those of the released `mapper-*.pt` files."""
+
+    def __init__(self, settings: NeTISettings, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.settings = settings
+        self.num_layers = settings.num_layers
+        anchors = settings.num_anchors * settings.num_layers
+        self.input_layer: nn.Module = nn.Identity()
+        if settings.positional_encoding:
+            scale = torch.tensor([settings.sigma_t, settings.sigma_l])
+            self.register_buffer("w", torch.randn(FREQUENCIES, 2, generator=generator) * scale)
+            self.input_layer = nn.Linear(2 * FREQUENCIES, anchors)
+            self._centre_anchors(self.input_layer)
+        self.net = nn.Sequential(
+            self.input_layer,
+            nn.Linear(anchors if settings.positional_encoding else 2, HIDDEN),
+            nn.LayerNorm(HIDDEN),
+            nn.LeakyReLU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.LayerNorm(HIDDEN),
+            nn.LeakyReLU(),
+        )
+        self.output_layer = nn.Sequential(nn.Linear(HIDDEN, settings.width * (1 + settings.output_bypass)))
+
+    @torch.no_grad()
+    def _centre_anchors(self, layer: nn.Linear) -> None:
+        """Row a · layers + l becomes the features of timestep 1000 · a / anchors and layer l."""
+        t = torch.arange(self.settings.num_anchors) * (1000 // self.settings.num_anchors)
+        layers = torch.arange(self.num_layers)
+        layer.weight.copy_(self.features(t.repeat_interleave(self.num_layers), layers.repeat(len(t))))
+
+    def features(self, t: Tensor, layer: Tensor) -> Tensor:
+        """Fourier features of norm 1, float32 (N, 2048), of raw timesteps and layers (N,) each."""
+        phase = torch.stack([t, layer], dim=-1).float() @ self.w.T
+        return torch.cat([phase.sin(), phase.cos()], dim=-1) / FREQUENCIES**0.5
+
+    def encode(self, t: Tensor, layer: Tensor) -> Tensor:
+        """What the network reads: features (N, 2048), or numbers (N, 2)."""
+        if self.settings.positional_encoding:
+            return self.features(t, layer)
+        return torch.stack([2 * t.float() / 999 - 1, 2 * layer.float() / (self.num_layers - 1) - 1], dim=-1)
+
+    def forward(self, t: Tensor, layer: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return the normalised output (N, D), or (N, 2·D) with a bypass, for timesteps and layers (N,).
+
+        Args:
+            kept: how many hidden values each row keeps (N,); None keeps all.
+        """
+        hidden = self.net(self.encode(t, layer))
+        if kept is not None:
+            hidden = hidden * (torch.arange(HIDDEN, device=hidden.device) < kept.unsqueeze(-1))
+        return self._normalised(self.output_layer(hidden))
+
+    def _normalised(self, y: Tensor) -> Tensor:
+        norm = self.settings.target_norm
+        if norm is None:
+            return y
+        if self.settings.normalize == "joint":
+            return norm * F.normalize(y, dim=-1)
+        e, rest = y.split([self.settings.width, y.shape[-1] - self.settings.width], dim=-1)
+        return torch.cat([norm * F.normalize(e, dim=-1), rest], dim=-1)
+
+    def draw_kept(self, batch: int) -> Tensor:
+        """Nested dropout: how many hidden values are kept, (layers, batch), from PyTorch's global state on the CPU.
+
+        For each layer's call one draw says whether it drops anything; then each sample draws its own number.
+        """
+        fires = torch.rand(self.num_layers, 1) < (self.settings.nested_dropout or 0.0)
+        return torch.where(fires, torch.randint(0, HIDDEN, (self.num_layers, batch)), HIDDEN)
+
+    def bucket(self, t: int) -> int:
+        return t
+
+    def vectors(self, t: Tensor, truncation: int | None = None) -> TokenVectors:
+        """Return e (layers, B, 1, D), and the residual for the values with a bypass, at timesteps t (B,).
+
+        Args:
+            truncation: hidden values that are kept, as a Python slice `[:truncation]`; None keeps all. Small values are
+                easier to edit, large ones closer to the images.
+        """
+        batch = len(t)
+        layer = torch.arange(self.num_layers, device=t.device).repeat_interleave(batch)
+        kept: Tensor | None = None
+        if self.training and self.settings.nested_dropout:
+            kept = self.draw_kept(batch).flatten().to(t.device)
+        elif truncation is not None and self.settings.nested_dropout is not None:
+            kept = torch.full_like(layer, len(range(HIDDEN)[:truncation]))
+        y = self(t.repeat(self.num_layers), layer, kept).view(self.num_layers, batch, 1, -1)
+        e, r = y.split([self.settings.width, y.shape[-1] - self.settings.width], dim=-1)
+        return TokenVectors(e, BYPASS_STRENGTH * F.normalize(r, dim=-1) if self.settings.output_bypass else None)
