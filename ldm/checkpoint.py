@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ldm.files.diffusers_layout import TEXT, UNET, find_weights, to_compvis
 from ldm.files.weights import CheckpointError, MappedFiles, missing, model_files, read_file
-from ldm.files.writing import replacing
+from ldm.files.writing import replace_bytes
 from ldm.models.diffusion.schedule import make_betas, schedule_buffers
 
 logger = logging.getLogger(__name__)
@@ -196,15 +195,7 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Map
         # the format has no shared storage, so a second tensor on the same memory is written out
         tensors[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
         storages.add(tensor.untyped_storage().data_ptr())
-    with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]), str(error)) if number else error from error
-        temporary.chmod(mode)  # safetensors leaves files that only their owner can read
+    replace_bytes(path, save(tensors, metadata={"format": "pt", **(metadata or {})}))
 
 
 def file_hash(path: str | Path) -> str:

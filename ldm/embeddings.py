@@ -5,6 +5,7 @@ Shapes: S stages, D width of the text transformer, n vectors of another program'
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from ldm.files.embedding_formats import (
     series,
     series_of,
 )
-from ldm.files.writing import writing_to
+from ldm.files.writing import replacing_set, writing_to
 
 __all__ = [
     "Concept",
@@ -39,7 +40,8 @@ __all__ = [
 ]
 
 _VERSION = "1"
-_STAGE, _OF = "prospect.stage", "prospect.stage_files"  # in a file of one stage: its number, and how many there are
+# In a file of one stage: its number, how many there are, and the concept's identity.
+_STAGE, _OF, _CONCEPT = "prospect.stage", "prospect.stage_files", "prospect.concept"
 _TIMESTEPS = ("prospect.num_timesteps", "1000")
 _ORDER = ("prospect.order", "0 = low noise (end of generation), S-1 = high noise (start)")
 _LISTED = 8
@@ -81,6 +83,11 @@ class Concept:
     def width(self) -> int:
         """D."""
         return self.vectors.shape[1]
+
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that tell concepts apart: the beginning of the SHA-256 of what was learned."""
+        return hashlib.sha256(self.vectors.cpu().numpy().tobytes()).hexdigest()[:16]
 
     def rows_for(self, num_stages: int) -> list[int]:
         """The row that each of `num_stages` stages reads: the one at the middle of that stage's timesteps."""
@@ -146,13 +153,17 @@ def save_new_concept(concept: Concept, path: str | Path, placeholder: str = "*",
 def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:
     """Write `name-0.safetensors`, …: a file {name-k: (D,)} for each stage, as other programs read embeddings.
 
-    Each also carries the concept's metadata, so that `load_concept` gives back the concept that it was.
+    Each also carries the concept's metadata, so that `load_concept` gives back the concept that it was, and its
+    identity, so that files of two concepts are never taken for one.
+
+    Raises:
+        WriteError: no room or no right; the folder is as it was.
     """
-    paths = stage_paths(concept, folder, name)
-    for stage, path in enumerate(paths):
-        metadata = {"placeholder": "*"} | _describe(concept) | {_STAGE: str(stage), _OF: str(concept.num_stages)}
-        save_state_dict({path.stem: concept.vectors[stage].cpu()}, path, metadata)
-    return paths
+    shared = {"placeholder": "*"} | _describe(concept) | {_OF: str(concept.num_stages), _CONCEPT: concept.identity}
+    with replacing_set(folder) as staging:
+        for stage, path in enumerate(stage_paths(concept, staging, name)):
+            save_state_dict({path.stem: concept.vectors[stage].cpu()}, path, shared | {_STAGE: str(stage)})
+    return stage_paths(concept, folder, name)
 
 
 def stage_paths(concept: Concept, folder: str | Path, name: str) -> list[Path]:
@@ -283,4 +294,5 @@ def _join(folder: Path, paths: Sequence[Path]) -> Concept:
             raise EmbeddingError(
                 f"of {count} stage files those of stages {', '.join(map(str, numbers))} are here; give all, each once."
             )
-        return Concept(torch.cat([vectors for vectors, _ in parts]), origins[0])
+        metadata = {key: value for key, value in origins[0].items() if key != _CONCEPT}
+        return Concept(torch.cat([vectors for vectors, _ in parts]), metadata)

@@ -642,13 +642,9 @@ def test_save_is_atomic_and_carries_metadata(tmp_path: Path, monkeypatch: pytest
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
     (tmp_path / "plain").unlink()
 
-    def fail(tensors: object, filename: Path, metadata: object) -> None:
-        filename.write_bytes(b"half a file")
-        raise OSError("disk full")
-
     before = path.read_bytes()
-    monkeypatch.setattr("ldm.checkpoint.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("ldm.files.writing.os.replace", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
         save_state_dict({"a": torch.zeros(2)}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -714,7 +710,7 @@ def test_peak_memory(tmp_path: Path):
     save_state_dict(weights, tmp_path / "a.safetensors")
     del weights
     for name, peak in json.loads(run_python(MEASURE, *sorted(tmp_path.iterdir()))).items():
-        assert peak["open"] < 0.05, (name, peak)
+        assert peak["open"] < 0.1, (name, peak)
         assert 0.45 < peak["half"] < 0.7, (name, peak)
         assert 0.95 < peak["model"] < 1.2, (name, peak)
         assert 0.45 < peak["half model"] < 0.7, (name, peak)

@@ -265,7 +265,9 @@ def test_stage_files_that_do_not_belong_together(tmp_path: Path) -> None:
     assert "list of stage files is empty" in refusal()
     assert "those of stages 0, 2, 3 are here" in refusal(paths[0], paths[2], paths[3])
     assert "those of stages 0, 1, 2, 2 are here" in refusal(*paths[:3], paths[2])
-    assert "exported from different concepts" in refusal(*paths[:3], other[3])
+    twin = save_stages(Concept(torch.ones(4, 3)), tmp_path / "..", "twin")  # says nothing else about itself
+    for foreign in (other, twin):
+        assert "exported from different concepts" in refusal(*paths[:3], foreign[3])
     assert "its width is 5, not 3 as 'cat-0.safetensors'" in refusal(*paths[:3], wide[3])
     assert "holds all stages of a concept" in refusal(*paths[:3], whole)
     assert "there is no such file" in refusal(*paths[:3], tmp_path / "cat-9.safetensors")
