@@ -33,7 +33,6 @@ def train(options: argparse.Namespace) -> int:
     import pytorch_lightning as pl
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from ldm import memory
     from ldm.config import allow_targets, instantiate_from_config
     from ldm.files.writing import writing_to
     from ldm.training import checks as run_checks
@@ -55,7 +54,6 @@ def train(options: argparse.Namespace) -> int:
         trainer = training.build_trainer(config, run, module)
         parts.check_alone(missing, trainer)
         run_checks.check_precision(module, trainer)
-        memory.check_learning(module, data, trainer.strategy.root_device)
         training.set_learning_rate(config, module, data, trainer)
         if not options.train:
             logger.info("Everything is in place; add -t to train.")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ldm.files.base_model import base_hash
+from ldm.checkpoint import file_hash
 from ldm.files.writing import replacing
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _by_content(value: Any) -> Any:
         return {key: _by_content(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_by_content(entry) for entry in value]
-    return base_hash(value) if isinstance(value, str) and _is_file(value) else value
+    return file_hash(value) if isinstance(value, str) and _is_file(value) else value
 
 
 def _is_file(text: str) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from evaluation.world.rendered import RESOLUTION
+from ldm.checkpoint import base_model_of
 from ldm.cli.sample import model_outline
 from ldm.conditioning.context import Conditioning
 from ldm.config import check_generates, load_config
@@ -42,7 +42,7 @@ def check(
     if concepts and outline.embedding_manager is None:
         raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
     if concepts:
-        outline.embedding_manager.base_path = Path(ckpt)
+        outline.embedding_manager.base_model = base_model_of(ckpt)
         outline.embedding_manager.load(concepts)
 
 

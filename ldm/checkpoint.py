@@ -9,65 +9,155 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ldm.files.diffusers_layout import TEXT, UNET, find_weights, to_compvis
-from ldm.files.weights import CheckpointError, MappedFiles, missing, model_files, read_file
-from ldm.files.writing import replacing
-from ldm.models.diffusion.schedule import make_betas, schedule_buffers
+from ldm.files.base_model import FINGERPRINT, NAME, fingerprint
+from ldm.files.diffusers_layout import find_weights, to_compvis
+from ldm.files.kinds import context_width, identify
+from ldm.files.tensors import TensorFileError as CheckpointError
+from ldm.files.tensors import missing, model_files, named_tensors, read_file
+from ldm.files.writing import replace_bytes
+
+__all__ = [
+    "SCHEDULE_BUFFERS",
+    "CheckpointError",
+    "base_model_of",
+    "file_hash",
+    "fingerprint",
+    "identify",
+    "load_weights",
+    "read_base_model",
+    "read_state_dict",
+    "refuse_other_families",
+    "save_state_dict",
+]
 
 logger = logging.getLogger(__name__)
 
-SCHEDULE_BUFFERS = frozenset(schedule_buffers(make_betas(0.00085, 0.012)))
+SCHEDULE_BUFFERS = frozenset((
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+))  # fmt: skip
 # What files hold beside the weights: recomputed, unused, or (the embedding manager) kept in files of its own.
 _EXTRA = re.compile(r"(.*\.)?position_ids|logvar|(model_ema|embedding_manager|balance|(first_stage_model\.)?loss)\..*")
 _FAMILIES = ("Stable Diffusion v1", "Stable Diffusion 2", "Stable Diffusion XL")
+# Levels of key names that other programs add or omit: of DistributedDataParallel and torch.compile, and transformers'.
+_WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])_orig_mod\.")
+_TEXT_LEVEL = re.compile(r"(?<=^cond_stage_model\.transformer\.)(?=(embeddings|encoder|final_layer_norm)\.)")
+_PORTION = 2**28  # bytes of a mapped file that are read before it is opened anew
 
 
 def read_state_dict(path: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file or diffusers folder, in the CompVis layout, on the CPU.
+    """Read a checkpoint file or diffusers folder: its tensors in the CompVis layout, on the CPU.
 
-    Tensors are views of the memory-mapped file: nothing is read before it is used. With `dtype`, floating
-    tensors are converted one at a time (except the schedule buffers, which half precision would spoil) and
-    the file's pages let go, so that at no time more than the result and one tensor are in memory.
+    Without `dtype`, tensors are views of the memory-mapped file: nothing is read before it is used. With it, they
+    are copies, made in portions: beside the result about an eighth of the file, or 256 MB, is in memory. Averaged
+    weights (`model_ema.*`), which no model here has, are then omitted.
 
     Args:
         path: `.ckpt`, `.pt`, `.bin` or `.safetensors` (told apart by their content), or a folder with
             model_index.json.
-        dtype: what floating tensors become; None leaves them as they are.
+        dtype: what floating tensors become, except the schedule buffers, which half precision would spoil.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or holds more than tensors and plain
             data.
     """
-    path = Path(path)
-    state = _read_folder(path) if path.is_dir() else read_file(path)
-    if dtype is not None:
-        mapped = MappedFiles()
-        for key, tensor in state.items():
-            if tensor.is_floating_point() and key not in SCHEDULE_BUFFERS:
-                state[key] = tensor.to(dtype)
-                mapped.release(tensor)
+    path = Path(path).expanduser()
+    state, mapped = _open(path)
+    return state if dtype is None else _copied(path, state, mapped, dtype)
+
+
+def read_base_model(path: str | Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_state_dict` with a `dtype`, and `base_model_of`, which is the same for every `dtype`."""
+    path = Path(path).expanduser()
+    state, mapped = _open(path)
+    base = {NAME: path.name, FINGERPRINT: fingerprint(state)}
+    return _copied(path, state, mapped, dtype), base
+
+
+def base_model_of(path: str | Path) -> dict[str, str]:
+    """What a concept's metadata says of the base model in a file or folder: its name and its fingerprint."""
+    return {NAME: Path(path).name, FINGERPRINT: fingerprint(read_state_dict(path))}
+
+
+def _open(path: Path, only: Collection[str] | None = None) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a file or folder, and whether they are views of a mapped file; `only` may leave out others."""
+    if path.is_dir():
+        return _open_folder(path)
+    file = read_file(path, wanted=None if only is None else lambda name: _compvis_name(name) in only)
+    inner = file.content.get("state_dict") if isinstance(file.content, Mapping) else None
+    state = named_tensors(path, inner if isinstance(inner, Mapping) else file.content)
+    if "prospect.version" in file.metadata or "initial_embeddings" in state:
+        raise CheckpointError(f"'{path}' is a learned concept, not a model; use a file with model weights.")
+    if not state:
+        raise CheckpointError(f"'{path}' holds no tensors; use a file with model weights.")
+    return {_compvis_name(name): tensor for name, tensor in state.items()}, file.mapped
+
+
+def _compvis_name(name: str) -> str:
+    return _TEXT_LEVEL.sub("text_model.", _WRAPPERS.sub("", name))
+
+
+def _open_folder(folder: Path) -> tuple[dict[str, Tensor], bool]:
+    files = {part: (path, read_file(path)) for part, path in _folder_files(folder).items()}
+    parts = {part: named_tensors(path, file.content) for part, (path, file) in files.items()}
+    try:
+        return to_compvis(parts), all(file.mapped for _, file in files.values())
+    except ValueError as error:
+        raise CheckpointError(f"'{folder}' {error}; use a diffusers folder of Stable Diffusion v1.") from error
+
+
+def _copied(path: Path, state: dict[str, Tensor], mapped: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`state` as tensors of their own, floating ones in `dtype`, without averaged weights.
+
+    The pages of a mapped file stay in memory as long as a view of them is left, so that a large file is opened anew
+    for each portion.
+    """
+    portions = list(_portions({key: x.nbytes for key, x in state.items() if not key.startswith("model_ema.")}))
+    views = dict(state)
+    state.clear()
+    for keys in portions:
+        if mapped and len(portions) > 1:
+            views.clear()
+            views = _open(path, keys)[0]
+        for key in keys:
+            changes = views[key].is_floating_point() and key not in SCHEDULE_BUFFERS
+            state[key] = views[key].to(dtype if changes else views[key].dtype, copy=True)
     return state
+
+
+def _portions(sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """The keys and sizes in groups of about an eighth of the bytes."""
+    limit = max(_PORTION, sum(sizes.values()) // 8)
+    portion: dict[str, int] = {}
+    for key, size in sizes.items():
+        portion[key] = size
+        if sum(portion.values()) >= limit:
+            yield portion
+            portion = {}
+    if portion:
+        yield portion
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Put `state` into `model`: every weight of the model must be there with its shape, and nothing unknown.
 
-    A parameter on the meta device becomes the tensor of `state`, in its dtype, copied where it is a mapped
-    file; any other is copied into and keeps its dtype and device. The schedule buffers are never taken from the
-    file: the configuration defines them, and half-precision files hold spoiled ones. They, `position_ids`,
-    `model_ema.*`, `logvar`, `balance.mean`, `loss.*` and `embedding_manager.*` may be in the file or not.
+    A parameter on the meta device becomes the tensor of `state` itself, in its dtype; any other is copied into and
+    keeps its dtype and device. The schedule buffers are never loaded from the file: the configuration defines them,
+    and half-precision files hold spoiled ones. They, `position_ids`, `model_ema.*`, `logvar`, `balance.mean`,
+    `loss.*` and `embedding_manager.*` may be in the file or not.
 
     Args:
         model: any module whose state dict has the names of the CompVis layout, or of a part of it.
-        state: as `read_state_dict` returns it; left as it is.
+        state: as `read_state_dict` returns it (with a dtype for a model on the meta device, which would otherwise
+            depend on the file); left as it is.
         source: the file's name, for messages.
 
     Raises:
@@ -79,15 +169,13 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     _refuse_misfits(own, state, source)
 
     assigned: dict[str, Tensor] = {}
-    mapped = MappedFiles()
     with torch.no_grad():
         for key in sorted(loadable):
             _refuse_values(key, state[key], own[key].dtype, source)
             if own[key].is_meta:
-                assigned[key] = state[key].clone() if mapped.covers(state[key]) else state[key]
+                assigned[key] = state[key]
             else:
                 own[key].copy_(state[key])
-            mapped.release(state[key])
     if assigned:
         model.load_state_dict(assigned, strict=False, assign=True)
     logger.debug("%s: ignored %s", source, sorted(set(state) - loadable))
@@ -120,7 +208,7 @@ def _refuse_misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], sour
 
 
 def _refuse_values(key: str, tensor: Tensor, wanted: torch.dtype, source: str | Path) -> None:
-    """Weights that would give black pictures or an error in the middle of work."""
+    """Weights that would give black images or an error in the middle of work."""
     if tensor.is_floating_point() != wanted.is_floating_point:
         raise CheckpointError(f"'{source}': {key} holds {tensor.dtype}; use a file with weights of floats.")
     # aminmax: one pass, and no copy
@@ -128,41 +216,6 @@ def _refuse_values(key: str, tensor: Tensor, wanted: torch.dtype, source: str | 
         kind = str(tensor.dtype).removeprefix("torch.")
         remedy = "download it again" if kind == "float32" else "download it again, or use float32"
         raise CheckpointError(f"'{source}': {key} has values that are not finite in {kind}; {remedy}.")
-
-
-def context_width(state: Mapping[str, Tensor]) -> int | None:
-    """Width of the text features that the U-Net's cross-attention reads (768 for Stable Diffusion v1)."""
-    widths = (w.shape[1] for key, w in state.items() if key.endswith("attn2.to_k.weight") and w.ndim == 2)
-    return next(widths, None)
-
-
-def identify(state: Mapping[str, Tensor]) -> str:
-    """What a state dict is, from its key names and the context width.
-
-    Returns:
-        'Stable Diffusion v1' (of any size), 'Stable Diffusion 2', 'Stable Diffusion XL', 'a LoRA', 'a VAE',
-        'a textual inversion embedding' or 'unknown'.
-    """
-    width = context_width(state)
-
-    def has(*prefixes: str) -> bool:
-        return any(key.startswith(prefixes) for key in state)
-
-    if any(re.search(r"(^|[._])lora[._]", key) for key in state):
-        return "a LoRA"
-    if has("conditioner.embedders.") or width == 2048:
-        return "Stable Diffusion XL"
-    if has("cond_stage_model.model.") or width == 1024:
-        return "Stable Diffusion 2"
-    if has(UNET):
-        return "Stable Diffusion v1" if has(TEXT) or width == 768 else "unknown"
-    if has("encoder.conv_in.") and has("decoder.conv_in."):
-        return "a VAE"
-    if has("string_to_param.") or set(state) == {"clip_l", "clip_g"}:
-        return "a textual inversion embedding"
-    if len(state) == 1 and all(1 <= tensor.ndim <= 2 for tensor in state.values()):
-        return "a textual inversion embedding"
-    return "unknown"
 
 
 def refuse_other_families(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> None:
@@ -196,15 +249,7 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Map
         # the format has no shared storage, so a second tensor on the same memory is written out
         tensors[key] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
         storages.add(tensor.untyped_storage().data_ptr())
-    with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]), str(error)) if number else error from error
-        temporary.chmod(mode)  # safetensors leaves files that only their owner can read
+    replace_bytes(Path(path).expanduser(), save(tensors, metadata={"format": "pt", **(metadata or {})}))
 
 
 def file_hash(path: str | Path) -> str:
@@ -213,7 +258,7 @@ def file_hash(path: str | Path) -> str:
     Raises:
         CheckpointError: there is no such file, or the folder is not a diffusers folder.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     digest = hashlib.sha256()
     for file in _folder_files(path).values() if path.is_dir() else [path]:
         if not file.is_file():
@@ -233,11 +278,3 @@ def _folder_files(folder: Path) -> dict[str, Path]:
             f"'{folder}' {error}; use a whole diffusers folder of Stable Diffusion v1, or a single file "
             f"(model files in this folder: {there})."
         ) from error
-
-
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    parts = {part: read_file(file) for part, file in _folder_files(folder).items()}
-    try:
-        return to_compvis(parts)
-    except ValueError as error:
-        raise CheckpointError(f"'{folder}' {error}; use a diffusers folder of Stable Diffusion v1.") from error

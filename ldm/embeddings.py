@@ -1,12 +1,13 @@
-"""Concepts: the S learned vectors of a picture, as one file, as S files, or mixed from two.
+"""Concepts: what was learned from a few images, as one file, as a file for each stage, or mixed from two.
 
 Shapes: S stages, D width of the text transformer, n vectors of another program's embedding.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,62 +16,86 @@ from torch import Tensor
 from ldm.checkpoint import save_state_dict
 from ldm.conditioning.prompts import check_placeholder
 from ldm.conditioning.stages import matching_stage
-from ldm.files.embedding_formats import (
-    STAGES,
-    EmbeddingError,
-    in_order,
-    is_plain,
-    naming,
-    read_embeddings,
-    refuse_run,
-    series,
-    series_of,
-)
-from ldm.files.writing import writing_to
+from ldm.files.base_model import describe_base, same_base
+from ldm.files.embedding_formats import PickledBlock, in_order, read_embeddings, refuse_run, series, series_of
+from ldm.files.tensors import TensorFileError as EmbeddingError
+from ldm.files.tensors import naming
+from ldm.files.writing import check_new_file, replacing_set, writing_to
+from ldm.methods import METHODS
+from ldm.methods.prospect import VECTORS, generate_vectors
 
 __all__ = [
     "Concept",
     "EmbeddingError",
     "load_concept",
+    "refuse_mixed_bases",
     "save_concept",
     "save_new_concept",
     "save_stages",
     "stage_paths",
 ]
 
-_VERSION = "1"
-_STAGE, _OF = "prospect.stage", "prospect.stage_files"  # in a file of one stage: its number, and how many there are
+_VERSION_KEY, _VERSION = "prospect.version", "1"
+_METHOD = "prospect.method"  # omitted in files of stage vectors
+_STAGES = "prospect.num_stages"
 _TIMESTEPS = ("prospect.num_timesteps", "1000")
 _ORDER = ("prospect.order", "0 = low noise (end of generation), S-1 = high noise (start)")
+# In a file of one stage: its number, how many there are, and the concept's identity.
+_STAGE, _OF, _CONCEPT = "prospect.stage", "prospect.stage_files", "prospect.concept"
 _LISTED = 8
 
 Source = str | Path | Sequence[str | Path]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Concept:
-    """What was learned of a picture: one vector for each stage of denoising (1 stage: Textual Inversion).
+    """What one method learned from a few images.
 
     Args:
-        vectors: (S, D), finite, of any floating dtype; kept as a float32 copy without gradient. Row 0 is for
-            low noise, the end of generation.
-        metadata: free text for the file, such as init_word, base_model, base_model_sha256 and step.
+        tensors: by name, finite; floating ones are kept as float32 copies without gradient. A single tensor (S, D)
+            is ProSpect's: one vector for each stage of denoising, row 0 for low noise, the end of generation; with
+            S = 1 it is a Textual Inversion.
+        metadata: free text for the file, such as init_word, base_model, base_model_fingerprint and step.
+        method: a name in `ldm.methods.METHODS`, which checks the tensors; omitted for a single tensor.
 
     Raises:
-        EmbeddingError: the vectors are not such a matrix.
+        EmbeddingError: an unknown method, or tensors that are not what the method learns.
     """
 
-    vectors: Tensor
-    metadata: dict[str, str] = field(default_factory=dict)
+    method: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
 
-    def __post_init__(self) -> None:
-        shape, dtype = tuple(self.vectors.shape), self.vectors.dtype
-        if len(shape) != 2 or 0 in shape or not dtype.is_floating_point:
-            raise EmbeddingError(f"an embedding has floats of shape (stages, width), not {dtype} of {shape}.")
-        vectors = self.vectors.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if not torch.isfinite(vectors).all():
-            raise EmbeddingError("the embedding has infinite or NaN values; learn it again, slower.")
-        object.__setattr__(self, "vectors", vectors)
+    def __init__(
+        self,
+        tensors: Tensor | Mapping[str, Tensor],
+        metadata: Mapping[str, object] | None = None,
+        method: str = "",
+    ) -> None:
+        if isinstance(tensors, Tensor):
+            method = method or ("textual-inversion" if tensors.shape[:1] == (1,) else "prospect")
+            tensors = {VECTORS: tensors}
+        if method not in METHODS:
+            known = ", ".join(METHODS)
+            raise EmbeddingError(f"it was learned by the method '{method}', which is unknown here; known: {known}.")
+        try:
+            METHODS[method](tensors)
+        except ValueError as error:
+            raise EmbeddingError(str(error)) from error
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "tensors", {name: _own(tensor) for name, tensor in tensors.items()})
+        object.__setattr__(self, "metadata", {key: str(value) for key, value in (metadata or {}).items()})
+
+    @property
+    def vectors(self) -> Tensor:
+        """(S, D): one vector for each stage.
+
+        Raises:
+            EmbeddingError: the method does not learn stage vectors.
+        """
+        if VECTORS not in self.tensors:
+            raise EmbeddingError(f"a concept of the method '{self.method}' has no stage vectors; use one that has.")
+        return self.tensors[VECTORS]
 
     @property
     def num_stages(self) -> int:
@@ -82,11 +107,19 @@ class Concept:
         """D."""
         return self.vectors.shape[1]
 
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits that tell concepts apart: the beginning of the SHA-256 of what was learned."""
+        digest = hashlib.sha256(self.method.encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def rows_for(self, num_stages: int) -> list[int]:
         """The row that each of `num_stages` stages reads: the one at the middle of that stage's timesteps."""
         return [matching_stage(s, num_stages, self.num_stages) for s in range(num_stages)]
 
-    def lerp(self, other: Concept, weight: float) -> Concept:
+    def lerp(self, other: Concept, weight: float, any_base: bool = False) -> Concept:
         """A concept between this one (weight 0) and another (weight 1), stage by stage.
 
         Directions are interpolated linearly and brought to the interpolated length, because a shorter vector is a
@@ -94,15 +127,17 @@ class Concept:
         the result has as many stages as the longer one.
 
         Raises:
-            EmbeddingError: different widths, or a weight outside 0..1.
+            EmbeddingError: different widths, a weight outside 0..1, or different base models without `any_base`.
         """
         if not 0 <= weight <= 1:
             raise EmbeddingError(f"the weight of the second concept must be in 0..1, not {weight}.")
         if self.width != other.width:
             raise EmbeddingError(
                 f"concepts of width {self.width} and {other.width} cannot be mixed: they were learned for "
-                f"different base models ({_base_of(self)} and {_base_of(other)})."
+                f"different base models, {describe_base(self.metadata)} and {describe_base(other.metadata)}."
             )
+        if not any_base:
+            refuse_mixed_bases({"the first": self, "the second": other})
         stages = max(self.num_stages, other.num_stages)
         first, second = (concept.vectors[concept.rows_for(stages)] for concept in (self, other))
         mixed = (1 - weight) * first + weight * second
@@ -112,31 +147,50 @@ class Concept:
         return Concept(mixed, dict(sorted(shared)))
 
 
-def _base_of(concept: Concept) -> str:
-    return concept.metadata.get("base_model", "unknown")
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous copy without gradient, float32 if it is floating."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    own = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if own.is_floating_point() and not torch.isfinite(own).all():
+        raise EmbeddingError("the embedding has infinite or NaN values; learn it again, slower.")
+    return own
+
+
+def refuse_mixed_bases(concepts: Mapping[str, Concept]) -> None:
+    """Raise `EmbeddingError` if two of the named concepts are known to be of different base models."""
+    (first, one), *others = concepts.items()
+    for name, other in others:
+        if same_base(one.metadata, other.metadata) is False:
+            raise EmbeddingError(
+                f"the concepts were learned for different base models: {first} for {describe_base(one.metadata)}, "
+                f"{name} for {describe_base(other.metadata)}; use concepts of one, or --any_base for relatives."
+            )
 
 
 def save_concept(concept: Concept, path: str | Path, placeholder: str = "*") -> None:
-    """Write {placeholder: (S, D)} as safetensors; readers see the old file or the whole new one.
+    """Write a concept as safetensors; readers see the old file or the whole new one.
 
-    The concept's metadata goes along, but does not replace what describes the format.
+    Stage vectors are the tensor {placeholder: (S, D)}, those of other methods have their own names. The concept's
+    metadata goes along, but does not replace what describes the format.
     """
     metadata = _describe(concept) | {"placeholder": placeholder}
-    save_state_dict({placeholder: concept.vectors.cpu()}, path, metadata)
+    tensors = {placeholder: concept.vectors} if VECTORS in concept.tensors else concept.tensors
+    save_state_dict({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata)
 
 
-def save_new_concept(concept: Concept, path: str | Path, placeholder: str = "*", force: bool = False) -> None:
-    """`save_concept` for a path that a user gave.
+def save_new_concept(
+    concept: Concept,
+    path: str | Path,
+    placeholder: str = "*",
+    force: bool = False,
+    inputs: Sequence[str | Path] = (),
+) -> None:
+    """`save_concept` for a path that a user gave; see `check_new_file` for what is refused.
 
     Raises:
-        EmbeddingError: not a .safetensors file, or there already without `force`.
-        ValueError: a placeholder that cannot be used.
+        ValueError: the file or the placeholder cannot be used.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise EmbeddingError(f"'{path}': the file to write must end in .safetensors.")
-    if path.is_dir() or (path.exists() and not force):
-        raise EmbeddingError(f"'{path}' is there already; name another file, or say --force.")
+    path = check_new_file(path, force, inputs)
     check_placeholder(placeholder)
     with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,13 +200,17 @@ def save_new_concept(concept: Concept, path: str | Path, placeholder: str = "*",
 def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:
     """Write `name-0.safetensors`, …: a file {name-k: (D,)} for each stage, as other programs read embeddings.
 
-    Each also carries the concept's metadata, so that `load_concept` gives back the concept that it was.
+    Each also carries the concept's metadata, so that `load_concept` gives back the concept that it was, and its
+    identity, so that files of two concepts are never taken for one.
+
+    Raises:
+        WriteError: no room or no right; the folder is as it was.
     """
-    paths = stage_paths(concept, folder, name)
-    for stage, path in enumerate(paths):
-        metadata = {"placeholder": "*"} | _describe(concept) | {_STAGE: str(stage), _OF: str(concept.num_stages)}
-        save_state_dict({path.stem: concept.vectors[stage].cpu()}, path, metadata)
-    return paths
+    shared = {"placeholder": "*"} | _describe(concept) | {_OF: str(concept.num_stages), _CONCEPT: concept.identity}
+    with replacing_set(folder) as staging:
+        for stage, path in enumerate(stage_paths(concept, staging, name)):
+            save_state_dict({path.stem: concept.vectors[stage].cpu()}, path, shared | {_STAGE: str(stage)})
+    return stage_paths(concept, folder, name)
 
 
 def stage_paths(concept: Concept, folder: str | Path, name: str) -> list[Path]:
@@ -161,21 +219,20 @@ def stage_paths(concept: Concept, folder: str | Path, name: str) -> list[Path]:
 
 
 def _describe(concept: Concept) -> dict[str, str]:
-    return {key: str(value) for key, value in concept.metadata.items()} | {
-        "format": "pt",
-        "prospect.version": _VERSION,
-        STAGES: str(concept.num_stages),
-        **dict([_TIMESTEPS, _ORDER]),
-    }
+    of_method = {_METHOD: concept.method}
+    if VECTORS in concept.tensors:
+        of_method = {_STAGES: str(concept.num_stages), **dict([_TIMESTEPS, _ORDER])}
+    return concept.metadata | {"format": "pt", _VERSION_KEY: _VERSION} | of_method
 
 
 def load_concept(source: Source, key: str | None = None, rows_are_stages: bool = False) -> Concept:
-    """Read an embedding of any known kind, told apart by its content; no code of a file is run.
+    """Read a concept of any known kind, told apart by its content; no code of a file is run.
 
-    * this program's: (S, D) with metadata;
+    * this program's, of every method in `ldm.methods.METHODS`;
     * the reference's `.pt`, a pickled generator block: evaluated without dropout. (The reference samples with
       its dropout on when the file was saved during training.)
-    * Textual Inversion of one vector, S = 1: diffusers (`.safetensors`, `.bin`), A1111 and rinongal (`.pt`);
+    * Textual Inversion of one vector, S = 1: diffusers (`.safetensors`, `.bin`), A1111 and rinongal (`.pt`), and
+      A1111's images with an embedding in them;
     * S files of one vector each (`name-0.safetensors`, …): a list of them, their folder, or any one of those
       that this program wrote.
 
@@ -189,47 +246,51 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
 
     Raises:
         EmbeddingError: a file is missing, damaged or of another kind, names code, holds several embeddings or
-            vectors for consecutive tokens, or is for Stable Diffusion XL; stages are missing, or do not belong
-            together.
+            vectors for consecutive tokens, is for Stable Diffusion XL or of an unknown method; stages are missing,
+            or do not belong together.
     """
     listed = [source] if isinstance(source, (str, Path)) else source
     if not isinstance(listed, Sequence) or not all(isinstance(path, (str, Path)) for path in listed):
-        raise EmbeddingError(f"a concept is read from a file's path, or a list of such, not from {source!r}.")
+        raise EmbeddingError(
+            f"a concept is read from a file's path, or a list of such, not from {type(source).__name__}."
+        )
     if not listed:
         raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
+    paths = [Path(path).expanduser() for path in listed]
     if listed is source:
-        paths = [Path(path) for path in source]
         return _join(paths[0].parent, in_order(paths))
-    path = Path(source)
-    with naming(path):
-        refuse_run(path)
+    (path,) = paths
+    refuse_run(path)
     if path.is_dir():
         return _join(path, series(path, key))
-    vectors, metadata = _read_file(path, key, rows_are_stages)
-    if _STAGE in metadata:
-        return _join(path.parent, series(path.parent, series_of(path)))
-    with naming(path):
-        return Concept(vectors, metadata)
+    concept = _read(path, key, rows_are_stages)
+    return _join(path.parent, series(path.parent, series_of(path))) if _STAGE in concept.metadata else concept
 
 
-def _read_file(path: Path, key: str | None, rows_are_stages: bool = False) -> tuple[Tensor, dict[str, str]]:
-    """The vectors (n, D) of one file, and its metadata."""
+def _read(path: Path, key: str | None = None, rows_are_stages: bool = False) -> Concept:
+    """The concept in one file, which may be one stage of a whole."""
+    content, metadata = read_embeddings(path)
     with naming(path):
-        tensors, metadata = read_embeddings(path)
-        vectors = tensors[_choose(list(tensors), key)]
-        if not is_plain(vectors) or vectors.ndim not in (1, 2):
-            found = f"{vectors.dtype} of shape {tuple(vectors.shape)}"
-            raise EmbeddingError(f"this is no embedding but {found}; use a file with vectors of one width.")
-        vectors = torch.atleast_2d(vectors)
-        _check_stages(len(vectors), metadata, rows_are_stages)
-        return vectors, metadata
+        if metadata.get(_VERSION_KEY, _VERSION) != _VERSION:
+            version = metadata[_VERSION_KEY]
+            raise EmbeddingError(f"the file has format version {version}, not {_VERSION}; update this program.")
+        if isinstance(content, PickledBlock):
+            vectors = generate_vectors(*content)
+            return Concept(vectors, {_STAGES: str(len(vectors))})
+        if metadata.get(_METHOD, "prospect") not in ("prospect", "textual-inversion"):
+            return Concept(content, metadata, metadata[_METHOD])
+        vectors = content[_choose(list(content), key)]
+        vectors = vectors.unsqueeze(0) if vectors.ndim == 1 else vectors
+        concept = Concept(vectors, metadata)
+        _check_stages(concept.num_stages, metadata, rows_are_stages)
+        return concept
 
 
 def _choose(names: list[str], key: str | None) -> str:
     if {"clip_l", "clip_g"} <= set(names):
         raise EmbeddingError("it is for Stable Diffusion XL (clip_l and clip_g); use one for version 1.")
     if key in names:
-        return key
+        return str(key)
     if not names:
         raise EmbeddingError("the file holds no embedding; use one that does.")
     if len(names) > 1:
@@ -242,11 +303,7 @@ def _choose(names: list[str], key: str | None) -> str:
 
 
 def _check_stages(rows: int, metadata: Mapping[str, str], rows_are_stages: bool) -> None:
-    version, stages = metadata.get("prospect.version", _VERSION), metadata.get(STAGES)
-    if version != _VERSION:
-        raise EmbeddingError(f"the file has format version {version}, not {_VERSION}; update this program.")
-    if _STAGE in metadata:
-        stages = "1"
+    stages = "1" if _STAGE in metadata else metadata.get(_STAGES)
     if stages is None and rows != 1 and not rows_are_stages:
         raise EmbeddingError(
             f"its {rows} vectors are for {rows} consecutive tokens of a prompt, not for {rows} stages of "
@@ -265,22 +322,29 @@ def _check_stages(rows: int, metadata: Mapping[str, str], rows_are_stages: bool)
 
 def _join(folder: Path, paths: Sequence[Path]) -> Concept:
     """One concept from a file for each stage, the END of generation first."""
-    parts = [_read_file(path, None) for path in paths]
-    for path, (vectors, metadata) in zip(paths, parts, strict=True):
+    parts = [_read(path) for path in paths]
+    width = parts[0].width
+    for path, part in zip(paths, parts, strict=True):
         with naming(path):
-            if len(vectors) != 1 or (STAGES in metadata and _STAGE not in metadata):
+            if part.num_stages != 1 or (_STAGES in part.metadata and _STAGE not in part.metadata):
                 raise EmbeddingError("this holds all stages of a concept, not one of them; give it alone.")
-            if vectors.shape[1] != parts[0][0].shape[1]:
-                widths = f"{vectors.shape[1]}, not {parts[0][0].shape[1]} as '{paths[0].name}'"
+            if part.width != width:
+                widths = f"{part.width}, not {width} as '{paths[0].name}'"
                 raise EmbeddingError(f"its width is {widths}; give the stages of one concept.")
-    origins = [{k: v for k, v in metadata.items() if k not in (_STAGE, _OF)} for _, metadata in parts]
+    origins = [_origin(part) for part in parts]
     with naming(folder):
         if any(origin != origins[0] for origin in origins):
             raise EmbeddingError("the stage files were exported from different concepts; give those of one.")
-        numbers = [metadata.get(_STAGE) for _, metadata in parts]
-        count = parts[0][1].get(_OF, str(len(parts)))
+        numbers = [part.metadata.get(_STAGE) for part in parts]
+        count = parts[0].metadata.get(_OF, str(len(parts)))
         if numbers[0] is not None and (numbers != [str(k) for k in range(len(parts))] or count != str(len(parts))):
             raise EmbeddingError(
                 f"of {count} stage files those of stages {', '.join(map(str, numbers))} are here; give all, each once."
             )
-        return Concept(torch.cat([vectors for vectors, _ in parts]), origins[0])
+    origins[0].pop(_CONCEPT, None)
+    return Concept(torch.cat([part.vectors for part in parts]), origins[0])
+
+
+def _origin(part: Concept) -> dict[str, str]:
+    """What the files of all stages of a concept say alike."""
+    return {key: value for key, value in part.metadata.items() if key not in (_STAGE, _OF)}

@@ -23,7 +23,6 @@ from ldm.conditioning.prompts import check_negative_prompt, warn_of_unused
 from ldm.config import check_generates, instantiate_from_config, load_config
 from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.files.records import PNG_KEY, read_parameters, save_picture
-from ldm.memory import check_generating
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.sampling import Callback, draw_noise, seeded_generators
 from ldm.native import native
@@ -175,7 +174,6 @@ def main(
         "resize": resize,
     }
     check_arguments(model, **settings)
-    check_generating(model, model.device, height=height, width=width, n_samples=n_samples, n_iter=n_iter)
     with _LOADING:  # what is read here stays as it is, whatever another thread loads meanwhile
         if concepts:
             if model.embedding_manager is None:

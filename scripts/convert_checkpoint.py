@@ -11,6 +11,7 @@ import torch
 
 from ldm.checkpoint import file_hash, identify, read_state_dict, save_state_dict
 from ldm.cli.flags import Parser
+from ldm.files.writing import check_new_file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,13 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite the target")
     parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     options = parser.parse_strictly(argv)
-    if options.target.suffix != ".safetensors":
-        parser.error(f"the target must end in .safetensors, not '{options.target.suffix}'")
-    if options.target.resolve() == options.source.resolve():
-        parser.error(f"'{options.target}' is the source; name another file")
-    if options.target.exists() and not options.force:
-        parser.error(f"'{options.target}' is there already; say --force to overwrite it, or name another file")
     with parser.sentences(options.debug):
+        check_new_file(options.target, options.force, inputs=[options.source])
         state = read_state_dict(options.source, torch.float16 if options.half else None)
         metadata = {"source": options.source.name, "source_sha256": file_hash(options.source)}
         save_state_dict(state, options.target, metadata)

@@ -17,11 +17,11 @@ def main() -> None:
     summary, _, examples = __doc__.partition("\n")
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=summary, epilog="examples:\n" + examples.strip("\n"), formatter_class=raw)
-    help_source = "a file, the folder of the stage files, or these files, the END of generation first"
+    help_source = "a file, the folder of the stage files, or these files, the end of sampling (low noise) first"
     parser.add_argument("source", nargs="+", type=Path, help=help_source)
     add_flag(parser, "--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     add_flag(parser, "--key", metavar="NAME", help="which embedding, where there are several")
-    help_rows = "the vectors of a file are stages, the END of generation first, and not consecutive tokens"
+    help_rows = "the vectors of a file are stages, the end of sampling first, and not consecutive tokens"
     add_flag(parser, "--rows_are_stages", action="store_true", help=help_rows)
     add_flag(parser, "--placeholder", default="*", metavar="TEXT", help="what it is called in prompts ('*')")
     add_flag(parser, "--force", action="store_true", help="overwrite the file if it is there")
@@ -31,7 +31,7 @@ def main() -> None:
 
         source = options.source[0] if len(options.source) == 1 else options.source
         concept = load_concept(source, options.key, options.rows_are_stages)
-        save_new_concept(concept, options.out, options.placeholder, options.force)
+        save_new_concept(concept, options.out, options.placeholder, options.force, options.source)
     print(f"{options.out}: {concept.num_stages} stages of width {concept.width}")
 
 

@@ -1,13 +1,12 @@
 """Write random weights in the layout of the public Stable Diffusion v1.4 file, for tests and timings.
 
-python scripts/make_random_sd_v1.py --out sd-v1-4.ckpt --dtype float16
+python scripts/make_random_sd_v1.py --out random-sd-v1.ckpt --dtype float16
 
 The .ckpt is pickled as the public file is, with Lightning's ModelCheckpoint class beside the weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
+from ldm.cli.flags import Parser
+from ldm.files.writing import check_new_file, replacing
 from ldm.models.diffusion.schedule import make_betas, schedule_buffers
 
 LAYOUT = Path(__file__).resolve().parents[1] / "tests" / "golden" / "sd_v1_state_dict.json"
@@ -44,25 +45,30 @@ def random_weights(layout: dict[str, dict], dtype: torch.dtype, seed: int = 0) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("sd-v1-4.ckpt"))
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="(random-sd-v1.ckpt, or .safetensors)")
+    parser.add_argument("--force", action="store_true", help="overwrite the file if it is there")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--format", choices=("ckpt", "safetensors"), default="ckpt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layout", type=Path, default=LAYOUT, help="JSON with the keys, shapes and kinds")
-    options = parser.parse_args(argv)
+    options = parser.parse_strictly(argv)
+    out = options.out or Path(f"random-sd-v1.{options.format}")
+    with parser.sentences():
+        check_new_file(out, options.force, suffix=f".{options.format}")
 
     layout = json.loads(options.layout.read_text())["state_dict"]
     state = random_weights(layout, getattr(torch, options.dtype), options.seed)
     if options.format == "safetensors":
-        save_state_dict(state, options.out)
+        save_state_dict(state, out)
     else:
         from pytorch_lightning.callbacks.model_checkpoint import ModelCheckpoint
 
         callback = {"monitor": "val/loss_simple_ema", "best_model_score": torch.tensor(0.0)}
         content = {"epoch": 0, "global_step": 470000, "pytorch-lightning_version": "1.4.2"}
-        torch.save({**content, "callbacks": {ModelCheckpoint: callback}, "state_dict": state}, options.out)
-    print(f"{options.out}: {len(state)} tensors, {options.out.stat().st_size / 1e9:.3f} GB")
+        with replacing(out) as temporary:
+            torch.save({**content, "callbacks": {ModelCheckpoint: callback}, "state_dict": state}, temporary)
+    print(f"{out}: {len(state)} tensors, {out.stat().st_size / 1e9:.3f} GB")
 
 
 if __name__ == "__main__":

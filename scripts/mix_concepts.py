@@ -20,16 +20,18 @@ def main() -> None:
     parser.add_argument("second", type=Path, help="the concept that weight 1 is")
     add_flag(parser, "--weight", type=float, default=0.5, metavar="X", help="of the second, 0 to 1 (0.5)")
     add_flag(parser, "--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    add_flag(parser, "--any_base", action="store_true", help="mix also concepts of different base models")
     add_flag(parser, "--force", action="store_true", help="overwrite the file if it is there")
     options = parser.parse_strictly()
     with parser.sentences():
         from ldm.embeddings import load_concept, save_new_concept
 
-        mixed = load_concept(options.first).lerp(load_concept(options.second), options.weight)
+        first, second = load_concept(options.first), load_concept(options.second)
+        mixed = first.lerp(second, options.weight, options.any_base)
         mixed.metadata["mixed"] = (
             f"{1 - options.weight:g} {options.first.name} + {options.weight:g} {options.second.name}"
         )
-        save_new_concept(mixed, options.out, force=options.force)
+        save_new_concept(mixed, options.out, force=options.force, inputs=[options.first, options.second])
     print(f"{options.out}: {mixed.num_stages} stages of width {mixed.width}")
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from ldm.checkpoint import read_state_dict, save_state_dict
+from ldm.checkpoint import save_state_dict
 from ldm.cli.flags import Parser
+from ldm.files.tensors import read_checkpoint
+from ldm.files.writing import check_new_file
 
 PARTS = ("model.", "first_stage_model.", "cond_stage_model.")
 CLASSIFIER = ("features.", "heads.")
@@ -29,18 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     arguments = parser.parse_strictly(argv)
-    if arguments.out.exists() and not arguments.force:
-        parser.error(f"'{arguments.out}' is there already; say --force to overwrite it, or name another file")
     with parser.sentences(arguments.debug):
         pack(arguments)
 
 
 def pack(arguments: argparse.Namespace) -> None:
+    check_new_file(arguments.out, arguments.force, inputs=[arguments.run])
     path = arguments.run / "checkpoints" / "last.ckpt"
-    read_state_dict(path)  # refuses a missing, damaged or foreign file with a sentence
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    saved = checkpoint.get("state_dict")
-    if "global_step" not in checkpoint or not any(key.startswith((PARTS[0], CLASSIFIER[0])) for key in saved or ()):
+    checkpoint = read_checkpoint(path, ["state_dict", "global_step"])
+    saved = checkpoint["state_dict"]
+    if not any(key.startswith((PARTS[0], CLASSIFIER[0])) for key in saved):
         raise ValueError(
             f"'{path}' holds no whole model; give the log folder of a run of configs/demo/diffusion.yaml or "
             "configs/demo/classifier.yaml."

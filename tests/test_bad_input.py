@@ -20,7 +20,7 @@ from bad_files import Cases, cases, refused, words
 import main
 from ldm.checkpoint import read_state_dict
 from ldm.cli import train as cli
-from ldm.data.personalized import PersonalizedBase, find_pictures
+from ldm.data.personalized import PersonalizedBase, find_images
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files.images import open_image
 from ldm.files.writing import WriteError
@@ -381,7 +381,7 @@ def unreadable(bad: Path, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.skipif(sys.platform != "linux", reason="gives up the rights of root as Linux knows them")
 def test_files_that_may_not_be_read(unreadable: Path) -> None:
     reads = {
-        "noise.png": (open_image, find_pictures, lambda path: PersonalizedBase(path.parent, size=64)),
+        "noise.png": (open_image, find_images, lambda path: PersonalizedBase(path.parent, size=64)),
         "good.safetensors": (load_concept,),
         "whole.safetensors": (read_state_dict,),
     }
@@ -389,7 +389,7 @@ def test_files_that_may_not_be_read(unreadable: Path) -> None:
         for read in readers:
             with pytest.raises(ValueError, match="be read.*Permission denied") as caught:
                 found = read(unreadable / name)
-                open_image(found[0])  # `find_pictures` leaves it in, so that it is not passed over
+                open_image(found[0])  # `find_images` leaves it in, so that it is not passed over
             assert "\n" not in str(caught.value)
 
 

@@ -9,7 +9,6 @@ import pickle
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from ldm.checkpoint import (
     save_state_dict,
 )
 from ldm.files.diffusers_layout import to_compvis
+from ldm.models.diffusion.schedule import make_betas, schedule_buffers
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUT = json.loads((ROOT / "tests" / "golden" / "sd_v1_state_dict.json").read_text())["state_dict"]
@@ -222,14 +222,6 @@ def test_safetensors_gives_the_same_tensors_under_any_name(tmp_path: Path, state
         assert same(read_state_dict(tmp_path / name), state)
 
 
-def test_recompressed_ckpt_is_not_mapped(tmp_path: Path, state: dict[str, Tensor]):
-    torch.save(state, tmp_path / "plain.ckpt")
-    with zipfile.ZipFile(tmp_path / "plain.ckpt") as old, zipfile.ZipFile(tmp_path / "small.ckpt", "w") as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry), zipfile.ZIP_DEFLATED)
-    assert same(read_state_dict(tmp_path / "small.ckpt"), state)
-
-
 def test_folder_of_older_libraries(tmp_path: Path, folder: Path, state: dict[str, Tensor]):
     """Pickled .bin files, the autoencoder's old attention names, `text_model.` and position_ids."""
     (tmp_path / "model_index.json").write_text("{}")
@@ -299,144 +291,17 @@ def test_numpy_scalars_beside_the_weights(tmp_path: Path):
     assert same(read_state_dict(tmp_path / "a.ckpt"), {"w": torch.ones(2)})
 
 
-class Malice:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
-@pytest.mark.parametrize("protocol", [None, 0, 2, 4], ids=lambda p: "zip" if p is None else f"pickle{p}")
-@pytest.mark.parametrize("builtin", [False, True])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, protocol: int | None, builtin: bool):
-    marker = tmp_path / "marker"
-
-    class Evaluate:
-        def __reduce__(self):
-            return eval, (f"open({str(marker)!r}, 'w')",)
-
-    content = {"state_dict": {"w": torch.ones(2)}, "callbacks": Evaluate() if builtin else Malice(marker)}
-    path = tmp_path / "evil.ckpt"
-    if protocol is None:
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content["callbacks"], protocol=protocol))
-    with pytest.raises(CheckpointError, match=re.escape(str(path))) as caught:
-        read_state_dict(path)
-    if protocol in (None, 2):
-        assert ("'eval'" if builtin else f"'{os.system.__module__}.system'") in str(caught.value)
-        assert ".safetensors" in str(caught.value)
-    assert not marker.exists()
-    pickle.loads(pickle.dumps(Malice(marker)))
-    assert marker.exists()  # the file would have run its code
-
-
-def test_whole_modules_are_refused_by_name(tmp_path: Path):
-    torch.save({"attention": nn.Linear(2, 2)}, tmp_path / "embeddings.pt")
-    with pytest.raises(CheckpointError, match=r"'torch\.nn\.modules\.linear\.Linear'"):
-        read_state_dict(tmp_path / "embeddings.pt")
-
-
-# --- files that are no checkpoints -------------------------------------------------------------------------------
-
-
-def written(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-def cut(path: Path, share: float = 0.6) -> Path:
-    return written(path, path.read_bytes()[: int(path.stat().st_size * share)])
-
-
-def bad_file(kind: str, folder: Path) -> Path:
-    tensors = {"w": torch.randn(100, 100)}
-    path = folder / ("model.safetensors" if "safetensors" in kind else "model.ckpt")
-    if kind == "truncated ckpt":
-        torch.save(tensors, path)
-        return cut(path)
-    if kind == "truncated old ckpt":
-        torch.save(tensors, path, _use_new_zipfile_serialization=False)
-        return cut(path)
-    if kind == "truncated safetensors":
-        save_file(tensors, path)
-        return cut(path)
-    if kind == "damaged safetensors":
-        return written(path, (1 << 40).to_bytes(8, "little") + b"{" + bytes(100))
-    if kind == "damaged zip directory":
-        torch.save(tensors, path)
-        return written(path, path.read_bytes().replace(b"PK\x01\x02", b"PK\x00\x00"))
-    if kind == "other zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("readme.txt", "hello")
-    if kind == "no tensors":
-        torch.save({"state_dict": {}}, path)
-    if kind == "empty dict":  # what the reference's training writes
-        torch.save({}, path)
-    if kind == "list":
-        torch.save([1, 2], path)
-    if kind == "missing, with a near name":
-        written(folder / "sd-v1-4.ckpt", b"x")
-        path = folder / "sd-v1.4.ckpt"
-    if kind == "missing, with others":
-        written(folder / "another.safetensors", b"x")
-        path = folder / "q"
-    if kind == "missing folder":
-        path = folder / "nowhere" / "model.ckpt"
-    if kind == "folder":
-        written(folder / "model.ckpt", b"x")
-        path = folder
-    if kind == "unreadable text":
-        written(path, "Zugriff nicht möglich".encode())
-    return path
-
-
-@pytest.mark.parametrize(
-    ("kind", "what"),
-    [
-        ("truncated ckpt", "cut off .*; download it again"),
-        ("truncated old ckpt", "damaged or incomplete"),
-        ("truncated safetensors", "damaged or incomplete .*; download it again"),
-        ("damaged safetensors", "damaged or incomplete"),
-        ("damaged zip directory", "damaged or incomplete .*; download it again"),
-        ("other zip", "damaged or incomplete"),
-        ("no tensors", "holds no tensors"),
-        ("empty dict", "holds no tensors"),
-        ("list", "holds no tensors"),
-        ("missing, with a near name", "did you mean '.*sd-v1-4.ckpt'"),
-        ("missing, with others", "another.safetensors"),
-        ("missing folder", "nor its folder"),
-        ("folder", r"without model_index.json; .*model\.ckpt"),
-        ("unreadable text", "unknown format"),
-    ],
-)
-def test_bad_files(tmp_path: Path, kind: str, what: str):
-    path = bad_file(kind, tmp_path)
-    with pytest.raises(CheckpointError, match=what) as caught:
-        read_state_dict(path)
-    assert_one_sentence(caught.value, path)
-
-
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [
-        (b"", "is empty; download it again"),
-        (b"not a model\n", "is a text file; use a .ckpt"),
-        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page, perhaps of a login; log in"),
-        (b"<HTML>Sign in</HTML>", "is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 4\n", "git-lfs pointer .*git lfs pull"),
-        (bytes(range(200, 240)) + bytes(100), "of an unknown format"),
-        (b"\x80\x02garbage", "holds more than|damaged"),
-        (b"\x80\x02}q\x00.", "damaged|holds more than"),
-    ],
-)
-@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
-def test_bad_contents(tmp_path: Path, name: str, content: bytes, what: str):
-    path = written(tmp_path / name, content)
-    with pytest.raises(CheckpointError, match=what) as caught:
-        read_state_dict(path)
-    assert_one_sentence(caught.value, path)
+def test_levels_of_other_programs(tmp_path: Path, state: dict[str, Tensor]):
+    """DistributedDataParallel, torch.compile and transformers 5 write other names of the same tensors."""
+    names = {
+        "parallel": lambda key: f"module.{key}",
+        "compiled": lambda key: key.replace(".diffusion_model.", ".diffusion_model._orig_mod."),
+        "both": lambda key: f"module._orig_mod.{key}",
+        "transformers": lambda key: key.replace("transformer.text_model.", "transformer."),
+    }
+    for rename in names.values():
+        torch.save({"state_dict": {rename(key): tensor for key, tensor in state.items()}}, tmp_path / "a.ckpt")
+        assert same(read_state_dict(tmp_path / "a.ckpt"), state)
 
 
 def assert_one_sentence(error: CheckpointError, path: Path) -> None:
@@ -487,31 +352,25 @@ def test_load_weights_from_half_keeps_the_models_dtype(state: dict[str, Tensor])
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_load_weights_into_a_meta_model(tmp_path: Path, state: dict[str, Tensor], name: str, dtype: torch.dtype | None):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("portion", [2**28, 1000])
+def test_load_weights_into_a_meta_model(
+    tmp_path: Path, state: dict[str, Tensor], name: str, dtype: torch.dtype, portion: int, monkeypatch
+):
+    monkeypatch.setattr("ldm.checkpoint._PORTION", portion)
     path = tmp_path / name
     torch.save(state, path) if path.suffix == ".ckpt" else save_state_dict(state, path)
     with torch.device("meta"):
         model = TinyModel(state)
     read = read_state_dict(path, dtype)
     load_weights(model, read, path)
-    expected = {key: tensor.to(dtype or torch.float32) for key, tensor in state.items()}
-    assert same(read, expected)  # letting go of the file's pages must not change what was read
-    del read
+    expected = {key: tensor.to(dtype) for key, tensor in state.items()}
+    assert same(read, expected)
     path.write_bytes(bytes(path.stat().st_size))  # the model does not depend on the file any more
     own = dict(model.named_parameters())
     assert all(own[key].dtype == expected[key].dtype and torch.equal(own[key], expected[key]) for key in state)
     assert not any(own[key].requires_grad for key in state)
     assert own["embedding_manager.initial_embeddings"].is_meta
-
-
-def test_edited_tensors_survive_loading(tmp_path: Path):
-    save_state_dict({"w": torch.zeros(1 << 16), "v": torch.zeros(1)}, tmp_path / "a.safetensors")
-    read = read_state_dict(tmp_path / "a.safetensors")
-    read["w"].fill_(3.0)
-    load_weights(model := TinyModel(read), read, "a")
-    assert model.w.eq(3).all()
-    assert read["w"].eq(3).all()
 
 
 def test_load_weights_in_inference_mode(tmp_path: Path, state: dict[str, Tensor]):
@@ -533,7 +392,7 @@ def test_harmless_extras_are_ignored_silently(state: dict[str, Tensor], caplog: 
         "loss.logvar",
         "first_stage_model.loss.discriminator.main.0.weight",
     ]
-    assert len(SCHEDULE_BUFFERS) == 12
+    assert schedule_buffers(make_betas(0.00085, 0.012)).keys() == SCHEDULE_BUFFERS
     with caplog.at_level(logging.INFO):
         load_weights(TinyModel(state), {**state, **dict.fromkeys(extras, torch.zeros(3))}, "x.ckpt")
     assert [record.getMessage() for record in caplog.records] == [f"x.ckpt: {len(state)} tensors loaded"]
@@ -642,33 +501,22 @@ def test_save_is_atomic_and_carries_metadata(tmp_path: Path, monkeypatch: pytest
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
     (tmp_path / "plain").unlink()
 
-    def fail(tensors: object, filename: Path, metadata: object) -> None:
-        filename.write_bytes(b"half a file")
-        raise OSError("disk full")
-
     before = path.read_bytes()
-    monkeypatch.setattr("ldm.checkpoint.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("ldm.files.writing.os.replace", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
         save_state_dict({"a": torch.zeros(2)}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_file_hash(tmp_path: Path, folder: Path):
-    path = written(tmp_path / "a.bin", b"abc" * 1_000_000)
-    assert file_hash(path) == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
-    files = ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"]
-    content = b"".join((folder / f"{file}.safetensors").read_bytes() for file in files)
-    assert file_hash(folder) == hashlib.sha256(content).hexdigest()
-    with pytest.raises(CheckpointError, match="did you mean"):
-        file_hash(tmp_path / "b.bin")
 
 
 MEASURE = """
 import gc, json, sys
 from pathlib import Path
 import torch
+from ldm import checkpoint
 from ldm.checkpoint import load_weights, read_state_dict
+
+checkpoint._PORTION = 2**25
 
 def resident(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
@@ -693,14 +541,11 @@ def load(dtype):
 
 peaks = {}
 for path in sys.argv[1:]:
-    state = read_state_dict(path)
-    load_weights(meta_model(state), state, path)  # imports and the like
-    del state
+    load(torch.float16)  # imports and the like
     peaks[path] = {
         "open": measure(lambda: read_state_dict(path)),
-        "half": measure(lambda: read_state_dict(path, torch.float16)),
-        "model": measure(lambda: load(None)),
-        "half model": measure(lambda: load(torch.float16)),
+        "float32": measure(lambda: load(torch.float32)),
+        "float16": measure(lambda: load(torch.float16)),
     }
 print(json.dumps(peaks))
 """
@@ -709,15 +554,14 @@ print(json.dumps(peaks))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's memory accounts")
 def test_peak_memory(tmp_path: Path):
     """Resident memory above the process's own, mapped pages counted, in file sizes (288 MB)."""
-    weights = {f"w{i}": torch.full((1024, 1024, 6), float(i)) for i in range(12)}
+    weights = {f"w{i}": torch.full((1024, 1024), float(i)) for i in range(72)}
     torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
     save_state_dict(weights, tmp_path / "a.safetensors")
     del weights
     for name, peak in json.loads(run_python(MEASURE, *sorted(tmp_path.iterdir()))).items():
-        assert peak["open"] < 0.05, (name, peak)
-        assert 0.45 < peak["half"] < 0.7, (name, peak)
-        assert 0.95 < peak["model"] < 1.2, (name, peak)
-        assert 0.45 < peak["half model"] < 0.7, (name, peak)
+        assert peak["open"] < 0.6, (name, peak)  # the system may map 2 MB around each byte that is looked at
+        assert 0.95 < peak["float32"] < 1.2, (name, peak)
+        assert 0.45 < peak["float16"] < 0.7, (name, peak)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -731,8 +575,22 @@ def test_convert_script(tmp_path: Path, folder: Path, state: dict[str, Tensor], 
         assert same(load_file(target), expected)
         with safe_open(target, framework="pt") as file:
             assert file.metadata()["source_sha256"] == file_hash(source)
-    with pytest.raises(SystemExit, match="2"):
-        script.main([str(tmp_path / "b" / "a.ckpt"), str(target)])
+    assert file_hash(tmp_path / "a.ckpt") == hashlib.sha256((tmp_path / "a.ckpt").read_bytes()).hexdigest()
+    for source, target in (("b/a.ckpt", "c.safetensors"), ("a.ckpt", "a.safetensors"), ("a.ckpt", "a.ckpt")):
+        with pytest.raises(SystemExit, match="2"):
+            script.main([str(tmp_path / source), str(tmp_path / target)])
+
+
+def test_random_weights_are_not_taken_for_the_public_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = load_script("make_random_sd_v1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "layout.json").write_text(json.dumps({"state_dict": {"w.bias": {"shape": [2], "kind": "param"}}}))
+    for kind in ("ckpt", "safetensors"):
+        script.main(["--layout", "layout.json", "--format", kind])
+        assert same(read_state_dict(tmp_path / f"random-sd-v1.{kind}"), {"w.bias": torch.zeros(2)})
+        with pytest.raises(SystemExit, match="2"):
+            script.main(["--layout", "layout.json", "--format", kind])
+        script.main(["--layout", "layout.json", "--format", kind, "--force"])
 
 
 def test_random_weights_are_sane_and_repeatable():

@@ -17,6 +17,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from bad_files import CONFIG, MODEL, ROOT, STAR
 from safetensors.torch import save_file
 
 import main
-from ldm.checkpoint import CheckpointError, file_hash, read_state_dict
+from ldm.checkpoint import CheckpointError, read_state_dict
 from ldm.cli import sample as commands
 from ldm.config import ConfigError, instantiate_from_config, load_config
 from ldm.embeddings import EmbeddingError, load_concept
@@ -194,6 +195,32 @@ def test_a_pickle_in_a_storage_is_only_numbers(marker: Path, tmp_path: Path) -> 
     assert not marker.exists()
 
 
+def test_code_under_the_names_of_modules_becomes_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of modules are let in, so that real and importable functions hide behind some of them here."""
+    marker = tmp_path / "marker"
+    evil = types.ModuleType("ldm.evil")
+    evil.touch = lambda *args: marker.touch()
+    monkeypatch.setitem(sys.modules, "ldm.evil", evil)
+    importlib.import_module("ldm.evil").touch()
+    assert marker.exists()
+    marker.unlink()
+    argument = b"X" + len(f"touch {marker}").to_bytes(4, "little") + f"touch {marker}".encode()
+    for name in (b"ldm.evil\ntouch", b"ldm.util\nos.system", b"torch.nn.modules.module\ntorch.os.system"):
+        called = b"c" + name + b"\n(" + argument + b"tR"
+        for code in (
+            called,  # the call alone
+            b"}X\x09\x00\x00\x00attention" + called + b"s",  # as the generator
+            b"}X\x0f\x00\x00\x00string_to_param" + called + b"s",
+            b"c" + name + b"\n)\x81" + called + b"b",  # as the state of a module
+        ):
+            (tmp_path / "e.pt").write_bytes(zipped(b"\x80\x02" + code + b"."))
+            for read in (read_state_dict, load_concept):
+                with pytest.raises(ValueError, match=r"e\.pt'") as caught:
+                    read(tmp_path / "e.pt")
+                assert "damaged" not in str(caught.value), "the pickle is sound, so something else must refuse it"
+    assert not marker.exists()
+
+
 def test_the_commands_refuse_them_too(marker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "evil.ckpt", tmp_path / "out"
     path.write_bytes(zipped(PICKLES["os.system"](marker)))
@@ -223,20 +250,9 @@ def test_a_run_with_a_hostile_checkpoint_is_not_resumed(marker: Path, tmp_path: 
 # Sizes that are not true
 
 
-def doubled(levels: int) -> dict:
-    """A dict of dicts in which each level is twice in the next: 2^levels names in a few kilobytes."""
-    tree: dict = {"w": torch.ones(2)}
-    for _ in range(levels):
-        tree = {"a": tree, "b": tree}
-    return tree
-
-
 BIG = b"\x80\x02cbuiltins\nbytearray\n(\x8a\x07" + (2**50).to_bytes(7, "little") + b"tR."
 SIZES: dict[str, bytes] = {
-    "repeated without end": saved_bytes({"w": torch.ones(1).expand(2**40)}),
     "more than the storage": saved_bytes({"w": torch.ones(4)}).replace(b"K\x04\x85", b"K\x7f\x85"),
-    "sparse": saved_bytes({"w": torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (2**40,))}),
-    "without a storage": saved_bytes({"w": torch.empty(2**40, device="meta")}),
     "a petabyte of nothing": zipped(BIG),
     "a petabyte before 1.6": legacy(BIG),
     "deep": zipped(b"\x80\x02" + b"}K\x00" * 50_000 + b"N" + b"s" * 50_000 + b"."),
@@ -254,27 +270,6 @@ def test_pathological_sizes(name: str, suffix: str, tmp_path: Path) -> None:
         with pytest.raises((CheckpointError, EmbeddingError)) as caught:
             read(path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-
-
-@pytest.mark.parametrize("levels", [18, 200])
-def test_dicts_that_double_are_read_once(levels: int, tmp_path: Path) -> None:
-    """Written out, the second would have more names than there are atoms in the sun."""
-    torch.save(doubled(levels), tmp_path / "a.ckpt")
-    assert len(read_state_dict(tmp_path / "a.ckpt")) == 1
-
-
-def test_a_zip_that_inflates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compressed by someone to a thousandth: refused where the whole would not fit into the memory."""
-    torch.save({"w": torch.zeros(2**22)}, tmp_path / "plain.ckpt")
-    path = tmp_path / "small.ckpt"
-    with zipfile.ZipFile(tmp_path / "plain.ckpt") as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
-    assert read_state_dict(path)["w"].shape == (2**22,)
-    monkeypatch.setattr("ldm.memory.free_memory", lambda device="cpu": 2**22)
-    for read in (read_state_dict, load_concept):
-        with pytest.raises(ValueError, match="16 MB of memory"):
-            read(path)
 
 
 def header(entries: object, data: bytes = bytes(16), length: int | None = None) -> bytes:
@@ -412,8 +407,3 @@ def test_what_a_message_quotes_cannot_steer_the_terminal(tmp_path: Path, capsys:
         commands.run("", argv=["--prompt", "*", "--concept", str(path)])
     err = capsys.readouterr().err
     assert err.endswith("\n") and err[:-1].isprintable() and "\\x1b[2J" in err
-
-
-def test_hashing_a_pickle_reads_bytes_only(marker: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.ckpt").write_bytes(PICKLES["os.system"](marker))
-    assert len(file_hash(tmp_path / "a.ckpt")) == 64 and not marker.exists()

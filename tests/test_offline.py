@@ -12,7 +12,6 @@ from bad_files import CONFIG, MODEL, ROOT
 from ldm.cli import sample as commands
 from ldm.config import load_config
 from ldm.generate import load_model_from_config
-from ldm.modules.encoders import modules
 from ldm.util import instantiate_from_config
 
 
@@ -51,16 +50,8 @@ def test_a_vocabulary_that_is_not_here_is_said_at_once(
     started = time.monotonic()
     with pytest.raises(OSError, match=r"is neither on this machine nor can it be fetched; put vocab\.json and"):
         encoder.tokenizer  # noqa: B018
-    assert time.monotonic() - started < 5  # the hub's client tries for half a minute
-    assert len(cut_off) == 1
-
-
-def test_a_proxy_is_not_passed_by(monkeypatch: pytest.MonkeyPatch, cut_off: list[str]) -> None:
-    assert not modules.reachable("https://example.org")
-    assert len(cut_off) == 1
-    monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
-    assert modules.reachable("https://example.org")
-    assert len(cut_off) == 1
+    assert time.monotonic() - started < 5  # transformers tries for minutes
+    assert cut_off
 
 
 def test_loading_asks_nobody(cut_off: list[str]) -> None:

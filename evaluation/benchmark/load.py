@@ -45,9 +45,9 @@ def child(name: str, size: str, checkpoint: str, dtype: str, device: str) -> dic
     if name == "ours":
         load_model_from_config(config, checkpoint, device=device, dtype=dtype)
     else:  # the reference: the whole file into memory, a model with random weights, a copy from one to the other
-        from ldm.files.weights import unpickle
+        from ldm.files.tensors import read_file
 
-        content = unpickle(Path(checkpoint), mapped=False)
+        content = read_file(Path(checkpoint), mapped=False).content
         state = content.get("state_dict", content)
         config.model.params.personalization_config = None
         model = instantiate_from_config(config.model)

@@ -147,11 +147,12 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
 
 def _native(concepts: Mapping[str, tuple[str, Concept]]) -> Native:
     """The size and guidance of the small model that ships, if the first concept was learned for it; else v1's."""
+    from ldm.checkpoint import base_model_of
     from ldm.config import load_config
-    from ldm.files.base_model import base_hash
+    from ldm.files.base_model import same_base
 
     _, first = next(iter(concepts.values()))
-    wanted, ckpt = first.metadata.get("base_model_sha256"), Path(MODEL_DEFAULTS["ckpt"])
-    if wanted and ckpt.is_file() and base_hash(ckpt) == wanted:
+    ckpt = Path(MODEL_DEFAULTS["ckpt"])
+    if ckpt.is_file() and same_base(first.metadata, base_model_of(ckpt)):
         return native(load_config(MODEL_DEFAULTS["config"]))
     return Native()

@@ -51,6 +51,7 @@ def run(description: str, editing: bool = False, argv: Sequence[str] | None = No
 
 
 def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
+    from ldm.checkpoint import base_model_of
     from ldm.config import allow_targets, check_generates, load_config
     from ldm.generate import Interrupted, load_model_from_config, main
 
@@ -64,11 +65,11 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     check_generates(config)
     outline = model_outline(config, setup["dtype"])
     if outline.embedding_manager is not None:
-        outline.embedding_manager.base_path = Path(setup["ckpt"])
+        outline.embedding_manager.base_model = base_model_of(setup["ckpt"])
     arguments, made_of = given_arguments(options, recorded, outline, setup["ckpt"])
     arguments |= native(config).filled(**{name: arguments.get(name) for name in Native._fields})
     check_writable(options.outdir, "--outdir")
-    _check(arguments, outline, editing, options.device)
+    _check(arguments, outline, editing)
     warn_of_changed_content(recorded, arguments.get("content_dir"))
     if outline.embedding_manager is not None:
         warn_of_changed_concepts(recorded, arguments.get("concepts") or {}, outline.embedding_manager.hashes)
@@ -104,7 +105,7 @@ def model_outline(config: DictConfig, dtype: str) -> LatentDiffusion:
     return model
 
 
-def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool, device: str | None) -> None:
+def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool) -> None:
     """Everything that can be wrong with the arguments of `main`, found without weights.
 
     Raises:
@@ -112,8 +113,6 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
     """
     from ldm.conditioning.prompts import check_negative_prompt, check_prompt, check_words
     from ldm.generate import SAMPLERS, check_arguments, main, open_content
-    from ldm.memory import check_generating
-    from ldm.util import pick_device
 
     content, concepts, words = (arguments.get(name) for name in ("content_dir", "concepts", "prospect_words"))
     if not editing and content is not None:
@@ -127,8 +126,6 @@ def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool
     checked = [name for name in inspect.signature(check_arguments).parameters if name != "model"]
     checked = {name: arguments.get(name, parameters[name].default) for name in checked}
     check_arguments(outline, **checked)
-    sizes = {name: checked[name] for name in ("height", "width", "n_samples", "n_iter")}
-    check_generating(outline, pick_device(device), **sizes)
     sampler = SAMPLERS[checked["sampler"]](outline)
     sampler.make_schedule(checked["ddim_steps"], ddim_eta=checked["ddim_eta"], verbose=False)
     if words is not None:

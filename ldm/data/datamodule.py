@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm.data.repeated import running
+from ldm.data.repeated import SizedDataset, running
 from ldm.util import instantiate_from_config
 
 
 class RunningSampler(Sampler[int]):
     """Running sample numbers of this process, from where the run stands to the end of the epoch.
 
-    Sample n of the run is the same picture with the same randomness whatever the epoch, the number of
+    Sample n of the run is the same image with the same randomness whatever the epoch, the number of
     processes or the number of interruptions. Global batch b holds the numbers b·W·B … (b+1)·W·B - 1 of W
     processes with B samples each; process r reads the r-th B of them.
 
@@ -55,7 +55,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     Data sets that do not take running sample numbers (they have no `num_pictures`) are `Repeated`.
 
-    Data sets that hold their pictures in memory (`in_memory = True`) are read in this process: worker processes
+    Data sets that hold their images in memory (`in_memory = True`) are read in this process: worker processes
     would only copy.
     """
 
@@ -76,17 +76,17 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         configs = {"train": train, "validation": validation, "test": test}
-        self.datasets: dict[str, Dataset] = {k: running(instantiate_from_config(c)) for k, c in configs.items() if c}
+        self.datasets: dict[str, SizedDataset] = {
+            k: running(instantiate_from_config(c)) for k, c in configs.items() if c
+        }
 
-    def _loader(self, split: str, sampler: Sampler[int] | None = None) -> DataLoader | list:
-        if split not in self.datasets:
-            return []
+    def _loader(self, split: str, sampler: Sampler[int] | None = None) -> DataLoader:
         dataset = self.datasets[split]
         workers = 0 if getattr(dataset, "in_memory", False) else self.num_workers
         # with workers a thread pins memory, which CUDA forbids while the training step is captured
         captures = workers > 0 and getattr(getattr(self.trainer, "lightning_module", None), "cuda_graph", False)
         return DataLoader(
-            dataset,
+            cast(Dataset, dataset),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=workers,
@@ -96,6 +96,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
+        assert trainer is not None
         sampler = RunningSampler(
             samples_per_epoch=len(self.datasets["train"]),
             batch_size=self.batch_size,
@@ -107,7 +108,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._loader("train", sampler)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._loader("validation")
+        return self._loader("validation") if "validation" in self.datasets else []
 
     def test_dataloader(self) -> DataLoader | list:
-        return self._loader("test")
+        return self._loader("test") if "test" in self.datasets else []

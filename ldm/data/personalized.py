@@ -1,4 +1,4 @@
-"""The user's few pictures of one concept, as training samples whose caption is the placeholder."""
+"""The user's few images of one concept, as training samples whose caption is the placeholder."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.files.images import bytes_to_tensor, check_fit, fit, is_picture, open_image
-from ldm.memory import check
+from ldm.files.images import bytes_to_tensor, check_fit, fit, is_heic_file, is_image_file, open_image
+from ldm.files.kinds import is_utf8
 
 logger = logging.getLogger(__name__)
 
 SETS = ("train", "validation", "val", "test")
-# Folders of up to this many pictures are read at once, so that a damaged file shows before a model is loaded.
+# Folders of up to this many images are read at once, so that a damaged file shows before a model is loaded.
 READ_AHEAD = 64
 CACHE_BYTES = 2**30
 LISTED = 10
-SQUASHED = 1.05  # sides that differ by more are told of
+SQUASHED = 1.05  # sides that differ by more are reported
 
 # Each random draw has its own number, so that no two of them ever share a stream.
 ORDER, FLIP = 1, 2
 
 
 class PersonalizedBase(Dataset):
-    """All pictures of a folder (or one picture file), in the order of their names.
+    """All images of a folder (or one image file), in the order of their names.
 
-    Samples are numbered on without end: sample n >= 0 belongs to epoch n // num_pictures, and an epoch shows
-    every picture once, in an order drawn from (seed, epoch). Whether sample n is mirrored is drawn from
+    Samples are numbered without end: sample n >= 0 belongs to epoch n // num_pictures, and an epoch shows
+    every image once, in an order drawn from (seed, epoch). Whether sample n is mirrored is drawn from
     (seed, n). There is no other state, so sample n is the same in every process and after every interruption.
 
     Args:
-        data_root: a folder with pictures, or one picture. Hidden files, sub-folders and what Pillow cannot
+        data_root: a folder with images, or one image. Hidden files, sub-folders and what Pillow cannot
             identify are skipped, with one logged line.
-        size: side of the square pictures in pixels; None leaves them as they are.
+        size: side of the square images in pixels; None leaves them as they are.
         repeats: number of epochs that make up the length of the training set.
         interpolation: linear, bilinear, bicubic or lanczos.
         flip_p: probability that a training sample is mirrored; samples of the other sets never are. Use 0 for
-            pictures with writing or a left and a right.
+            images with writing or a left and a right.
         set: "train", or "validation", "val", "test".
         placeholder_token: the caption of every sample.
         center_crop: the reference's way to say `resize="crop"`.
@@ -51,12 +51,12 @@ class PersonalizedBase(Dataset):
             there too the caption is always the placeholder.
 
     Attributes:
-        num_pictures: number of pictures.
+        num_pictures: number of images.
         paths: their files, in order.
         with_images: set to False, samples come without "image".
 
     Raises:
-        ValueError: there is no such folder, it holds no picture, a picture is damaged (`ImageError`), or a
+        ValueError: there is no such folder, it holds no image, an image is damaged (`ImageError`), or a
             setting is out of its range.
     """
 
@@ -87,8 +87,6 @@ class PersonalizedBase(Dataset):
         self.size, self.repeats, self.interpolation = size, repeats, interpolation
         self.resize = "crop" if center_crop else resize
         check_fit(*((1, 1) if size is None else (size, size)), self.resize, interpolation)
-        if size is not None:  # read, resized, and as a tensor
-            check(9.0 * size * size, "cpu", f"A picture of {size} x {size}", "a smaller size")
         self.is_training = set == "train"
         self.flip_p = flip_p if self.is_training else 0.0
         self.placeholder_token, self.seed = placeholder_token, seed
@@ -100,7 +98,7 @@ class PersonalizedBase(Dataset):
         }
         if names := ", ".join(name for name, is_set in unused.items() if is_set):
             logger.info("PersonalizedBase: accepted and not used: %s (a caption is the placeholder)", names)
-        self.paths = find_pictures(data_root)
+        self.paths = find_images(data_root)
         self.num_pictures = len(self.paths)
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
@@ -117,18 +115,18 @@ class PersonalizedBase(Dataset):
 
     @property
     def in_memory(self) -> bool:
-        """Whether all pictures have been read, so that worker processes would not help."""
+        """Whether all images have been read, so that worker processes would not help."""
         return self.num_pictures <= READ_AHEAD
 
     def picture(self, i: int, flipped: bool = False) -> Tensor:
-        """Picture i of `paths`, float32 (3, size, size) in [-1, 1], mirrored left to right where asked."""
+        """Image i of `paths`, float32 (3, size, size) in [-1, 1], mirrored left to right where asked."""
         if not 0 <= i < self.num_pictures:
-            raise IndexError(f"picture numbers run from 0 to {self.num_pictures - 1}, got {i}")
-        picture = bytes_to_tensor(self._bytes(i))
-        return picture.flip(-1) if flipped else picture
+            raise IndexError(f"image numbers run from 0 to {self.num_pictures - 1}, got {i}")
+        image = bytes_to_tensor(self._bytes(i))
+        return image.flip(-1) if flipped else image
 
     def _bytes(self, i: int) -> Tensor:
-        """Picture i as uint8 (3, H, W), from memory as far as there is room."""
+        """Image i as uint8 (3, H, W), from memory as far as there is room."""
         if i in self._cache:
             return self._cache[i]
         image = open_image(self.paths[i])
@@ -142,7 +140,7 @@ class PersonalizedBase(Dataset):
         return values
 
     def _tell_of_squashing(self, path: Path, size: tuple[int, int]) -> None:
-        """Log, once, that pictures lose their proportions."""
+        """Log, once, that images lose their proportions."""
         if self.resize == "squash" and max(size) > SQUASHED * min(size) and not self._told:
             self._told = True
             logger.warning(
@@ -151,7 +149,7 @@ class PersonalizedBase(Dataset):
             )  # fmt: skip
 
     def picture_number(self, n: int) -> int:
-        """The picture that sample n shows."""
+        """The image that sample n shows."""
         if n < 0:
             raise IndexError(f"sample number {n} is negative")
         epoch, place = divmod(n, self.num_pictures)
@@ -176,7 +174,7 @@ class PersonalizedBase(Dataset):
 
         Returns:
             image float32 (H, W, 3) in [-1, 1] (left out when `with_images` is False), caption, picture (its
-            number), flipped, sample (n).
+            image's number), flipped, sample (n).
         """
         i, flipped = self.picture_number(n), self.is_flipped(n)
         sample: dict[str, object] = {
@@ -190,32 +188,41 @@ class PersonalizedBase(Dataset):
         return sample
 
 
-def find_pictures(data_root: str | Path) -> list[Path]:
-    """The picture files of a folder by name, or the one picture that `data_root` is.
+def find_images(data_root: str | Path) -> list[Path]:
+    """List the image files of a folder by name, or the one image that `data_root` is.
 
     Raises:
-        ValueError: nothing is there, or no picture.
+        ValueError: nothing is there, no image, or the name is not UTF-8.
     """
     root = Path(data_root).expanduser()
+    if not is_utf8(root):
+        shown = str(root).encode(errors="replace").decode()
+        raise ValueError(f"The name of data_root '{shown}' is not UTF-8; rename the folder.")
     if root.is_file():
-        if not is_picture(root):
-            raise ValueError(
-                f"data_root '{root}' is a file, but no picture that Pillow can read; give a folder with "
-                "pictures, or one PNG or JPEG file."
-            )
-        return [root]
+        with open_image(root):
+            return [root]
     if not root.is_dir():
-        raise ValueError(f"There is no data_root '{root}'; give a folder with pictures (--data_root DIR).")
-    # By the name's text, so that the order is the same on every operating system.
-    entries = sorted(root.iterdir(), key=lambda path: path.name)
-    pictures = [p for p in entries if not p.name.startswith(".") and p.is_file() and is_picture(p)]
-    skipped = [p.name for p in entries if p not in pictures]
-    names = ", ".join(skipped[:LISTED])
-    if len(skipped) > LISTED:
-        names += f" and {len(skipped) - LISTED} more"
-    if not pictures:
-        found = f"only {names}" if skipped else "it is empty"
-        raise ValueError(f"There is no picture in data_root '{root}' ({found}); put PNG or JPEG files there.")
-    if skipped:
-        logger.warning("Skipped in '%s', as they are no pictures: %s", root, names)
-    return pictures
+        raise ValueError(f"There is no data_root '{root}'; give a folder with images (--data_root DIR).")
+    images: list[Path] = []
+    unread: list[str] = []
+    others: list[str] = []
+    for path in sorted(root.iterdir(), key=lambda path: path.name):  # the same order on every operating system
+        if path.name.startswith(".") or not path.is_file():
+            others.append(path.name)
+        elif is_image_file(path):
+            images.append(path)
+        else:
+            (unread if is_heic_file(path) else others).append(path.name)
+    if not images:
+        found = f"only {_listing(unread + others)}" if unread or others else "it is empty"
+        raise ValueError(f"There is no image in data_root '{root}' ({found}); put PNG or JPEG files there.")
+    if unread:
+        logger.warning("Skipped in '%s', save them as PNG or JPEG to use them: HEIC images %s", root, _listing(unread))
+    if others:
+        logger.warning("Skipped in '%s', as they are no images: %s", root, _listing(others))
+    return images
+
+
+def _listing(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
+
+
+class SizedDataset(Protocol):
+    """A data set with a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, n: int, /) -> Any: ...
 
 
 class Repeated(Dataset):
@@ -20,7 +28,7 @@ class Repeated(Dataset):
         ValueError: the data set has no length, or none of its samples is a mapping.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: SizedDataset) -> None:
         self.name = type(dataset).__name__
         if not hasattr(dataset, "__len__") or len(dataset) == 0:
             raise ValueError(f"{self.name} has no samples that can be counted; give it a length (__len__) above 0.")
@@ -38,16 +46,18 @@ class Repeated(Dataset):
         return {**sample, "sample": n}
 
 
-def running(dataset: Dataset) -> Dataset:
-    """A data set that takes running sample numbers; one that says its `num_pictures` does."""
+def running(dataset: SizedDataset) -> SizedDataset:
+    """Make a data set take running sample numbers; one that has `num_pictures` does so already."""
     return dataset if hasattr(dataset, "num_pictures") else Repeated(dataset)
 
 
-def picture_sides(dataset: Dataset, image_key: str = "image", caption_key: str = "caption") -> tuple[int, int] | None:
-    """Height and width of the pictures, as the data set says or its first sample shows; None where it does not say.
+def picture_sides(
+    dataset: SizedDataset, image_key: str = "image", caption_key: str = "caption"
+) -> tuple[int, int] | None:
+    """Height and width of the images, as the data set says or its first sample shows; None where it does not say.
 
     Raises:
-        ValueError: the first sample has no picture and caption to learn from.
+        ValueError: the first sample has no image and caption to learn from.
     """
     if not isinstance(dataset, Repeated):
         size = getattr(dataset, "size", getattr(dataset, "resolution", None))

@@ -110,7 +110,8 @@ def _origin(concept: Concept) -> str:
     parts += [f"learned in {known['step']} steps"] if "step" in known else []
     parts += [f"from the word “{_plain(known['init_word'])}”"] if known.get("init_word") else []
     if "base_model" in known:
-        digest = f" (SHA-256 `{_plain(known['base_model_sha256'])}`)" if "base_model_sha256" in known else ""
+        fingerprint = known.get("base_model_fingerprint")
+        digest = f" (fingerprint `{_plain(fingerprint)}`)" if fingerprint else ""
         parts.append(f"for the base model `{_plain(known['base_model'])}`{digest}")
     return ": " + ", ".join(parts) + "."
 

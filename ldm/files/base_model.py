@@ -1,77 +1,76 @@
-"""Which base model a concept belongs to: the SHA-256 of the file that the weights came from."""
+"""Which base model a concept belongs to."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
+import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from ldm.checkpoint import file_hash
+import torch
+from torch import Tensor
 
-REMEMBERED_FROM = 1 << 28  # bytes; smaller files are hashed in less than half a second
+from ldm.files.diffusers_layout import TEXT, UNET
 
+logger = logging.getLogger(__name__)
 
-def base_hash(path: str | Path) -> str:
-    """`file_hash` of a base model, which for a large file is remembered between runs (in the user's cache folder).
-
-    A file with another size or time of change is hashed again.
-
-    Raises:
-        CheckpointError: there is no such file.
-    """
-    path = Path(path).absolute()
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files if file.is_file())]
-    if sum(size for size, _ in stamps) < REMEMBERED_FROM:
-        return file_hash(path)
-    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prospect-ldm" / "sha256.json"
-    stamp = repr(stamps)
-    known = _read(store)
-    entry = known.get(str(path))
-    if isinstance(entry, list) and len(entry) == 2 and entry[0] == stamp:
-        return str(entry[1])
-    found = file_hash(path)
-    with contextlib.suppress(OSError):  # a home that cannot be written to only costs the time again
-        store.parent.mkdir(parents=True, exist_ok=True)
-        temporary = store.with_name(f".{store.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(_read(store) | {str(path): [stamp, found]}), encoding="utf-8")
-        os.replace(temporary, store)
-    return found
+NAME, FINGERPRINT = "base_model", "base_model_fingerprint"  # in the metadata of a concept
+_VALUES = 16
 
 
-def _read(store: Path) -> dict[str, object]:
-    try:
-        content = json.loads(store.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that identify a model: a hash of the first values of every weight.
 
-
-def refuse_other_base(metadata: Mapping[str, str], base: str | Path, concept: str) -> None:
-    """Say so where a concept was learned for another base model than the file or folder `base`.
-
-    A concept that does not say what it was learned for (another program's) fits all.
+    Of the U-Net and the text transformer, rounded to float16: float32 and float16 copies of a model, and its
+    files in different formats, have the same fingerprint. A model that is held in bfloat16 has another.
 
     Args:
-        metadata: the concept's; `base_model_sha256` decides, without it the name `base_model` does.
+        state: the model's state dict, with CompVis' key names.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(key for key in state if key.startswith((UNET, TEXT)) and state[key].is_floating_point()):
+        values = state[key].detach().flatten()[:_VALUES].to("cpu", torch.float16)
+        digest.update(key.encode() + str(tuple(state[key].shape)).encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def same_base(first: Mapping[str, str], second: Mapping[str, str]) -> bool | None:
+    """Whether two concepts, or a concept and a model, have one base model; None where that is not known.
+
+    Fingerprints decide where both have one, else the names of the files without their endings.
+    """
+    for key in (FINGERPRINT, NAME):
+        if first.get(key) and second.get(key):
+            one, other = first[key], second[key]
+            return one == other if key == FINGERPRINT else Path(one).stem == Path(other).stem
+    return None
+
+
+def describe_base(metadata: Mapping[str, str]) -> str:
+    """How a message calls a base model: its file's name, and its fingerprint where that is known."""
+    known = f" (fingerprint {metadata[FINGERPRINT]})" if metadata.get(FINGERPRINT) else ""
+    return f"'{metadata.get(NAME) or 'unknown'}'{known}"
+
+
+def refuse_other_base(metadata: Mapping[str, str], base: Mapping[str, str], concept: str) -> None:
+    """Say so where a concept was learned for another base model.
+
+    A concept that does not say what it was learned for (another program's) fits all. Where only the names of the
+    files could be compared, that is logged.
+
+    Args:
+        metadata: the concept's.
+        base: the model's, as `LatentDiffusion.base_model`.
         concept: how to call it.
 
     Raises:
         ValueError: it was, with both named.
     """
-    base = Path(base)
-    wanted, name = metadata.get("base_model_sha256"), metadata.get("base_model")
-    if not (wanted or name) or not base.exists():
-        return
-    found = base_hash(base) if wanted else None
-    if (wanted == found) if wanted else (name == base.name):
-        return
-    learned_for, is_now = f"'{name or 'unknown'}'", f"'{base.name}'"
-    if wanted:
-        learned_for, is_now = f"{learned_for} (SHA-256 {wanted[:10]}…)", f"{is_now} ({found[:10]}…)"
-    raise ValueError(
-        f"{concept} was learned for the base model {learned_for}, but this is {is_now}; use it with that model, or "
-        "say any_base=True (--any_base) where the two are relatives, such as a fine-tune or a half-precision copy."
-    )
+    same = same_base(metadata, base)
+    if same is False:
+        raise ValueError(
+            f"{concept} was learned for the base model {describe_base(metadata)}, but this is {describe_base(base)}; "
+            "use it with that model, or any_base=True (--any_base) where the two are relatives, such as a fine-tune."
+        )
+    if same and not (metadata.get(FINGERPRINT) and base.get(FINGERPRINT)):
+        logger.warning("%s does not identify its base model; only the name was compared.", concept)

@@ -1,4 +1,4 @@
-"""Pictures: any file that Pillow reads to RGB, RGB to tensors and back, several to one.
+"""Images: any file that Pillow reads to RGB, RGB to tensors and back, several to one.
 
 Tensors are float32 (3, H, W) in [-1, 1]; H and W are pixels.
 """
@@ -6,14 +6,22 @@ Tensors are float32 (3, H, W) in [-1, 1]; H and W are pixels.
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from ldm.files.kinds import foreign_kind, is_heic
+
+logger = logging.getLogger(__name__)
 
 Colour = tuple[int, int, int]
 
@@ -26,44 +34,52 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 RESIZES = ("squash", "crop", "pad")
+LARGEST = 16384  # pixels of a side
+_NOT_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # known to Pillow, which cannot read them by itself
+# What is left of a mode without its transparency; the others are as they are.
+_OPAQUE = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "RGBa": "RGB", "LA": "L", "La": "L", "1": "L"}
+_SAME = 2  # of 255: a profile that changes no value by more is sRGB's
 
 
 class ImageError(ValueError):
-    """A file that is not a usable picture; the message names it, the cause and the remedy."""
+    """A file that is not a usable image; the message names it, the cause and the remedy."""
 
 
 def open_image(path: str | Path, background: Colour = WHITE) -> Image.Image:
-    """The picture in a file as 8-bit RGB, upright, the way an image viewer shows it.
+    """Read an image file as 8-bit RGB, upright, the way an image viewer shows it.
 
-    The EXIF orientation is applied, transparency is composited on `background`, 16-bit values are scaled to 8
-    bits, an animation gives its first frame. Colour profiles are not applied.
+    The EXIF orientation is applied, colour profiles are converted to sRGB, transparency is composited on
+    `background`, 16-bit values are scaled to 8 bits, an animation gives its first frame.
 
     Raises:
-        ImageError: the file is missing, is no picture, is damaged, too large or of an unusual kind.
+        ImageError: the file is missing, is no image, is damaged, too large or of an unusual kind.
     """
     with _opened(path) as image:
         return to_rgb(ImageOps.exif_transpose(image), background)
 
 
-def picture_info(path: str | Path) -> dict[str, object]:
-    """What a picture file says beside its pixels, such as the text chunks of a PNG; errors as of `open_image`."""
+def picture_info(path: str | Path) -> dict[str, Any]:
+    """What an image file says beside its pixels, such as the text chunks of a PNG; errors as of `open_image`."""
     with _opened(path) as image:
-        return dict(image.info)
+        return {str(key): value for key, value in image.info.items()}
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
+    path = Path(path).expanduser()
     try:
         with Image.open(path) as image:
+            if image.format in _NOT_IMAGES:
+                raise UnidentifiedImageError
             yield image
     except FileNotFoundError as error:
         raise ImageError(f"There is no file '{path}'; check the path.") from error
     except IsADirectoryError as error:
-        raise ImageError(f"'{path}' is a folder; give one picture file.") from error
+        raise ImageError(f"'{path}' is a folder; give one image file.") from error
     except PermissionError as error:
         raise ImageError(f"'{path}' may not be read ({error.strerror}); change its permissions.") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"'{path}' is no picture that Pillow can read; save it as PNG or JPEG.") from error
+        raise ImageError(f"'{path}' {_foreign(path)}.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"'{path}' has too many pixels; scale it down first ({error}).") from error
     # Decoders meet damaged files with whatever goes wrong in them: SyntaxError, struct.error, IndexError, …
@@ -72,37 +88,94 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise ImageError(f"'{path}' cannot be read ({cause}); save it anew as PNG or JPEG.") from error
 
 
-def is_picture(path: str | Path) -> bool:
-    """Whether the file's beginning is that of a picture; nothing is decoded.
+def is_heic_file(path: str | Path) -> bool:
+    """Whether a file begins like an image of an iPhone, which Pillow does not read."""
+    return is_heic(_head(path))
+
+
+def _head(path: str | Path) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(512)
+
+
+def _foreign(path: Path) -> str:
+    """What a file is that is no image, and the remedy."""
+    head = _head(path)
+    if is_heic(head):
+        return "is a HEIC image, which Pillow does not read; save it as PNG or JPEG"
+    return "; ".join(foreign_kind(head) or ("is no image that Pillow can read", "save it as PNG or JPEG"))
+
+
+def is_image_file(path: str | Path) -> bool:
+    """Whether the file's beginning is that of an image; nothing is decoded.
 
     A file that may not be read counts as one, so that `open_image` says so and it is not passed over.
     """
     try:
-        with Image.open(path):
-            return True
+        with Image.open(path) as image:
+            return image.format not in _NOT_IMAGES
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, PermissionError):
-        return True  # a picture, which `open_image` then refuses with its reason
+        return True  # an image, which `open_image` then refuses with its reason
     except Exception:
         return False
 
 
 def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
-    if image.mode.startswith("I"):  # "I;16", "I;16B", …; Pillow also gives 16-bit pictures as 32-bit "I"
-        return _from_16_bit(image)
+    """An image of any mode as 8-bit RGB in sRGB; see `open_image`.
+
+    Raises:
+        ValueError: its pixels are numbers of unknown range.
+    """
     if image.mode == "F":
         raise ValueError("its pixels are floating point numbers of unknown range")
+    if image.mode.startswith("I"):  # "I;16", "I;16B", …; Pillow also gives 16-bit images as 32-bit "I"
+        return _from_16_bit(image, background)
+    if image.info.get("icc_profile"):
+        image = _in_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _from_16_bit(image: Image.Image) -> Image.Image:
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """An image with its colour profile applied; one whose profile is sRGB's, or cannot be used, is left as it is."""
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    opaque = image.convert(_OPAQUE.get(image.mode, image.mode))
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        name = ImageCms.getProfileDescription(profile).strip()
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), opaque.mode, "RGB")
+        converted = transform.apply(opaque)
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError) as error:
+        _tell(f"A colour profile could not be used for an image of mode {image.mode} ({error}); it is read as sRGB.")
+        return image
+    extrema = ImageChops.difference(converted, opaque.convert("RGB")).getextrema()  # (least, most) of each channel
+    if np.max(extrema) <= _SAME:
+        return image
+    _tell(f"Images with the colour profile '{name}' are converted to sRGB.")
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
+
+
+@functools.cache
+def _tell(message: str) -> None:
+    """Log a warning, once for all images that it is true of."""
+    logger.warning("%s", message)
+
+
+def _from_16_bit(image: Image.Image, background: Colour) -> Image.Image:
     """0 … 65535 to 0 … 255, rounded; Pillow's own conversion clips everything above 255 to white."""
+    if image.info.get("icc_profile"):
+        _tell("The colour profiles of 16-bit images are not applied; their values are read as sRGB.")
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"its pixels are numbers from {values.min()} to {values.max()}, not 16-bit ones")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    pixels = np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=-1)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        pixels[values == transparent] = background
+    return Image.fromarray(pixels)
 
 
 def fit(
@@ -113,7 +186,7 @@ def fit(
     interpolation: str = "bicubic",
     background: Colour = WHITE,
 ) -> Image.Image:
-    """An RGB picture brought to width x height pixels.
+    """Bring an RGB image to width x height pixels.
 
     Args:
         resize: "squash" changes the proportions (the reference's way), "crop" cuts off what is too much on
@@ -133,8 +206,9 @@ def fit(
 
 def check_fit(width: int, height: int, resize: str, interpolation: str) -> Image.Resampling:
     """Pillow's name of the filter, or the `ValueError` that `fit` raises with these arguments."""
-    if width < 1 or height < 1:
-        raise ValueError(f"A picture needs at least 1 x 1 pixels, not {width} x {height}.")
+    if not (1 <= width <= LARGEST and 1 <= height <= LARGEST):
+        limits = f"at least 1 x 1 pixels and at most {LARGEST} x {LARGEST}"
+        raise ValueError(f"An image needs {limits}, not {width} x {height}.")
     if resize not in RESIZES:
         raise ValueError(f"Unknown resize '{resize}'; known: {', '.join(RESIZES)}.")
     if interpolation not in INTERPOLATIONS:
@@ -155,7 +229,7 @@ def _centre_crop(image: Image.Image, aspect: float) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as float32 (3, H, W) in [-1, 1]: value / 127.5 - 1."""
+    """An RGB image as float32 (3, H, W) in [-1, 1]: value / 127.5 - 1."""
     values = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3) uint8
     return bytes_to_tensor(values.permute(2, 0, 1).contiguous())
 
@@ -166,44 +240,44 @@ def bytes_to_tensor(values: Tensor) -> Tensor:
 
 
 def to_pil(tensor: Tensor) -> Image.Image:
-    """A tensor (3, H, W) as an RGB picture: clamped to [-1, 1] and rounded to the nearest of 256 values.
+    """A tensor (3, H, W) as an RGB image: clamped to [-1, 1] and rounded to the nearest of 256 values.
 
     Raises:
         ValueError: another shape.
     """
     if tensor.ndim != 3 or tensor.shape[0] != 3:
-        raise ValueError(f"A picture is a tensor (3, H, W), not {tuple(tensor.shape)}.")
+        raise ValueError(f"An image is a tensor (3, H, W), not {tuple(tensor.shape)}.")
     values = ((tensor.detach().cpu().to(torch.float32) + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
 
 
 def make_grid(
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     columns: int | None = None,
     padding: int = 0,
     background: Colour = BLACK,
 ) -> Image.Image:
-    """Pictures of one size side by side, row by row; places left over at the end are `background`.
+    """Put images of one size side by side, row by row; places left over at the end are `background`.
 
     Args:
-        columns: pictures in a row; default: a grid as square as possible, wider rather than higher.
-        padding: pixels between two pictures.
+        columns: images in a row; default: a grid as square as possible, wider rather than higher.
+        padding: pixels between two images.
 
     Raises:
-        ValueError: no pictures, pictures of different sizes, or columns below 1.
+        ValueError: no images, images of different sizes, or columns below 1.
     """
-    sizes = {picture.size for picture in pictures}
+    sizes = {image.size for image in images}
     if len(sizes) != 1:
-        raise ValueError(f"A grid needs pictures of one size, not {sorted(sizes) or 'none'}.")
+        raise ValueError(f"A grid needs images of one size, not {sorted(sizes) or 'none'}.")
     if columns is None:
-        columns = math.ceil(math.sqrt(len(pictures)))
+        columns = math.ceil(math.sqrt(len(images)))
     if columns < 1:
         raise ValueError(f"A grid needs at least 1 column, not {columns}.")
-    columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
     width, height = (side + padding for side in sizes.pop())
     grid = Image.new("RGB", (columns * width - padding, rows * height - padding), background)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        grid.paste(picture.convert("RGB"), (column * width, row * height))
+        grid.paste(image.convert("RGB"), (column * width, row * height))
     return grid

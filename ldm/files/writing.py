@@ -1,27 +1,24 @@
-"""Writing files so that a reader, now or after a crash, finds the old file or the whole new one."""
+"""Atomic writing: a reader, now or after a crash, finds the old file or the whole new one.
+
+Unfinished files have names that no other program uses; only such files are ever removed.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections.abc import Iterator
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-TEMPORARY = ".tmp"  # what names of unfinished files begin with; safetensors' own do, too
-
-_PLACE = "give another folder"
-_REASONS = {
-    errno.ENOSPC: ("there is no space left", f"free some, or {_PLACE}"),
-    errno.EDQUOT: ("your quota is used up", f"free some space, or {_PLACE}"),
-    errno.EFBIG: ("the file would be larger than is allowed there", f"raise the limit (ulimit -f), or {_PLACE}"),
-    errno.EROFS: ("it is read-only", _PLACE),
-    errno.EACCES: ("you may not write there", f"change its permissions, or {_PLACE}"),
-    errno.EPERM: ("you may not write there", f"change its permissions, or {_PLACE}"),
-    errno.ENOTDIR: ("part of this path is a file", _PLACE),
-    errno.EEXIST: ("there is a file of this name", _PLACE),
-}
+_PARTIAL = re.compile(r"\.prospect-\d+-[0-9a-f]{8}\.partial")
+# A place without room or without the right to write; other errors have other causes.
+_PLACE = frozenset((
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
+))  # fmt: skip
 
 
 class WriteError(OSError):
@@ -34,12 +31,15 @@ def writing_to(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _REASONS.get(error.errno)
         named = error.filename
         elsewhere = isinstance(named, (str, bytes)) and not _is_related(Path(os.fsdecode(named)), Path(folder))
-        if isinstance(error, WriteError) or reason is None or elsewhere:
+        if isinstance(error, WriteError) or error.errno not in _PLACE or elsewhere:
             raise
-        raise WriteError(f"Cannot write to '{folder}': {reason[0]}; {reason[1]}.") from error
+        raise _refused(folder, error) from error
+
+
+def _refused(folder: str | Path, error: OSError) -> WriteError:
+    return WriteError(f"Cannot write to '{folder}': {error.strerror}; give another folder.")
 
 
 def _is_related(path: Path, folder: Path) -> bool:
@@ -49,21 +49,58 @@ def _is_related(path: Path, folder: Path) -> bool:
 
 
 def check_writable(folder: str | Path, flag: str) -> None:
-    """Raise `WriteError` if `folder`, which `flag` gives, cannot be made or written to; nothing is made."""
+    """Raise `WriteError` if `folder`, which `flag` gives, cannot be made or written to; nothing stays there."""
     place = Path(os.path.abspath(folder))
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
         raise WriteError(f"Cannot write to '{folder}': '{place}' is a file; give a folder with {flag}.")
-    with writing_to(folder):
-        if not os.access(place, os.W_OK | os.X_OK):
-            read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY
-            raise OSError(errno.EROFS if read_only else errno.EACCES, "")
+    probe = _partial(place)
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _refused(folder, error) from error
+
+
+def check_new_file(
+    path: str | Path, force: bool = False, inputs: Iterable[str | Path] = (), suffix: str = ".safetensors"
+) -> Path:
+    """The path of a file that a user wants written, with `~` expanded.
+
+    Args:
+        force: a file that is there may be overwritten.
+        inputs: files and folders that the new file is made from; it never takes the place of one of them.
+
+    Raises:
+        ValueError: another ending, a folder, an input, a file of a training run, or there already without `force`.
+    """
+    path = Path(path).expanduser()
+    place = path.resolve()
+    if path.suffix != suffix:
+        raise ValueError(f"'{path}': the file to write must end in {suffix}.")
+    for source in (Path(given).expanduser().resolve() for given in inputs):
+        if place.is_relative_to(source):
+            raise ValueError(f"'{path}' is, or is part of, what is read; name another file.")
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder; name a file.")
+    if any((place.parent.parent / "configs").glob("*-project.yaml")):
+        raise ValueError(f"'{path}' is in the folder of a training run, which needs its files; name another file.")
+    if path.exists() and not force:
+        raise ValueError(f"'{path}' is there already; use --force to overwrite it, or name another file.")
+    return path
+
+
+def _partial(folder: Path) -> Path:
+    """A new name in `folder` for something that is not finished."""
+    return folder / f".prospect-{os.getpid()}-{secrets.token_hex(4)}.partial"
 
 
 @contextmanager
 def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
     """A path beside `path` to write to. Afterwards that file, safely on the disk, takes the place of `path`.
+
+    A link at `path` is replaced, and not what it leads to.
 
     Args:
         keep: what `path` is called from then on, instead of being lost.
@@ -74,8 +111,7 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
     path = Path(path)
     if not path.parent.is_dir():
         raise WriteError(f"Cannot write '{path.name}': there is no folder '{path.parent}'; make it first.")
-    # two processes, or two threads, may write the same file
-    temporary = path.with_name(f"{TEMPORARY}-{os.getpid()}-{threading.get_ident()}-{path.name}")
+    temporary = _partial(path.parent)
     with writing_to(path.parent):
         try:
             yield temporary
@@ -83,24 +119,65 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
             if keep is not None and path.exists():
                 _rename_aside(path, Path(keep))
             os.replace(temporary, path)
-            if os.name == "posix":
-                _sync(path.parent)
+            _sync(path.parent)
         finally:
             with suppress(OSError):
                 temporary.unlink()
 
 
+@contextmanager
+def replacing_set(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to write files to that belong together. Afterwards all of them are moved into `folder`.
+
+    `folder` is not touched before everything is safely on the disk. If it is not there, it appears whole, in one
+    step. If it is, files of the same names are replaced one after the other and others stay, so that a crash in
+    between mixes old and new files: each should say what it belongs to, and readers compare that.
+
+    Raises:
+        WriteError: no room, no right, or a folder where a file should go; `folder` is as it was.
+    """
+    folder = Path(folder)
+    with writing_to(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = _partial(folder if folder.is_dir() else folder.parent)
+        staging.mkdir()
+        try:
+            yield staging
+            targets = {p: folder / p.relative_to(staging) for p in sorted(staging.rglob("*")) if p.is_file()}
+            for path, target in targets.items():
+                if target.is_dir():
+                    raise WriteError(f"Cannot write '{target}': it is a folder; name another place.")
+                _sync(path)
+            if folder.is_dir():
+                _move(targets)
+            else:
+                os.rename(staging, folder)
+            _sync(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move(targets: dict[Path, Path]) -> None:
+    for path, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+
+
+def replace_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` in place of `path`, all of it or nothing; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def replace_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 in place of `path`, all of it or nothing; see `replacing`."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    replace_bytes(path, text.encode("utf-8"))
 
 
 def _rename_aside(path: Path, keep: Path) -> None:
     """Give `path` the second name `keep`, so that at every moment it has at least one."""
-    link = keep.with_name(f"{TEMPORARY}-{os.getpid()}-{keep.name}")
+    link = _partial(keep.parent)
     try:
-        link.unlink(missing_ok=True)
         os.link(path, link)
         os.replace(link, keep)
     except OSError:  # a file system without links
@@ -109,6 +186,8 @@ def _rename_aside(path: Path, keep: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Wait until a file, or which files a folder has, is on the disk; a rename alone may come there first."""
+    if path.is_dir() and os.name != "posix":
+        return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -117,7 +196,12 @@ def _sync(path: Path) -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete what a process that was killed had begun to write below `folder`."""
-    for path in Path(folder).rglob(f"{TEMPORARY}*"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
+    """Delete what a process that was killed had begun to write below `folder`; links are not followed."""
+    if os.path.islink(folder):
+        return
+    for place, folders, files in os.walk(folder):
+        for name in filter(_PARTIAL.fullmatch, files):
+            Path(place, name).unlink(missing_ok=True)
+        for name in filter(_PARTIAL.fullmatch, folders):
+            with suppress(OSError):  # a link
+                shutil.rmtree(Path(place, name))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 from ldm.modules.attention import CrossAttention, FeedForward
+
+VECTORS = "vectors"  # the tensor of a concept
 
 
 class GeneratorBlock(nn.Module):
@@ -30,3 +35,41 @@ class GeneratorBlock(nn.Module):
         x = e + self.attn1(self.norm1(e))
         x = x + self.attn2(self.norm2(x), e)
         return self.ff(self.norm3(x)).view(self.num_stages, -1)  # (S, D)
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless a concept holds what ProSpect learns: `vectors`, floats of shape (S, D)."""
+    found = [f"{tensor.dtype} of {tuple(tensor.shape)}" for tensor in tensors.values()]
+    vectors = tensors.get(VECTORS)
+    if vectors is None or len(found) > 1:
+        raise ValueError(f"a ProSpect embedding is one tensor of vectors, not {', '.join(tensors) or 'nothing'}.")
+    if vectors.ndim != 2 or 0 in vectors.shape or not vectors.is_floating_point():
+        raise ValueError(f"an embedding has floats of shape (stages, width), not {found[0]}.")
+
+
+@torch.no_grad()
+def generate_vectors(parameters: Mapping[str, Tensor], initial: Tensor | None) -> Tensor:
+    """The vectors (S, D) of a saved block for the initial embedding (1, D), without dropout.
+
+    Args:
+        parameters: the block's state dict; S and D are those of its tensors.
+
+    Raises:
+        ValueError: they are not a block's, or there is no initial embedding.
+    """
+    if initial is None or initial.ndim != 2 or len(initial) != 1:
+        what = "missing" if initial is None else f"of shape {tuple(initial.shape)}"
+        raise ValueError(f"initial_embeddings is {what}, not (1, width); use a file of ProSpect.")
+    width = max(initial.shape[1], 1)
+    found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    inner, rows = (next(iter(found.get(name, ())), 0) for name in ("attn1.to_q.weight", "ff.net.2.weight"))
+    with torch.device("meta"):
+        # One token: the softmax over it is 1 however the inner width is cut into heads.
+        block = GeneratorBlock(width, max(rows // width, 1), heads=1, dim_head=max(inner, 1))
+    expected = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
+    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if wrong:
+        listing = ", ".join(f"{name} {found.get(name, 'missing')}" for name in wrong[:8])
+        raise ValueError(f"its network is not ProSpect's generator ({listing}); use a file of ProSpect.")
+    block.load_state_dict({name: tensor.detach().float() for name, tensor in parameters.items()}, assign=True)
+    return block.eval()(initial.detach().float())

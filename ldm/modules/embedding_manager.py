@@ -78,7 +78,7 @@ class EmbeddingManager(nn.Module):
         self.loaded: dict[str, Concept] = {}
         self.sources: dict[str, str] = {}  # placeholder -> file, for the record
         self.hashes: dict[str, str] = {}  # placeholder -> the first digits of that file's SHA-256
-        self.base_path: Path | None = None  # where the base model's weights came from, if that is known
+        self.base_model: Mapping[str, str] = {}  # the name and the fingerprint of the base model, if it is known
         self.attention: GeneratorBlock | None = None
         self.table: nn.Parameter | None = None
         self.register_buffer("initial_embeddings", torch.zeros(1, self.width))
@@ -162,13 +162,13 @@ class EmbeddingManager(nn.Module):
             what = f"The embedding for '{placeholder}'{'' if isinstance(origin, Concept) else f' ({origin})'}"
             if concept.width != self.width:
                 theirs = concept.metadata.get("base_model", "unknown")
-                ours = self.base_path.name if self.base_path is not None else "unknown"
+                ours = self.base_model.get("base_model", "unknown")
                 raise ValueError(
                     f"{what} has width {concept.width} (base model: {theirs}), but this model's text encoder has width "
                     f"{self.width} (base model: {ours}): it was learned for another base model."
                 )
-            if self.base_path is not None and not any_base:
-                refuse_other_base(concept.metadata, self.base_path, what)
+            if not any_base:
+                refuse_other_base(concept.metadata, self.base_model, what)
         self.loaded.update(concepts)
         self.sources.update({p: "" if isinstance(s, Concept) else str(s) for p, s in sources.items()})
         for placeholder, origin in sources.items():

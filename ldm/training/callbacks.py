@@ -248,4 +248,4 @@ class ImageLogger(pl.Callback):
     def _save(pictures: Tensor, path: Path) -> None:
         grid = make_grid([to_pil(picture.float().cpu()) for picture in pictures])
         with replacing(path) as temporary:
-            grid.save(temporary, quality=95)
+            grid.save(temporary, format="JPEG", quality=95)

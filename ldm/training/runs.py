@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import shlex
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,8 +13,9 @@ from pathlib import Path
 
 from pytorch_lightning.utilities import rank_zero_only
 
-from ldm.checkpoint import CheckpointError, read_state_dict
+from ldm.checkpoint import CheckpointError
 from ldm.embeddings import EmbeddingError, load_concept
+from ldm.files.tensors import read_checkpoint
 from ldm.files.writing import check_writable, remove_unfinished, writing_to
 from ldm.training.callbacks import LAST, PREVIOUS
 
@@ -129,7 +128,7 @@ def _run_to_resume(path: Path, now: str) -> Run:
         try:
             _check_whole(checkpoint)
         except CheckpointError as error:
-            reason = re.sub(r"; download it again\.$", "", str(error)).rstrip(".")
+            reason = str(error).rpartition("; ")[0]
             raise CheckpointError(f"{reason}; {_way_on(folder, checkpoint)}.") from error
         if not any((folder / "configs").glob("*-project.yaml")):
             raise ValueError(f"'{folder}' is no run of main.py (it has no configs/); -r takes a log folder of it.")
@@ -149,14 +148,7 @@ def _run_to_resume(path: Path, now: str) -> Run:
 
 def _check_whole(checkpoint: Path) -> None:
     """Raise `CheckpointError` for a file that is foreign, cut off, or has holes."""
-    read_state_dict(checkpoint)
-    with zipfile.ZipFile(checkpoint) as archive:
-        try:
-            bad = archive.testzip()
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            bad = str(error)
-    if bad is not None:
-        raise CheckpointError(f"'{checkpoint}' is damaged (the checksum of '{bad}' is wrong).")
+    read_checkpoint(checkpoint, ["state_dict", "optimizer_states", "global_step"])
 
 
 def _way_on(folder: Path, damaged: Path) -> str:

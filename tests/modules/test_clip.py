@@ -1,5 +1,6 @@
 """The text transformer: recorded contexts, and equality with transformers' CLIPTextModel."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import CLIPTextModel as TheirModel
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.clip import CLIPTextConfig, CLIPTextModel
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder, hub_folder, open_tokenizer
 
 RECORDED = tiny.golden("text")
 PROMPTS = tiny.META["prompts"]
@@ -145,33 +146,57 @@ def test_an_unknown_version_is_refused() -> None:
         FrozenCLIPEmbedder("openai/clip-vit-large-patch41")
 
 
-def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
-    embedder = FrozenCLIPEmbedder("small", max_length=8, text_config=SMALL, tokenizer=str(tmp_path))
-    with pytest.raises(OSError, match=f"no CLIP vocabulary .* in '{tmp_path}'"):
-        _ = embedder.tokenizer
+DEMO = Path(__file__).parents[2] / "models/demo/tokenizer"
+GOLDEN = Path(__file__).parents[1] / "golden/tokenizer"
 
 
-def test_an_incomplete_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def first_half(content: bytes) -> bytes:
+    return b"\n".join(content.splitlines()[: content.count(b"\n") // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("merges.txt", lambda _: b"#version: 0.2\n", "merges.txt lacks what makes 189 tokens of vocab.json, such as"),
+        ("merges.txt", first_half, "merges.txt lacks what makes 95 tokens"),
+        ("merges.txt", lambda _: (GOLDEN / "merges.txt").read_bytes(), "cannot be read (.*out of vocabulary"),
+        ("merges.txt", lambda content: b"\xef\xbb\xbf" + content, "cannot be read (.*out of vocabulary"),
+        ("merges.txt", None, "cannot be read (.*merges"),
+        ("vocab.json", lambda content: content[:3000], "cannot be read (.*EOF"),
+        ("vocab.json", lambda content: b"\xef\xbb\xbf" + content, "cannot be read (.*line 1 column 1"),
+        ("vocab.json", lambda _: (GOLDEN / "vocab.json").read_bytes(), "cannot be read|no CLIP vocabulary"),
+        ("vocab.json", None, "cannot be read (.*vocab"),
+        ("tokenizer_config.json", lambda _: b'{"a":', "cannot be read (.*line 1 column 6"),
+        ("tokenizer_config.json", lambda _: b"[]", "cannot be read"),
+        ("tokenizer_config.json", lambda content: content.replace(b"<|endoftext|>", b"in"), "has not CLIP's marks"),
+        ("tokenizer_config.json", None, ""),
+    ],
+)
+def test_damaged_tokenizers_are_refused(tmp_path: Path, name: str, change, words: str) -> None:
+    """Most of these would otherwise give other tokens, and so other images, without a word."""
+    shutil.copytree(DEMO, tmp_path, dirs_exist_ok=True)
+    content = (DEMO / name).read_bytes()
+    (tmp_path / name).unlink() if change is None else (tmp_path / name).write_bytes(change(content))
+    if not words:
+        assert open_tokenizer(tmp_path, 703)("a star")["input_ids"] == open_tokenizer(DEMO, 703)("a star")["input_ids"]
+        return
+    with pytest.raises(OSError, match=words.replace("(", r"\(")) as caught:
+        open_tokenizer(tmp_path, 703)
+    assert f"'{tmp_path}'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", [".", "nowhere"])
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path, folder: str) -> None:
     """transformers 5 makes a tokenizer of two tokens out of nothing; prompts would turn into end marks."""
-    monkeypatch.setattr("ldm.modules.encoders.modules.hub_folder", lambda repository: None)
-    cases = {
-        None: "nor can it be fetched",
-        str(tmp_path): "no CLIP vocabulary",
-        str(tmp_path / "nowhere"): "no CLIP vocabulary",
-    }
-    for folder, sentence in cases.items():
-        with torch.device("meta"):
-            embedder = FrozenCLIPEmbedder(tokenizer=folder)
-        with pytest.raises(OSError, match=sentence):
-            _ = embedder.tokenizer
+    embedder = FrozenCLIPEmbedder("small", max_length=8, text_config=SMALL, tokenizer=str(tmp_path / folder))
+    with pytest.raises(OSError, match="no CLIP vocabulary .* in|cannot be read"):
+        _ = embedder.tokenizer
+    with pytest.raises(OSError, match=r"no CLIP vocabulary \(vocab.json, merges.txt\) of 704 tokens"):
+        open_tokenizer(DEMO, 704)
 
 
 def test_the_hubs_cache_is_used_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files in the cache are found; nothing is asked of the network."""
-    import huggingface_hub
-
-    from ldm.modules.encoders.modules import hub_folder
-
     repository = tmp_path / "models--openai--clip-vit-large-patch14"
     snapshot = repository / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -180,5 +205,5 @@ def test_the_hubs_cache_is_used_without_network(tmp_path: Path, monkeypatch: pyt
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (snapshot / name).write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the hub was asked"))
     assert hub_folder("openai/clip-vit-large-patch14") == snapshot

@@ -20,13 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_weights, read_state_dict
+from ldm.checkpoint import load_weights, read_base_model, read_state_dict
 from ldm.conditioning.context import Cond, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import PromptConditioning, SlotEncoder
 from ldm.conditioning.learned import NOTHING_LEARNED, Learned
 from ldm.conditioning.prompts import PromptReader, Words
-from ldm.files.base_model import base_hash
-from ldm.memory import check_weights
 from ldm.models.autoencoder import FirstStage, cosine_to_zero
 from ldm.models.diffusion import latents
 from ldm.models.diffusion.acceleration import FixedUNet, Step, TensorStep
@@ -131,7 +129,6 @@ class LatentDiffusion(pl.LightningModule):
         if (takes := self.model.diffusion_model.in_channels) != opt.channels:
             raise ValueError(f"channels is {opt.channels}, but the U-Net takes {takes} (in_channels).")
         if opt.ckpt_path:
-            check_weights(self, opt.dtype)
             self.init_from_ckpt(opt.ckpt_path, opt.dtype)
         self.load_parts(opt.first_stage_ckpt, opt.cond_stage_ckpt)
         self._freeze(learns_embeddings=personalization_config is not None)
@@ -142,9 +139,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def init_from_ckpt(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Load the weights of a base model; see `ldm.checkpoint` for formats and errors."""
-        load_weights(self, read_state_dict(path, dtype), path)
-        self.base_model = {"base_model": Path(path).name}
-        self._base_path = Path(path)
+        state, self.base_model = read_base_model(path, dtype)
+        load_weights(self, state, path)
 
     def load_parts(self, first_stage_ckpt: str | None = None, cond_stage_ckpt: str | None = None) -> None:
         """Load the parts that other runs trained, from their checkpoints."""
@@ -174,7 +170,7 @@ class LatentDiffusion(pl.LightningModule):
         if config is None:
             return None
         manager = instantiate_from_config(config, embedder=self.cond_stage_model, num_stages=self.num_stages)
-        manager.base_path = Path(self.options.ckpt_path) if self.options.ckpt_path else None
+        manager.base_model = self.base_model
         if (start := self.options.embedding_manager_ckpt) is not None:
             manager.start_from(start) if manager.learning else manager.load(start)
         return manager
@@ -463,8 +459,6 @@ class LatentDiffusion(pl.LightningModule):
         """Write the learned embeddings as a concept file, with where they came from."""
         if self.embedding_manager is None:
             return
-        if self.base_model and "base_model_sha256" not in self.base_model:
-            self.base_model["base_model_sha256"] = base_hash(self._base_path)
         self.embedding_manager.save(path, step=str(self.trainer.global_step), **self.base_model)
 
     @torch.no_grad()

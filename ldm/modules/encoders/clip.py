@@ -55,8 +55,9 @@ class CLIPAttention(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
+        )
 
     def forward(self, x: Tensor, prefix: KeyValue | None = None, logit_bias: float = 0.0) -> Tensor:
         """With a `prefix`, keys and values (P, heads, d) each, every token also reads these, by `logit_bias` more."""
@@ -107,28 +108,38 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+class CLIPEmbeddings(nn.Module):
+    """The tables of token embeddings (vocabulary, D) and position embeddings (positions, D)."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+
+class CLIPEncoder(nn.Module):
+    """Only adds the level `layers` of the checkpoint's key names."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
+
+
 class CLIPTextTransformer(nn.Module):
     """Input embeddings (B, L, D) -> last hidden states (B, L, D), before the final norm; L at most 77."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleDict(
-            {
-                "token_embedding": nn.Embedding(config.vocab_size, config.hidden_size),
-                "position_embedding": nn.Embedding(config.max_position_embeddings, config.hidden_size),
-            }
-        )
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))}
-        )
+        self.embeddings = CLIPEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        for embedding in self.embeddings.values():
-            nn.init.normal_(embedding.weight, std=0.02)
+        nn.init.normal_(self.embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=0.02)
 
     @property
     def token_table(self) -> Tensor:
         """Token embeddings (vocabulary, D)."""
-        return self.embeddings["token_embedding"].weight
+        return self.embeddings.token_embedding.weight
 
     def forward(self, inputs: Tensor, prefix: Mapping[int, KeyValue] = NO_PREFIX, logit_bias: float = 0.0) -> Tensor:
         """Return the hidden states (B, L, D) before `final_layer_norm`.
@@ -138,18 +149,18 @@ class CLIPTextTransformer(nn.Module):
             prefix: layer -> keys and values (P, heads, d) that all tokens of that layer read, too (CatVersion).
             logit_bias: added to the logits of the prefix.
         """
-        return self.run_layers(self.enter(inputs), 0, len(self.encoder["layers"]), prefix, logit_bias)
+        return self.run_layers(self.enter(inputs), 0, len(self.encoder.layers), prefix, logit_bias)
 
     def enter(self, inputs: Tensor) -> Tensor:
         """Return the first layer's input (B, L, D): token and position embeddings."""
-        return inputs + self.embeddings["position_embedding"].weight[: inputs.shape[1]]
+        return inputs + self.embeddings.position_embedding.weight[: inputs.shape[1]]
 
     def run_layers(
         self, x: Tensor, first: int, end: int, prefix: Mapping[int, KeyValue] = NO_PREFIX, logit_bias: float = 0.0
     ) -> Tensor:
         """Return the output (B, L, D) of layer `end` - 1 for x, the input of layer `first`."""
         for index in range(first, end):
-            x = self.encoder["layers"][index](x, prefix.get(index), logit_bias)
+            x = self.encoder.layers[index](x, prefix.get(index), logit_bias)
         return x
 
 

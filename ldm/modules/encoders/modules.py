@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ from ldm.modules.encoders.clip import NO_PREFIX, CLIPTextConfig, CLIPTextModel, 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+END_MARKS = ("<|startoftext|>", "<|endoftext|>")
+FILES = ["vocab.json", "merges.txt", "tokenizer_config.json"]
 KNOWN_VERSIONS = {"openai/clip-vit-large-patch14": CLIPTextConfig()}
 
 
@@ -72,22 +73,11 @@ class FrozenCLIPEmbedder(nn.Module):
         """CLIP's BPE, opened at the first use; no network is used when the files are on this machine.
 
         Raises:
-            OSError: the vocabulary is neither in the folder nor in the hub's cache, nor can it be fetched.
+            OSError: the vocabulary is neither in the folder nor in the hub's cache, nor can it be fetched, or it is
+                damaged.
         """
-        from transformers import CLIPTokenizer
-
-        folder = Path(self.tokenizer_folder) if self.tokenizer_folder is not None else hub_folder(self.version)
-        tokens = self.transformer.config.vocab_size
-        if folder is not None:
-            # without its files, transformers 5 returns a tokenizer of two tokens instead of failing
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True) if folder.is_dir() else None
-            if tokenizer is not None and max(tokenizer.get_vocab().values()) + 1 == tokens:
-                return tokenizer
-            raise OSError(f"There is no CLIP vocabulary (vocab.json, merges.txt) of {tokens} tokens in '{folder}'.")
-        raise OSError(
-            f"The tokenizer of '{self.version}' is neither on this machine nor can it be fetched; put vocab.json and "
-            "merges.txt into a folder and name it in model.params.cond_stage_config.params.tokenizer."
-        )
+        folder = hub_folder(self.version) if self.tokenizer_folder is None else Path(self.tokenizer_folder).expanduser()
+        return open_tokenizer(folder, self.transformer.config.vocab_size)
 
     def embed(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Return the input embeddings (layers, N, L, D) of slots (N, L): a token id, or -(r + 1) for row r of vectors.
@@ -139,30 +129,53 @@ def at_slots(table: Tensor, slots: Tensor) -> Tensor:
     return table[:, each, rows]
 
 
-def hub_folder(repository: str) -> Path | None:
-    """The folder of the hub's cache with a CLIP vocabulary, fetched if it is not there yet; None if that fails."""
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+def open_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
+    """Open CLIP's BPE from its files, and check that they belong together: otherwise prompts would be other tokens.
+
+    Args:
+        tokens: the rows of the model's token table.
+
+    Raises:
+        OSError: there is no vocabulary of so many tokens, or a file is damaged or of another vocabulary.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    except Exception as error:  # a malformed file can fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"The tokenizer in '{folder}' cannot be read ({reason}); copy its files again.") from error
+    # without its files, transformers 5 makes a tokenizer of two tokens instead of failing
+    if max(tokenizer.get_vocab().values()) + 1 != tokens:
+        raise OSError(f"There is no CLIP vocabulary (vocab.json, merges.txt) of {tokens} tokens in '{folder}'.")
+    if (tokenizer.bos_token, tokenizer.eos_token) != END_MARKS:
+        raise OSError(f"The tokenizer in '{folder}' has not CLIP's marks {END_MARKS}; copy its files again.")
+    made = {"".join(pair) for pair in bpe["merges"]} | set(tokenizer.all_special_tokens)
+    unmade = [token for token in bpe["vocab"] if token not in made and len(token.removesuffix("</w>")) > 1]
+    if unmade:
+        raise OSError(
+            f"In '{folder}', merges.txt lacks what makes {len(unmade)} tokens of vocab.json, such as '{unmade[0]}'; "
+            "copy both files again, from one place."
+        )
+    return tokenizer
+
+
+def hub_folder(repository: str) -> Path:
+    """The folder of the hub's cache with a CLIP vocabulary, which is fetched if it is not there yet.
+
+    Raises:
+        OSError: it is not there, and cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    names = ("vocab.json", "merges.txt", "tokenizer_config.json")
-    files = [try_to_load_from_cache(repository, name) for name in names]  # asks nobody
-    if not all(isinstance(file, str) for file in files):
-        if constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT):
-            return None  # the hub's client would try again for half a minute
-        try:
-            files = [hf_hub_download(repository, name) for name in names]
-        except (OSError, ValueError, HfHubHTTPError):
-            return None
-    return Path(files[0]).parent
-
-
-def reachable(address: str, seconds: float = 3.0) -> bool:
-    """Whether the server of a web address answers; with a proxy, which only a request could tell, True."""
-    if getproxies():
-        return True
-    parts = urlsplit(address)
-    try:
-        with socket.create_connection((parts.hostname, parts.port or 443), timeout=seconds):
-            return True
-    except OSError:
-        return False
+    for local in (True, False):
+        with suppress(OSError, ValueError, HfHubHTTPError):
+            folder = Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=local))
+            if all((folder / name).is_file() for name in FILES[:2]):
+                return folder
+    raise OSError(
+        f"The tokenizer of '{repository}' is neither on this machine nor can it be fetched; put vocab.json and "
+        "merges.txt into a folder and name it in model.params.cond_stage_config.params.tokenizer."
+    )

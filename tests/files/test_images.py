@@ -1,0 +1,279 @@
+"""Images of every kind a user may have, in sizes, as tensors and in grids."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from ldm.files.images import ImageError, _tell, fit, is_image_file, make_grid, open_image, to_pil, to_tensor
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+NEAREST = Image.Resampling.NEAREST
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+# --- reading images ---------------------------------------------------------------------------------------
+
+
+def test_grey_and_black_and_white(tmp_path: Path) -> None:
+    for mode, value, expected in [("L", 77, (77, 77, 77)), ("1", 1, WHITE)]:
+        Image.new(mode, (3, 2), value).save(tmp_path / "p.png")
+        picture = open_image(tmp_path / "p.png")
+        assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (3, 2), expected)
+
+
+def test_transparency_is_composited_not_dropped(tmp_path: Path) -> None:
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (2, 2), (0, 0, 0, 128)).save(tmp_path / "half.png")
+    Image.new("LA", (2, 2), (0, 51)).save(tmp_path / "la.png")
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == WHITE
+    assert open_image(tmp_path / "clear.png", background=BLUE).getpixel((0, 0)) == BLUE
+    assert open_image(tmp_path / "half.png").getpixel((0, 0)) == (127, 127, 127)
+    assert open_image(tmp_path / "la.png").getpixel((0, 0)) == (204, 204, 204)
+
+
+def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([*RED, *GREEN])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "opaque.png")
+    palette.save(tmp_path / "one.png", transparency=0)
+    palette.save(tmp_path / "each.png", transparency=bytes([255, 0]))
+    colours = {p.stem: [open_image(p).getpixel((x, 0)) for x in (0, 1)] for p in tmp_path.iterdir()}
+    assert colours == {"opaque": [RED, GREEN], "one": [WHITE, GREEN], "each": [RED, WHITE]}
+
+
+def test_a_transparent_colour(tmp_path: Path) -> None:
+    halves = Image.new("RGB", (8, 4), BLUE)
+    halves.paste(RED, (0, 0, 4, 4))
+    halves.save(tmp_path / "p.png", transparency=RED)
+    image = open_image(tmp_path / "p.png")
+    assert (image.getpixel((0, 0)), image.getpixel((7, 0))) == (WHITE, BLUE)
+    grey = Image.fromarray(np.array([[0, 1, 65535]], np.uint16))
+    grey.save(tmp_path / "grey.png", transparency=0)
+    assert [open_image(tmp_path / "grey.png").getpixel((x, 0)) for x in range(3)] == [WHITE, (0, 0, 0), WHITE]
+    assert open_image(tmp_path / "grey.png", background=BLUE).getpixel((0, 0)) == BLUE
+
+
+@pytest.mark.parametrize("kind", ["png", "big-endian tiff", "32-bit tiff"])
+def test_16_bit_is_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
+    values = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    path = tmp_path / ("p.png" if kind == "png" else "p.tif")
+    dtype = {"png": np.uint16, "big-endian tiff": ">u2", "32-bit tiff": np.int32}[kind]
+    Image.fromarray(values.astype(dtype)).save(path)
+    found = np.asarray(open_image(path))
+    assert np.array_equal(found, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
+
+
+def test_numbers_that_are_no_picture_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 2), 70000, np.int32)).save(tmp_path / "int.tif")
+    Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ImageError, match=r"int\.tif.*70000"):
+        open_image(tmp_path / "int.tif")
+    with pytest.raises(ImageError, match=r"float\.tif.*floating point"):
+        open_image(tmp_path / "float.tif")
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "p.jpg", quality=100)
+    assert np.abs(np.subtract(open_image(tmp_path / "p.jpg").getpixel((8, 8)), RED)).max() <= 3
+
+
+def test_exif_orientation_turns_the_picture_upright(tmp_path: Path) -> None:
+    upright = noise_image(6, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn clockwise by 90 degrees to view"
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "p.png", exif=exif)
+    assert Image.open(tmp_path / "p.png").size == (4, 6)
+    assert np.array_equal(open_image(tmp_path / "p.png"), upright)
+    grey = Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) * 257)
+    grey.save(tmp_path / "deep.png", exif=exif)
+    assert open_image(tmp_path / "deep.png").size == (4, 6)
+
+
+@pytest.mark.parametrize("name", ["p.gif", "p.png", "p.webp"])
+def test_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, GREEN, BLUE)]
+    options = {"lossless": True} if name.endswith("webp") else {}
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=40, **options)
+    assert open_image(tmp_path / name).getpixel((1, 1)) == RED
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# the same name, with red and green exchanged
+SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+
+
+def test_colour_profiles_are_converted_and_that_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _tell.cache_clear()
+    colour = Image.new("RGB", (4, 4), (60, 180, 90))
+    clear = colour.convert("RGBA")
+    clear.putalpha(0)
+    images = {"rgb.png": colour, "rgba.png": colour.convert("RGBA"), "palette.png": colour.quantize(2)}
+    for name, image in images.items():
+        image.save(tmp_path / name, icc_profile=SWAPPED)
+        assert np.abs(np.subtract(open_image(tmp_path / name).getpixel((0, 0)), (180, 60, 90))).max() <= 2
+    clear.save(tmp_path / "clear.png", icc_profile=SWAPPED)
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == WHITE
+    assert caplog.messages == ["Images with the colour profile 'sRGB built-in' are converted to sRGB."]
+
+
+def test_a_profile_of_srgb_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    noise_image(32, 32).save(tmp_path / "a.png", icc_profile=SRGB)
+    assert np.array_equal(open_image(tmp_path / "a.png"), noise_image(32, 32)) and not caplog.messages
+
+
+def test_a_profile_that_cannot_be_used_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _tell.cache_clear()
+    noise_image(8, 8).save(tmp_path / "a.png", icc_profile=b"damaged")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "b.png", icc_profile=SWAPPED)
+    assert np.array_equal(open_image(tmp_path / "a.png"), noise_image(8, 8))
+    assert open_image(tmp_path / "b.png").size == (8, 8)
+    assert ["could not be used" in text or "16-bit" in text for text in caplog.messages] == [True, True]
+
+
+FOREIGN = {
+    "page.png": (b"<!DOCTYPE html><html>", "is a web page, perhaps of a login; log in"),
+    "pointer.png": (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer and not the file itself"),
+    "a.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a HEIC image, which Pillow does not read; save it as PNG"),
+    "clip.mpg": (
+        b"\0\0\x01\xb3\x14\0\xf0\x13" + bytes(100),
+        "is no image that Pillow can read; save it as PNG or JPEG",
+    ),
+    "data.h5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "is no image that Pillow can read"),
+    "a.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is no image that Pillow can read"),
+    "text.png": (b"not an image", "is no image that Pillow can read"),
+    "empty.png": (b"", "is empty; download it again"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_that_are_no_images(tmp_path: Path, name: str) -> None:
+    content, words = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageError) as caught:
+        open_image(tmp_path / name)
+    assert f"'{tmp_path / name}' {words}" in str(caught.value) and "\n" not in str(caught.value)
+    assert not is_image_file(tmp_path / name)
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    for name in ("cut.jpg", "cut.png"):
+        noise_image(64, 64).save(tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:900])
+    for name in ("cut.jpg", "cut.png", "nowhere.png", "."):
+        with pytest.raises(ImageError) as caught:
+            open_image(tmp_path / name)
+        message = str(caught.value)
+        assert str(tmp_path / name) in message and "\n" not in message, message
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    side = (100_000).to_bytes(4, "big")
+    header = chunk(b"IHDR", side + side + bytes([8, 2, 0, 0, 0]))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(ImageError, match=r"bomb\.png.*too many pixels; scale it down"):
+        open_image(tmp_path / "bomb.png")
+    assert is_image_file(tmp_path / "bomb.png"), "a folder with it must not pass as one without it"
+
+
+# --- sizes --------------------------------------------------------------------------------------------------
+
+
+def test_squash_is_one_bicubic_resize() -> None:
+    picture = noise_image(50, 30)
+    assert np.array_equal(fit(picture, 24, 24), picture.resize((24, 24), Image.Resampling.BICUBIC))
+    assert np.array_equal(fit(picture, 50, 30), picture)
+
+
+@pytest.mark.parametrize(("size", "box"), [((50, 31), (9, 0, 40, 31)), ((30, 51), (0, 10, 30, 40))])
+def test_crop_takes_the_centre(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    picture = noise_image(*size)
+    expected = picture.crop(box).resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(fit(picture, 16, 16, "crop"), expected)
+
+
+def test_crop_and_pad_keep_proportions_for_any_target() -> None:
+    thirds = noise_image(3, 1).resize((300, 100), NEAREST)  # three squares of one colour each
+    cropped = np.asarray(fit(thirds, 20, 40, "crop"))
+    middle = np.asarray(thirds)[50, 150]
+    assert cropped.shape == (40, 20, 3) and (cropped == middle).all()
+
+    padded = np.asarray(fit(Image.new("RGB", (300, 100), RED), 60, 40, "pad", background=GREEN))
+    assert padded.shape == (40, 60, 3)
+    assert (padded[10:30] == RED).all() and (padded[:10] == GREEN).all() and (padded[30:] == GREEN).all()
+    high = np.asarray(fit(Image.new("RGB", (100, 300), RED), 60, 30, "pad"))
+    assert (high[:, 25:35] == RED).all() and (high[:, :25] == WHITE).all() and (high[:, 35:] == WHITE).all()
+    assert fit(Image.new("RGB", (5000, 1)), 32, 32, "pad").size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("linear", "BILINEAR"), ("bilinear", "BILINEAR"), ("bicubic", "BICUBIC"), ("lanczos", "LANCZOS")],
+)
+def test_interpolations(name: str, method: str) -> None:
+    picture = noise_image(40, 40)
+    expected = picture.resize((16, 16), Image.Resampling[method])
+    assert np.array_equal(fit(picture, 16, 16, interpolation=name), expected)
+
+
+def test_fit_refuses_what_it_does_not_know() -> None:
+    picture = noise_image(4, 4)
+    with pytest.raises(ValueError, match="'stretch'; known: squash, crop, pad"):
+        fit(picture, 4, 4, "stretch")
+    with pytest.raises(ValueError, match="'nearest'; known: linear"):
+        fit(picture, 4, 4, interpolation="nearest")
+    with pytest.raises(ValueError, match="0 x 4"):
+        fit(picture, 0, 4)
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+def test_tensor_and_back_for_every_value() -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    tensor = to_tensor(Image.fromarray(values))
+    assert tensor.dtype == torch.float32 and tensor.shape == (3, 16, 16)
+    expected = (values / 127.5 - 1.0).astype(np.float32)  # the reference's formula
+    np.testing.assert_allclose(tensor[0].numpy(), expected[..., 0], rtol=0, atol=6e-8)
+    assert (tensor.min(), tensor.max()) == (-1, 1)
+    assert np.array_equal(to_pil(tensor), values)
+
+
+def test_to_pil_clamps_and_rounds() -> None:
+    def shown(value: float) -> int:
+        return to_pil(torch.full((3, 1, 1), value)).getpixel((0, 0))[0]
+
+    assert [shown(v) for v in (-1.5, -1, 1, 7)] == [0, 0, 255, 255]
+    assert [shown((v / 127.5) - 1) for v in (99.6, 100.4, 100.6)] == [100, 100, 101]
+    assert to_pil(torch.zeros(3, 4, 6, dtype=torch.bfloat16, requires_grad=True)).size == (6, 4)
+    with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\)"):
+        to_pil(torch.zeros(1, 3, 4, 4))
+
+
+def test_grid() -> None:
+    pictures = [Image.new("RGB", (6, 4), (i, i, i)) for i in range(1, 6)]
+    square = make_grid(pictures)
+    assert square.size == (18, 8)
+    assert [square.getpixel((6 * c, 4 * r))[0] for r in (0, 1) for c in (0, 1, 2)] == [1, 2, 3, 4, 5, 0]
+    assert make_grid(pictures, columns=5).size == (30, 4)
+    assert make_grid(pictures, columns=9).size == (30, 4)
+    assert make_grid(pictures, columns=1, padding=2).size == (6, 28)
+    assert np.array_equal(make_grid(pictures[:1]), pictures[0])
+    with pytest.raises(ValueError, match="one size"):
+        make_grid([*pictures, noise_image(4, 4)])
+    with pytest.raises(ValueError, match="none"):
+        make_grid([])
+    with pytest.raises(ValueError, match="0"):
+        make_grid(pictures, columns=0)
