@@ -21,8 +21,9 @@ from ldm.files.embedding_formats import PickledBlock, in_order, read_embeddings,
 from ldm.files.tensors import TensorFileError as EmbeddingError
 from ldm.files.tensors import naming
 from ldm.files.writing import check_new_file, replacing_set, writing_to
-from ldm.methods import METHODS
-from ldm.methods.prospect import VECTORS, generate_vectors
+from ldm.methods import find_method
+from ldm.methods.prospect import generate_vectors
+from ldm.methods.table import VECTORS
 
 __all__ = [
     "Concept",
@@ -75,11 +76,8 @@ class Concept:
         if isinstance(tensors, Tensor):
             method = method or ("textual-inversion" if tensors.shape[:1] == (1,) else "prospect")
             tensors = {VECTORS: tensors}
-        if method not in METHODS:
-            known = ", ".join(METHODS)
-            raise EmbeddingError(f"it was learned by the method '{method}', which is unknown here; known: {known}.")
         try:
-            METHODS[method](tensors)
+            find_method(method).check(tensors)
         except ValueError as error:
             raise EmbeddingError(str(error)) from error
         object.__setattr__(self, "method", method)

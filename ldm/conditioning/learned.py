@@ -45,33 +45,16 @@ class LearnedTokens(Protocol):
     """Vectors for a placeholder: Textual Inversion, P+, ProSpect, NeTI."""
 
     num_layers: int  # 1, or as many as the U-Net has cross-attention layers
+    num_rows: int  # R
+
+    def rows_at(self, stage: int, num_stages: int) -> list[int]:
+        """Return the rows that stand at the placeholder in a stage, one for each consecutive token."""
 
     def bucket(self, t: int) -> int:
         """Return the part of time that timestep t lies in: equal bucket, equal vectors."""
 
     def vectors(self, t: Tensor) -> TokenVectors:
         """Return the vectors at timesteps t (B,), on the device of t."""
-
-
-class FixedVectors:
-    """A table of vectors (layers, R, D) for all timesteps; equal where the values are."""
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, table: Tensor) -> None:
-        self.table = table
-        self.num_layers = len(table)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, FixedVectors) or self.table.shape != other.table.shape:
-            return False
-        return self.table is other.table or torch.equal(self.table, other.table)
-
-    def bucket(self, t: int) -> int:
-        return 0
-
-    def vectors(self, t: Tensor) -> TokenVectors:
-        return TokenVectors(self.table[:, None])
 
 
 class LearnedPrefix(Protocol):

@@ -141,7 +141,7 @@ class PromptReader:
 
     Args:
         tokenizer: CLIP's BPE.
-        placeholders: placeholder -> its row in the table of learned vectors for each of the S stages.
+        placeholders: placeholder -> for each of the S stages, its rows in the table of learned vectors.
         num_stages: S.
         max_length: L.
     """
@@ -149,7 +149,7 @@ class PromptReader:
     def __init__(
         self,
         tokenizer: CLIPTokenizer,
-        placeholders: Mapping[str, Sequence[int]],
+        placeholders: Mapping[str, Sequence[Sequence[int]]],
         num_stages: int,
         max_length: int = 77,
     ) -> None:
@@ -191,7 +191,7 @@ class PromptReader:
         body: list[int] = []
         for piece in stage_pieces(prompt, entry, stage, self._pattern, self.placeholders):
             if isinstance(piece, tuple):
-                body.append(self._learned(*piece))
+                body.extend(self._learned(*piece))
             else:
                 if piece == PLACEHOLDER:
                     self._warn_unlearned()
@@ -201,15 +201,16 @@ class PromptReader:
             self._warn(f"The prompt is longer than {room} tokens; cut off: '{self._spell(body[room:])}'")
         return self._close(body[:room])
 
-    def _learned(self, placeholder: str, stage: int) -> int:
-        return -(self.placeholders[placeholder][stage] + 1)
+    def _learned(self, placeholder: str, stage: int) -> list[int]:
+        """The slots of a placeholder in a stage, one for each consecutive learned token."""
+        return [-(row + 1) for row in self.placeholders[placeholder][stage]]
 
     def _ids(self, text: str) -> list[int]:
         # not verbose: the tokenizer would warn of long text too
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _spell(self, slots: Sequence[int]) -> str:
-        names = {row: name for name, rows in self.placeholders.items() for row in rows}
+        names = {row: name for name, stages in self.placeholders.items() for rows in stages for row in rows}
         tokens = ([slot] if slot >= 0 else self._ids(names[-slot - 1]) for slot in slots)
         return self.tokenizer.decode(list(chain.from_iterable(tokens)))
 
@@ -239,19 +240,20 @@ class PromptReader:
         if star in ids and not is_learned:
             self._warn_unlearned()
 
-        def learned(stage: int) -> int:
-            return self._learned(PLACEHOLDER, stage) if is_learned else star
+        def learned(stage: int) -> list[int]:
+            return self._learned(PLACEHOLDER, stage) if is_learned else [star]
 
         resolved: list[list[int]] = []
         for stage in range(self.num_stages):
             entry = None if words is None else words[stage]
             if entry is None:
-                resolved.append([learned(stage)])
+                resolved.append(learned(stage))
             elif isinstance(entry, str):
                 pieces = entry.split(" ")
-                resolved.append([learned(stage) if p == PLACEHOLDER else self._first_piece(p) for p in pieces])
+                slots_of = [learned(stage) if p == PLACEHOLDER else [self._first_piece(p)] for p in pieces]
+                resolved.append(list(chain.from_iterable(slots_of)))
             else:
-                resolved.append(resolved[entry] if entry < stage else [learned(entry)])
+                resolved.append(resolved[entry] if entry < stage else learned(entry))
         stages = []
         for replacement in resolved:
             slots: list[int] = []

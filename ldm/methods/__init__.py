@@ -1,18 +1,35 @@
-"""What can be learned: one file for each method.
+"""What can be learned: one file for each method, and one line here.
 
-`METHODS` says how the tensors of a concept are checked where they enter, by the name of the method: a function of
-{name: tensor} that raises `ValueError` with a sentence that is read on after the file's name.
+A method of another package is named by its class, as in `my_package.MyMethod`, where `--allow_targets` allows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
 
-from torch import Tensor
+from ldm.config import get_class
+from ldm.methods import catversion, neti, prospect, table
+from ldm.methods.base import Method
 
-from ldm.methods import prospect
-
-METHODS: dict[str, Callable[[Mapping[str, Tensor]], None]] = {
-    "prospect": prospect.check_tensors,
-    "textual-inversion": prospect.check_tensors,
+METHODS: dict[str, Method] = {
+    "prospect": Method(prospect.check_tensors, table.load_table, prospect.ProSpect),
+    "textual-inversion": Method(prospect.check_tensors, table.load_table, partial(table.learn_table, stages=1)),
+    "xti": Method(table.check_table, table.load_table, partial(table.learn_table, stages=1, layers=True)),
+    "table": Method(table.check_table, table.load_table, table.learn_table),
+    "neti": Method(neti.check_mapper, neti.load_mapper, neti.learn_mapper),
+    "catversion": Method(catversion.check_prefix, catversion.load_prefix, catversion.learn_prefix),
 }
+
+
+def find_method(name: str) -> Method:
+    """Return how concepts of a method are read.
+
+    Raises:
+        ValueError: it is unknown, or of a package that is not allowed.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if "." in name:
+        found = get_class(name)
+        return Method(found.check, found.load, found)  # type: ignore[attr-defined]
+    raise ValueError(f"it was learned by the method '{name}', which is unknown here; known: {', '.join(METHODS)}.")

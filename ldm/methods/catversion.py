@@ -8,10 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ldm.methods.base import LearnedModule, Metadata, Start, Tensors
+
 TEXT_LAYERS = (9, 10, 11)
+PREFIX = "prefix"  # the tensor of a concept
+LAYERS, LOGIT_BIAS = "catversion.text_layers", "catversion.logit_bias"  # in its metadata
 
 
-class CatVersionPrefix(nn.Module):
+class CatVersionPrefix(LearnedModule):
     """A learned prefix of the text transformer's self-attention.
 
     Args:
@@ -21,6 +25,8 @@ class CatVersionPrefix(nn.Module):
         logit_bias: added to the prefix's logits: 1 in the reference, whose mask is extended with ones, and therefore
             in its released files; 0 is the plain softmax.
     """
+
+    method = "catversion"
 
     def __init__(
         self,
@@ -40,6 +46,54 @@ class CatVersionPrefix(nn.Module):
     def key_values(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Return text layer -> (K, V), each (P, heads, d)."""
         return {layer: (k, v) for layer, (k, v) in zip(self.text_layers, self.prefix, strict=True)}
+
+    def to_concept(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        layers = ",".join(map(str, self.text_layers))
+        return {PREFIX: self.prefix.detach()}, {LAYERS: layers, LOGIT_BIAS: repr(self.logit_bias)}
+
+    @torch.no_grad()
+    def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
+        other = load_prefix(tensors, metadata)
+        if (other.prefix.shape, other.text_layers, other.logit_bias) != (
+            self.prefix.shape,
+            self.text_layers,
+            self.logit_bias,
+        ):
+            raise ValueError("its prefix has other layers, sizes or logit bias than this run's.")
+        self.prefix.copy_(other.prefix)
+
+
+def learn_prefix(start: Start, length: int = 1, layers: int = 3, logit_bias: float = 1.0) -> CatVersionPrefix:
+    """Return a prefix for the last `layers` layers of the model's text transformer, drawn from N(0, 1)."""
+    which = tuple(range(max(0, start.text_layers - layers), start.text_layers))
+    return CatVersionPrefix(which, start.heads, start.word.shape[-1] // start.heads, length, logit_bias)
+
+
+def check_prefix(tensors: Tensors) -> None:
+    """Raise `ValueError` unless a concept holds `prefix`, floats of shape (text layers, 2, P, heads, width)."""
+    prefix = tensors.get(PREFIX)
+    if prefix is None or len(tensors) > 1 or prefix.ndim != 5 or prefix.shape[1] != 2 or 0 in prefix.shape:
+        raise ValueError(f"its tensors ({', '.join(tensors) or 'none'}) are no CatVersion prefix.")
+
+
+def load_prefix(tensors: Tensors, metadata: Metadata) -> CatVersionPrefix:
+    """Return the frozen prefix of a concept.
+
+    Raises:
+        ValueError: the layers or the logit bias are missing or do not fit.
+    """
+    values = tensors[PREFIX]
+    try:
+        layers = tuple(int(layer) for layer in metadata[LAYERS].split(","))
+        bias = float(metadata[LOGIT_BIAS])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"it does not say its text layers and logit bias ({LAYERS}, {LOGIT_BIAS}).") from error
+    if len(layers) != len(values):
+        raise ValueError(f"it has keys and values for {len(values)} text layers, but names {len(layers)}.")
+    prefix = CatVersionPrefix(layers, values.shape[3], values.shape[4], values.shape[2], bias)
+    with torch.no_grad():
+        prefix.prefix.copy_(values)
+    return prefix.requires_grad_(False)
 
 
 def from_flat(flat: Tensor, num_layers: int = 3, heads: int = 12) -> Tensor:

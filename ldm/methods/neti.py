@@ -6,18 +6,22 @@ Shapes: B timesteps, layers of cross-attention in order of execution, D width of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.conditioning.learned import TokenVectors
+from ldm.methods.base import LearnedModule, Metadata, Start, Tensors
 
 HIDDEN = 128
 FREQUENCIES = 1024  # of the Fourier features, each a sine and a cosine
 BYPASS_STRENGTH = 0.2  # of the textual bypass, in units of the hidden state's norm
 NORMS = ("joint", "token")
+SETTINGS = "neti.settings"  # in a concept's metadata
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,16 @@ class NeTISettings:
             raise ValueError(f"normalize must be one of {', '.join(NORMS)}, not '{self.normalize}'.")
 
 
-class NeTIMapper(nn.Module):
+class NeTIMapper(LearnedModule):
     """The mapper M(t, l); parameter names are those of the released `mapper-*.pt` files."""
+
+    method = "neti"
+    num_rows = 1
 
     def __init__(self, settings: NeTISettings, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.settings = settings
-        self.num_layers = settings.num_layers
+        self.num_layers, self.width = settings.num_layers, settings.width
         anchors = settings.num_anchors * settings.num_layers
         self.input_layer: nn.Module = nn.Identity()
         if settings.positional_encoding:
@@ -129,8 +136,22 @@ class NeTIMapper(nn.Module):
         fires = torch.rand(self.num_layers, 1) < (self.settings.nested_dropout or 0.0)
         return torch.where(fires, torch.randint(0, HIDDEN, (self.num_layers, batch)), HIDDEN)
 
+    def rows_at(self, stage: int, num_stages: int) -> list[int]:
+        return [0]
+
     def bucket(self, t: int) -> int:
         return t
+
+    def to_concept(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors = {name: x.detach() for name, x in self.state_dict().items() if not name.startswith("net.0.")}
+        return tensors, {SETTINGS: json.dumps(asdict(self.settings))}
+
+    @torch.no_grad()
+    def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
+        mapper = load_mapper(tensors, metadata)
+        if mapper.settings != replace(self.settings, target_norm=mapper.settings.target_norm):
+            raise ValueError(f"its mapper has other settings ({mapper.settings}); this run's are {self.settings}.")
+        self.load_state_dict(mapper.state_dict())
 
     def vectors(self, t: Tensor, truncation: int | None = None) -> TokenVectors:
         """Return e (layers, B, 1, D), and the residual for the values with a bypass, at timesteps t (B,).
@@ -149,3 +170,43 @@ class NeTIMapper(nn.Module):
         y = self(t.repeat(self.num_layers), layer, kept).view(self.num_layers, batch, 1, -1)
         e, r = y.split([self.settings.width, y.shape[-1] - self.settings.width], dim=-1)
         return TokenVectors(e, BYPASS_STRENGTH * F.normalize(r, dim=-1) if self.settings.output_bypass else None)
+
+
+def learn_mapper(start: Start, normalize: str | None = "joint", **settings: Any) -> NeTIMapper:
+    """Return a mapper whose output has the norm of the initial word, the super-category.
+
+    Args:
+        normalize: `joint`, `token`, or None for no norm.
+        settings: further fields of `NeTISettings`.
+
+    Raises:
+        ValueError: a super-category of several tokens.
+    """
+    if start.num_word_tokens != 1:
+        raise ValueError(f"NeTI's super-category must be a word of one token, not of {start.num_word_tokens}.")
+    sizes = {"num_layers": start.num_layers, "width": start.word.shape[-1]}
+    norm = None if normalize is None else float(start.word.norm())
+    return NeTIMapper(NeTISettings(**sizes, **settings, target_norm=norm, normalize=normalize or "joint"))
+
+
+def check_mapper(tensors: Tensors) -> None:
+    """Raise `ValueError` unless a concept holds a mapper's weights."""
+    if "output_layer.0.weight" not in tensors or "net.1.weight" not in tensors:
+        raise ValueError(f"its tensors ({', '.join(list(tensors)[:4])}) are no NeTI mapper.")
+
+
+def load_mapper(tensors: Tensors, metadata: Metadata) -> NeTIMapper:
+    """Return the frozen mapper of a concept.
+
+    Raises:
+        ValueError: the settings are missing or do not fit the tensors.
+    """
+    try:
+        settings = NeTISettings(**json.loads(metadata[SETTINGS]))
+        mapper = NeTIMapper(settings)
+        names = ("weight", "bias") if settings.positional_encoding else ()
+        mapper.load_state_dict({**tensors, **{f"net.0.{name}": tensors[f"input_layer.{name}"] for name in names}})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"its mapper cannot be read ({reason}); use another copy of the file.") from error
+    return mapper.eval().requires_grad_(False)

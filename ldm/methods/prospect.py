@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioning.learned import TokenVectors
+from ldm.conditioning.stages import matching_stage
+from ldm.methods.base import LearnedModule, Metadata, Start, Tensors
+from ldm.methods.table import VECTORS
 from ldm.modules.attention import CrossAttention, FeedForward
 
-VECTORS = "vectors"  # the tensor of a concept
 
-
-class GeneratorBlock(nn.Module):
+class GeneratorBlock(LearnedModule):
     """The reference's transformer block from the initial word's embedding (1, D) to S vectors (S, D).
 
     x = e + A1(LN1(e)); x = x + A2(LN2(x), context e); S·D outputs = FF(LN3(x)), without a residual around FF. The
@@ -35,6 +38,61 @@ class GeneratorBlock(nn.Module):
         x = e + self.attn1(self.norm1(e))
         x = x + self.attn2(self.norm2(x), e)
         return self.ff(self.norm3(x)).view(self.num_stages, -1)  # (S, D)
+
+
+class ProSpect(GeneratorBlock):
+    """The generator block on the initial word: S vectors for a placeholder.
+
+    Args:
+        norm: `free` (the reference), or `word`: every vector keeps the length of the initial embedding.
+    """
+
+    method = "prospect"
+    num_layers = 1
+
+    def __init__(self, start: Start, dropout: float = 0.1, norm: str = "free") -> None:
+        super().__init__(start.word.shape[-1], start.num_stages, dropout=dropout)
+        self.norm = norm
+        self.register_buffer("word", start.word, persistent=False)
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_stages
+
+    def rows_at(self, stage: int, num_stages: int) -> list[int]:
+        return [matching_stage(stage, num_stages, self.num_stages)]
+
+    def bucket(self, t: int) -> int:
+        return 0
+
+    def values(self) -> Tensor:
+        """Return the vectors (S, D)."""
+        vectors = self(self.word)
+        return F.normalize(vectors, dim=-1) * self.word.norm() if self.norm == "word" else vectors
+
+    def vectors(self, t: Tensor) -> TokenVectors:
+        """Return e (1, 1, S, D): all stages' vectors, whatever the timesteps."""
+        return TokenVectors(self.values()[None, None])
+
+    @torch.no_grad()
+    def to_concept(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        was_training = self.training
+        self.eval()
+        vectors = self.values()
+        self.train(was_training)
+        return {VECTORS: vectors}, {}
+
+    @torch.no_grad()
+    def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
+        vectors = tensors.get(VECTORS)
+        if vectors is None or vectors.shape != (self.num_stages, self.word.shape[-1]):
+            found = "no stage vectors" if vectors is None else f"{len(vectors)} stages of width {vectors.shape[1]}"
+            raise ValueError(f"it has {found}; this run learns {self.num_stages} of width {self.word.shape[-1]}.")
+        was_training = self.training
+        self.eval()
+        difference = vectors.to(self.word.device) - self(self.word)
+        self.ff.net[2].bias.add_(difference.flatten())
+        self.train(was_training)
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:

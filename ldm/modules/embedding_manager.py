@@ -1,4 +1,4 @@
-"""The learned tokens: S vectors for a placeholder, one for each stage of denoising (ProSpect, section 4).
+"""What stands behind the placeholders of a model: one concept that is learned, and those that are loaded.
 
 Shapes: S stages, D width of the text transformer, R rows of the table of all learned vectors.
 """
@@ -7,25 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioning.learned import NOTHING_LEARNED, FixedVectors, Learned
+from ldm.conditioning.learned import Learned, LearnedPrefix, LearnedTokens
 from ldm.conditioning.prompts import check_placeholder
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files.base_model import refuse_other_base
 from ldm.files.embedding_formats import short_hash
-from ldm.methods.prospect import GeneratorBlock
-
-if TYPE_CHECKING:
-    from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.methods import find_method
+from ldm.methods.base import LearnedModule, Start
+from ldm.methods.prospect import GeneratorBlock, ProSpect
+from ldm.methods.table import VECTORS, Table, learn_table
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 
 class EmbeddingManager(nn.Module):
-    """What stands behind the placeholders: a concept that is being learned, and concepts loaded from files.
+    """What stands behind the placeholders: what is being learned, and concepts loaded from files.
 
     Args:
         embedder: gives the initial word's embedding; not kept.
@@ -33,7 +33,11 @@ class EmbeddingManager(nn.Module):
         initializer_words: word or words whose token embeddings, averaged, the learning starts from. None: nothing
             is learned here, concepts are loaded.
         num_stages: S. 1 is Textual Inversion.
-        generator: `block` (the reference's transformer block) or `table` (S free vectors).
+        num_layers: cross-attention layers of the U-Net.
+        generator: `block` (the reference's transformer block) or `table` (free vectors), where no method is named.
+        method: a name in `ldm.methods.METHODS`, or a class of another package.
+        method_params: the method's own parameters.
+        dropout: `block` only.
         initial_spread: `table` only: standard deviation of what tells the stages apart at the start, relative to
             the initial embedding's own.
         norm: `free` (the reference), or `word`: every vector keeps the length of the initial embedding.
@@ -41,10 +45,11 @@ class EmbeddingManager(nn.Module):
 
     ignored_keys = {
         "num_vectors_per_token": "the number of stages is model.params.prospect_stages",
-        "per_image_tokens": "one placeholder is learned from all pictures",
+        "per_image_tokens": "one placeholder is learned from all images",
         "progressive_words": "the reference's code for it does nothing",
         "progressive_counter": "the reference's code for it does nothing",
     }
+    initial_embeddings: Tensor
 
     def __init__(
         self,
@@ -52,7 +57,10 @@ class EmbeddingManager(nn.Module):
         placeholder_strings: Sequence[str] | str = ("*",),
         initializer_words: Sequence[str] | str | None = None,
         num_stages: int = 10,
+        num_layers: int = 1,
         generator: str = "block",
+        method: str | None = None,
+        method_params: Mapping[str, Any] | None = None,
         dropout: float = 0.1,
         initial_spread: float = 1.0,
         norm: str = "free",
@@ -64,7 +72,6 @@ class EmbeddingManager(nn.Module):
             raise ValueError(f"generator must be 'block' or 'table', not '{generator}'.")
         if norm not in ("free", "word"):
             raise ValueError(f"norm must be 'free' or 'word', not '{norm}'.")
-        self.norm = norm
         self.placeholder_strings = (
             [placeholder_strings] if isinstance(placeholder_strings, str) else list(placeholder_strings)
         )
@@ -72,76 +79,120 @@ class EmbeddingManager(nn.Module):
             check_placeholder(placeholder)
         words = [initializer_words] if isinstance(initializer_words, str) else list(initializer_words or [])
         self.initial_word = " ".join(words)
-        self.num_stages = num_stages
+        self.num_stages, self.num_layers = num_stages, num_layers
         self.width = embedder.width
-        self.learning = bool(words)
         self.loaded: dict[str, Concept] = {}
+        self._modules_loaded: dict[str, LearnedTokens | LearnedPrefix] = {}
         self.sources: dict[str, str] = {}  # placeholder -> file, for the record
         self.hashes: dict[str, str] = {}  # placeholder -> the first digits of that file's SHA-256
         self.base_model: Mapping[str, str] = {}  # the name and the fingerprint of the base model, if it is known
-        self.attention: GeneratorBlock | None = None
-        self.table: nn.Parameter | None = None
+        self.learned: LearnedModule | None = None
         self.register_buffer("initial_embeddings", torch.zeros(1, self.width))
-        if not self.learning:
+        if not words:
             return
-        self.initial_embeddings.copy_(initial_embedding(embedder, self.initial_word))
-        if generator == "block":
-            self.attention = GeneratorBlock(self.width, num_stages, dropout=dropout)
+        word, count = initial_embedding(embedder, self.initial_word)
+        self.initial_embeddings.copy_(word)
+        text = embedder.transformer.config
+        start = Start(word, count, num_stages, num_layers, text.num_hidden_layers, text.num_attention_heads)
+        if method is not None:
+            self.learned = find_method(method).learn(start, **(method_params or {}))
+        elif generator == "block":
+            self.learned = ProSpect(start, dropout, norm)
         else:
-            noise = torch.randn(num_stages, self.width) * self.initial_embeddings.std()
-            spread = initial_spread if num_stages > 1 else 0.0
-            self.table = nn.Parameter(self.initial_embeddings + spread * noise)
+            self.learned = learn_table(start, spread=initial_spread, norm=word.norm() if norm == "word" else None)
+
+    @property
+    def learning(self) -> bool:
+        """Whether something is learned here."""
+        return self.learned is not None
+
+    @property
+    def attention(self) -> GeneratorBlock | None:
+        """The reference's name of the generator block."""
+        return self.learned if isinstance(self.learned, GeneratorBlock) else None
+
+    @property
+    def table(self) -> nn.Parameter | None:
+        """The learned table, where the method has one."""
+        return self.learned.table if isinstance(self.learned, Table) else None
 
     def embeddings(self) -> Tensor:
-        """The S vectors of the learned (or, for the first placeholder, loaded) concept: float32 (S, D).
+        """Return the S vectors of the learned (or, for the first placeholder, loaded) concept: float32 (S, D).
 
         Raises:
-            ValueError: nothing is learned and nothing is loaded.
+            ValueError: nothing is learned and nothing is loaded, or its method has no stage vectors.
         """
         if self.placeholder_strings[0] in self.loaded:
             return self.loaded[self.placeholder_strings[0]].vectors.to(self.initial_embeddings.device)
-        if not self.learning:
+        if self.learned is None:
             raise ValueError("No embedding is learned or loaded; call embedding_manager.load(path) first.")
-        return self._learned()
+        return self._stage_vectors(self.learned)
 
-    def _learned(self) -> Tensor:
-        vectors = self._generated()
-        if self.norm == "word":
-            vectors = F.normalize(vectors, dim=-1) * self.initial_embeddings.norm()
-        return vectors
+    def _stage_vectors(self, module: LearnedModule | None) -> Tensor:
+        if isinstance(module, ProSpect):
+            return module.values()
+        if isinstance(module, Table) and module.num_layers == module.num_tokens == 1:
+            return module.values()[:, 0, 0]
+        raise ValueError("What is learned has no stage vectors; see model.learned.")
 
-    def _generated(self) -> Tensor:
-        return self.attention(self.initial_embeddings) if self.attention is not None else self.table
+    def _tokens(self) -> dict[str, LearnedTokens]:
+        """Placeholder -> its tokens, in the order of their rows; several placeholders may share one."""
+        tokens = {p: self.learned for p in self._trained_placeholders() if not is_prefix(self.learned)}
+        return tokens | {p: module for p, module in self._modules_loaded.items() if not is_prefix(module)}
 
-    def rows(self) -> dict[str, list[int]]:
-        """Placeholder -> its row in `vectors()` for each of the S stages.
+    def rows(self) -> dict[str, list[list[int]]]:
+        """Placeholder -> for each of the S stages, the rows of the table of all vectors that stand there.
 
         A concept with another number of stages is read by time: stage s takes the concept's stage at the middle
         of s.
         """
-        rows: dict[str, list[int]] = {}
-        start = 0
-        if self._trained_placeholders():
-            rows.update(dict.fromkeys(self._trained_placeholders(), list(range(self.num_stages))))
-            start = self.num_stages
-        for placeholder, concept in self.loaded.items():
-            rows[placeholder] = [start + row for row in concept.rows_for(self.num_stages)]
-            start += concept.num_stages
+        rows: dict[str, list[list[int]]] = {}
+        starts: dict[int, int] = {}
+        end = 0
+        for placeholder, tokens in self._tokens().items():
+            if id(tokens) not in starts:
+                starts[id(tokens)], end = end, end + tokens.num_rows
+            first = starts[id(tokens)]
+            stages = range(self.num_stages)
+            rows[placeholder] = [[first + row for row in tokens.rows_at(s, self.num_stages)] for s in stages]
         return rows
-
-    def vectors(self) -> Tensor | None:
-        """All learned vectors (R, D), in the order of `rows()`; None when there are none."""
-        parts = [self._learned()] if self._trained_placeholders() else []
-        parts += [concept.vectors.to(self.initial_embeddings.device) for concept in self.loaded.values()]
-        return torch.cat(parts) if parts else None
 
     def learned_now(self) -> Learned:
         """Return what prompts read at this moment; concepts that are loaded later do not change it."""
-        vectors = self.vectors()
-        return NOTHING_LEARNED if vectors is None else Learned((FixedVectors(vectors[None]),))
+        tokens = tuple({id(module): module for module in self._tokens().values()}.values())
+        prefixes = [self.learned] if self._trained_placeholders() and is_prefix(self.learned) else []
+        prefixes += [module for module in self._modules_loaded.values() if is_prefix(module)]
+        for module in (*tokens, *prefixes):
+            module.to(self.initial_embeddings.device)
+        return Learned(tokens, tuple(prefixes))
+
+    def vectors(self) -> Tensor | None:
+        """Return the table of all vectors (R, D) where none changes with time or layer; None when there are none."""
+        table = self.learned_now().vectors(torch.zeros(1, dtype=torch.long, device=self.initial_embeddings.device))
+        return None if table is None else table.e[0, 0]
 
     def _trained_placeholders(self) -> list[str]:
         return [p for p in self.placeholder_strings if self.learning and p not in self.loaded]
+
+    def _module_of(self, concept: Concept) -> LearnedTokens | LearnedPrefix:
+        """What prompts read of a concept.
+
+        Raises:
+            ValueError: it was learned for a U-Net with other layers.
+        """
+        module = find_method(concept.method).load(concept.tensors, concept.metadata)
+        layers = getattr(module, "num_layers", 1)
+        if layers not in (1, self.num_layers):
+            raise ValueError(
+                f"This concept ({concept.method}) is for {layers} cross-attention layers, but this model has "
+                f"{self.num_layers}: it was learned for another base model."
+            )
+        if (width := getattr(module, "width", self.width)) != self.width:
+            raise ValueError(
+                f"This concept ({concept.method}) has width {width}, but this model's text encoder has {self.width}: "
+                "it was learned for another base model."
+            )
+        return module
 
     def load(self, source: str | Path | Concept | Mapping[str, Any], any_base: bool = False) -> None:
         """Take concepts from files; see `load_concept` for what can be read.
@@ -160,7 +211,7 @@ class EmbeddingManager(nn.Module):
         for placeholder, concept in concepts.items():
             origin = sources[placeholder]
             what = f"The embedding for '{placeholder}'{'' if isinstance(origin, Concept) else f' ({origin})'}"
-            if concept.width != self.width:
+            if VECTORS in concept.tensors and concept.width != self.width:
                 theirs = concept.metadata.get("base_model", "unknown")
                 ours = self.base_model.get("base_model", "unknown")
                 raise ValueError(
@@ -169,16 +220,17 @@ class EmbeddingManager(nn.Module):
                 )
             if not any_base:
                 refuse_other_base(concept.metadata, self.base_model, what)
+        modules = {placeholder: self._module_of(concept) for placeholder, concept in concepts.items()}
         self.loaded.update(concepts)
+        self._modules_loaded.update(modules)
         self.sources.update({p: "" if isinstance(s, Concept) else str(s) for p, s in sources.items()})
         for placeholder, origin in sources.items():
             self.hashes.pop(placeholder, None)
             if isinstance(origin, (str, Path)) and (found := short_hash(origin)):
                 self.hashes[placeholder] = found
 
-    @torch.no_grad()
     def start_from(self, source: str | Path | Concept) -> None:
-        """Begin learning where a saved concept ended: without dropout, its vectors are then the learned ones.
+        """Continue learning where a saved concept ended: without dropout, its vectors are then the learned ones.
 
         With `norm='word'` their directions are.
 
@@ -186,41 +238,40 @@ class EmbeddingManager(nn.Module):
             ValueError: the file cannot be used, or has other stages or another width than this model.
         """
         concept = source if isinstance(source, Concept) else load_concept(source, self.placeholder_strings[0])
-        if tuple(concept.vectors.shape) != (self.num_stages, self.width):
-            raise ValueError(
-                f"The embedding to start from has {concept.num_stages} stages of width {concept.width}; this run "
-                f"learns {self.num_stages} of width {self.width}."
-            )
-        was_training = self.training
-        self.eval()
-        difference = concept.vectors.to(self.initial_embeddings.device) - self._generated()
-        if self.attention is not None:
-            self.attention.ff.net[2].bias.add_(difference.flatten())
-        else:
-            self.table.add_(difference)
-        self.train(was_training)
+        if self.learned is None:
+            raise ValueError("Nothing is learned here, so nothing can start from a concept; give initializer_words.")
+        try:
+            self.learned.start_from(concept.tensors, concept.metadata)
+        except ValueError as error:
+            raise ValueError(f"The embedding to start from cannot be used: {error}") from error
 
     def save(self, path: str | Path, **metadata: str) -> None:
-        """Write the S vectors, without dropout, as an embedding file."""
-        was_training = self.training
-        self.eval()
-        with torch.no_grad():
-            vectors = (self._learned() if self.learning else self.embeddings()).detach().float().cpu()
-        self.train(was_training)
-        concept = Concept(vectors, {"init_word": self.initial_word, **metadata})
+        """Write what is learned (or loaded for the first placeholder), without dropout, as a concept file."""
+        own = {"init_word": self.initial_word}
+        if self.learned is None:
+            concept = Concept(self.embeddings().detach().cpu(), {**own, **metadata})
+        else:
+            tensors, described = self.learned.to_concept()
+            tensors = {name: x.detach().cpu() for name, x in tensors.items()}
+            concept = Concept(tensors, {**own, **described, **metadata}, self.learned.method)
         save_concept(concept, path, self.placeholder_strings[0])
 
     def distance_to_initial(self) -> Tensor:
         """Squared distance to the initial word's embedding, mean over stages: Textual Inversion's regulariser."""
-        return (self._learned() - self.initial_embeddings).pow(2).sum(dim=1).mean()
+        return (self._stage_vectors(self.learned) - self.initial_embeddings).pow(2).sum(dim=1).mean()
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
 
 
+def is_prefix(module: object) -> bool:
+    """Return whether a method changes the text transformer's attention instead of standing at a placeholder."""
+    return hasattr(module, "key_values")
+
+
 @torch.no_grad()
-def initial_embedding(embedder: FrozenCLIPEmbedder, words: str) -> Tensor:
-    """Mean (1, D) float32 of the token embeddings of `words`.
+def initial_embedding(embedder: FrozenCLIPEmbedder, words: str) -> tuple[Tensor, int]:
+    """Return the mean (1, D) float32 of the token embeddings of `words`, and how many tokens these are.
 
     Raises:
         ValueError: no token is left of the words.
@@ -228,4 +279,4 @@ def initial_embedding(embedder: FrozenCLIPEmbedder, words: str) -> Tensor:
     ids = embedder.tokenizer(words, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"The initial word '{words}' has no token; give an ordinary word, such as 'teddy'.")
-    return embedder.token_table[torch.tensor(ids)].float().mean(dim=0, keepdim=True)
+    return embedder.token_table[torch.tensor(ids)].float().mean(dim=0, keepdim=True), len(ids)

@@ -81,7 +81,7 @@ def test_any_number_of_stages_and_width_128(embedder: FrozenCLIPEmbedder, genera
     manager = EmbeddingManager(embedder, "*", "teddy", num_stages=stages, generator=generator).eval()
     vectors = manager.embeddings()
     assert vectors.shape == (stages, 128) and vectors.dtype == torch.float32
-    assert manager.rows() == {"*": list(range(stages))}
+    assert manager.rows() == {"*": [[row] for row in range(stages)]}
     assert torch.equal(manager.vectors(), vectors)
     vectors.sum().backward()
     assert any(p.grad.abs().max() > 0 for p in manager.embedding_parameters())
@@ -102,7 +102,7 @@ def test_a_table_starts_around_the_initial_embedding(embedder: FrozenCLIPEmbedde
         manager = EmbeddingManager(embedder, "*", "teddy", num_stages=50, generator="table", initial_spread=spread)
         distance = (manager.embeddings() - manager.initial_embeddings).std() / manager.initial_embeddings.std()
         assert distance.item() == pytest.approx(spread, rel=0.05, abs=1e-6)
-    assert [name for name, _ in manager.named_parameters()] == ["table"]
+    assert [name for name, _ in manager.named_parameters()] == ["learned.table"]
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_loaded_concepts_stand_beside_the_learned_one(embedder: FrozenCLIPEmbedd
     manager = EmbeddingManager(embedder, ["*", "<same>"], "teddy", num_stages=4, generator="table")
     manager.load({"<cat>": Concept(torch.randn(2, 128)), "<one>": Concept(torch.randn(1, 128))})
     assert manager.rows() == {
-        "*": [0, 1, 2, 3],
-        "<same>": [0, 1, 2, 3],
-        "<cat>": [4, 4, 5, 5],
-        "<one>": [6, 6, 6, 6],
+        "*": [[0], [1], [2], [3]],
+        "<same>": [[0], [1], [2], [3]],
+        "<cat>": [[4], [4], [5], [5]],
+        "<one>": [[6]] * 4,
     }
     vectors = manager.vectors()
     assert torch.equal(vectors[:4], manager.embeddings())
@@ -165,16 +165,16 @@ def test_a_loaded_concept_takes_the_first_placeholder(embedder: FrozenCLIPEmbedd
     concept = Concept(torch.randn(10, 128))
     manager.load(concept)
     assert torch.equal(manager.embeddings(), concept.vectors)
-    assert manager.rows() == {"*": list(range(10))} and len(manager.vectors()) == 10
+    assert manager.rows() == {"*": [[row] for row in range(10)]} and len(manager.vectors()) == 10
 
 
 def test_what_is_learned_stays_apart_from_what_is_loaded(embedder: FrozenCLIPEmbedder, tmp_path: Path) -> None:
     manager = EmbeddingManager(embedder, ["*", "<same>"], "teddy", num_stages=4, generator="table")
     manager.load({"*": Concept(torch.randn(2, 128))})
-    assert manager.rows() == {"<same>": [0, 1, 2, 3], "*": [4, 4, 5, 5]}
-    assert torch.equal(manager.vectors(), torch.cat([manager.table, manager.loaded["*"].vectors]))
+    assert manager.rows() == {"<same>": [[0], [1], [2], [3]], "*": [[4], [4], [5], [5]]}
+    assert torch.equal(manager.vectors(), torch.cat([manager.table[:, 0], manager.loaded["*"].vectors]))
     manager.save(tmp_path / "learned.safetensors")
-    assert torch.equal(load_concept(tmp_path / "learned.safetensors").vectors, manager.table.detach())
+    assert torch.equal(load_concept(tmp_path / "learned.safetensors").vectors, manager.table[:, 0].detach())
 
 
 @pytest.mark.parametrize("generator", ["block", "table"])
@@ -193,7 +193,7 @@ def test_a_concept_with_other_stages_is_read_by_time(
 ) -> None:
     manager = EmbeddingManager(embedder, num_stages=5)
     manager.load(Concept(torch.zeros(stages, 128)))
-    assert manager.rows() == {"*": rows}
+    assert manager.rows() == {"*": [[row] for row in rows]}
 
 
 def test_a_concept_for_another_model_is_refused_whole(embedder: FrozenCLIPEmbedder) -> None:
@@ -206,5 +206,5 @@ def test_a_concept_for_another_model_is_refused_whole(embedder: FrozenCLIPEmbedd
 def test_distance_to_the_initial_word(embedder: FrozenCLIPEmbedder) -> None:
     manager = EmbeddingManager(embedder, "*", "teddy", num_stages=3, generator="table")
     with torch.no_grad():
-        manager.table.copy_(manager.initial_embeddings + torch.tensor([[0.0], [1.0], [2.0]]))
+        manager.table[:, 0].copy_(manager.initial_embeddings + torch.tensor([[0.0], [1.0], [2.0]]))
     assert manager.distance_to_initial().item() == pytest.approx((0 + 1 + 4) * 128 / 3, rel=1e-4)

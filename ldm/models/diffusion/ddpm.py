@@ -25,6 +25,7 @@ from ldm.conditioning.context import Cond, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import PromptConditioning, SlotEncoder
 from ldm.conditioning.learned import NOTHING_LEARNED, Learned
 from ldm.conditioning.prompts import PromptReader, Words
+from ldm.methods.base import LearnedModule
 from ldm.models.autoencoder import FirstStage, cosine_to_zero
 from ldm.models.diffusion import latents
 from ldm.models.diffusion.acceleration import FixedUNet, Step, TensorStep
@@ -169,7 +170,8 @@ class LatentDiffusion(pl.LightningModule):
     def _make_manager(self, config: Mapping[str, Any] | None) -> EmbeddingManager | None:
         if config is None:
             return None
-        manager = instantiate_from_config(config, embedder=self.cond_stage_model, num_stages=self.num_stages)
+        sizes = {"num_stages": self.num_stages, "num_layers": self.model.diffusion_model.num_attention_layers}
+        manager = instantiate_from_config(config, embedder=self.cond_stage_model, **sizes)
         manager.base_model = self.base_model
         if (start := self.options.embedding_manager_ckpt) is not None:
             manager.start_from(start) if manager.learning else manager.load(start)
@@ -416,6 +418,11 @@ class LatentDiffusion(pl.LightningModule):
         # there are no averaged weights to compare with: the reference logs the same values under both names
         parts |= {f"{name}_ema": value for name, value in parts.items()}
         self.log_dict(parts, batch_size=len(batch["sample"]))
+
+    @property
+    def learned(self) -> LearnedModule | None:
+        """The module that is being learned; None otherwise."""
+        return None if self.embedding_manager is None else self.embedding_manager.learned
 
     @property
     def learned_parameters(self) -> nn.Module:
