@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept, save_new_concept, save_stages
 from ldm.methods import METHODS
+from ldm.methods.base import Method
 from ldm.methods.prospect import GeneratorBlock
 
 WIDTH = 16
@@ -128,7 +129,7 @@ def mapper(monkeypatch: pytest.MonkeyPatch) -> Concept:
         if set(tensors) != {"net.weight", "net.bias", "layers"}:
             raise ValueError(f"a mapper has a net and layers, not {', '.join(tensors)}.")
 
-    monkeypatch.setitem(METHODS, "mapper", check)
+    monkeypatch.setitem(METHODS, "mapper", Method(check, lambda tensors, metadata: None, lambda start: None))
     tensors = {"net.weight": torch.randn(3, 2).half(), "net.bias": torch.randn(3), "layers": torch.arange(4)}
     return Concept(tensors, {"step": "3"}, method="mapper")
 
