@@ -87,6 +87,8 @@ def read_yaml(path: str | Path, flag: str, what: str = "configuration file", hin
 def _check_yaml(text: str) -> None:
     """Raise `YAMLError` for text that no loader reads, or reads as something else than it says."""
     root = yaml.compose(text, yaml.SafeLoader)
+    if root is None:
+        return
     if _count_nodes(root, {}) > MAX_NODES:
         raise ConfigError(f"has aliases that stand for more than {MAX_NODES} entries; write it without them.")
     for node in _distinct_nodes(root):
@@ -94,6 +96,7 @@ def _check_yaml(text: str) -> None:
             _check_distinct_keys(node)
         elif isinstance(node, yaml.ScalarNode) and node.tag != _MERGE:
             _check_scalar(node)
+    yaml.SafeLoader("").construct_document(root)
 
 
 def _check_distinct_keys(mapping: yaml.MappingNode) -> None:
@@ -134,9 +137,9 @@ def _yaml_problem(error: Exception) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
 
 
-def _distinct_nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
+def _distinct_nodes(root: yaml.Node) -> Iterator[yaml.Node]:
     """Every node of a YAML tree once, aliased or not."""
-    waiting, seen = [root] if root is not None else [], set()
+    waiting, seen = [root], set()
     while waiting:
         node = waiting.pop()
         if id(node) in seen:
@@ -208,7 +211,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         try:
             parsed.merge_with_dotlist([text])
         except (yaml.YAMLError, OmegaConfBaseException, AssertionError, ValueError, *MISMATCHES) as error:
-            raise ConfigError(f"'{text:.80}' cannot be read as key=value ({_yaml_problem(error)}).") from error
+            raise ConfigError(f"{text!r:.80} cannot be read as key=value ({_yaml_problem(error)}).") from error
     return parsed
 
 

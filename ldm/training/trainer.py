@@ -99,6 +99,8 @@ def _callbacks(lightning: dict[str, Any], run: Run, module: pl.LightningModule, 
     if getattr(module, "embedding_manager", None) is not None:
         callbacks.append(EmbeddingSaver(run.checkpoints, save_every))
     for name, section in (lightning.get("callbacks") or {}).items():
+        if section is None:  # switched off, by lightning.callbacks.NAME=null
+            continue
         if not isinstance(section, Mapping) or "target" not in section:
             raise ConfigError(f"lightning.callbacks.{name} must be a section with a `target:`.")
         callback = instantiate_from_config(section)
