@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from ldm.checkpoint import CheckpointError
 from ldm.embeddings import EmbeddingError, load_concept
 from ldm.files.tensors import read_checkpoint
-from ldm.files.writing import check_writable, remove_unfinished, writing_to
+from ldm.files.writing import check_writable, is_unfinished, remove_unfinished, writing_to
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,10 @@ class Run:
         return resume_command(self.folder)
 
     def saved(self, *kinds: str) -> list[Path]:
-        """The latest `configs/<time>-<kind>.yaml` of each kind that there is."""
-        return [path for kind in kinds for path in sorted(self.configs.glob(f"*-{kind}.yaml"))[-1:]]
+        """The files `configs/<time>-<kind>.yaml` of the latest start; that of the kind `project` is written last."""
+        starts = sorted(self.configs.glob("*-project.yaml"))[-1:]
+        paths = [self.configs / f"{start.name.removesuffix('project.yaml')}{kind}.yaml" for start in starts for kind in kinds]
+        return [path for path in paths if path.is_file()]
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -75,8 +77,7 @@ class Run:
         made = [place for place in self.folder.parents if not place.exists()]
         with writing_to(self.folder):
             is_new = self._make()
-            for place in (self.checkpoints, self.configs, self.folder / "images") if self.resumed else ():
-                remove_unfinished(place)  # and nowhere else: the folder may hold more than the run
+            remove_unfinished(self.folder)
         try:
             yield
         finally:
@@ -128,10 +129,14 @@ def open_run(options: argparse.Namespace) -> Run:
 
 
 def _check_empty(run: Run) -> None:
-    """Raise `ValueError` where a new run would overwrite what is in its folder."""
-    if not run.folder.is_dir() or not any(run.folder.iterdir()):
+    """Raise `ValueError` where a new run would overwrite what is in its folder.
+
+    Empty folders, and what a process that was killed had begun to write, do not count.
+    """
+    places = (path.relative_to(run.folder) for path in run.folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    if all(any(is_unfinished(part) for part in place.parts) for place in places):
         return
-    if run.saved("project", "lightning"):
+    if run.saved("project"):
         raise ValueError(f"'{run.folder}' holds a run: resume it ({run.resume_command}) or name another folder.")
     raise ValueError(f"'{run.folder}' is not empty; name a new or an empty folder with -p.")
 

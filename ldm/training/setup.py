@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import ConfigError, instantiate_from_config, literal, load_config, nearest
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.files.writing import replace_text, writing_to
+from ldm.files.writing import replacing_set, writing_to
 from ldm.training.changes import check_applies, fingerprint, log_changes, run_config
 from ldm.training.checks import check_asked_for, check_resumable, check_sizes
 from ldm.training.runs import Run, check_start
@@ -173,12 +173,12 @@ def save_configs(config: DictConfig, data: DataModuleFromConfig, run: Run, resol
     if run.resumed:
         log_changes(run, run_config(run, resolvers), config, hashes)
     with writing_to(run.folder):
-        for folder in (run.checkpoints, run.configs):
-            folder.mkdir(parents=True, exist_ok=True)
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
     parts = {
         "data": yaml.safe_dump(hashes),
         "project": OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key for key in config if key != "lightning"])),
         "lightning": OmegaConf.to_yaml(OmegaConf.create({"lightning": config.lightning})),
     }
-    for kind, text in parts.items():
-        replace_text(run.configs / f"{run.started}-{kind}.yaml", text)
+    with replacing_set(run.configs) as folder:
+        for kind, text in parts.items():
+            (folder / f"{run.started}-{kind}.yaml").write_text(text, encoding="utf-8")
