@@ -119,12 +119,13 @@ def _put_data_root(config: DictConfig, options: argparse.Namespace) -> None:
 
 
 def _readable(name: str, value: object) -> object:
-    """A flag's value, literally, which a YAML file can hold."""
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        shown = os.fsencode(str(value)).decode(errors="backslashreplace")
-        raise ConfigError(f"{name}: '{shown}' is not UTF-8, which a configuration cannot hold; rename it.") from error
+    """Return a flag's value, literally, if a YAML file can hold it."""
+    for text in value if isinstance(value, list) else [value]:
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(str(text)).decode(errors="backslashreplace")
+            raise ConfigError(f"{name}: '{shown}' is not UTF-8, which a configuration cannot hold; rename it.") from error
     return literal(value)
 
 
