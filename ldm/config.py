@@ -180,17 +180,27 @@ def load_config(
     for part in (*(_parse_file(path, flag) for path in paths), _parse_overrides(overrides)):
         if not resolvers:
             _check_resolvers(part)
-        try:
-            merged = OmegaConf.merge(merged, part)
-        except (OmegaConfBaseException, AssertionError, *MISMATCHES) as error:
-            raise ConfigError(f"The configuration cannot be merged: {str(error).splitlines()[0]}.") from error
-    assert isinstance(merged, DictConfig)
-    for key in merged:
+        merged = merge(merged, part)
+    for key in map(str, merged):
         if key == "allow_targets":
             raise ConfigError("A configuration cannot allow its own targets; if you trust it, use --allow_targets.")
         if key not in TOP_LEVEL_KEYS:
             raise ConfigError(f"Unknown section '{key}' in the configuration{nearest(key, TOP_LEVEL_KEYS)}")
     check_sections(merged, *SECTIONS)
+    return merged
+
+
+def merge(first: DictConfig | dict[str, Any], second: DictConfig) -> DictConfig:
+    """Return both configurations in one, where `second` decides.
+
+    Raises:
+        ConfigError: one has a list or a section where the other has something else.
+    """
+    try:
+        merged = OmegaConf.merge(first, second)
+    except (OmegaConfBaseException, AssertionError, *MISMATCHES) as error:
+        raise ConfigError(f"The configuration cannot be merged: {str(error).splitlines()[0]}.") from error
+    assert isinstance(merged, DictConfig)
     return merged
 
 
@@ -271,6 +281,21 @@ def as_config(config: Mapping[str, Any] | DictConfig) -> DictConfig:
     return copy
 
 
+def resolved(section: Mapping[str, Any] | DictConfig, what: str) -> dict[str, Any]:
+    """Return the plain values of a section, with `${…}` filled in.
+
+    Raises:
+        ConfigError: one leads nowhere; `what` is how to call the section.
+    """
+    if not isinstance(section, DictConfig):
+        return dict(section)
+    try:
+        values = OmegaConf.to_container(section, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{what}: {str(error).splitlines()[0]}.") from error
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
 def check_sections(config: DictConfig, *names: str) -> None:
     """Raise `ConfigError` where one of `names` is there and is no mapping."""
     for name in names:
@@ -341,14 +366,10 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
                 f"Unknown key '{key}' beside `target: {config['target']}`{nearest(str(key), CONFIG_KEYS)}"
             )
     cls = get_class(config["target"])
-    params = config.get("params") or {}
-    if not isinstance(params, Mapping | DictConfig):
-        raise ConfigError(f"`params:` of {cls.__name__} must be a mapping, not {params!r}.")
-    try:
-        params = OmegaConf.to_container(params, resolve=True) if OmegaConf.is_config(params) else dict(params)
-    except OmegaConfBaseException as error:  # ${…} that leads nowhere
-        raise ConfigError(f"The parameters of {cls.__name__}: {str(error).splitlines()[0]}.") from error
-    params.update(extra)
+    given = config.get("params") or {}
+    if not isinstance(given, Mapping | DictConfig):
+        raise ConfigError(f"`params:` of {cls.__name__} must be a mapping, not {given!r}.")
+    params = resolved(given, f"The parameters of {cls.__name__}") | extra
     for key, reason in getattr(cls, "ignored_keys", {}).items():
         if key in params:
             logger.info("%s: '%s' is accepted and not used: %s", cls.__name__, key, reason)

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import bad_files
 import pytest
 import torch
 from bad_files import Cases, cases, refused, words

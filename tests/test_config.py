@@ -165,7 +165,9 @@ def test_configurations_of_other_kinds() -> None:
         copy = as_config(config)
         copy.model.params.update(x=2, new=3)
         assert copy.model.y == 2 and config["model"]["params"] == {"x": 1}
-    assert instantiate_from_config(OmegaConf.create({"target": "torch.nn.Identity"}, flags={"struct": True})) is not None
+    assert (
+        instantiate_from_config(OmegaConf.create({"target": "torch.nn.Identity"}, flags={"struct": True})) is not None
+    )
     for wrong in (None, [1], "model", {"model": object()}):
         with pytest.raises(ConfigError):
             as_config(wrong)  # type: ignore[arg-type]

@@ -13,8 +13,22 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from runs import LEARN, LOGGER, MADE_SMALL, MODEL, NO_PICTURES, ROOT, FourPictures, every, finish, learn, resume
-from runs import same_tensors, start, wait_for
+from runs import (
+    LEARN,
+    LOGGER,
+    MADE_SMALL,
+    MODEL,
+    NO_PICTURES,
+    ROOT,
+    FourPictures,
+    every,
+    finish,
+    learn,
+    resume,
+    same_tensors,
+    start,
+    wait_for,
+)
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -109,7 +123,10 @@ def test_a_data_set_of_ones_own_that_does_not_fit(
 
 def test_what_a_run_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = [*LEARN, "-n", "mine", "-l", str(tmp_path / "logs"), "--max_steps", "4", "--log_every_n_steps", "1"]
-    arguments += ["data.params.train.params.repeats=16", f"{LOGGER}.log_images_kwargs.ddim_steps=2"]  # epochs of 2 steps
+    arguments += [
+        "data.params.train.params.repeats=16",
+        f"{LOGGER}.log_images_kwargs.ddim_steps=2",
+    ]  # epochs of 2 steps
     data = "data.params.validation={target: ldm.data.personalized.PersonalizedBase, params: {size: 64, set: val}}"
     with caplog.at_level("INFO"):
         assert main.main([*arguments, *every(2, pictures=4), data, "--profiler", "simple"]) == 0
@@ -233,7 +250,7 @@ def test_make_small_model_trains_the_parts_in_order(tmp_path: Path) -> None:
     """Each is started, or resumed where it was started; the U-Net's configuration names what the others leave."""
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin/python"
-    python.write_text("#!/bin/sh\necho \"$@\"\n")
+    python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
     (tmp_path / ".installed").touch()
     for path in ("pyproject.toml", "requirements.lock", "Makefile"):

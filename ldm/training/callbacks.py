@@ -16,7 +16,6 @@ import torch
 from pytorch_lightning.callbacks import ProgressBar, WeightAveraging
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -188,6 +187,7 @@ class AveragedWeights(WeightAveraging):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Follow the module to its device, where Lightning brings it after `setup` has made the copy."""
+        assert self._average_model is not None
         self._average_model.to(module.device)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -281,7 +281,8 @@ class StepBar(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
-        self._every = 1 if trainer.strategy.root_device.type == "cpu" else max(1, trainer.log_every_n_steps)
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        self._every = 1 if on_cpu else max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         total = int(steps) if math.isfinite(steps) else None
         self._bar = tqdm(total=total, initial=trainer.global_step, desc="Steps", unit="step", disable=not self._shown)
 

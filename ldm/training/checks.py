@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -51,7 +52,7 @@ def check_asked_for(config: DictConfig) -> None:
         )
 
 
-def check_images(callbacks: Sequence[pl.Callback], module: pl.LightningModule) -> None:
+def check_images(callbacks: Sequence[pl.Callback], module: Any) -> None:
     """Raise `ConfigError` where the images of the log folder would fail when the first ones are due."""
     for callback in callbacks:
         if not isinstance(callback, ImageLogger) or callback.disabled or not hasattr(module, "log_images"):
@@ -105,7 +106,7 @@ def check_resumable(module: pl.LightningModule, checkpoint: Path | None) -> None
         )
 
 
-def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:
+def check_sizes(module: Any, data: DataModuleFromConfig) -> None:
     """Raise `ValueError` unless the data sets' images have a size that the model takes."""
     if not hasattr(module, "size_unit"):
         return

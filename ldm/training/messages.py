@@ -75,7 +75,8 @@ def _is_lightnings(error: Exception) -> bool:
 
 def report(run: Run, trainer: pl.Trainer, config: DictConfig) -> int:
     """Log where the results are and how to use them, or how to resume; returns the exit code."""
-    saver = next(callback for callback in trainer.callbacks if isinstance(callback, SaveLast))
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    saver = next(callback for callback in callbacks if isinstance(callback, SaveLast))
     if saver.stopped_by is not None:
         logger.info("Stopped and saved at step %d; resume with: %s", trainer.global_step, run.resume_command)
         return 128 + saver.stopped_by

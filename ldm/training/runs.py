@@ -58,9 +58,10 @@ class Run:
 
     def saved(self, *kinds: str) -> list[Path]:
         """The files `configs/<time>-<kind>.yaml` of the latest start; that of the kind `project` is written last."""
-        starts = sorted(self.configs.glob("*-project.yaml"))[-1:]
-        paths = [self.configs / f"{start.name.removesuffix('project.yaml')}{kind}.yaml" for start in starts for kind in kinds]
-        return [path for path in paths if path.is_file()]
+        for last in sorted(self.configs.glob("*-project.yaml"))[-1:]:
+            paths = [last.with_name(last.name.replace("-project.yaml", f"-{kind}.yaml")) for kind in kinds]
+            return [path for path in paths if path.is_file()]
+        return []
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -71,7 +72,7 @@ class Run:
         Raises:
             WriteError: the folder cannot be made.
         """
-        if rank_zero_only.rank != 0:
+        if not is_first_process():
             yield
             return
         made = [place for place in self.folder.parents if not place.exists()]
@@ -103,6 +104,11 @@ class Run:
             self.folder = wanted.with_name(f"{wanted.name}-{number}")
 
 
+def is_first_process() -> bool:
+    """Whether this is the one process of a run that writes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def resume_command(place: Path) -> str:
     """What to type to resume the run in a log folder, or from a checkpoint."""
     return f"python main.py -r {shlex.quote(str(place))} -t"
@@ -120,7 +126,7 @@ def open_run(options: argparse.Namespace) -> Run:
         run, flag = _run_to_resume(Path(options.resume), now), "-r"
     elif options.project:
         run, flag = Run(Path(options.project), now), "-p"
-        if rank_zero_only.rank == 0:  # for the others, the first process has begun to write
+        if is_first_process():  # for the others, it has begun to write
             _check_empty(run)
     else:
         run, flag = Run(Path(options.logdir) / _folder_name(options, now), now, exact=False), "-l"

@@ -14,7 +14,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import ConfigError, instantiate_from_config, literal, load_config, nearest
+from ldm.config import ConfigError, instantiate_from_config, literal, load_config, merge, nearest
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.files.writing import replacing_set, writing_to
 from ldm.training.changes import check_applies, fingerprint, log_changes, run_config
@@ -64,9 +64,8 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     """
     saved = run.saved("project", "lightning") if run.resumed else []
     resolvers = options.allow_resolvers
-    config = load_config(*saved, *options.base, overrides=options.overrides, resolvers=resolvers)
-    config = OmegaConf.merge(DEFAULT_CONFIG, config)
-    assert isinstance(config, DictConfig)
+    given = load_config(*saved, *options.base, overrides=options.overrides, resolvers=resolvers)
+    config = merge(DEFAULT_CONFIG, given)
     for section, what in NEEDED.items():
         if OmegaConf.select(config, section) is None:
             raise ConfigError(f"The configuration does not say '{section}:'{what}; see configs/ for complete ones.")
@@ -120,12 +119,10 @@ def _put_data_root(config: DictConfig, options: argparse.Namespace) -> None:
 
 def _readable(name: str, value: object) -> object:
     """Return a flag's value, literally, if a YAML file can hold it."""
-    for text in value if isinstance(value, list) else [value]:
-        try:
-            str(text).encode()
-        except UnicodeEncodeError as error:
-            shown = os.fsencode(str(text)).decode(errors="backslashreplace")
-            raise ConfigError(f"{name}: '{shown}' is not UTF-8, which a configuration cannot hold; rename it.") from error
+    for text in map(str, value if isinstance(value, list) else [value]):
+        shown = os.fsencode(text).decode(errors="backslashreplace")
+        if shown != text:
+            raise ConfigError(f"{name}: '{shown}' is not UTF-8, which a configuration cannot hold; rename it.")
     return literal(value)
 
 
@@ -177,7 +174,7 @@ def save_configs(config: DictConfig, data: DataModuleFromConfig, run: Run, resol
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     parts = {
         "data": yaml.safe_dump(hashes),
-        "project": OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key for key in config if key != "lightning"])),
+        "project": OmegaConf.to_yaml(OmegaConf.masked_copy(config, ["model", "data"])),
         "lightning": OmegaConf.to_yaml(OmegaConf.create({"lightning": config.lightning})),
     }
     with replacing_set(run.configs) as folder:

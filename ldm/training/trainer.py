@@ -12,12 +12,19 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
-from ldm.config import MISMATCHES, ConfigError, check_parameters, get_class, instantiate_from_config, nearest
+from ldm.config import (
+    MISMATCHES,
+    ConfigError,
+    check_parameters,
+    get_class,
+    instantiate_from_config,
+    nearest,
+    resolved,
+)
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.training.callbacks import CheckpointWriter, ConfiguredRate, EmbeddingSaver, SaveLast, StepBar
 from ldm.training.checks import check_images, check_precision
@@ -56,7 +63,7 @@ def build_trainer(
     Raises:
         ConfigError: a value of `lightning:` cannot be used.
     """
-    lightning = _container(config.lightning)
+    lightning = resolved(config.lightning, "The section 'lightning'")
     if not outside:
         for section in ("callbacks", "logger"):
             check_inside(lightning.get(section), run.folder, f"lightning.{section}")
@@ -79,15 +86,6 @@ def build_trainer(
     check_precision(module, trainer)
     set_learning_rate(config, module, data, trainer)
     return trainer
-
-
-def _container(section: DictConfig) -> dict[str, Any]:
-    try:
-        content = OmegaConf.to_container(section, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"The section 'lightning': {str(error).splitlines()[0]}.") from error
-    assert isinstance(content, dict)
-    return content
 
 
 def _callbacks(lightning: dict[str, Any], run: Run, module: pl.LightningModule, bar: bool) -> list[pl.Callback]:

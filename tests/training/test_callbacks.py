@@ -29,7 +29,9 @@ class Stub(nn.Module):
 
 def run(callback: ImageLogger | EmbeddingSaver, module: Stub, folder: Path, steps: int, accumulate: int = 2) -> None:
     """`steps` optimizer steps of `accumulate` batches each."""
-    trainer: Any = SimpleNamespace(global_step=0, current_epoch=0, is_global_zero=True, default_root_dir=folder, loggers=[])
+    trainer: Any = SimpleNamespace(
+        global_step=0, current_epoch=0, is_global_zero=True, default_root_dir=folder, loggers=[]
+    )
     for batch in range(steps * accumulate):
         trainer.global_step = (batch + 1) // accumulate
         callback.on_train_batch_end(trainer, module, None, {}, batch)  # type: ignore[arg-type]

@@ -168,7 +168,11 @@ def test_names_of_log_folders() -> None:
     assert re.fullmatch(rf"龍{{40,}}{TIME}_龍{{20}}ö", name) and len(name.encode()) <= 250
     broken = open_run(parse([*words[:3], "a\udcffb"])).folder.name  # a name that is no UTF-8
     assert re.fullmatch(rf"ab{TIME}_finetune", broken)
-    for flags, sentence in ((["-n", "x" * 300], "too long by"), (["-n", "../x"], "a path goes to"), (["-f", "a\\b"], "a")):
+    for flags, sentence in (
+        (["-n", "x" * 300], "too long by"),
+        (["-n", "../x"], "a path goes to"),
+        (["-f", "a\\b"], "a"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             open_run(parse([*words, *flags]))
 
@@ -191,7 +195,13 @@ def test_what_differs_is_said_in_one_line(run: Path, tmp_path: Path, caplog: pyt
     settings = ["data.params.batch_size=1", "data.params.train.params.flip_p=0.5", "model.base_learning_rate=1e-3"]
     (line,) = changed(run, caplog, "--max_steps", "7", *settings, "--data_root", str(images), "--actual_resume",
                       str(model))  # fmt: skip
-    for part in ("data.params.batch_size (2 -> 1)", "flip_p (0.0 -> 0.5)", "base_learning_rate", "data_root", "ckpt_path"):
+    for part in (
+        "data.params.batch_size (2 -> 1)",
+        "flip_p (0.0 -> 0.5)",
+        "base_learning_rate",
+        "data_root",
+        "ckpt_path",
+    ):
         assert part in line
     assert line.endswith("the content of the images, the content of the base model.") and "max_steps" not in line
     (state,) = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
@@ -207,7 +217,10 @@ def test_what_differs_is_said_in_one_line(run: Path, tmp_path: Path, caplog: pyt
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (f"--embedding_manager_ckpt {{run}}/{NAME}", "--embedding_manager_ckpt does not apply to a resumed run (None ->"),
+        (
+            f"--embedding_manager_ckpt {{run}}/{NAME}",
+            "--embedding_manager_ckpt does not apply to a resumed run (None ->",
+        ),
         ("--init_word star", "--init_word does not apply to a resumed run ('thing' -> 'star')"),
         ("-s 7", "--seed does not apply to a resumed run (23 -> 7)"),
         ("model.params.prospect_stages=5", "model.params.prospect_stages does not apply"),
@@ -218,9 +231,7 @@ def test_what_differs_is_said_in_one_line(run: Path, tmp_path: Path, caplog: pyt
         ("--max_stepz 3", "did you mean --max_steps?"),
     ],
 )
-def test_what_cannot_apply_is_refused(
-    flags: str, sentence: str, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_apply_is_refused(flags: str, sentence: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     try:
         code = resume(run, *flags.format(run=run).split())
