@@ -48,6 +48,7 @@ LEAST = {
 }
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 PATH_NAMES = ("dir", "path", "folder", "file", "root", "uri", "location")
+RELATIVE_NAMES = ("sub_dir", "filename")  # of what lies in another of these
 
 
 def build_trainer(
@@ -203,7 +204,8 @@ def check_inside(section: object, folder: Path, key: str) -> None:
     for name, value in _texts(section, key):
         *_, last = [part for part in name.split(".") if not part.isdecimal()]
         path = Path(value.removeprefix("file:")).expanduser()
-        from_here = any(word in last for word in PATH_NAMES) and "://" not in value
+        is_path = any(word in last for word in PATH_NAMES) and last not in RELATIVE_NAMES
+        from_here = is_path and "://" not in value
         if not (from_here or path.is_absolute() or ".." in path.parts):
             continue
         place = (path if from_here else folder / path).resolve()

@@ -117,15 +117,6 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path) -> No
     assert len({*folders[0], *folders[1]}) == 30
 
 
-@pytest.mark.slow
-def test_two_whole_runs_started_together(tmp_path: Path) -> None:
-    arguments = [*LEARN, *every(2), "-l", str(tmp_path), "-n", "x", "--max_steps", "2"]
-    processes = [start("main.py", *arguments) for _ in range(2)]
-    errors = [finish(process)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    assert len(list(tmp_path.glob("*/checkpoints/last.ckpt"))) == 2
-
-
 def test_a_folder_that_is_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "now")
     with pytest.raises(KeyError), run.opened():

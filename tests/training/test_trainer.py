@@ -18,7 +18,7 @@ import main
 from ldm.config import ConfigError
 from ldm.training.messages import sentence
 from ldm.training.runs import Run
-from ldm.training.trainer import LEAST, own_loggers, trainer_arguments, translate_gpus
+from ldm.training.trainer import LEAST, check_inside, own_loggers, trainer_arguments, translate_gpus
 
 LOGGER = "lightning.logger.target=pytorch_lightning.loggers"
 SAVER = "lightning.callbacks.x.target=ldm.training.callbacks.EmbeddingSaver lightning.callbacks.x.params.dirpath="
@@ -115,6 +115,7 @@ def test_a_configuration_writes_into_its_run_only(
     line = refusal(capsys, "-p", str(tmp_path / "run"), *overrides.format(tmp_path).split())
     assert "victim' is outside the log folder" in line and "--allow_outside" in line
     assert not list(tmp_path.iterdir())
+    check_inside({"monitor": "val/loss", "filename": "a/b", "sub_dir": "a", "dirpath": f"{tmp_path}/a"}, tmp_path, "x")
 
 
 def test_a_logger_and_a_callback_of_ones_own(tmp_path: Path) -> None:
