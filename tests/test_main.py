@@ -157,7 +157,7 @@ def test_what_a_run_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     with safe_open(run / "checkpoints" / "embeddings.safetensors", "pt") as file:
         metadata = file.metadata()
         assert file.get_tensor("*").shape == (10, 128)
-    assert (metadata["init_word"], metadata["step"]) == ("thing", "4") and metadata["base_model_sha256"]
+    assert (metadata["init_word"], metadata["step"]) == ("thing", "4") and metadata["base_model_fingerprint"]
 
     (line,) = [line for line in caplog.messages if line.startswith("Generate: python scripts/txt2img.py")]
     words = shlex.split(line)[3:]

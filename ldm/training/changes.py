@@ -6,12 +6,13 @@ import hashlib
 import logging
 from pathlib import Path
 
+import pytorch_lightning as pl
 import yaml
 from omegaconf import DictConfig
 
 from ldm.config import ConfigError, flatten, load_config, read_yaml
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.files.base_model import base_hash
+from ldm.files.base_model import FINGERPRINT
 from ldm.training.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,13 @@ def check_applies(run: Run, before: DictConfig, now: DictConfig) -> None:
                 )
 
 
-def fingerprint(config: DictConfig, data: DataModuleFromConfig) -> dict[str, str]:
+def hashes_of(data: DataModuleFromConfig, module: pl.LightningModule) -> dict[str, str]:
     """What the files that a run learns from hold, as hashes: the training images, and the base model."""
     found = {}
     if paths := getattr(data.datasets["train"], "paths", None):
         found["images"] = _hash(paths)
-    if base := config.model.params.get("ckpt_path"):
-        found["base_model"] = base_hash(base)
+    if base := getattr(module, "base_model", {}).get(FINGERPRINT):
+        found["base_model"] = base
     return found
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.config import ConfigError, instantiate_from_config, literal, load_config, merge, nearest
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.files.writing import replacing_set, writing_to
-from ldm.training.changes import check_applies, fingerprint, log_changes, run_config
+from ldm.training.changes import check_applies, hashes_of, log_changes, run_config
 from ldm.training.checks import check_asked_for, check_resumable, check_sizes
 from ldm.training.runs import Run, check_start
 
@@ -162,12 +162,14 @@ def build(config: DictConfig, run: Run) -> tuple[DataModuleFromConfig, pl.Lightn
     return data, module
 
 
-def save_configs(config: DictConfig, data: DataModuleFromConfig, run: Run, resolvers: bool = False) -> None:
+def save_configs(
+    config: DictConfig, data: DataModuleFromConfig, module: pl.LightningModule, run: Run, resolvers: bool = False
+) -> None:
     """Write the run's configuration, and hashes of what it learns from, into its folder as `configs/<time>-….yaml`.
 
     Of a resumed run, what differs from the ones that are there is logged.
     """
-    hashes = fingerprint(config, data)
+    hashes = hashes_of(data, module)
     if run.resumed:
         log_changes(run, run_config(run, resolvers), config, hashes)
     with writing_to(run.folder):

@@ -203,7 +203,7 @@ def test_what_differs_is_said_in_one_line(run: Path, tmp_path: Path, caplog: pyt
         "ckpt_path",
     ):
         assert part in line
-    assert line.endswith("the content of the images, the content of the base model.") and "max_steps" not in line
+    assert line.endswith(", the content of the images.") and "max_steps" not in line
     (state,) = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
     assert [group["lr"] for group in state["param_groups"]] == [1e-3]
     assert changed(run, caplog, "--max_steps", "8") == [], "these are now its own"
