@@ -1,5 +1,6 @@
 # make setup   create .venv with everything pinned        make test   the fast tests
 # make demo    learn and generate with the small model    make lint, make format, make clean
+# make small-model   train a model like models/demo from scratch (1 h 40 min on two cores); resumes where it stopped
 # make concepts   learn the concepts of models/demo/concepts again (after the small model has changed)
 # make test-slow: at real size                            make test-offline: the tests with the network cut off
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: setup demo concepts test test-slow test-offline lint format clean
+.PHONY: setup demo concepts small-model test test-slow test-offline lint format clean
 
 setup: $(INSTALLED)
 	@:
@@ -29,6 +30,14 @@ demo: setup
 
 concepts: setup
 	@$(BIN)/python scripts/demo.py --concepts
+
+# The parts one after the other, the U-Net upon the first two. What was started is resumed, what is complete ends at once.
+small-model: setup
+	@for part in autoencoder text diffusion classifier; do \
+	  run=logs/small/$$part; start="--base configs/demo/$$part.yaml -p $$run"; \
+	  if ls $$run/configs/*-lightning.yaml >/dev/null 2>&1; then start="-r $$run"; fi; \
+	  $(BIN)/python main.py $$start -t || exit; \
+	done
 
 # One thread: two spinning threads on a busy machine are many times slower than one.
 test: setup

@@ -12,7 +12,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ldm.cli import train as cli
+from ldm.cli.flags import one_line
+from ldm.cli.train import parse
 
 logger = logging.getLogger("main")
 
@@ -30,60 +31,49 @@ def __getattr__(name: str) -> object:
 
 def train(options: argparse.Namespace) -> int:
     """Run what the options say; returns the exit code."""
-    import pytorch_lightning as pl
     from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-    from ldm.config import allow_targets, instantiate_from_config
+    from ldm.config import allow_targets
     from ldm.files.writing import writing_to
-    from ldm.training import checks as run_checks
-    from ldm.training import parts
-    from ldm.training import setup as training
+    from ldm.training.messages import report
     from ldm.training.runs import open_run
+    from ldm.training.setup import build, build_config, save_configs
+    from ldm.training.trainer import build_trainer
 
     allow_targets(*options.allow_targets)
     run = open_run(options)
-    config = training.build_config(options, run)
-    pl.seed_everything(config.lightning.seed, verbose=False)
-    missing = parts.missing_parts(config)
-    data = instantiate_from_config(config.data)
-    module = instantiate_from_config(config.model)
-    module.seed = config.lightning.seed
-    run_checks.check_sizes(module, data)
-    run_checks.check_resumable(module, run.checkpoint)
+    config = build_config(options, run)
+    data, module = build(config, run)
     with run.opened() if options.train else contextlib.nullcontext():
-        trainer = training.build_trainer(config, run, module)
-        parts.check_alone(missing, trainer)
-        run_checks.check_precision(module, trainer)
-        training.set_learning_rate(config, module, data, trainer)
+        trainer = build_trainer(config, run, module, data, outside=options.allow_outside)
         if not options.train:
             logger.info("Everything is in place; add -t to train.")
             return 0
         if trainer.is_global_zero:
-            training.save_configs(config, run)
-            logger.info("Logging to %s", run.folder)
-        if missing:
-            code = parts.train_parts(missing, config, options, run, main)
-            if code:
-                return code
-            training.save_configs(config, run)
-            module.load_parts(**{key: config.model.params[key] for key in missing})
+            save_configs(config, data, module, run, options.allow_resolvers)
+            logger.info("Logging to %s%s", run.folder, f", resuming at step {run.step}" if run.step else "")
         with contextlib.suppress(SIGTERMException), writing_to(run.folder):  # the first is how Lightning stops
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
-        return training.report(run, trainer)
+        return report(run, trainer, config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = cli.parse(argv)
-    cli.set_up_logging()
+    options = parse(argv)
+    from ldm.training.messages import quiet_threads, sentence, set_up_logging
+    from ldm.training.setup import usual_torch
+
+    set_up_logging()
     try:
-        with cli.one_sentence(options.debug):
+        with usual_torch(), quiet_threads(options.debug):
             return train(options)
     except KeyboardInterrupt:  # Ctrl-C before the first step; later ones save, see `SaveLast`
         return 130
     except Exception as error:
-        if options.debug or not cli.is_mendable(error):
+        text = None if options.debug else sentence(error)
+        if text is None:
             raise
-        return cli.complain(str(error))
+        sys.stderr.write(f"main.py: error: {one_line(text)}\n")
+        return 2
 
 
 if __name__ == "__main__":

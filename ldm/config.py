@@ -8,13 +8,16 @@ import importlib
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml.error import MarkedYAMLError
+from yaml.reader import ReaderError
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +33,21 @@ ALLOWED_TARGETS = (
     "taming.modules.vqvae",
 )
 CONFIG_KEYS = ("target", "params", "base_learning_rate")  # of a section that names a class
-TOP_LEVEL_KEYS = ("model", "data", "lightning", "parts")
+TOP_LEVEL_KEYS = ("model", "data", "lightning")
 SECTIONS = (
     *("model", "model.params", "data", "data.params", "data.params.train", "data.params.validation", "lightning"),
-    *(
-        "lightning.trainer",
-        "lightning.callbacks",
-        "lightning.logger",
-        "lightning.logger.params",
-        "lightning.modelcheckpoint",
-        "lightning.modelcheckpoint.params",
-        "parts",
-    ),
+    *("lightning.trainer", "lightning.callbacks", "lightning.logger", "lightning.logger.params"),
+    *("lightning.modelcheckpoint", "lightning.modelcheckpoint.params"),
 )
 # What constructors do with values of a wrong type or size, beside the ValueErrors that they raise themselves.
 MISMATCHES = (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 MAX_NODES = 100_000  # of a YAML file whose aliases are written out
+
+_PLAIN_INTERPOLATION = re.compile(r"\$\{[^{}:$]*\}")
+_ESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\\\$\{")
+_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\x00-\x1f\x85\xa0\u2028\u2029]")
+_MERGE = "tag:yaml.org,2002:merge"  # the key `<<`
+_BACKSLASH = "in double quotes a backslash begins an escape: put paths in single quotes, or write /"
 
 _allowed: set[str] = set()
 
@@ -59,27 +61,98 @@ def allow_targets(*packages: str) -> None:
     _allowed.update(packages)
 
 
-def read_yaml(path: str | Path, flag: str, what: str = "configuration file", hint: str = "mend that place") -> str:
-    """The text of a YAML file that is safe to parse; `flag` is where the path came from.
+def read_yaml(path: str | Path, flag: str, what: str = "configuration file", hint: str = "correct that place") -> str:
+    """Return the text of a YAML file that is safe to parse; `flag` is where the path came from.
 
     Raises:
-        ConfigError: there is no such file, it is not YAML, or its aliases or its depth would fill the memory.
+        ConfigError: there is no such file, it is not YAML, a key is there twice, or its aliases or its depth would
+            fill the memory. The message names the line and the column.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         problem = f"'{path}' is a folder and no {what}" if path.is_dir() else f"There is no {what} '{path}'"
         raise ConfigError(f"{problem}; check the path given with {flag}.")
     try:
-        text = path.read_text(encoding="utf-8")
-        nodes = _count_nodes(yaml.compose(text, yaml.SafeLoader), {})
+        text = path.read_bytes().decode("utf-8")
+        _check_yaml(text)
     except RecursionError as error:
         raise ConfigError(f"'{path}' is nested too deeply; write it with fewer levels.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"'{path}' is not a readable YAML file ({first_line}); {hint}.") from error
-    if nodes > MAX_NODES:
-        raise ConfigError(f"'{path}' has aliases that stand for more than {MAX_NODES} entries; write it without them.")
+        raise ConfigError(f"'{path}' is not a readable YAML file ({_yaml_problem(error)}); {hint}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"'{path}' {error}") from error
     return text
+
+
+def _check_yaml(text: str) -> None:
+    """Raise `YAMLError` for text that no loader reads, or reads as something else than it says."""
+    root = yaml.compose(text, yaml.SafeLoader)
+    if root is None:
+        return
+    if _count_nodes(root, {}) > MAX_NODES:
+        raise ConfigError(f"has aliases that stand for more than {MAX_NODES} entries; write it without them.")
+    for node in _distinct_nodes(root):
+        if isinstance(node, yaml.MappingNode):
+            _check_distinct_keys(node)
+        elif isinstance(node, yaml.ScalarNode) and node.tag != _MERGE:
+            _check_scalar(node)
+    yaml.SafeLoader("").construct_document(root)
+
+
+def _check_distinct_keys(mapping: yaml.MappingNode) -> None:
+    keys = set()
+    for key, _ in mapping.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+            if key.value in keys:
+                raise MarkedYAMLError(problem=f"the key '{key.value}' is there twice", problem_mark=key.start_mark)
+            keys.add(key.value)
+
+
+def _check_scalar(node: yaml.ScalarNode) -> None:
+    if node.style == '"' and _WINDOWS_PATH.match(node.value):
+        raise MarkedYAMLError(problem=_BACKSLASH, problem_mark=node.start_mark)
+    try:
+        yaml.SafeLoader("").construct_object(node)
+    except (ValueError, *MISMATCHES) as error:
+        kind = node.tag.rpartition(":")[2]
+        problem = f"'{node.value:.40}' is no value of the type {kind}"
+        raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
+
+def _yaml_problem(error: Exception) -> str:
+    """The place and the reason of an error, in one line."""
+    if isinstance(error, UnicodeDecodeError):
+        line = error.object[: error.start].count(b"\n") + 1
+        return f"line {line} is not UTF-8 text"
+    if isinstance(error, ReaderError):
+        return f"character {error.position + 1} is #x{error.character:04x}, which YAML does not allow"
+    if not isinstance(error, MarkedYAMLError) or error.problem is None:
+        return str(error).splitlines()[0]
+    problem = " ".join(error.problem.split())
+    if "escape" in problem:
+        problem += f"; {_BACKSLASH}" if problem != _BACKSLASH else ""
+    elif "'\\t'" in problem:
+        problem += "; indent with spaces"
+    mark = error.problem_mark or error.context_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
+
+
+def _distinct_nodes(root: yaml.Node) -> Iterator[yaml.Node]:
+    """Every node of a YAML tree once, aliased or not."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        waiting += reversed(_children(node))
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [child for pair in node.value for child in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def _count_nodes(node: yaml.Node | None, counts: dict[int, float]) -> float:
@@ -88,40 +161,139 @@ def _count_nodes(node: yaml.Node | None, counts: dict[int, float]) -> float:
         return 1
     if id(node) not in counts:
         counts[id(node)] = math.inf  # until it is known
-        pairs = isinstance(node, yaml.MappingNode)
-        children = [child for pair in node.value for child in pair] if pairs else node.value
-        counts[id(node)] = 1 + sum(_count_nodes(child, counts) for child in children)
+        counts[id(node)] = 1 + sum(_count_nodes(child, counts) for child in _children(node))
     return counts[id(node)]
 
 
-def load_config(*paths: str | Path, overrides: Sequence[str] = (), flag: str = "--base") -> DictConfig:
+def load_config(
+    *paths: str | Path, overrides: Sequence[str] = (), flag: str = "--base", resolvers: bool = False
+) -> DictConfig:
     """Merge YAML files from left to right, then dot-list `overrides` such as `model.params.image_size=8`.
 
+    Args:
+        resolvers: allow OmegaConf's resolvers, such as `${oc.env:HOME}`; `${model.params.channels}` always works.
+
     Raises:
-        ConfigError: a file is missing, is not YAML, or holds an unknown top-level section.
+        ConfigError: a file is missing, is not YAML, holds an unknown top-level section, or calls a resolver.
     """
-    configs = []
-    for path in map(Path, paths):
-        text = read_yaml(path, flag)
-        try:
-            config = OmegaConf.create(text) if text.strip() else OmegaConf.create()
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            first_line = str(error).splitlines()[0]
-            raise ConfigError(f"'{path}' is not a readable YAML file ({first_line}); mend that place.") from error
-        if not isinstance(config, DictConfig):
-            raise ConfigError(f"'{path}' must hold a YAML mapping with the sections {', '.join(TOP_LEVEL_KEYS)}.")
-        configs.append(config)
-    try:
-        merged = OmegaConf.merge(*configs, OmegaConf.from_dotlist(list(overrides)))
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, AssertionError) as error:
-        raise ConfigError(f"The configuration cannot be merged: {str(error).splitlines()[0]}.") from error
-    for key in merged:
+    merged = OmegaConf.create()
+    for part in (*(_parse_file(path, flag) for path in paths), _parse_overrides(overrides)):
+        if not resolvers:
+            _check_resolvers(part)
+        merged = merge(merged, part)
+    for key in map(str, merged):
         if key == "allow_targets":
             raise ConfigError("A configuration cannot allow its own targets; if you trust it, use --allow_targets.")
         if key not in TOP_LEVEL_KEYS:
-            raise ConfigError(f"Unknown section '{key}' in the configuration{nearest(str(key), TOP_LEVEL_KEYS)}")
+            raise ConfigError(f"Unknown section '{key}' in the configuration{nearest(key, TOP_LEVEL_KEYS)}")
     check_sections(merged, *SECTIONS)
     return merged
+
+
+def merge(first: DictConfig | dict[str, Any], second: DictConfig) -> DictConfig:
+    """Return both configurations in one, where `second` decides.
+
+    Raises:
+        ConfigError: one has a list or a section where the other has something else.
+    """
+    try:
+        merged = OmegaConf.merge(first, second)
+    except (OmegaConfBaseException, AssertionError, *MISMATCHES) as error:
+        raise ConfigError(f"The configuration cannot be merged: {str(error).splitlines()[0]}.") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _parse_file(path: str | Path, flag: str) -> DictConfig:
+    text = read_yaml(path, flag)
+    try:
+        config = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, *MISMATCHES) as error:
+        raise ConfigError(f"'{path}' is not a readable YAML file ({_yaml_problem(error)}).") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"'{path}' must hold a YAML mapping with the sections {', '.join(TOP_LEVEL_KEYS)}.")
+    return config
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    parsed = OmegaConf.create()
+    for text in overrides:
+        try:
+            parsed.merge_with_dotlist([text])
+        except (yaml.YAMLError, OmegaConfBaseException, AssertionError, ValueError, *MISMATCHES) as error:
+            raise ConfigError(f"{text!r:.80} cannot be read as key=value ({_yaml_problem(error)}).") from error
+    return parsed
+
+
+def _check_resolvers(config: DictConfig) -> None:
+    """Raise `ConfigError` where a value calls a resolver: a stranger's file could read the environment.
+
+    Only `${key.other}` is let through, also within another: whatever else OmegaConf may read is refused.
+    """
+    for key, value in flatten(config).items():
+        if isinstance(value, str) and "${" in value:
+            rest, count = _ESCAPED.sub("", value), 1
+            while count:
+                rest, count = _PLAIN_INTERPOLATION.subn("x", rest)
+            if "${" in rest:
+                raise ConfigError(
+                    f"{key}: '{value:.80}' calls a resolver, which a configuration may not; write the value itself, "
+                    "or use --allow_resolvers if you trust it."
+                )
+
+
+def flatten(config: DictConfig) -> dict[str, object]:
+    """{dotted key: value} of all that is not a mapping or a list itself; interpolations stay as they are written."""
+    flat: dict[str, object] = {}
+
+    def walk(value: object, key: str) -> None:
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+        if not items:
+            flat[key] = value
+            return
+        for name, inner in items:
+            walk(inner, f"{key}.{name}" if key else str(name))
+
+    walk(OmegaConf.to_container(config), "")
+    return flat
+
+
+def literal(value: object) -> object:
+    """A value that OmegaConf takes as it is: `${` in a name or a word is no interpolation."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return [literal(item) for item in value] if isinstance(value, list) else value
+
+
+def as_config(config: Mapping[str, Any] | DictConfig) -> DictConfig:
+    """Return a copy that can be changed, of a plain dict or of a configuration in struct or read-only mode.
+
+    Raises:
+        ConfigError: it is no mapping, or holds what OmegaConf cannot.
+    """
+    if not isinstance(config, Mapping | DictConfig):
+        raise ConfigError(f"A configuration must be a mapping, not {config!r:.80}.")
+    try:
+        copy = OmegaConf.create(OmegaConf.to_container(config) if OmegaConf.is_config(config) else dict(config))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"The configuration cannot be used: {str(error).splitlines()[0]}.") from error
+    assert isinstance(copy, DictConfig)
+    return copy
+
+
+def resolved(section: Mapping[str, Any] | DictConfig, what: str) -> dict[str, Any]:
+    """Return the plain values of a section, with `${…}` filled in.
+
+    Raises:
+        ConfigError: one leads nowhere; `what` is how to call the section.
+    """
+    if not isinstance(section, DictConfig):
+        return dict(section)
+    try:
+        values = OmegaConf.to_container(section, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{what}: {str(error).splitlines()[0]}.") from error
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def check_sections(config: DictConfig, *names: str) -> None:
@@ -134,12 +306,12 @@ def check_sections(config: DictConfig, *names: str) -> None:
 
 
 def check_generates(config: DictConfig) -> None:
-    """Raise `ConfigError` unless `config` is of a model that makes pictures from text."""
+    """Raise `ConfigError` unless `config` is of a model that makes images from text."""
     if OmegaConf.select(config, "model.params") is None or "target" not in config.model:
         raise ConfigError("The configuration does not say 'model:' with 'target:' and 'params:'; see configs/.")
     if not hasattr(get_class(config.model.target), "get_learned_conditioning"):
         use = "such as configs/demo/finetune.yaml or configs/stable-diffusion/v1-inference.yaml"
-        raise ConfigError(f"A {config.model.target} makes no pictures from text; use a whole model's file, {use}.")
+        raise ConfigError(f"A {config.model.target} makes no images from text; use a whole model's file, {use}.")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -194,14 +366,10 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
                 f"Unknown key '{key}' beside `target: {config['target']}`{nearest(str(key), CONFIG_KEYS)}"
             )
     cls = get_class(config["target"])
-    params = config.get("params") or {}
-    if not isinstance(params, Mapping | DictConfig):
-        raise ConfigError(f"`params:` of {cls.__name__} must be a mapping, not {params!r}.")
-    try:
-        params = OmegaConf.to_container(params, resolve=True) if OmegaConf.is_config(params) else dict(params)
-    except OmegaConfBaseException as error:  # ${…} that leads nowhere
-        raise ConfigError(f"The parameters of {cls.__name__}: {str(error).splitlines()[0]}.") from error
-    params.update(extra)
+    given = config.get("params") or {}
+    if not isinstance(given, Mapping | DictConfig):
+        raise ConfigError(f"`params:` of {cls.__name__} must be a mapping, not {given!r}.")
+    params = resolved(given, f"The parameters of {cls.__name__}") | extra
     for key, reason in getattr(cls, "ignored_keys", {}).items():
         if key in params:
             logger.info("%s: '%s' is accepted and not used: %s", cls.__name__, key, reason)
@@ -222,7 +390,7 @@ def check_parameters(cls: type, params: Mapping[str, Any]) -> None:
     if options or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in params:
             if key not in known:
-                raise ConfigError(f"{cls.__name__} has no parameter '{key}'{nearest(key, known)}")
+                raise ConfigError(f"{cls.__name__} has no parameter '{key}'{nearest(str(key), known)}")
     for name, p in parameters.items():
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in params:
             raise ConfigError(f"{cls.__name__} needs the parameter '{name}', which the configuration does not give.")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ldm.cli.sampling_checks import SAMPLERS, check_arguments
 from ldm.conditioning.presets import presets_beside
 from ldm.conditioning.prompts import check_negative_prompt, warn_of_unused
-from ldm.config import check_generates, instantiate_from_config, load_config
+from ldm.config import as_config, check_generates, instantiate_from_config, load_config
 from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.files.records import PNG_KEY, read_parameters, save_picture
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
@@ -77,8 +77,10 @@ def load_model_from_config(
     Raises:
         ConfigError, CheckpointError, ValueError: with one sentence that says what to mend.
     """
-    config = load_config(config, flag="config=") if isinstance(config, (str, Path)) else config.copy()
+    config = load_config(config, flag="config=") if isinstance(config, (str, Path)) else as_config(config)
     check_generates(config)
+    for part in ("first_stage_ckpt", "cond_stage_ckpt"):  # all weights are those of `ckpt`
+        config.model.params.pop(part, None)
     OmegaConf.update(config, "model.params.ckpt_path", str(ckpt))
     OmegaConf.update(config, "model.params.frozen_dtype", dtype)
     personalization = config.model.params.get("personalization_config")

@@ -16,8 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from ldm.cli.flags import Parser
-from ldm.cli.train import positive
+from ldm.cli.flags import Parser, positive
 
 
 def main() -> None:

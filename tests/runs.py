@@ -23,8 +23,29 @@ LOGGER = "lightning.callbacks.image_logger.params"
 MADE_SMALL = ["data.params.batch_size=2", f"{LOGGER}.max_images=2", f"{LOGGER}.log_images_kwargs.ddim_steps=2"]
 
 
+def learn(folder: Path, *arguments: str) -> Path:
+    """Learn into exactly `folder` in this process, without logged images unless asked for; its checkpoints."""
+    import main
+
+    assert main.main([*LEARN, "-p", str(folder), NO_PICTURES, *arguments]) == 0
+    return folder / "checkpoints"
+
+
+def resume(place: Path, *arguments: str) -> int:
+    """Resume a run in this process; the exit code."""
+    import main
+
+    return main.main(["-r", str(place), "-t", "--enable_progress_bar", "false", *arguments])
+
+
+def same_tensors(one: Path, two: Path) -> bool:
+    """Whether two runs' checkpoints hold the same weights, moments and embeddings, bit for bit."""
+    expected, got = saved_tensors(one), saved_tensors(two)
+    return expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 def every(steps: int, pictures: int | None = None) -> list[str]:
-    """Overrides: save every `steps` steps and log pictures every `pictures` steps (None: never)."""
+    """Overrides: save every `steps` steps and log images every `pictures` steps (None: never)."""
     saving = f"lightning.modelcheckpoint.params.every_n_train_steps={steps}"
     return [saving, NO_PICTURES if pictures is None else f"{LOGGER}.batch_frequency={pictures}"]
 

@@ -90,9 +90,9 @@ if __name__ == "__main__":
         lock(folder)
         resume(folder, "read-only", 6)
         learn(folder / "other", "read-only, new", 6)
-    with disk(root / "b", f"size={8 * PAGE}") as folder:  # configurations, events, one picture
+    with disk(root / "b", f"size={10 * PAGE}") as folder:  # configurations, events, one image
         learn(folder, "pictures", 4, *every(100, pictures=2))
-    with disk(root / "c", f"size={4 * PAGE}") as folder:
+    with disk(root / "c", f"size={6 * PAGE}") as folder:
         learn(folder, "embeddings", 4, *every(2))
     with disk(root / "d", f"size={5 * PAGE}") as folder:
         learn(folder, "events", 60, *every(100), "--log_every_n_steps", "1")

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.training.runs import open_run
-from ldm.training.setup import build_config, build_trainer, choose_devices
+from ldm.training.setup import build_config
+from ldm.training.trainer import build_trainer, choose_devices
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parent.parent
@@ -251,7 +253,7 @@ def test_the_references_trainer_flags_reach_the_trainer(tmp_path: Path) -> None:
     given = {"max_steps": 7, "accumulate_grad_batches": 3, "precision": "bf16-mixed", "accelerator": "cpu"}
     given |= {"devices": "2", "strategy": "ddp", "num_nodes": 1}
     assert {name: config.lightning.trainer[name] for name in given} == given
-    trainer = build_trainer(config, run, pl.LightningModule())
+    trainer = build_trainer(config, run, pl.LightningModule(), SimpleNamespace(batch_size=1))
     assert (trainer.max_steps, trainer.accumulate_grad_batches, trainer.precision) == (7, 3, "bf16-mixed")
     assert (trainer.num_devices, trainer.num_nodes) == (2, 1)
     assert type(trainer.strategy).__name__ == "DDPStrategy"

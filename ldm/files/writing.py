@@ -195,6 +195,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether a file or folder of this name is what this program had begun to write."""
+    return _PARTIAL.fullmatch(name) is not None
+
+
 def remove_unfinished(folder: str | Path) -> None:
     """Delete what a process that was killed had begun to write below `folder`; links are not followed."""
     if os.path.islink(folder):

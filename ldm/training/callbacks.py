@@ -1,36 +1,38 @@
-"""What happens beside training: saving, resuming, pictures in the log folder."""
+"""Lightning callbacks: checkpoints, embeddings, averaged weights, image logging and the progress bar."""
 
 from __future__ import annotations
 
 import io
+import math
 import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import ProgressBar, WeightAveraging
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from ldm.files.images import make_grid, to_pil
 from ldm.files.writing import replacing, writing_to
 from ldm.training.finite import FiniteGuard
-
-LAST, PREVIOUS, EMBEDDINGS = "last.ckpt", "previous.ckpt", "embeddings.safetensors"
+from ldm.training.runs import EMBEDDINGS, LAST, PREVIOUS
 
 
 class CheckpointWriter(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and keeps the one before it as `previous.ckpt`.
+    """Write a checkpoint whole or not at all, and keep the one before it as `previous.ckpt`.
 
-    Lightning's own goes through the system's temporary folder, and passes over a folder without permission.
+    Lightning's own writer goes through the system's temporary folder, and passes over a folder without permission.
 
     Args:
-        resumed: the checkpoint that the run goes on from. If that is `previous.ckpt`, since `last.ckpt` is damaged, it
-            stays until there is another.
+        resumed: the checkpoint that the run is resumed from. If that is `previous.ckpt`, since `last.ckpt` is damaged,
+            it stays until there is another.
     """
 
     def __init__(self, resumed: Path | None = None) -> None:
@@ -51,7 +53,9 @@ class SaveLast(pl.Callback):
 
     Saves every `every_n_train_steps`, at the end, and on SIGUSR1. Ctrl-C and SIGTERM let the step finish, save and
     stop; a second Ctrl-C stops at once. It must be the last of the callbacks: whatever belongs to the step that
-    `last.ckpt` holds is then on the disk, and a run that was killed and resumed leaves the same files.
+    `last.ckpt` holds is then on the disk, and a run that was killed and resumed leaves the same files. Only
+    `embeddings.safetensors`, which the end of a run writes in any case, comes after it: where it is, there was a
+    checkpoint.
 
     Args:
         guard: is asked before anything is saved.
@@ -88,7 +92,7 @@ class SaveLast(pl.Callback):
         self._put_back()
 
     def _put_back(self) -> None:
-        """The handlers that were there, before Lightning in its turn puts back what it found."""
+        """Set the handlers that were there, before Lightning in its turn puts back what it found."""
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers = {}
@@ -104,7 +108,7 @@ class SaveLast(pl.Callback):
             self.save(trainer, module)
 
     def _agreed(self, trainer: pl.Trainer) -> tuple[int, int]:
-        """What is stopped by and whether saving was asked for, the same in all processes: they do both together.
+        """Return the signal that stops and whether to save, the same in all processes: they do both together.
 
         A signal that comes meanwhile counts in the next step.
         """
@@ -112,15 +116,20 @@ class SaveLast(pl.Callback):
         if trainer.world_size == 1:
             return flags
         reduced = torch.tensor(flags, device=trainer.strategy.root_device)
-        return tuple(trainer.strategy.reduce(reduced, reduce_op="max").tolist())
+        stopped_by, requested = trainer.strategy.reduce(reduced, reduce_op="max").tolist()
+        return stopped_by, requested
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.save(trainer, module)
         self._put_back()
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The embeddings again, for a run that was complete when it was resumed and has made no step."""
-        if trainer.is_global_zero and trainer.global_step > 0 and hasattr(module, "save_embeddings"):
+        """Write the embeddings again, for a run that was complete when it was resumed and has made no step."""
+        if trainer.global_step > 0:
+            self._save_embeddings(trainer, module)
+
+    def _save_embeddings(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.is_global_zero and hasattr(module, "save_embeddings"):
             module.save_embeddings(self.path.with_name(EMBEDDINGS))
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -129,15 +138,14 @@ class SaveLast(pl.Callback):
         self._saved_step = trainer.global_step
         if self.guard is not None:
             self.guard.check(trainer, module)
-        if trainer.is_global_zero and hasattr(module, "save_embeddings"):
-            module.save_embeddings(self.path.with_name(EMBEDDINGS))
         trainer.save_checkpoint(self.path)
+        self._save_embeddings(trainer, module)
 
 
 class ConfiguredRate(pl.Callback):
-    """A resumed run learns at the rate of its configuration, not at the one that its checkpoint was saved with."""
+    """Let a resumed run learn at the rate of its configuration, not at the one that its checkpoint was saved with."""
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         scheduled = {id(config.scheduler.optimizer): config.scheduler for config in trainer.lr_scheduler_configs}
         for optimizer in trainer.optimizers:
             scheduler = scheduled.get(id(optimizer))
@@ -157,7 +165,7 @@ class EmbeddingSaver(pl.Callback):
         self.every_n_train_steps = every_n_train_steps
         self._saved_step = 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         step = trainer.global_step
         due = step % self.every_n_train_steps == 0 and step != self._saved_step  # once, with accumulation too
         if due and trainer.is_global_zero:
@@ -179,6 +187,7 @@ class AveragedWeights(WeightAveraging):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Follow the module to its device, where Lightning brings it after `setup` has made the copy."""
+        assert self._average_model is not None
         self._average_model.to(module.device)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -188,7 +197,7 @@ class AveragedWeights(WeightAveraging):
 class ImageLogger(pl.Callback):
     """Write `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.jpg` every `batch_frequency` steps.
 
-    The pictures come from the module's `log_images(batch, split=…, **log_images_kwargs)`:
+    TensorBoard shows them, too. The images come from the module's `log_images(batch, split=…, **log_images_kwargs)`:
     {key: (N, 3, H, W) in [-1, 1]}.
 
     Args:
@@ -196,8 +205,8 @@ class ImageLogger(pl.Callback):
     """
 
     ignored_keys = {
-        "rescale": "pictures are always brought from [-1, 1] to 0..255",
-        "clamp": "pictures are always clamped",
+        "rescale": "images are always scaled from [-1, 1] to 0..255",
+        "clamp": "images are always clamped",
         "log_on_batch_idx": "steps are counted by the optimizer",
     }
 
@@ -229,23 +238,65 @@ class ImageLogger(pl.Callback):
             self._last_step = step
             self.write(trainer, module, batch, batch_idx, "train")
 
-    def write(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, split: str) -> None:
+    def write(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, split: str) -> None:
         if self.disabled or not trainer.is_global_zero or not hasattr(module, "log_images"):
             return
         was_training = module.training
         module.eval()
         with torch.no_grad():
-            pictures = module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
+            images = module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
         module.train(was_training)
         folder = Path(trainer.default_root_dir) / "images" / split
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
         where = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx + 1:06}"
-        for key, tensor in pictures.items():
-            self._save(tensor[: self.max_images], folder / f"{key}_{where}.jpg")
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        for key, tensor in images.items():
+            grid = make_grid([to_pil(image.float().cpu()) for image in tensor[: self.max_images]])
+            with replacing(folder / f"{key}_{where}.jpg") as temporary:
+                grid.save(temporary, format="JPEG", quality=95)
+            for board in boards:
+                pixels = np.asarray(grid)
+                board.experiment.add_image(f"{split}/{key}", pixels, trainer.global_step, dataformats="HWC")
 
-    @staticmethod
-    def _save(pictures: Tensor, path: Path) -> None:
-        grid = make_grid([to_pil(picture.float().cpu()) for picture in pictures])
-        with replacing(path) as temporary:
-            grid.save(temporary, format="JPEG", quality=95)
+
+class StepBar(ProgressBar):
+    """Step N of M over the whole run, with the loss.
+
+    Showing the loss waits for the device, so beside a CPU the bar moves only as often as the logs are written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown = True
+        self._every = 1
+        self._bar: tqdm | None = None
+
+    def disable(self) -> None:
+        """Called by Lightning in all processes but the first."""
+        self._shown = False
+
+    def enable(self) -> None:
+        self._shown = True
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        self._every = 1 if on_cpu else max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        total = int(steps) if math.isfinite(steps) else None
+        self._bar = tqdm(total=total, initial=trainer.global_step, desc="Steps", unit="step", disable=not self._shown)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        bar, step = self._bar, trainer.global_step
+        if bar is None or bar.disable or (step - bar.n < self._every and step != bar.total):
+            return
+        if (loss := trainer.callback_metrics.get("loss")) is not None:
+            bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
+        bar.update(step - bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, module)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import read_state_dict
 from ldm.config import ConfigError, nearest
@@ -19,8 +21,39 @@ from ldm.training.callbacks import ImageLogger
 CASTS_ALL = {"bf16-true": "bfloat16", "16-true": "float16"}  # Lightning casts the whole module, buffers too
 
 
-def check_pictures(callbacks: Sequence[pl.Callback], module: pl.LightningModule) -> None:
-    """Raise `ConfigError` where the pictures of the log folder would fail when the first ones are due."""
+# Keys of the reference's YAML files that no code stands behind -> the values that ask for what is done anyway, and
+# what to do instead of any other. (When generating, they make no difference.)
+UNMET: dict[str, tuple[tuple[object, ...], str]] = {
+    "unfreeze_model": ((False,), "only the embedding is trained"),
+    "scheduler_config": ((), "the rate is constant for embeddings, and falls to zero for training from scratch"),
+    "num_timesteps_cond": ((1,), "there is one conditioning for all timesteps"),
+    "conditioning_key": (("crossattn",), "conditioning is always cross-attention"),
+    "use_ema": ((False,), "use the callback ldm.training.callbacks.AveragedWeights"),
+    "lossconfig": (({"target": "torch.nn.Identity"},), "the loss is kl_weight and mse_weight"),
+    "personalization_config.params.per_image_tokens": ((False,), "one placeholder is learned from all images"),
+}
+
+
+def check_asked_for(config: DictConfig) -> None:
+    """Raise `ConfigError` for a setting that would be accepted and not done, though it decides the result."""
+    params = OmegaConf.select(config, "model.params") or OmegaConf.create()
+    learns = params.get("personalization_config") is not None
+    for key, (harmless, instead) in UNMET.items():
+        value = OmegaConf.select(params, key)
+        if value is None or value in harmless or (learns and key == "use_ema"):  # the average of frozen weights is they
+            continue
+        raise ConfigError(f"model.params.{key}: {value!s:.40} is not supported: {instead}; omit it.")
+    vectors = OmegaConf.select(params, "personalization_config.params.num_vectors_per_token")
+    stages = params.get("prospect_stages", 10)
+    if vectors not in (None, 1, stages):
+        raise ConfigError(
+            f"num_vectors_per_token: {vectors!s:.40} is not supported: a token has one vector for each of its {stages} "
+            f"stages; omit it, or set model.params.prospect_stages."
+        )
+
+
+def check_images(callbacks: Sequence[pl.Callback], module: Any) -> None:
+    """Raise `ConfigError` where the images of the log folder would fail when the first ones are due."""
     for callback in callbacks:
         if not isinstance(callback, ImageLogger) or callback.disabled or not hasattr(module, "log_images"):
             continue
@@ -64,26 +97,26 @@ def check_resumable(module: pl.LightningModule, checkpoint: Path | None) -> None
         if key in own and own[key].shape != tensor.shape:
             raise ValueError(
                 f"'{checkpoint}' does not fit the configuration ({key} is {tuple(tensor.shape)}, not "
-                f"{tuple(own[key].shape)}); resume with the run's own configuration, or begin a new run."
+                f"{tuple(own[key].shape)}); resume with the run's own configuration, or start a new run."
             )
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not trained <= saved.keys():
         raise ValueError(
-            f"'{checkpoint}' lacks what this configuration trains; resume with the run's own, or begin a new run."
+            f"'{checkpoint}' lacks what this configuration trains; resume with the run's own, or start a new run."
         )
 
 
-def check_sizes(module: pl.LightningModule, data: DataModuleFromConfig) -> None:
-    """Raise `ValueError` unless the data sets' pictures have a size that the model takes."""
+def check_sizes(module: Any, data: DataModuleFromConfig) -> None:
+    """Raise `ValueError` unless the data sets' images have a size that the model takes."""
     if not hasattr(module, "size_unit"):
         return
     for split, dataset in data.datasets.items():
         sides = picture_sides(dataset, module.image_key, module.caption_key)
         if sides is None:
-            raise ValueError(f"data.params.{split}.params.size is needed: pictures are learned at one size.")
+            raise ValueError(f"data.params.{split}.params.size is needed: images are learned at one size.")
         for size in sides:
             if size % module.size_unit:
                 unit, nearest_size = module.size_unit, max(1, round(size / module.size_unit)) * module.size_unit
                 raise ValueError(
-                    f"The {split} pictures' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
+                    f"The {split} images' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
                 )

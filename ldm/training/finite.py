@@ -13,7 +13,7 @@ from ldm.models.diffusion.finite import FirstBad, NotFiniteError
 
 
 class FiniteGuard(pl.Callback):
-    """Stops a run whose loss or weights are not finite, before anything of it is saved.
+    """Stop a run whose loss or weights are not finite, before anything of it is saved.
 
     On the CPU every loss is checked before its step is made. A GPU would have to be waited for, so there the
     losses are marked on the device, and the marks are read every `every_n_steps` and before each saving. It must be
@@ -50,7 +50,7 @@ class FiniteGuard(pl.Callback):
         if weights and not torch.stack([torch.isfinite(p).all() for p in weights]).all():
             raise NotFiniteError(_sentence(f"The weights are not finite after step {trainer.global_step}", trainer))
 
-    def _check_losses(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _check_losses(self, trainer: pl.Trainer, module: Any) -> None:
         if (found := self._losses.read()) is None:
             return
         step, timesteps = found

@@ -1,9 +1,11 @@
-"""The log folder of a run: a new one of its own, or the one of the run to go on with."""
+"""The log folder of a run: a new one, or the one of the run to resume."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,15 +13,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm.checkpoint import CheckpointError
 from ldm.embeddings import EmbeddingError, load_concept
 from ldm.files.tensors import read_checkpoint
-from ldm.files.writing import check_writable, remove_unfinished, writing_to
-from ldm.training.callbacks import LAST, PREVIOUS
+from ldm.files.writing import check_writable, is_unfinished, remove_unfinished, writing_to
 
 logger = logging.getLogger(__name__)
+
+LAST, PREVIOUS, EMBEDDINGS = "last.ckpt", "previous.ckpt", "embeddings.safetensors"
+MAX_NAME = 250  # bytes of a folder's name: file systems take 255, and a number may be appended
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Run:
     Args:
         resumed: whether the folder and its configuration are of an earlier start.
         checkpoint: None for a new run, and for one that was ended before it saved anything.
+        step: of the checkpoint.
         exact: whether the folder is taken as it is, or is given a number where there already is one.
     """
 
@@ -36,6 +41,7 @@ class Run:
     started: str
     resumed: bool = False
     checkpoint: Path | None = None
+    step: int = 0
     exact: bool = True
 
     @property
@@ -50,23 +56,29 @@ class Run:
     def resume_command(self) -> str:
         return resume_command(self.folder)
 
+    def saved(self, *kinds: str) -> list[Path]:
+        """The files `configs/<time>-<kind>.yaml` of the latest start; that of the kind `project` is written last."""
+        for last in sorted(self.configs.glob("*-project.yaml"))[-1:]:
+            paths = [last.with_name(last.name.replace("-project.yaml", f"-{kind}.yaml")) for kind in kinds]
+            return [path for path in paths if path.is_file()]
+        return []
+
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Make the folder, which is no other run's, and clear what a killed process left half written in it.
+        """Make the folder, or clear what a killed process left half written in the folder of the run to resume.
 
         Of several processes only the first does that. What was made and stays empty is removed again.
 
         Raises:
             WriteError: the folder cannot be made.
         """
-        if rank_zero_only.rank != 0:
+        if not is_first_process():
             yield
             return
         made = [place for place in self.folder.parents if not place.exists()]
         with writing_to(self.folder):
             is_new = self._make()
-            for place in (self.checkpoints, self.configs, self.folder / "images"):
-                remove_unfinished(place)  # and nowhere else: the folder may hold more than the run
+            remove_unfinished(self.folder)
         try:
             yield
         finally:
@@ -92,8 +104,13 @@ class Run:
             self.folder = wanted.with_name(f"{wanted.name}-{number}")
 
 
+def is_first_process() -> bool:
+    """Whether this is the one process of a run that writes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def resume_command(place: Path) -> str:
-    """What to type to go on with the run in a log folder, or from a checkpoint."""
+    """What to type to resume the run in a log folder, or from a checkpoint."""
     return f"python main.py -r {shlex.quote(str(place))} -t"
 
 
@@ -101,7 +118,7 @@ def open_run(options: argparse.Namespace) -> Run:
     """The log folder of a new run, which is not made yet, or of the run to resume.
 
     Raises:
-        ValueError: there is nothing to resume at the place given, or it is damaged; a new run would overwrite another.
+        ValueError: there is nothing to resume at the place given, or it is damaged; a new run would overwrite files.
         WriteError: the place has no room or gives no right.
     """
     now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
@@ -109,35 +126,66 @@ def open_run(options: argparse.Namespace) -> Run:
         run, flag = _run_to_resume(Path(options.resume), now), "-r"
     elif options.project:
         run, flag = Run(Path(options.project), now), "-p"
-        if any((run.checkpoints / name).is_file() for name in (LAST, PREVIOUS)):
-            raise ValueError(
-                f"'{run.folder}' holds a run already: go on with it ({run.resume_command}) or name another folder."
-            )
+        if is_first_process():  # for the others, it has begun to write
+            _check_empty(run)
     else:
-        data = Path(options.data_root).resolve().name if options.data_root and options.datadir_in_name else ""
-        name = options.name or Path(options.base[0]).stem
-        run, flag = Run(Path(options.logdir) / f"{data}{now}_{name}{options.postfix}", now, exact=False), "-l"
+        run, flag = Run(Path(options.logdir) / _folder_name(options, now), now, exact=False), "-l"
     check_writable(run.folder, flag)
     return run
+
+
+def _check_empty(run: Run) -> None:
+    """Raise `ValueError` where a new run would overwrite what is in its folder.
+
+    Empty folders, and what a process that was killed had begun to write, do not count.
+    """
+    places = (path.relative_to(run.folder) for path in run.folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    if all(any(is_unfinished(part) for part in place.parts) for place in places):
+        return
+    if run.saved("project"):
+        raise ValueError(f"'{run.folder}' holds a run: resume it ({run.resume_command}) or name another folder.")
+    raise ValueError(f"'{run.folder}' is not empty; name a new or an empty folder with -p.")
+
+
+def _folder_name(options: argparse.Namespace, now: str) -> str:
+    """`<data folder><time>_<name><postfix>`, of which the data folder's name is cut to what fits."""
+    for flag, text in (("-n", options.name), ("-f", options.postfix)):
+        if text and re.search(r"[/\\]", text):
+            raise ValueError(f"{flag}: '{text:.80}' must be a name, not a path; a path goes to -l or -p.")
+    name = options.name or _shortened(Path(options.base[0]).stem, 100)
+    end = f"{now}_{name}{options.postfix}"
+    room = MAX_NAME - len(os.fsencode(end))
+    if room < 0:
+        raise ValueError(f"-n: the name of the folder, '{end:.40}…', is too long by {-room} bytes; shorten the name.")
+    data = Path(options.data_root).resolve().name if options.data_root and options.datadir_in_name else ""
+    return _shortened(data, room) + end
+
+
+def _shortened(text: str, size: int) -> str:
+    """The beginning of a file's name in at most `size` bytes of UTF-8."""
+    return os.fsencode(text)[:size].decode(errors="ignore")
 
 
 def _run_to_resume(path: Path, now: str) -> Run:
     folder = path if path.is_dir() else path.parent.parent
     checkpoint = folder / "checkpoints" / LAST if path.is_dir() else path
+    run = Run(folder, now, resumed=True)
     if checkpoint.is_file() and checkpoint.suffix == ".ckpt":
         try:
-            _check_whole(checkpoint)
+            run.step = _step_of(checkpoint)
         except CheckpointError as error:
             reason = str(error).rpartition("; ")[0]
             raise CheckpointError(f"{reason}; {_way_on(folder, checkpoint)}.") from error
-        if not any((folder / "configs").glob("*-project.yaml")):
+        if not run.saved("project"):
             raise ValueError(f"'{folder}' is no run of main.py (it has no configs/); -r takes a log folder of it.")
-        return Run(folder, now, resumed=True, checkpoint=checkpoint)
-    if path.is_dir() and (folder / "checkpoints" / PREVIOUS).is_file():
+        run.checkpoint = checkpoint
+        return run
+    # `last.ckpt` is written before the embeddings: where they are, it is lost
+    if path.is_dir() and any((folder / "checkpoints" / name).is_file() for name in (PREVIOUS, EMBEDDINGS)):
         raise CheckpointError(f"There is no file '{checkpoint}'; {_way_on(folder, checkpoint)}.")
-    if path.is_dir() and all(any(folder.glob(f"configs/*-{kind}.yaml")) for kind in ("project", "lightning")):
-        logger.info("'%s' has no checkpoint yet: the run begins anew.", folder)
-        return Run(folder, now, resumed=True)
+    if path.is_dir() and len(run.saved("project", "lightning")) == 2:
+        logger.info("'%s' has no checkpoint yet: the run starts anew.", folder)
+        return run
     if path.is_file():
         raise ValueError(
             f"Nothing to resume: '{path}' is neither a log folder nor its last.ckpt. To start from learned embeddings: "
@@ -146,31 +194,35 @@ def _run_to_resume(path: Path, now: str) -> Run:
     raise ValueError(f"Nothing to resume: there is no file '{checkpoint}'; -r takes a log folder of main.py.")
 
 
-def _check_whole(checkpoint: Path) -> None:
-    """Raise `CheckpointError` for a file that is foreign, cut off, or has holes."""
-    read_checkpoint(checkpoint, ["state_dict", "optimizer_states", "global_step"])
+def _step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved at.
+
+    Raises:
+        CheckpointError: it is foreign, cut off, has holes, or lacks what a run needs beside the weights.
+    """
+    return int(read_checkpoint(checkpoint, ["state_dict", "optimizer_states", "global_step"])["global_step"])
 
 
 def _way_on(folder: Path, damaged: Path) -> str:
-    """What to do instead of going on from the checkpoint `damaged`: the latest that is whole."""
+    """What to do instead of resuming from the checkpoint `damaged`: the latest that is whole."""
     previous = folder / "checkpoints" / PREVIOUS
     if previous != damaged and previous.is_file():
         with suppress(CheckpointError):
-            _check_whole(previous)
-            return f"go on from the one before it: {resume_command(previous)}"
+            _step_of(previous)
+            return f"resume from the one before it: {resume_command(previous)}"
     if (latest := latest_embeddings(folder / "checkpoints")) is not None:
-        return f"begin a new run with its latest embeddings: --embedding_manager_ckpt {latest}"
-    return "begin a new run"
+        return f"start a new run with its latest embeddings: --embedding_manager_ckpt {shlex.quote(str(latest))}"
+    return "start a new run"
 
 
 def latest_embeddings(checkpoints: Path) -> Path | None:
-    """The `embeddings_gs-N.safetensors` of the highest step that can be read."""
-    numbered = {int(p.stem.rpartition("-")[2]): p for p in checkpoints.glob("embeddings_gs-*[0-9].safetensors")}
-    for step in sorted(numbered, reverse=True):
+    """The saved embeddings of the highest step that can be read."""
+    steps: dict[Path, int] = {}
+    for path in checkpoints.glob("embeddings*.safetensors"):
         with suppress(EmbeddingError):
-            load_concept(numbered[step])
-            return numbered[step]
-    return None
+            step = load_concept(path).metadata.get("step", "")
+            steps[path] = int(step) if step.isdecimal() else 0
+    return max(steps, key=lambda path: (steps[path], path.name), default=None)
 
 
 def check_start(path: str | Path) -> None:

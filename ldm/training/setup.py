@@ -1,32 +1,29 @@
-"""The parts of a training run that `main.py` puts together: folder, configuration, model, trainer."""
+"""The configuration of a run, and the model and the data that it names."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
-import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from ldm.cli.train import MAX_SEED, translate_gpus
-from ldm.config import ConfigError, check_parameters, get_class, instantiate_from_config, load_config, nearest
-from ldm.files.writing import replacing, writing_to
-from ldm.training.callbacks import CheckpointWriter, ConfiguredRate, EmbeddingSaver, SaveLast
-from ldm.training.checks import check_pictures
-from ldm.training.finite import FiniteGuard
+from ldm.config import ConfigError, instantiate_from_config, literal, load_config, merge, nearest
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.files.writing import replacing_set, writing_to
+from ldm.training.changes import check_applies, hashes_of, log_changes, run_config
+from ldm.training.checks import check_asked_for, check_resumable, check_sizes
 from ldm.training.runs import Run, check_start
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SAVE_EVERY = 500
-CHECKPOINT_KEYS = ("every_n_train_steps", "monitor", "save_top_k", "save_last", "dirpath", "filename", "verbose")
+MAX_SEED = 2**32 - 1  # NumPy's
 LIGHTNING_KEYS = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr")
 DEFAULT_CONFIG = {
     "lightning": {
@@ -35,56 +32,112 @@ DEFAULT_CONFIG = {
         "trainer": {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "enable_model_summary": False},
     }
 }
+NEEDED = {
+    "model": "",
+    "data": "",
+    "model.base_learning_rate": "",
+    "data.params": "",
+    "data.params.train": ", the images to learn from",
+}
+_MANAGER = "model.params.personalization_config.params"
+
+
+@contextmanager
+def usual_torch() -> Iterator[None]:
+    """Torch's global state as a fresh process has it, whatever the caller set: it would decide what is learned."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as state:
+        state.enter_context(torch.inference_mode(False))
+        state.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            state.enter_context(torch.device("cpu"))
+        state.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
-    """The configurations of the command line (and of the resumed run), with its flags put in."""
-    saved = [sorted(run.configs.glob(f"*-{kind}.yaml"))[-1:] for kind in ("project", "lightning") if run.resumed]
-    config = load_config(*sum(saved, []), *options.base, overrides=options.overrides)
-    config = OmegaConf.merge(DEFAULT_CONFIG, config)
-    for section in ("model", "data", "model.base_learning_rate", "data.params"):
+    """Merge the configurations of the resumed run and the command line, and put the flags in.
+
+    Raises:
+        ConfigError: something is missing, unknown, or does not apply to a resumed run.
+    """
+    saved = run.saved("project", "lightning") if run.resumed else []
+    resolvers = options.allow_resolvers
+    given = load_config(*saved, *options.base, overrides=options.overrides, resolvers=resolvers)
+    config = merge(DEFAULT_CONFIG, given)
+    for section, what in NEEDED.items():
         if OmegaConf.select(config, section) is None:
-            raise ConfigError(f"The configuration does not say '{section}:'; see configs/ for complete ones.")
-    for key in config.lightning or ():
+            raise ConfigError(f"The configuration does not say '{section}:'{what}; see configs/ for complete ones.")
+    for key in config.lightning:
         if key not in LIGHTNING_KEYS:
-            raise ConfigError(f"Unknown key 'lightning.{key}'{nearest(key, LIGHTNING_KEYS)}")
-    for name in ("seed", "scale_lr"):
-        if getattr(options, name) is not None:
-            config.lightning[name] = getattr(options, name)
-    if options.gpus is not None or "devices" in options.trainer:  # what was saved gives way to either
-        OmegaConf.update(config, "lightning.trainer.gpus", options.gpus)
-    check_seed(config.lightning.seed)
-    params = config.model.get("params") or {}
-    if OmegaConf.select(config, "data.params.train") is None:
-        raise ConfigError("The configuration does not say 'data.params.train:', the pictures to learn from.")
-    if options.data_root:
-        for split in ("train", "validation"):
-            if config.data.params.get(split):
-                pictures = {"data_root": options.data_root, "seed": config.lightning.seed}
-                if options.placeholder_tokens:
-                    pictures["placeholder_token"] = options.placeholder_tokens[0]
-                OmegaConf.update(config, f"data.params.{split}.params", pictures)
-    if options.actual_resume:
-        OmegaConf.update(config, "model.params.ckpt_path", options.actual_resume)
-    manager = "model.params.personalization_config.params"
-    flags = {
-        "--embedding_manager_ckpt": (options.embedding_manager_ckpt, "model.params.embedding_manager_ckpt"),
-        "--placeholder_tokens": (options.placeholder_tokens, f"{manager}.placeholder_strings"),
-        "--init_word": (None if options.init_word is None else [options.init_word], f"{manager}.initializer_words"),
-    }
-    for flag, (value, key) in flags.items():
-        if value is None:
-            continue
-        if "personalization_config" not in params:
-            raise ConfigError(f"{flag} needs a configuration that learns embeddings (personalization_config).")
-        OmegaConf.update(config, key, value)
+            raise ConfigError(f"Unknown key 'lightning.{key}'{nearest(str(key), LIGHTNING_KEYS)}")
+    _put_flags(config, options)
+    _check(config)
+    if run.resumed:
+        check_applies(run, run_config(run, resolvers), config)
     if options.embedding_manager_ckpt:
         check_start(options.embedding_manager_ckpt)
-    for name, value in options.trainer.items():
-        OmegaConf.update(config, f"lightning.trainer.{name}", value)
-    pictures = config.data.params.train
-    if str(pictures.get("target")).endswith("PersonalizedBase") and not OmegaConf.select(pictures, "params.data_root"):
-        raise ConfigError("Say which pictures to learn from: --data_root, a folder with pictures or one picture.")
+    return config
+
+
+def _put_flags(config: DictConfig, options: argparse.Namespace) -> None:
+    """Put what the flags say into the configuration, where it is saved and resumed from."""
+    manager = {
+        "--embedding_manager_ckpt": ("model.params.embedding_manager_ckpt", options.embedding_manager_ckpt),
+        "--placeholder_tokens": (f"{_MANAGER}.placeholder_strings", options.placeholder_tokens),
+        "--init_word": (f"{_MANAGER}.initializer_words", options.init_word if options.init_word is None else
+                        [options.init_word]),
+    }  # fmt: skip
+    learns = OmegaConf.select(config, "model.params.personalization_config") is not None
+    for flag, (_, value) in manager.items():
+        if value is not None and not learns:
+            raise ConfigError(f"{flag} needs a configuration that learns embeddings (personalization_config).")
+    values = dict(manager.values()) | {
+        "lightning.seed": options.seed,
+        "lightning.scale_lr": options.scale_lr,
+        "model.params.ckpt_path": options.actual_resume,
+        **{f"lightning.trainer.{name}": value for name, value in options.trainer.items()},
+    }
+    for key, value in values.items():
+        if value is not None:
+            OmegaConf.update(config, key, _readable(key, value))
+    if options.gpus is not None or "devices" in options.trainer:  # what was saved gives way to either
+        OmegaConf.update(config, "lightning.trainer.gpus", options.gpus)
+    if options.data_root:
+        _put_data_root(config, options)
+
+
+def _put_data_root(config: DictConfig, options: argparse.Namespace) -> None:
+    for split in ("train", "validation"):
+        if config.data.params.get(split):
+            values = {"data_root": _readable("--data_root", options.data_root), "seed": config.lightning.seed}
+            if options.placeholder_tokens:
+                values["placeholder_token"] = literal(options.placeholder_tokens[0])
+            OmegaConf.update(config, f"data.params.{split}.params", values)
+
+
+def _readable(name: str, value: object) -> object:
+    """Return a flag's value, literally, if a YAML file can hold it."""
+    for text in map(str, value if isinstance(value, list) else [value]):
+        shown = os.fsencode(text).decode(errors="backslashreplace")
+        if shown != text:
+            raise ConfigError(f"{name}: '{shown}' is not UTF-8, which a configuration cannot hold; rename it.")
+    return literal(value)
+
+
+def _check(config: DictConfig) -> None:
+    """Raise `ConfigError` for what is missing or wrong in a complete configuration."""
+    seed = config.lightning.seed
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"lightning.seed must be a whole number from 0 to {MAX_SEED}, not '{seed!s:.40}'.")
+    if not isinstance(config.lightning.scale_lr, bool):
+        raise ConfigError(f"lightning.scale_lr must be true or false, not '{config.lightning.scale_lr}'.")
+    check_asked_for(config)
+    train = config.data.params.train
+    if str(train.get("target")).endswith("PersonalizedBase") and not OmegaConf.select(train, "params.data_root"):
+        raise ConfigError("Say which images to learn from: --data_root, a folder with images or one image.")
+    params = config.model.get("params") or {}
     if "personalization_config" in params and not params.get("ckpt_path"):
         if "ckpt_path" not in params:
             raise ConfigError(
@@ -92,177 +145,40 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
                 "(model.params.ckpt_path=null tries the machinery on random weights)."
             )
         logger.warning("No base model is given (--actual_resume): embeddings are learned against random weights.")
-    return config
 
 
-def check_seed(seed: object) -> None:
-    """Raise `ConfigError` for a `lightning.seed` that is no seed."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
-        raise ConfigError(f"lightning.seed must be a whole number from 0 to {MAX_SEED}, not '{seed}'.")
-
-
-def choose_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate `gpus: 0,` (the flag `--gpus`) into Lightning's accelerator and devices.
-
-    With no usable GPU the run says so once and uses the CPU.
-    """
-    chosen = {key: value for key, value in trainer.items() if key != "gpus"}
-    gpus = trainer.get("gpus")
-    numbers = translate_gpus(str(gpus) if gpus is not None else None)
-    if numbers is None or "accelerator" in chosen:
-        return chosen
-    if numbers == []:
-        return {**chosen, "accelerator": "cpu", "devices": 1}
-    if torch.cuda.is_available():
-        return {**chosen, "accelerator": "gpu", "devices": numbers}
-    if torch.backends.mps.is_available():
-        return {**chosen, "accelerator": "mps", "devices": 1}
-    logger.info("No usable GPU here; --gpus %s is answered with the CPU.", gpus)
-    return {**chosen, "accelerator": "cpu", "devices": 1}
-
-
-def build_trainer(config: DictConfig, run: Run, module: pl.LightningModule) -> pl.Trainer:
-    """The Lightning trainer with loggers (TensorBoard, CSV) and callbacks (saving, pictures), and the YAML's own."""
-    lightning = OmegaConf.to_container(config.lightning, resolve=True)
-    trainer = lightning.get("trainer") or {}
-    trainer = choose_devices(trainer)
-    devices = str(trainer.get("devices", ""))
-    if devices.isdigit():
-        trainer["devices"] = int(devices)
-    save_every = saving_interval(lightning.get("modelcheckpoint") or {})
-    guard = FiniteGuard(save_every)
-    callbacks: list[pl.Callback] = [guard, ConfiguredRate()]
-    if trainer.get("enable_progress_bar", True):
-        callbacks.append(ProgressBar())
-    if getattr(module, "embedding_manager", None) is not None:
-        callbacks.append(EmbeddingSaver(run.checkpoints, save_every))
-    for name, callback in (lightning.get("callbacks") or {}).items():
-        if not isinstance(callback, Mapping) or "target" not in callback:
-            raise ConfigError(f"lightning.callbacks.{name} must be a section with a `target:`.")
-        callbacks.append(instantiate_from_config(callback))
-    check_pictures(callbacks, module)
-    callbacks.append(SaveLast(run.checkpoints, save_every, guard))
-    check_parameters(pl.Trainer, trainer)
-    if trainer.get("accumulate_grad_batches", 1) < 1:
-        raise ConfigError("accumulate_grad_batches must be at least 1.")
-    tensorboard = TensorBoardLogger(run.folder, name="", version="", sub_dir="tensorboard")
-    csv = CSVLogger(run.folder, name="csv", version=run.started)  # the logger empties a folder it finds
-    # no distributed sampler: `RunningSampler` knows ranks
-    trainer = {"plugins": CheckpointWriter(run.checkpoint), "use_distributed_sampler": False, **trainer}
-    try:
-        return pl.Trainer(
-            default_root_dir=run.folder,
-            logger=[tensorboard, csv, *own_loggers(lightning.get("logger"), run)],
-            callbacks=callbacks,
-            enable_checkpointing=False,
-            **trainer,
-        )
-    except (TypeError, KeyError) as error:  # a value of a wrong type; others Lightning explains itself
-        raise ConfigError(f"lightning.trainer cannot be used: {str(error).partition(chr(10))[0]}") from error
-
-
-def own_loggers(section: Mapping[str, Any] | None, run: Run) -> list[Logger]:
-    """The logger of the YAML's `lightning.logger`, if any; without a place or name of its own it gets the run's.
+def build(config: DictConfig, run: Run) -> tuple[DataModuleFromConfig, pl.LightningModule]:
+    """Build the data and the model, from the configured seed.
 
     Raises:
-        ConfigError: it is no logger, has other parameters, or needs a package that is not installed.
+        ValueError: they do not fit each other, or not the checkpoint to resume from.
     """
-    if not section:
-        return []
-    if "target" not in section:
-        raise ConfigError("lightning.logger must be a section with a `target:`.")
-    known = inspect.signature(get_class(section["target"])).parameters
-    given = {"save_dir": run.folder} if "save_dir" in known else {}
-    if "name" in known and known["name"].default is None:
-        given["name"] = run.folder.name
-    try:
-        found = instantiate_from_config({**section, "params": given | (section.get("params") or {})})
-    except ImportError as error:
-        raise ConfigError(f"lightning.logger: {section['target']} needs a package that is missing: {error}") from error
-    if not isinstance(found, Logger):
-        raise ConfigError(f"lightning.logger: {section['target']} is no logger; see pytorch_lightning.loggers.")
-    return [found]
+    pl.seed_everything(config.lightning.seed, verbose=False)
+    data: DataModuleFromConfig = instantiate_from_config(config.data)
+    module: Any = instantiate_from_config(config.model)
+    module.seed = config.lightning.seed
+    check_sizes(module, data)
+    check_resumable(module, run.checkpoint)
+    return data, module
 
 
-def saving_interval(modelcheckpoint: Mapping[str, Any]) -> int:
-    """How many steps lie between two savings, from the YAML's `lightning.modelcheckpoint`.
+def save_configs(
+    config: DictConfig, data: DataModuleFromConfig, module: pl.LightningModule, run: Run, resolvers: bool = False
+) -> None:
+    """Write the run's configuration, and hashes of what it learns from, into its folder as `configs/<time>-….yaml`.
 
-    Only `params.every_n_train_steps` means something here: what is saved, and where, is always the same.
+    Of a resumed run, what differs from the ones that are there is logged.
     """
-    params = modelcheckpoint.get("params") or {}
-    for key in modelcheckpoint:
-        if key not in ("target", "params"):
-            raise ConfigError(f"Unknown key 'lightning.modelcheckpoint.{key}'{nearest(key, ('target', 'params'))}")
-    for key in params:
-        if key not in CHECKPOINT_KEYS:
-            where = f"lightning.modelcheckpoint.params.{key}"
-            raise ConfigError(f"Unknown key '{where}'{nearest(key, CHECKPOINT_KEYS)}")
-        if key != CHECKPOINT_KEYS[0]:
-            logger.info("modelcheckpoint: '%s' is accepted and not used: last.ckpt is always kept", key)
-    interval = params.get(CHECKPOINT_KEYS[0], DEFAULT_SAVE_EVERY)
-    if not isinstance(interval, int) or interval < 1:
-        raise ConfigError(f"{CHECKPOINT_KEYS[0]} must be a number of steps, at least 1, not '{interval}'.")
-    return interval
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's, with the loss and without the loggers' version number.
-
-    Showing a number waits for the device, so beside a CPU the bar moves only as often as the logs are written.
-    """
-
-    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, module, stage)
-        if trainer.strategy.root_device.type != "cpu":
-            self._refresh_rate = max(self._refresh_rate, trainer.log_every_n_steps)
-
-    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
-        metrics = {key: value for key, value in super().get_metrics(trainer, module).items() if key != "v_num"}
-        loss = trainer.callback_metrics.get("loss")
-        return metrics if loss is None else {"loss": f"{loss.item():.3g}", **metrics}
-
-
-def set_learning_rate(config: DictConfig, module: pl.LightningModule, data: Any, trainer: pl.Trainer) -> None:
-    """Give the module its learning rate and log how it came about, in one line."""
-    try:
-        base = float(config.model.base_learning_rate)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"base_learning_rate must be a number, not '{config.model.base_learning_rate}'.") from error
-    if not 0 < base < math.inf:
-        raise ConfigError(f"base_learning_rate must be more than 0 and finite, not {base}.")
-    if not config.lightning.scale_lr:
-        module.learning_rate = base
-        logger.info("Learning rate %.2e (--scale_lr false)", base)
-        return
-    accumulate, world, batch = trainer.accumulate_grad_batches, trainer.world_size, data.batch_size
-    module.learning_rate = base * accumulate * world * batch
-    logger.info(
-        "Learning rate %.2e = %d (accumulate_grad_batches) x %d (devices) x %d (batch size) x %.2e (base)",
-        *(module.learning_rate, accumulate, world, batch, base),
-    )
-
-
-def save_configs(config: DictConfig, run: Run) -> None:
-    """Write the run's configuration into its folder, as `<time>-project.yaml` and `<time>-lightning.yaml`."""
+    hashes = hashes_of(data, module)
+    if run.resumed:
+        log_changes(run, run_config(run, resolvers), config, hashes)
     with writing_to(run.folder):
-        for folder in (run.checkpoints, run.configs):
-            folder.mkdir(parents=True, exist_ok=True)
-    project = OmegaConf.masked_copy(config, [key for key in config if key != "lightning"])
-    lightning = OmegaConf.create({"lightning": config.lightning})
-    for kind, part in {"project": project, "lightning": lightning}.items():
-        with replacing(run.configs / f"{run.started}-{kind}.yaml") as temporary:
-            OmegaConf.save(part, temporary)
-
-
-def report(run: Run, trainer: pl.Trainer) -> int:
-    """Say where the results are, or how to go on after an interruption; returns the exit code."""
-    saver = next(callback for callback in trainer.callbacks if isinstance(callback, SaveLast))
-    if saver.stopped_by is not None:
-        logger.info("Stopped and saved at step %d; go on with: %s", trainer.global_step, run.resume_command)
-        return 128 + saver.stopped_by
-    if not trainer.is_global_zero:
-        return 0
-    results = sorted(path.name for path in run.checkpoints.iterdir())
-    logger.info("Step %d reached; %s: %s", trainer.global_step, run.checkpoints, ", ".join(results))
-    logger.info("More steps: %s --max_steps N", run.resume_command)
-    return 0
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+    parts = {
+        "data": yaml.safe_dump(hashes),
+        "project": OmegaConf.to_yaml(OmegaConf.masked_copy(config, ["model", "data"])),
+        "lightning": OmegaConf.to_yaml(OmegaConf.create({"lightning": config.lightning})),
+    }
+    with replacing_set(run.configs) as folder:
+        for kind, text in parts.items():
+            (folder / f"{run.started}-{kind}.yaml").write_text(text, encoding="utf-8")

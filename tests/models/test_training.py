@@ -244,7 +244,8 @@ def test_balanced_losses_count_alike() -> None:
 
 
 def test_text_transformer_is_trained_only_on_request() -> None:
-    config = load_config(ROOT / "configs/demo/diffusion.yaml")
+    parts = [f"model.params.{part}_ckpt=null" for part in ("first_stage", "cond_stage")]
+    config = load_config(ROOT / "configs/demo/diffusion.yaml", overrides=parts)
     for trainable in (False, True):
         OmegaConf.update(config, "model.params.cond_stage_trainable", trainable)
         model = instantiate_from_config(config.model).train()

@@ -9,13 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import LEARN, PICTURES, ROOT, every, finish, saved_tensors, start, wait_for
+from runs import LEARN, PICTURES, every, finish, saved_tensors, start, wait_for
 
 import main
+from ldm.training.runs import Run
 
 TWO = ["--devices", "2", "--accelerator", "cpu", "--strategy", "ddp"]
 VALIDATION = "data.params.validation={target: ldm.data.personalized.PersonalizedBase, params: %s}"
-SMALL_PICTURES = "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2"
+SMALL_IMAGES = "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2"
 # Sums are made in another order, and Adam divides small gradients by small ones; relative, of 8 steps.
 TOLERANCE = 2e-3
 
@@ -33,12 +34,9 @@ needs_loopback = pytest.mark.skipif(not loopback_is_up(), reason="processes of o
 
 
 @needs_loopback
-def test_two_processes_learn_what_one_learns_with_twice_the_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_learn_what_one_learns_with_twice_the_batch(tmp_path: Path) -> None:
     """The same embedding from the same samples at the same rate; rank 0 alone writes, and all end well."""
-    monkeypatch.chdir(ROOT)
-    common = [*LEARN, *every(4, pictures=8), SMALL_PICTURES, "--max_steps", "8", "--log_every_n_steps", "4"]
+    common = [*LEARN, *every(4, pictures=8), SMALL_IMAGES, "--max_steps", "8", "--log_every_n_steps", "4"]
     common += [
         VALIDATION % f"{{size: 64, set: val, data_root: {PICTURES}}}",
         "data.params.train.params.repeats=16",
@@ -119,18 +117,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path) -> No
     assert len({*folders[0], *folders[1]}) == 30
 
 
-@pytest.mark.slow
-def test_two_whole_runs_started_together(tmp_path: Path) -> None:
-    arguments = [*LEARN, *every(2), "-l", str(tmp_path), "-n", "x", "--max_steps", "2"]
-    processes = [start("main.py", *arguments) for _ in range(2)]
-    errors = [finish(process)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    assert len(list(tmp_path.glob("*/checkpoints/last.ckpt"))) == 2
-
-
 def test_a_folder_that_is_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
-    from ldm.training.runs import Run
-
     run = Run(tmp_path / "run", "now")
     with pytest.raises(KeyError), run.opened():
         raise KeyError

@@ -11,25 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LEARN, MADE_SMALL, every, saved_tensors, start, unfinished, wait_for
+from runs import LEARN, MADE_SMALL, every, same_tensors, start, unfinished, wait_for
 
-from ldm.training.callbacks import LAST, PREVIOUS
+from ldm.training.runs import LAST, PREVIOUS
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are stopped and inspected by signals")
-PHASES = ("start-up", "step", "checkpoint", "pictures")
+PHASES = ("start-up", "step", "checkpoint", "images")
 
 
 class Attempt:
     """One start of a run that is killed in a given phase.
 
-    The process is stopped (SIGSTOP), what it has written shows in which phase it stands, and it is killed or let go on.
+    The process is stopped (SIGSTOP), what it has written shows in which phase it stands, and it is killed or continued.
     """
 
     def __init__(self, run: Path, steps: int) -> None:
         self.run = run
         self.started = time.time_ns()
-        began = all(any(run.glob(f"configs/*-{kind}.yaml")) for kind in ("project", "lightning"))  # else start anew
-        arguments = ["-r", str(run)] if began else [*LEARN, *MADE_SMALL, *every(2, pictures=3), "-p", str(run)]
+        begun = any(run.glob("configs/*-project.yaml"))  # else start anew
+        arguments = ["-r", str(run)] if begun else [*LEARN, *MADE_SMALL, *every(2, pictures=3), "-p", str(run)]
         flags = ["-t", "--max_steps", str(steps), "--enable_progress_bar", "false"]
         self.process = start("main.py", *arguments, *flags, stderr=subprocess.DEVNULL)
 
@@ -42,14 +42,14 @@ class Attempt:
         return count
 
     def phase(self) -> str:
-        if self.written(f"checkpoints/.*{LAST}"):
+        if self.written("checkpoints/.*"):
             return "checkpoint"
-        if self.written("images/train/.*") or self.written("images/train/[!.]*") % 3:  # three pictures a step
-            return "pictures"
+        if self.written("images/train/.*") or self.written("images/train/[!.]*") % 3:  # three images a step
+            return "images"
         return "step" if self.written("checkpoints/embeddings*") else "start-up"
 
     def kill_in(self, phase: str, delay: float, skip: int) -> str:
-        """Kill after `delay` seconds (start-up), or when `phase` was met and let go on `skip` times.
+        """Kill after `delay` seconds (start-up), or when `phase` was met and passed over `skip` times.
 
         Returns:
             The phase that it was killed in, which is another one where a start-up was over sooner.
@@ -101,9 +101,7 @@ def kill_and_resume(folder: Path, phases: list[str], steps: int, seed: int) -> C
             if (killed / "checkpoints" / name).exists():
                 torch.load(killed / "checkpoints" / name, weights_only=True)
     assert Attempt(killed, steps).process.wait() == 0
-    expected, got = saved_tensors(whole / "checkpoints"), saved_tensors(killed / "checkpoints")
-    assert expected.keys() == got.keys()
-    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    assert same_tensors(whole / "checkpoints", killed / "checkpoints")
     assert unfinished(killed) == []
     names = [sorted(path.name for path in (run / "images/train").iterdir()) for run in (whole, killed)]
     assert names[0] == names[1]
@@ -111,8 +109,8 @@ def kill_and_resume(folder: Path, phases: list[str], steps: int, seed: int) -> C
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    kills = kill_and_resume(tmp_path, ["checkpoint", "pictures"], steps=20, seed=1)
-    assert kills == {"checkpoint": 1, "pictures": 1}
+    kills = kill_and_resume(tmp_path, ["checkpoint", "images"], steps=20, seed=1)
+    assert kills == {"checkpoint": 1, "images": 1}
 
 
 @pytest.mark.slow
@@ -131,8 +129,7 @@ def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     step = torch.load(stopped / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 3 < step < 40
     assert start("main.py", "-r", str(stopped), "-t", "--max_steps", "40").wait() == 0
-    expected, got = saved_tensors(whole / "checkpoints"), saved_tensors(stopped / "checkpoints")
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert same_tensors(whole / "checkpoints", stopped / "checkpoints")
 
 
 def test_ctrl_c_before_the_first_step_shows_no_trace(tmp_path: Path) -> None:

@@ -1,22 +1,22 @@
-"""What is saved beside training, and at which steps; the trainer and the module are stand-ins."""
+"""What callbacks save and show, and at which steps; the trainer and the module are stand-ins."""
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.training.callbacks import AveragedWeights, ConfiguredRate, EmbeddingSaver, ImageLogger
+from ldm.training.callbacks import AveragedWeights, ConfiguredRate, EmbeddingSaver, ImageLogger, StepBar
 
 
 class Stub(nn.Module):
-    """A module that gives one picture to look at, and writes its name as its embeddings."""
+    """A module that gives one image to look at, and counts what it saves."""
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.name = name
         self.saved: list[str] = []
 
     def log_images(self, batch: object, **_: object) -> dict[str, Tensor]:
@@ -25,19 +25,22 @@ class Stub(nn.Module):
 
     def save_embeddings(self, path: Path) -> None:
         self.saved.append(path.name)
-        path.write_text(self.name)
 
 
 def run(callback: ImageLogger | EmbeddingSaver, module: Stub, folder: Path, steps: int, accumulate: int = 2) -> None:
     """`steps` optimizer steps of `accumulate` batches each."""
-    trainer = SimpleNamespace(global_step=0, current_epoch=0, is_global_zero=True, default_root_dir=folder)
+    trainer: Any = SimpleNamespace(
+        global_step=0, current_epoch=0, is_global_zero=True, default_root_dir=folder, loggers=[]
+    )
     for batch in range(steps * accumulate):
         trainer.global_step = (batch + 1) // accumulate
-        callback.on_train_batch_end(trainer, module, None, {}, batch)
+        callback.on_train_batch_end(trainer, module, None, {}, batch)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("increase", "expected"), [(False, [8, 16]), (True, [1, 2, 4, 8, 16])])
-def test_pictures_are_logged_at_their_steps_once(tmp_path: Path, increase: bool, expected: list[int]) -> None:
+def test_images_and_embeddings_are_saved_at_their_steps_once(
+    tmp_path: Path, increase: bool, expected: list[int]
+) -> None:
     """The reference's list of doubling steps runs empty and prints that; with accumulation, a step comes twice."""
     module = Stub().train()
     run(ImageLogger(batch_frequency=8, increase_log_steps=increase), module, tmp_path, steps=17)
@@ -45,15 +48,8 @@ def test_pictures_are_logged_at_their_steps_once(tmp_path: Path, increase: bool,
     # batches count from one: the first of two that end with this step
     assert names == [f"samples_gs-{step:06}_e-000000_b-{2 * step:06}.jpg" for step in expected]
     assert module.training
-
-
-def test_a_second_run_in_the_same_folder_keeps_its_own_embeddings(tmp_path: Path) -> None:
-    """With `-p DIR` the files of an earlier run may be there; none of them may pass for this run's."""
-    for name in ("first", "second"):
-        module = Stub(name)
-        run(EmbeddingSaver(tmp_path, every_n_train_steps=2), module, tmp_path, steps=5)
-        assert module.saved == ["embeddings_gs-2.safetensors", "embeddings_gs-4.safetensors"], "each step once"
-        assert {path.read_text() for path in tmp_path.iterdir()} == {name}
+    run(EmbeddingSaver(tmp_path, every_n_train_steps=2), module, tmp_path, steps=5)
+    assert module.saved == ["embeddings_gs-2.safetensors", "embeddings_gs-4.safetensors"]
 
 
 class Linear(pl.LightningModule):
@@ -129,3 +125,16 @@ def test_averaged_weights_go_on_where_they_were_saved(tmp_path: Path, accelerato
         for one, two in zip(ended[0][key].values(), ended[1][key].values(), strict=True):
             assert torch.equal(one, two)
     assert not torch.equal(ended[0]["state_dict"]["layer.weight"], ended[0]["current_model_state"]["layer.weight"])
+
+
+def test_the_bar_counts_the_steps_of_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Over several epochs of 4 batches, and from where a run is resumed."""
+    for steps, before in ((6, None), (9, tmp_path / "last.ckpt")):
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=[StepBar()], logger=False,
+                             enable_checkpointing=False)  # fmt: skip
+        trainer.fit(Linear(), torch.ones(4, 1, 2), ckpt_path=before, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        bars = [line for line in shown if line.startswith("Steps:")]
+        first = 0 if before is None else 6
+        assert f"{first}/{steps} [" in bars[0] and f"{steps}/{steps} [" in bars[-1]

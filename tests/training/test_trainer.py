@@ -1,0 +1,146 @@
+"""`lightning:` of a configuration: values, devices, loggers, and where callbacks may write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning_utilities.core.imports import RequirementCache
+from pytorch_lightning.loggers import wandb
+from runs import LEARN, NO_PICTURES, PICTURES, learn, resume
+
+import main
+from ldm.config import ConfigError
+from ldm.training.messages import sentence
+from ldm.training.runs import Run
+from ldm.training.trainer import LEAST, check_inside, own_loggers, trainer_arguments, translate_gpus
+
+LOGGER = "lightning.logger.target=pytorch_lightning.loggers"
+SAVER = "lightning.callbacks.x.target=ldm.training.callbacks.EmbeddingSaver lightning.callbacks.x.params.dirpath="
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The sentence that a run ends with."""
+    assert main.main([*LEARN, NO_PICTURES, "--max_steps", "1", *arguments]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("gpus", "numbers"), [("0,", [0]), ("0,1", [0, 1]), ("2", [0, 1]), (None, None), ("1,", [1]), ("0", []), ("-1", -1)]
+)
+def test_gpus(gpus: str | None, numbers: list[int] | int | None) -> None:
+    assert translate_gpus(gpus) == numbers
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"benchmark": -1}, "benchmark must be true or false or null, not -1"),
+        ({"max_time": 0}, "max_time must be a text or a mapping or null, not 0"),
+        ({"accumulate_grad_batches": "0o17"}, "accumulate_grad_batches must be a whole number, not '0o17'"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be a number of at least 1, not 0"),
+        ({"max_steps": 1.5}, "max_steps must be a whole number, not 1.5"),
+        ({"max_steps": True}, "max_steps must be a whole number, not True"),
+        ({"deterministic": "x"}, "deterministic must be true or false or 'warn' or null, not 'x'"),
+        ({"detect_anomaly": "x"}, "detect_anomaly must be true or false"),
+        ({"gradient_clip_val": float("nan")}, "gradient_clip_val must be a number of at least 0, not nan"),
+        ({"log_every_n_steps": -1}, "at least 0, not -1"),
+        ({"precision": 7}, "precision must be 64 or 32 or 16"),
+        ({"max_step": 3}, "did you mean 'max_steps'?"),
+        ({"default_root_dir": "x"}, "is what main.py decides; omit it"),
+        ({"plugins": []}, "is what main.py decides; omit it"),
+        ({"gpus": "0.5,"}, "--gpus takes device numbers"),
+    ],
+)
+def test_values_that_no_trainer_takes(values: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        trainer_arguments(values, Run(Path("x"), "now"))
+    assert problem in str(caught.value)
+
+
+ANY_VALUE = st.none() | st.booleans() | st.integers(-3, 3) | st.integers() | st.floats() | st.text(max_size=8)
+ANY_VALUE |= st.sampled_from(["0o17", "32", "bf16-mixed", "cpu", "auto", "ddp", "warn", "1,", "00:00:01:00", "simple"])
+ANY_VALUE |= st.lists(ANY_VALUE, max_size=2) | st.dictionaries(st.sampled_from(["hours", "x", "0"]), ANY_VALUE)
+NAMES = [*LEAST, "max_steps", "max_time", "benchmark", "devices", "precision", "strategy", "limit_val_batches"]
+NAMES += ["val_check_interval", "deterministic", "gradient_clip_algorithm", "profiler", "fast_dev_run", "num_nodes"]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(values=st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), ANY_VALUE, max_size=3))
+def test_any_value_is_taken_or_refused_in_one_sentence(values: dict[str, Any]) -> None:
+    """The bounds are checked against Lightning's own trainer, which must take what is let through, or say why not."""
+    try:
+        arguments = trainer_arguments(values, Run(Path("x"), "now"))
+        arguments |= {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+        pl.Trainer(**arguments, enable_progress_bar=False, enable_model_summary=False)
+    except Exception as error:
+        assert isinstance(error, (TypeError, ArithmeticError, LookupError, AttributeError)) or sentence(error)
+
+
+def test_what_lightning_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                tmp_path: Path) -> None:  # fmt: skip
+    """Its own errors are sentences, whatever their type, also those that it raises while training."""
+    stop = "lightning.callbacks.stop={target: pytorch_lightning.callbacks.EarlyStopping, params: {monitor: nothing}}"
+    line = refusal(capsys, "-p", str(tmp_path / "a"), stop, f"data.params.validation={{target: "
+                   f"ldm.data.personalized.PersonalizedBase, params: {{size: 64, set: val, data_root: {PICTURES}}}}}",
+                   "data.params.train.params.repeats=8")  # fmt: skip
+    assert "error: Early stopping conditioned on metric `nothing` which is not available" in line
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x", "SLURM_JOB_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "`--ntasks=2`" in refusal(capsys, "-p", str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        f"{SAVER}{{}}/victim",
+        f"{SAVER}victim",
+        f"{SAVER}../victim",
+        f"{SAVER}~/victim",
+        f"{LOGGER}.CSVLogger lightning.logger.params.save_dir={{}}/victim",
+        f"{LOGGER}.CSVLogger lightning.logger.params.name=../../victim",
+        f"{LOGGER}.CSVLogger lightning.logger.params.version={{}}/victim",
+        f"{LOGGER}.MLFlowLogger lightning.logger.params.tracking_uri=file:{{}}/victim",
+    ],
+)
+def test_a_configuration_writes_into_its_run_only(
+    overrides: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, "-p", str(tmp_path / "run"), *overrides.format(tmp_path).split())
+    assert "victim' is outside the log folder" in line and "--allow_outside" in line
+    assert not list(tmp_path.iterdir())
+    check_inside({"monitor": "val/loss", "filename": "a/b", "sub_dir": "a", "dirpath": f"{tmp_path}/a"}, tmp_path, "x")
+
+
+def test_a_logger_and_a_callback_of_ones_own(tmp_path: Path) -> None:
+    """Beside those that are always there; they write into the run's folder unless another is allowed."""
+    arguments = ["--max_steps", "2", "--log_every_n_steps", "1", "data.params.batch_size=2", f"{LOGGER}.CSVLogger"]
+    saver = [*f"{SAVER}{tmp_path}/run/checkpoints".split(), "lightning.callbacks.x.params.every_n_train_steps=2"]
+    learn(tmp_path / "run", *arguments, "lightning.logger.params.version=v", "lightning.logger.params.prefix=x", *saver)
+    (usual,) = (tmp_path / "run/csv").glob("*/metrics.csv")
+    own = tmp_path / "run/lightning_logs/v/metrics.csv"
+    columns, own_columns = (path.read_text().splitlines()[0].split(",") for path in (usual, own))
+    assert "train/loss" in columns and "x-train/loss" in own_columns
+    assert (tmp_path / "run/checkpoints/embeddings_gs-2.safetensors").is_file()
+    there = f"lightning.logger.params={{save_dir: {tmp_path}/there, name: n}}"
+    learn(tmp_path / "other", *arguments, there, "--allow_outside")
+    assert (tmp_path / "there/n/version_0/metrics.csv").is_file()
+    assert resume(tmp_path / "other", "--max_steps", "3") == 2, "the folder may be a stranger's"
+
+
+def test_a_logger_is_called_as_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WandbLogger has no name and the folder it was started in of its own."""
+    monkeypatch.setattr(wandb, "_WANDB_AVAILABLE", True)
+    run: Any = SimpleNamespace(folder=tmp_path / "run")
+    section = {"target": "pytorch_lightning.loggers.WandbLogger", "params": {"project": "p"}}
+    logger: Any = own_loggers(section, run)[0]
+    assert (logger.save_dir, logger._name, logger._project) == (str(run.folder), "run", "p")
+    monkeypatch.setattr(wandb, "_WANDB_AVAILABLE", RequirementCache("wandb>=9999"))
+    with pytest.raises(ConfigError, match="lightning.logger: pytorch_lightning.loggers.WandbLogger needs a package"):
+        own_loggers(section, run)
