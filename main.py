@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ldm.cli.flags import one_line
+from ldm.cli.flags import log_to_terminal, one_line
 from ldm.cli.train import parse
 
 logger = logging.getLogger("main")
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ldm.training.messages import quiet_threads, sentence, set_up_logging
     from ldm.training.setup import usual_torch
 
+    log_to_terminal(logging.INFO)
     set_up_logging()
     try:
         with usual_torch(), quiet_threads(options.debug):

@@ -84,6 +84,11 @@ def read_yaml(path: str | Path, flag: str, what: str = "configuration file", hin
     return text
 
 
+def read_yaml_content(path: str | Path, flag: str, what: str, hint: str = "correct that place") -> object:
+    """Return the content of a YAML file as plain Python values; see `read_yaml`."""
+    return yaml.safe_load(read_yaml(path, flag, what, hint))
+
+
 def _check_yaml(text: str) -> None:
     """Raise `YAMLError` for text that no loader reads, or reads as something else than it says."""
     root = yaml.compose(text, yaml.SafeLoader)
@@ -306,10 +311,10 @@ def check_sections(config: DictConfig, *names: str) -> None:
 
 
 def check_generates(config: DictConfig) -> None:
-    """Raise `ConfigError` unless `config` is of a model that makes images from text."""
+    """Raise `ConfigError` unless `config` is of a model that makes images from text; nothing is imported."""
     if OmegaConf.select(config, "model.params") is None or "target" not in config.model:
         raise ConfigError("The configuration does not say 'model:' with 'target:' and 'params:'; see configs/.")
-    if not hasattr(get_class(config.model.target), "get_learned_conditioning"):
+    if not {"unet_config", "first_stage_config", "cond_stage_config"} <= set(config.model.params):
         use = "such as configs/demo/finetune.yaml or configs/stable-diffusion/v1-inference.yaml"
         raise ConfigError(f"A {config.model.target} makes no images from text; use a whole model's file, {use}.")
 

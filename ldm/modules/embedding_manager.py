@@ -5,7 +5,8 @@ Shapes: S stages, D width of the text transformer, R rows of the table of all le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from ldm.conditioning.learned import Learned, LearnedPrefix, LearnedTokens
 from ldm.conditioning.prompts import check_placeholder
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files.base_model import refuse_other_base
-from ldm.files.embedding_formats import short_hash
 from ldm.methods import find_method
 from ldm.methods.base import LearnedModule, Start
 from ldm.methods.prospect import GeneratorBlock, ProSpect
@@ -83,8 +83,6 @@ class EmbeddingManager(nn.Module):
         self.width = embedder.width
         self.loaded: dict[str, Concept] = {}
         self._modules_loaded: dict[str, LearnedTokens | LearnedPrefix] = {}
-        self.sources: dict[str, str] = {}  # placeholder -> file, for the record
-        self.hashes: dict[str, str] = {}  # placeholder -> the first digits of that file's SHA-256
         self.base_model: Mapping[str, str] = {}  # the name and the fingerprint of the base model, if it is known
         self.learned: LearnedModule | None = None
         self.register_buffer("initial_embeddings", torch.zeros(1, self.width))
@@ -209,8 +207,7 @@ class EmbeddingManager(nn.Module):
             check_placeholder(placeholder)
         concepts = {p: s if isinstance(s, Concept) else load_concept(s, p) for p, s in sources.items()}
         for placeholder, concept in concepts.items():
-            origin = sources[placeholder]
-            what = f"The embedding for '{placeholder}'{'' if isinstance(origin, Concept) else f' ({origin})'}"
+            what = f"The embedding for '{placeholder}'{f' ({concept.source})' if concept.source else ''}"
             if VECTORS in concept.tensors and concept.width != self.width:
                 theirs = concept.metadata.get("base_model", "unknown")
                 ours = self.base_model.get("base_model", "unknown")
@@ -223,11 +220,15 @@ class EmbeddingManager(nn.Module):
         modules = {placeholder: self._module_of(concept) for placeholder, concept in concepts.items()}
         self.loaded.update(concepts)
         self._modules_loaded.update(modules)
-        self.sources.update({p: "" if isinstance(s, Concept) else str(s) for p, s in sources.items()})
-        for placeholder, origin in sources.items():
-            self.hashes.pop(placeholder, None)
-            if isinstance(origin, (str, Path)) and (found := short_hash(origin)):
-                self.hashes[placeholder] = found
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """What is loaded inside is there until the end of the context only."""
+        kept = self.loaded.copy(), self._modules_loaded.copy()
+        try:
+            yield
+        finally:
+            self.loaded, self._modules_loaded = kept
 
     def start_from(self, source: str | Path | Concept) -> None:
         """Continue learning where a saved concept ended: without dropout, its vectors are then the learned ones.
@@ -279,4 +280,4 @@ def initial_embedding(embedder: FrozenCLIPEmbedder, words: str) -> tuple[Tensor,
     ids = embedder.tokenizer(words, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"The initial word '{words}' has no token; give an ordinary word, such as 'teddy'.")
-    return embedder.token_table[torch.tensor(ids)].float().mean(dim=0, keepdim=True), len(ids)
+    return embedder.token_table[torch.tensor(ids, device=embedder.token_table.device)].float().mean(dim=0, keepdim=True), len(ids)
