@@ -60,7 +60,7 @@ def train(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     from ldm.training.messages import quiet_threads, sentence, set_up_logging
-    from ldm.training.setup import usual_torch
+    from ldm.util import usual_torch
 
     log_to_terminal(logging.INFO)
     set_up_logging()

@@ -259,7 +259,9 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
     if not listed:
         raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
     paths = [Path(path).expanduser() for path in listed]
-    concept = _join(paths[0].parent, in_order(paths)) if listed is source else _read_path(paths[0], key, rows_are_stages)
+    concept = (
+        _join(paths[0].parent, in_order(paths)) if listed is source else _read_path(paths[0], key, rows_are_stages)
+    )
     named = paths[0].parent if listed is source else paths[0]
     return Concept(concept.tensors, concept.metadata, concept.method, str(named))
 

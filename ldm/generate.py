@@ -25,10 +25,10 @@ from ldm.conditioning.presets import Windows, preset_words, presets_beside
 from ldm.conditioning.prompts import PromptReader, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
-from ldm.methods.table import VECTORS
 from ldm.export.infotext import NEEDED, infotext
 from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.files.records import PNG_KEY, read_parameters, save_png
+from ldm.methods.table import VECTORS
 from ldm.models.autoencoder import DiagonalGaussianDistribution
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents

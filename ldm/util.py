@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.config import instantiate_from_config
 
-__all__ = ["instantiate_from_config", "mix_seed", "own_defaults", "pick_device", "seed_step", "to_device"]
+__all__ = ["instantiate_from_config", "mix_seed", "pick_device", "seed_step", "to_device", "usual_torch"]
 
 
 def to_device(tensor: Tensor, device: torch.device | str | None) -> Tensor:
@@ -38,15 +38,16 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
 
 
 @contextmanager
-def own_defaults() -> Iterator[None]:
-    """Make new tensors float32, on the CPU (or on `meta`) and fit for autograd, whatever PyTorch's global state says.
+def usual_torch() -> Iterator[None]:
+    """PyTorch's global state as a fresh process has it: it decides which random numbers are drawn, and what is learned.
 
-    For building modules: another default dtype or device changes which random numbers are drawn.
+    New tensors are float32, on the CPU (`meta`, which holds no numbers, may stay), and fit for autograd.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     try:
-        with device if device.type == "meta" else torch.device("cpu"), torch.inference_mode(False):
+        place = device if device.type == "meta" else torch.device("cpu")
+        with place, torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -280,4 +280,6 @@ def initial_embedding(embedder: FrozenCLIPEmbedder, words: str) -> tuple[Tensor,
     ids = embedder.tokenizer(words, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"The initial word '{words}' has no token; give an ordinary word, such as 'teddy'.")
-    return embedder.token_table[torch.tensor(ids, device=embedder.token_table.device)].float().mean(dim=0, keepdim=True), len(ids)
+    return embedder.token_table[torch.tensor(ids, device=embedder.token_table.device)].float().mean(
+        dim=0, keepdim=True
+    ), len(ids)

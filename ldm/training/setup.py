@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,20 +37,6 @@ NEEDED = {
     "data.params.train": ", the images to learn from",
 }
 _MANAGER = "model.params.personalization_config.params"
-
-
-@contextmanager
-def usual_torch() -> Iterator[None]:
-    """Torch's global state as a fresh process has it, whatever the caller set: it would decide what is learned."""
-    dtype = torch.get_default_dtype()
-    with ExitStack() as state:
-        state.enter_context(torch.inference_mode(False))
-        state.enter_context(torch.enable_grad())
-        if torch.get_default_device().type != "cpu":
-            state.enter_context(torch.device("cpu"))
-        state.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
-        yield
 
 
 def build_config(options: argparse.Namespace, run: Run) -> DictConfig:

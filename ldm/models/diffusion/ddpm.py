@@ -42,7 +42,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.request import ModelFacts
-from ldm.util import instantiate_from_config, mix_seed, own_defaults, to_device
+from ldm.util import instantiate_from_config, mix_seed, to_device, usual_torch
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class LatentDiffusion(pl.LightningModule):
     first_stage_model: FirstStage
     cond_stage_model: FrozenCLIPEmbedder
 
-    @own_defaults()
+    @usual_torch()
     def __init__(
         self,
         unet_config: Mapping[str, Any],
