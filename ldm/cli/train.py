@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ldm.cli.flags import Parser, add_flag, one_line
+from ldm.cli.flags import Parser, add_flag, log_to_terminal, one_line
 
 EPILOG = """\
 examples:
@@ -267,7 +267,7 @@ def set_up_logging() -> None:
     """Let the program's own lines through, and quieten libraries that talk about themselves."""
     import pytorch_lightning  # noqa: F401, sets its own level when it is imported
 
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    log_to_terminal(logging.INFO)
     for noisy in ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     for message in (

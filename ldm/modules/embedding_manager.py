@@ -17,7 +17,6 @@ from ldm.conditioning.learned import NOTHING_LEARNED, FixedVectors, Learned
 from ldm.conditioning.prompts import check_placeholder
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files.base_model import refuse_other_base
-from ldm.files.embedding_formats import short_hash
 from ldm.methods.prospect import GeneratorBlock
 
 if TYPE_CHECKING:
@@ -76,8 +75,6 @@ class EmbeddingManager(nn.Module):
         self.width = embedder.width
         self.learning = bool(words)
         self.loaded: dict[str, Concept] = {}
-        self.sources: dict[str, str] = {}  # placeholder -> file, for the record
-        self.hashes: dict[str, str] = {}  # placeholder -> the first digits of that file's SHA-256
         self.base_model: Mapping[str, str] = {}  # the name and the fingerprint of the base model, if it is known
         self.attention: GeneratorBlock | None = None
         self.table: nn.Parameter | None = None
@@ -158,8 +155,7 @@ class EmbeddingManager(nn.Module):
             check_placeholder(placeholder)
         concepts = {p: s if isinstance(s, Concept) else load_concept(s, p) for p, s in sources.items()}
         for placeholder, concept in concepts.items():
-            origin = sources[placeholder]
-            what = f"The embedding for '{placeholder}'{'' if isinstance(origin, Concept) else f' ({origin})'}"
+            what = f"The embedding for '{placeholder}'{f' ({concept.source})' if concept.source else ''}"
             if concept.width != self.width:
                 theirs = concept.metadata.get("base_model", "unknown")
                 ours = self.base_model.get("base_model", "unknown")
@@ -170,11 +166,6 @@ class EmbeddingManager(nn.Module):
             if not any_base:
                 refuse_other_base(concept.metadata, self.base_model, what)
         self.loaded.update(concepts)
-        self.sources.update({p: "" if isinstance(s, Concept) else str(s) for p, s in sources.items()})
-        for placeholder, origin in sources.items():
-            self.hashes.pop(placeholder, None)
-            if isinstance(origin, (str, Path)) and (found := short_hash(origin)):
-                self.hashes[placeholder] = found
 
     @torch.no_grad()
     def start_from(self, source: str | Path | Concept) -> None:
@@ -228,4 +219,4 @@ def initial_embedding(embedder: FrozenCLIPEmbedder, words: str) -> Tensor:
     ids = embedder.tokenizer(words, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"The initial word '{words}' has no token; give an ordinary word, such as 'teddy'.")
-    return embedder.token_table[torch.tensor(ids)].float().mean(dim=0, keepdim=True)
+    return embedder.token_table[torch.tensor(ids, device=embedder.token_table.device)].float().mean(dim=0, keepdim=True)
