@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ldm.cli.flags import one_line
+from ldm.cli.flags import log_to_terminal, one_line
 from ldm.cli.train import parse
 
 logger = logging.getLogger("main")
@@ -59,10 +59,11 @@ def train(options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    from ldm.training.messages import quiet_threads, sentence, set_up_logging
+    from ldm.training.messages import quiet_threads, quieten_libraries, sentence
     from ldm.training.setup import usual_torch
 
-    set_up_logging()
+    log_to_terminal(logging.INFO)
+    quieten_libraries()
     try:
         with usual_torch(), quiet_threads(options.debug):
             return train(options)

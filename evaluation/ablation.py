@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from omegaconf import OmegaConf
 
 from evaluation.concepts import (
     MAX_STEPS,
@@ -22,9 +24,8 @@ from evaluation.concepts import (
 from evaluation.jobs import Result, run_jobs
 from evaluation.pictures import check
 from evaluation.world.rendered import FACTORS
-from ldm.cli.sample import model_outline
 from ldm.conditioning.presets import PRESET_STAGES
-from ldm.config import check_parameters, get_class, read_yaml
+from ldm.config import check_parameters, get_class, instantiate_from_config, read_yaml
 
 KEYS = {"config", "ckpt", "classifier", "seed", "pictures", "steps", "scale"}
 KEYS |= {"default", "elsewhere", "settings", "variants"}
@@ -114,7 +115,10 @@ class Ablation:
             values.pop("learning_rate", None)
             settings = configured(self.config, values)
             try:
-                model_outline(settings, settings.model.params.get("frozen_dtype") or "float32")
+                settings.model.params.ckpt_path = None
+                OmegaConf.update(settings, INITIAL_WORDS, None)
+                with torch.device("meta"):  # without weights
+                    instantiate_from_config(settings.model)
                 for section, given in ((settings.data, {}), (settings.data.params.train, {"data_root": ""})):
                     check_parameters(get_class(section.target), dict(section.params) | given)
             except ValueError as error:

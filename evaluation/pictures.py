@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from evaluation.world.rendered import RESOLUTION
-from ldm.checkpoint import base_model_of
-from ldm.cli.sample import model_outline
 from ldm.conditioning.context import Conditioning
 from ldm.config import check_generates, load_config
-from ldm.generate import check_arguments
+from ldm.embeddings import load_concept
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.sampling import draw_noise, seeded_generators
+from ldm.request import Request, model_facts
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -34,16 +33,9 @@ def check(
     """
     settings = load_config(config, flag="--config")
     check_generates(settings)
-    outline = model_outline(settings, "float32")
-    check_arguments(
-        outline, ddim_steps=steps, scale=scale, height=size, width=size, strength=0.0, ddim_eta=0.0, seed=0,
-        n_iter=1, n_samples=1, n_rows=0, sampler="ddim", resize="crop",
-    )  # fmt: skip
-    if concepts and outline.embedding_manager is None:
-        raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
-    if concepts:
-        outline.embedding_manager.base_model = base_model_of(ckpt)
-        outline.embedding_manager.load(concepts)
+    Request(ddim_steps=steps, scale=scale, height=size, width=size, concepts=concepts).for_model(model_facts(settings))
+    for file in (concepts or {}).values():
+        load_concept(file)
 
 
 def staged(model: LatentDiffusion, texts: Sequence[Sequence[str]]) -> Conditioning:

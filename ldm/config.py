@@ -155,6 +155,20 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
+def read_yaml_content(path: str | Path, flag: str, what: str, hint: str = "mend that place") -> object:
+    """The content of a YAML file as plain Python values; see `read_yaml`.
+
+    Raises:
+        ConfigError: as `read_yaml`, or a value that does not fit its tag, such as `!!bool x`.
+    """
+    text = read_yaml(path, flag, what, hint)
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML's constructors fail with KeyError, AttributeError, IndexError, …
+        cause = str(error).partition("\n")[0] if isinstance(error, (yaml.YAMLError, ValueError)) else "a tag's value"
+        raise ConfigError(f"'{path}' is not a readable YAML file ({cause}); {hint}.") from error
+
+
 def _count_nodes(node: yaml.Node | None, counts: dict[int, float]) -> float:
     """Entries of a YAML tree with its aliases written out; infinite for one that contains itself."""
     if not isinstance(node, yaml.CollectionNode):
@@ -306,10 +320,10 @@ def check_sections(config: DictConfig, *names: str) -> None:
 
 
 def check_generates(config: DictConfig) -> None:
-    """Raise `ConfigError` unless `config` is of a model that makes images from text."""
+    """Raise `ConfigError` unless `config` is of a model that makes images from text; nothing is imported."""
     if OmegaConf.select(config, "model.params") is None or "target" not in config.model:
         raise ConfigError("The configuration does not say 'model:' with 'target:' and 'params:'; see configs/.")
-    if not hasattr(get_class(config.model.target), "get_learned_conditioning"):
+    if not {"unet_config", "first_stage_config", "cond_stage_config"} <= set(config.model.params):
         use = "such as configs/demo/finetune.yaml or configs/stable-diffusion/v1-inference.yaml"
         raise ConfigError(f"A {config.model.target} makes no images from text; use a whole model's file, {use}.")
 

@@ -58,6 +58,7 @@ class Concept:
             S = 1 it is a Textual Inversion.
         metadata: free text for the file, such as init_word, base_model, base_model_fingerprint and step.
         method: a name in `ldm.methods.METHODS`, which checks the tensors; omitted for a single tensor.
+        source: the file or folder that it was read from, for the record of an image; '' for none.
 
     Raises:
         EmbeddingError: an unknown method, or tensors that are not what the method learns.
@@ -66,12 +67,14 @@ class Concept:
     method: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    source: str
 
     def __init__(
         self,
         tensors: Tensor | Mapping[str, Tensor],
         metadata: Mapping[str, object] | None = None,
         method: str = "",
+        source: str = "",
     ) -> None:
         if isinstance(tensors, Tensor):
             method = method or ("textual-inversion" if tensors.shape[:1] == (1,) else "prospect")
@@ -83,6 +86,7 @@ class Concept:
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "tensors", {name: _own(tensor) for name, tensor in tensors.items()})
         object.__setattr__(self, "metadata", {key: str(value) for key, value in (metadata or {}).items()})
+        object.__setattr__(self, "source", source)
 
     @property
     def vectors(self) -> Tensor:
@@ -255,9 +259,14 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
     if not listed:
         raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
     paths = [Path(path).expanduser() for path in listed]
-    if listed is source:
-        return _join(paths[0].parent, in_order(paths))
-    (path,) = paths
+    concept = (
+        _join(paths[0].parent, in_order(paths)) if listed is source else _read_path(paths[0], key, rows_are_stages)
+    )
+    named = paths[0].parent if listed is source else paths[0]
+    return Concept(concept.tensors, concept.metadata, concept.method, str(named))
+
+
+def _read_path(path: Path, key: str | None, rows_are_stages: bool) -> Concept:
     refuse_run(path)
     if path.is_dir():
         return _join(path, series(path, key))

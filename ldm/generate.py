@@ -1,4 +1,4 @@
-"""Pictures in, pictures out: load a model, generate and edit with stage-wise prompts."""
+"""Load a model, generate images and edit them with stage-wise prompts."""
 
 from __future__ import annotations
 
@@ -6,38 +6,45 @@ import hashlib
 import json
 import logging
 import math
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.cli.sampling_checks import SAMPLERS, check_arguments
-from ldm.conditioning.presets import presets_beside
-from ldm.conditioning.prompts import check_negative_prompt, warn_of_unused
-from ldm.config import as_config, check_generates, instantiate_from_config, load_config
+from ldm.conditioning.context import Conditioning
+from ldm.conditioning.presets import Windows, preset_words, presets_beside
+from ldm.conditioning.prompts import PromptReader, warn_of_unused
+from ldm.config import ConfigError, as_config, check_generates, instantiate_from_config, load_config
+from ldm.embeddings import Concept
+from ldm.export.infotext import NEEDED, infotext
 from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
-from ldm.files.records import PNG_KEY, read_parameters, save_picture
+from ldm.files.records import PNG_KEY, read_parameters, save_png
+from ldm.models.autoencoder import DiagonalGaussianDistribution
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
-from ldm.models.diffusion.sampling import Callback, draw_noise, seeded_generators
-from ldm.native import native
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
+from ldm.request import PLACEHOLDER, ModelFacts, Request, Words, check_negative_prompt, model_facts
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
-    from ldm.conditioning.prompts import Words
-    from ldm.embeddings import Concept
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 __all__ = [
     "PNG_KEY",
     "SAMPLERS",
     "Interrupted",
-    "check_arguments",
+    "generate_image",
     "load_model_from_config",
     "main",
     "open_content",
@@ -47,11 +54,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler}
+Content = str | Path | Image.Image | BinaryIO
+
 _LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C when some batches are finished; `picture` is what `main` gives for these alone."""
+    """Ctrl-C when some batches are finished; `picture` is what `main` returns for these alone."""
 
     def __init__(self, picture: Image.Image) -> None:
         super().__init__()
@@ -59,47 +69,62 @@ class Interrupted(KeyboardInterrupt):
 
 
 def load_model_from_config(
-    config: DictConfig | str | Path,
+    config: DictConfig | Mapping[str, Any] | str | Path,
     ckpt: str | Path,
     verbose: bool = False,
     device: str | torch.device | None = None,
     dtype: str = "float32",
 ) -> LatentDiffusion:
-    """A frozen model for generating, on `device` (by default CUDA, else MPS, else the CPU).
+    """Build a frozen model for generating, on `device` (by default CUDA, else MPS, else the CPU).
 
     A configuration for learning can be given as well; nothing is learned then, concepts are loaded.
 
     Args:
-        config: path of a YAML file, or what OmegaConf read from one.
+        config: path of a YAML file, or what OmegaConf read from one; it is left as it is.
         ckpt: base model: .ckpt, .safetensors or a diffusers folder.
         dtype: float32, float16 or bfloat16; the precision of the weights.
 
     Raises:
         ConfigError, CheckpointError, ValueError: with one sentence that says what to mend.
     """
-    config = load_config(config, flag="config=") if isinstance(config, (str, Path)) else as_config(config)
+    if isinstance(config, (str, Path)):
+        config = load_config(Path(config).expanduser(), flag="config=")
+    config = as_config(config)
+    ckpt, place = Path(ckpt).expanduser(), pick_device(device)
     check_generates(config)
     for part in ("first_stage_ckpt", "cond_stage_ckpt"):  # all weights are those of `ckpt`
         config.model.params.pop(part, None)
-    OmegaConf.update(config, "model.params.ckpt_path", str(ckpt))
-    OmegaConf.update(config, "model.params.frozen_dtype", dtype)
-    personalization = config.model.params.get("personalization_config")
-    if personalization is not None:
-        OmegaConf.update(personalization, "params.initializer_words", None)
-    model = instantiate_from_config(config.model)
+    model: LatentDiffusion = instantiate_from_config(_for_generating(config, ckpt, dtype))
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
     # convolutions in float32 are no less exact than products of matrices are asked to be; cuDNN's default is TF32
     torch.backends.cudnn.allow_tf32 = torch.get_float32_matmul_precision() != "highest"
-    model.presets, model.native = presets_beside(ckpt), native(config)
-    return model.to(pick_device(device)).eval().requires_grad_(False)
+    model.presets, model.facts = presets_beside(ckpt), model_facts(config)
+    return model.to(place).eval().requires_grad_(False)
+
+
+def _for_generating(config: DictConfig, ckpt: Path, dtype: str) -> dict[str, Any]:
+    """The section `model:` as plain values, with the checkpoint and nothing to learn.
+
+    Plain values, because a `${` in a path would be read as an interpolation.
+    """
+    try:
+        section: Any = OmegaConf.to_container(config.model, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"The section 'model:': {str(error).splitlines()[0]}.") from error
+    params = section["params"]
+    params |= {"ckpt_path": str(ckpt), "frozen_dtype": dtype}
+    if isinstance(params.get("personalization_config"), dict):
+        personalization = params["personalization_config"]
+        personalization["params"] = {**(personalization.get("params") or {}), "initializer_words": None}
+    return section
 
 
 @torch.no_grad()
 def main(
     prompt: str = "",
-    content_dir: str | Path | Image.Image | None = None,
+    content_dir: Content | None = None,
     ddim_steps: int = 50,
     strength: float = 0.5,
     ddim_eta: float = 0.0,
@@ -123,168 +148,286 @@ def main(
     callback: Callback | None = None,
     progress: bool = True,
     negative_prompt: str = "",
+    preset: str | None = None,
 ) -> Image.Image:
-    """Generate a picture, or edit one. Several pictures come as a grid.
+    """Generate an image, or edit one. Several images come as a grid.
 
-    Picture i of n_iter · n_samples has the seed `seed + i`; it is the same picture when it is made alone.
+    Image i of n_iter · n_samples has the seed `seed + i`; it is the same image when it is made alone.
 
     Args:
-        prompt: text; a `*` in it stands for the learned concept, or for the entries of `prospect_words`.
-        content_dir: picture (a file, or one that is open) to edit; None generates from noise.
-        ddim_steps: sampling steps, 1..1000.
-        strength: how much of the content picture is given up, 0 (nothing) to 1 (all); editing only.
-        ddim_eta: 0 is deterministic DDIM, 1 is as random as DDPM.
-        n_iter, n_samples: batches, and pictures in a batch.
-        C, f: accepted because the reference's calls give them; the model knows its own.
-        n_rows: pictures in a row of the grid; 0 for as square as possible.
-        scale: guidance scale; 1 is no guidance. None is the model's own: 10 for Stable Diffusion.
         model: from `load_model_from_config`.
-        prospect_words: one entry for each stage, entry 0 = end of generation; see `ldm.conditioning.prompts`.
-        height, width: pixels; multiples of 64 for Stable Diffusion. None is the model's own: 512 for that.
-        sampler: ddim or plms.
-        resize: how the content picture is brought to width x height: crop, pad or squash.
-        concepts: {placeholder: embedding file}, loaded before generating.
-        any_base: load concepts that were learned for another base model, too.
-        callback: called after each step with (step, timestep, latents, predicted latents).
-        progress: show a bar over the steps.
-        negative_prompt: plain text that guidance leads away from, in all stages; it takes the empty text's place.
+        C, f: accepted because the reference's calls give them; the model knows its own.
+        callback, progress: see `generate_image`.
+        All others: see `ldm.request.Request`.
 
     Returns:
-        RGB picture; `info['prospect']` holds what is needed to make it again (see `save_picture`).
+        RGB image; `info['prospect']` holds what is needed to make it again (see `save_picture`).
 
     Raises:
-        ValueError: an argument out of range, with the nearest usable value.
+        ValueError: an argument that cannot be used, with the nearest usable value; see also `generate_image`.
+    """
+    given = {name: value for name, value in locals().items() if name in _REQUESTED}
+    if model is None:
+        raise ValueError("main() needs model=…; make one with load_model_from_config(config, checkpoint).")
+    return generate_image(Request(**given).for_model(facts_of(model)), model, callback, progress)
+
+
+_REQUESTED = {field.name for field in fields(Request)}
+
+
+def facts_of(model: LatentDiffusion) -> ModelFacts:
+    """Return what a request is checked against; size and guidance scale are those that `load_model_from_config` found."""
+    manager = model.embedding_manager
+    return replace(
+        model.facts,
+        num_stages=model.num_stages,
+        num_timesteps=model.num_timesteps,
+        size_unit=model.size_unit,
+        factor=model.first_stage_model.downsampling,
+        placeholder=None if manager is None else manager.placeholder_strings[0],
+        token_width=model.cond_stage_model.width,
+    )
+
+
+@torch.no_grad()
+def generate_image(
+    request: Request, model: LatentDiffusion, callback: Callback | None = None, progress: bool = True
+) -> Image.Image:
+    """Generate what a request asks for: prepare, denoise and decode each batch, record.
+
+    Args:
+        request: checked for this model (`Request.for_model`).
+        callback: called after each step with (step, timestep, latents, predicted latents); a tensor that it returns
+            takes the latents' place.
+        progress: show a bar over the steps.
+
+    Raises:
+        ValueError: a concept, a content image or a text that cannot be used, or too little memory.
         NotFiniteError: the latents became infinite or NaN.
         Interrupted: Ctrl-C after the first batch.
     """
-    if model is None:
-        raise ValueError("main() needs model=…; make one with load_model_from_config(config, checkpoint).")
     model.eval()  # a model that was just trained would sample with dropout
-    height, width, scale = model.native.filled(height=height, width=width, scale=scale).values()
-    settings = {
-        "ddim_steps": ddim_steps,
-        "strength": strength,
-        "ddim_eta": ddim_eta,
-        "scale": scale,
-        "seed": seed,
-        "n_iter": n_iter,
-        "n_samples": n_samples,
-        "n_rows": n_rows,
-        "height": height,
-        "width": width,
-        "sampler": sampler,
-        "resize": resize,
-    }
-    check_arguments(model, **settings)
-    with _LOADING:  # what is read here stays as it is, whatever another thread loads meanwhile
-        if concepts:
-            if model.embedding_manager is None:
-                raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
-            model.embedding_manager.load(concepts, any_base)
-        cond = model.get_learned_conditioning([prompt] * n_samples, prospect_words, legacy_word_tokens)
-        check_negative_prompt(negative_prompt, model.embedding_manager.rows() if model.embedding_manager else ())
-        uncond = None if scale == 1.0 else model.get_learned_conditioning([negative_prompt] * n_samples)
-        warn_of_unused(concepts or (), prompt, prospect_words, learned_as(model))
-        used_concepts = concepts_of(model)
-    if negative_prompt and scale == 1.0:
-        logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
-    door = SAMPLERS[sampler](model)
-    door.make_schedule(ddim_num_steps=ddim_steps, ddim_eta=ddim_eta, verbose=False)
-    posterior = content = None
-    if content_dir is not None:
-        content = open_content(content_dir)
-        image = to_tensor(fit(content, width, height, resize)).unsqueeze(0)
-        posterior = model.encode_first_stage(image)
-    # as in the reference: the picture is noised to this entry of the schedule and denoised from the one below
-    steps = ddim_steps if posterior is None else int(strength * ddim_steps)
-    if strength and not steps:
-        logger.warning(
-            "strength %g of %d steps is less than one, so the content picture stays as it is; %g makes one.",
-            *(strength, ddim_steps, math.ceil(1e4 / ddim_steps) / 1e4),
-        )
+    images: list[Image.Image] = []
+    with _naming_switches(request, model):
+        prepared = prepare(request, model)
+        with tqdm(total=request.n_iter * prepared.steps, desc="sampling", disable=not progress, leave=False) as bar:
 
-    record = {
+            def report(step: int, t: int, x: Tensor, x_0: Tensor) -> Tensor | None:
+                bar.update()
+                return None if callback is None else callback(step, t, x, x_0)
+
+            try:
+                for iteration in range(request.n_iter):
+                    latents = denoise(request, model, prepared, iteration, report)
+                    images += [to_pil(image) for image in model.decode_first_stage(latents)]
+            except KeyboardInterrupt as stop:
+                if not images:
+                    raise
+                raise Interrupted(_with_record(images, request, prepared.record)) from stop
+    return _with_record(images, request, prepared.record)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all batches of a request share.
+
+    Args:
+        cond, uncond: the prompt, and what guidance leads away from (None: no guidance).
+        sampler: with its schedule made.
+        posterior: of the content image's latents; None: from noise.
+        steps: denoising steps of a batch.
+        record: for the PNG.
+    """
+
+    cond: Conditioning
+    uncond: Conditioning | None
+    sampler: Sampler
+    posterior: DiagonalGaussianDistribution | Tensor | None
+    steps: int
+    record: dict[str, Any]
+
+
+def prepare(request: Request, model: LatentDiffusion) -> Prepared:
+    """Read the concepts, the prompt and the content image of a request.
+
+    Raises:
+        ValueError: one of them cannot be used.
+    """
+    made_of: dict[str, Any] = {}
+    with _LOADING, _concepts_of(request, model):
+        prompt, words = request.prompt, request.prospect_words
+        if request.preset is not None:
+            windows = model.presets if isinstance(model.presets, Windows) else Windows(model.presets, "model.presets")
+            words = preset_words(request.preset, prompt, tuple(request.concepts or ()), model.num_stages, windows)
+            made_of = {"preset": request.preset, "preset_prompt": prompt, "preset_windows": windows.source}
+            prompt = PLACEHOLDER
+        cond, uncond = _conditionings(request, model, prompt, words)
+        record = _record(request, model, prompt, words) | _words_read(request, model, prompt, words) | made_of
+    sampler = SAMPLERS[request.sampler](model)
+    sampler.make_schedule(ddim_num_steps=request.ddim_steps, ddim_eta=request.ddim_eta, verbose=False)
+    posterior = None
+    if request.content_dir is not None:
+        content = open_content(request.content_dir)
+        record |= {"content_dir": content_source(request.content_dir), "content_hash": content_hash(content)}
+        height, width = request.size
+        posterior = model.encode_first_stage(to_tensor(fit(content, width, height, request.resize)).unsqueeze(0))
+    if request.strength and not request.denoising_steps:
+        logger.warning(
+            "strength %g of %d steps is less than one, so the content image stays as it is; %g makes one.",
+            *(request.strength, request.ddim_steps, math.ceil(1e4 / request.ddim_steps) / 1e4),
+        )
+    return Prepared(cond, uncond, sampler, posterior, request.denoising_steps, record)
+
+
+@contextmanager
+def _concepts_of(request: Request, model: LatentDiffusion) -> Iterator[None]:
+    """Load the request's concepts, for as long as its prompts are read."""
+    manager = model.embedding_manager
+    if manager is None:
+        yield
+        return
+    kept = dict(manager.loaded)
+    try:
+        if request.concepts:
+            manager.load(request.concepts, request.any_base)
+        yield
+    finally:
+        manager.loaded = kept
+
+
+def _conditionings(
+    request: Request, model: LatentDiffusion, prompt: str, words: Words | None
+) -> tuple[Conditioning, Conditioning | None]:
+    """The prompt and what guidance leads away from, with the learned vectors of this moment."""
+    manager = model.embedding_manager
+    check_negative_prompt(request.negative_prompt, manager.rows() if manager is not None else ())
+    cond = model.get_learned_conditioning([prompt] * request.n_samples, words, request.legacy_word_tokens)
+    uncond = None
+    if request.guidance_scale != 1.0:
+        uncond = model.get_unconditional(request.negative_prompt, request.n_samples)
+    elif request.negative_prompt:
+        logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
+    loaded = {} if manager is None else manager.loaded
+    learned_as = {name: concept.metadata.get("placeholder", name) for name, concept in loaded.items()}
+    warn_of_unused(request.concepts or (), prompt, words, learned_as)
+    return cond, uncond
+
+
+def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:
+    """For the record, where the prompts are too long: how many words of them were read, `prompt` in each stage."""
+    manager, encoder = model.embedding_manager, model.cond_stage_model
+    rows = {} if manager is None else manager.rows()
+    reader = PromptReader(encoder.tokenizer, rows, model.num_stages, encoder.max_length)
+    prompt_read, negative_read = reader.words_read(prompt, words), reader.words_read(request.negative_prompt)[0]
+    cut = negative_read is not None or any(count is not None for count in prompt_read)
+    return {"words_read": {"prompt": prompt_read, "negative_prompt": negative_read}} if cut else {}
+
+
+def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iteration: int, callback: Callback) -> Tensor:
+    """Return the latents (n_samples, C, H, W) of a batch, after all steps.
+
+    As in the reference, a content image is noised to entry `steps` of the schedule and denoised from the one below.
+    """
+    first = request.seed + iteration * request.n_samples
+    generators = seeded_generators(range(first, first + request.n_samples))
+    factor = model.first_stage_model.downsampling
+    shape = (request.n_samples, model.channels, *(side // factor for side in request.size))
+    x = draw_noise(generators, shape, model.device)
+    if prepared.posterior is not None:
+        x = model.get_first_stage_encoding(prepared.posterior, x).expand(shape)
+        if prepared.steps:
+            level = torch.full((request.n_samples,), prepared.steps, device=model.device)
+            noise = draw_noise(generators, shape, model.device)
+            x = prepared.sampler.stochastic_encode(x, level, noise=noise)
+    watch = FirstBad()
+
+    def watched(step: int, t: int, x: Tensor, x_0: Tensor) -> Tensor | None:
+        changed = callback(step, t, x, x_0)
+        watch.add(t, x if changed is None else changed)
+        return changed
+
+    x = prepared.sampler.decode(
+        x, prepared.cond, prepared.steps, request.guidance_scale, prepared.uncond, generators, watched
+    )
+    refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
+    return x
+
+
+@contextmanager
+def _naming_switches(request: Request, model: LatentDiffusion) -> Iterator[None]:
+    """Turn an out-of-memory error into one sentence that names the switches."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        texts = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(t in str(error) for t in texts):
+            raise
+        height, width = request.size
+        raise ValueError(
+            f"The memory of '{model.device}' does not hold {request.n_samples} x {width}x{height} pixels; these help: "
+            "fewer n_samples, a smaller height and width, dtype float16, and model.params.decode_batch of 1."
+        ) from error
+
+
+def _record(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:
+    """What repeats the image: the request as it was carried out, and what it was made with."""
+    written = {field.name: getattr(request, field.name) for field in fields(Request)}
+    del written["preset"]
+    loaded = {} if model.embedding_manager is None else model.embedding_manager.loaded
+    stages = {name: concept.num_stages for name, concept in loaded.items()}
+    if set(stages.values()) - {model.num_stages}:
+        written["concept_stages"] = stages
+    return written | {
         "prompt": prompt,
-        "prospect_words": None if prospect_words is None else list(prospect_words),
-        "negative_prompt": negative_prompt,
-        "content_dir": content_source(content_dir),
-        "content_hash": None if content is None else content_hash(content),
-        **settings,
-        "legacy_word_tokens": legacy_word_tokens,
-        **used_concepts,
-        "any_base": any_base,
+        "prospect_words": None if words is None else list(words),
+        "content_hash": None,
+        "concepts": {name: concept.source for name, concept in loaded.items()},
+        "concept_hashes": {name: concept.identity for name, concept in loaded.items()},
         "base_model": model.base_model.get("base_model"),
         "dtype": str(model.model.diffusion_model.dtype).removeprefix("torch."),
         "num_stages": model.num_stages,
     }
-    pictures: list[Image.Image] = []
-    try:
-        with tqdm(total=n_iter * steps, desc="sampling", disable=not progress, leave=False) as bar:
-            watch = FirstBad()
-
-            def report(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
-                bar.update()
-                watch.add(t, x)
-                if callback is not None:
-                    callback(step, t, x, x_0)
-
-            for iteration in range(n_iter):
-                generators = seeded_generators([int(seed) + iteration * n_samples + i for i in range(n_samples)])
-                factor = model.first_stage_model.downsampling
-                shape = (n_samples, model.channels, height // factor, width // factor)
-                if posterior is None:
-                    x = draw_noise(generators, shape, model.device)
-                else:
-                    posterior_noise = draw_noise(generators, shape, model.device)
-                    x = model.get_first_stage_encoding(posterior, posterior_noise).expand(shape)
-                    if steps:
-                        level = torch.full((n_samples,), steps, device=model.device)
-                        x = door.stochastic_encode(x, level, noise=draw_noise(generators, shape, model.device))
-                latents = door.decode(x, cond, steps, scale, uncond, generators, report)
-                refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
-                pictures += [to_pil(picture) for picture in model.decode_first_stage(latents)]
-    except KeyboardInterrupt as stop:
-        if not pictures:
-            raise
-        raise Interrupted(_result(pictures, record)) from stop
-    return _result(pictures, record)
 
 
-def _result(pictures: list[Image.Image], record: dict[str, Any]) -> Image.Image:
-    """The picture or the grid of finished batches, with the record that repeats it."""
-    result = pictures[0] if len(pictures) == 1 else make_grid(pictures, record["n_rows"] or None)
-    record = record | {"n_iter": len(pictures) // record["n_samples"]}
-    result.info[PNG_KEY] = json.dumps(record, default=lambda number: number.item())  # NumPy's
+def _with_record(images: Sequence[Image.Image], request: Request, record: Mapping[str, Any]) -> Image.Image:
+    """The image or the grid of finished batches, with the record that repeats it."""
+    result = images[0] if len(images) == 1 else make_grid(images, request.n_rows or None)
+    result.info[PNG_KEY] = json.dumps({**record, "n_iter": len(images) // request.n_samples})
     return result
 
 
-def open_content(content: str | Path | Image.Image) -> Image.Image:
-    """The content picture as RGB: the same from a file and from a picture that Pillow has opened."""
-    if isinstance(content, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(content), WHITE)
-    return open_image(content)
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`.
+
+    A second chunk, `parameters`, says it the way AUTOMATIC1111's web UI does, for other tools.
+
+    Raises:
+        ValueError: the file is not called .png, the one format that keeps the parameters.
+        WriteError: no room or no right; nothing is left then.
+    """
+    texts = {PNG_KEY: picture.info[PNG_KEY]} if PNG_KEY in picture.info else {}
+    record = json.loads(texts.get(PNG_KEY, "{}"))
+    if record.keys() >= NEEDED:
+        texts["parameters"] = infotext(record)
+    save_png(picture, path, texts)
+
+
+def open_content(content: Content) -> Image.Image:
+    """Return the content image as RGB: the same from a file and from an image that Pillow has opened."""
+    if isinstance(content, (str, Path)):
+        return open_image(content)
+    if not isinstance(content, Image.Image):
+        content = Image.open(content)
+    return to_rgb(ImageOps.exif_transpose(content), WHITE)
 
 
 def content_hash(content: Image.Image) -> str:
-    """The first digits of the SHA-256 of a picture's pixels, as RGB."""
+    """Return the first digits of the SHA-256 of an image's pixels, as RGB."""
     return hashlib.sha256(content.tobytes()).hexdigest()[:10]
 
 
-def content_source(content: str | Path | Image.Image | None) -> str | None:
-    """Where the content picture came from, for the record; '' for one that is no file."""
-    if isinstance(content, Image.Image):
-        return str(getattr(content, "filename", ""))
-    return None if content is None else str(content)
-
-
-def concepts_of(model: LatentDiffusion) -> dict[str, dict[str, str]]:
-    """For the record: placeholder -> name of the file it was loaded from, and -> the file's hash."""
-    manager = model.embedding_manager
-    sources = {} if manager is None else dict(manager.sources)
-    return {"concepts": sources, "concept_hashes": {p: manager.hashes[p] for p in sources if p in manager.hashes}}
-
-
-def learned_as(model: LatentDiffusion) -> dict[str, str]:
-    """Placeholder of each loaded concept -> the placeholder that its file names."""
-    loaded = {} if model.embedding_manager is None else model.embedding_manager.loaded
-    return {name: concept.metadata.get("placeholder", name) for name, concept in loaded.items()}
+def content_source(content: Content) -> str:
+    """Return where the content image came from, for the record; '' where it was not a file with a name."""
+    is_path = isinstance(content, (str, Path))
+    source = content if is_path else getattr(content, "filename", None) or getattr(content, "name", None)
+    return os.fsdecode(source) if isinstance(source, (str, bytes, os.PathLike)) else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ldm.config import instantiate_from_config
 
-__all__ = ["instantiate_from_config", "mix_seed", "pick_device", "seed_step", "to_device"]
+__all__ = ["instantiate_from_config", "mix_seed", "own_defaults", "pick_device", "seed_step", "to_device"]
 
 
 def to_device(tensor: Tensor, device: torch.device | str | None) -> Tensor:
@@ -34,6 +35,21 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
         usable = [f"cuda:{i}" for i in range(gpus)] + [kind for kind in ("mps", "cpu") if counts[kind]]
         raise ValueError(f"Device '{device}' is not usable here; usable: {', '.join(usable)}.")
     return device
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Make new tensors float32, on the CPU (or on `meta`) and fit for autograd, whatever PyTorch's global state says.
+
+    For building modules: another default dtype or device changes which random numbers are drawn.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with device if device.type == "meta" else torch.device("cpu"), torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def mix_seed(*numbers: int) -> int:

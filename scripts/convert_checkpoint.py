@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint import file_hash, identify, read_state_dict, save_state_dict
-from ldm.cli.flags import Parser
+from ldm.cli.flags import Parser, say
 from ldm.files.writing import check_new_file
 
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         state = read_state_dict(options.source, torch.float16 if options.half else None)
         metadata = {"source": options.source.name, "source_sha256": file_hash(options.source)}
         save_state_dict(state, options.target, metadata)
-    print(f"{options.target}: {identify(state)}, {len(state)} tensors")
+    say(f"{options.target}: {identify(state)}, {len(state)} tensors")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ make concepts   python scripts/demo.py --concepts: learn every reference picture
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -20,6 +19,8 @@ from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+
+from ldm.cli.flags import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CONCEPTS = ("dotted-star", "striped-heart")
@@ -84,9 +85,9 @@ def ship() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--concepts", action="store_true", help=f"learn the concepts of {SHIPPED} instead")
-    if parser.parse_args().concepts:
+    if parser.parse_strictly().concepts:
         ship()
         return
     start = time.monotonic()

@@ -7,7 +7,8 @@
 """
 
 from ldm.cli.export import run
+from ldm.cli.flags import say
 
 if __name__ == "__main__":
     for path in run(__doc__):
-        print(path)
+        say(path)

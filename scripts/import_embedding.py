@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.cli.flags import Parser, add_flag
+from ldm.cli.flags import Parser, add_flag, say
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         source = options.source[0] if len(options.source) == 1 else options.source
         concept = load_concept(source, options.key, options.rows_are_stages)
         save_new_concept(concept, options.out, options.placeholder, options.force, options.source)
-    print(f"{options.out}: {concept.num_stages} stages of width {concept.width}")
+    say(f"{options.out}: {concept.num_stages} stages of width {concept.width}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python scripts/make_demo_tokenizer.py --out models/demo/tokenizer
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
 from evaluation.world.rendered import world_vocabulary
+from ldm.cli.flags import Parser, add_flag, say
 
 END = "</w>"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -69,11 +69,11 @@ def write_tokenizer(folder: Path, max_length: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("models/demo/tokenizer"))
-    parser.add_argument("--max-length", type=int, default=32, help="tokens of a prompt, both ends included")
-    args = parser.parse_args()
-    print(f"{write_tokenizer(args.out, args.max_length)} tokens in {args.out}")
+    add_flag(parser, "--max_length", type=int, default=32, help="tokens of a prompt, both ends included")
+    args = parser.parse_strictly()
+    say(f"{write_tokenizer(args.out, args.max_length)} tokens in {args.out}")
 
 
 if __name__ == "__main__":

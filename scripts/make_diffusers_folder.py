@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.flags import Parser, add_flag
-from ldm.cli.sampling_flags import MODEL_DEFAULTS
+from ldm.cli.flags import Parser, add_flag, say
+from ldm.cli.sample import MODEL_DEFAULTS
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -79,7 +79,7 @@ def main() -> None:
         build_pipeline(options.config, options.ckpt).save_pretrained(options.folder)
     except (ValueError, OSError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
-    print(options.folder)
+    say(options.folder)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
-from ldm.cli.flags import Parser
+from ldm.cli.flags import Parser, say
 from ldm.files.writing import check_new_file, replacing
 from ldm.models.diffusion.schedule import make_betas, schedule_buffers
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         content = {"epoch": 0, "global_step": 470000, "pytorch-lightning_version": "1.4.2"}
         with replacing(out) as temporary:
             torch.save({**content, "callbacks": {ModelCheckpoint: callback}, "state_dict": state}, temporary)
-    print(f"{out}: {len(state)} tensors, {out.stat().st_size / 1e9:.3f} GB")
+    say(f"{out}: {len(state)} tensors, {out.stat().st_size / 1e9:.3f} GB")
 
 
 if __name__ == "__main__":

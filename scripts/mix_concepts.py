@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ldm.cli.flags import Parser, add_flag
+from ldm.cli.flags import Parser, add_flag, say
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
             f"{1 - options.weight:g} {options.first.name} + {options.weight:g} {options.second.name}"
         )
         save_new_concept(mixed, options.out, force=options.force, inputs=[options.first, options.second])
-    print(f"{options.out}: {mixed.num_stages} stages of width {mixed.width}")
+    say(f"{options.out}: {mixed.num_stages} stages of width {mixed.width}")
 
 
 if __name__ == "__main__":

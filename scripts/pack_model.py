@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoint import save_state_dict
-from ldm.cli.flags import Parser
+from ldm.cli.flags import Parser, say
 from ldm.files.tensors import read_checkpoint
 from ldm.files.writing import check_new_file
 
@@ -49,7 +49,7 @@ def pack(arguments: argparse.Namespace) -> None:
     state = {key: value.to(dtype) for key, value in saved.items() if key.startswith((*PARTS, *CLASSIFIER))}
     save_state_dict(state, arguments.out, {"format": "pt", "step": str(checkpoint["global_step"])})
     size = arguments.out.stat().st_size / 1e6
-    print(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, step {checkpoint['global_step']}")
+    say(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, step {checkpoint['global_step']}")
 
 
 if __name__ == "__main__":

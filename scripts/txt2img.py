@@ -1,4 +1,4 @@
-"""Generate pictures from text, stage by stage.
+"""Generate images from text, stage by stage.
 
   python scripts/txt2img.py --prompt 'a large striped red star on the left on a navy background'
   python scripts/txt2img.py --concept models/demo/concepts/dotted-star.safetensors \\
@@ -8,8 +8,9 @@
       --prompt 'a teddy walking in times square' --width 768
 """
 
+from ldm.cli.flags import say
 from ldm.cli.sample import run
 
 if __name__ == "__main__":
     for path in run(__doc__):
-        print(path)
+        say(path)

@@ -88,6 +88,11 @@ def concepts(folder: Path) -> None:
     good = folder / "good.safetensors"
     save_concept(Concept(stages), good)
     save_concept(Concept(torch.zeros(10, 768)), folder / "wide.safetensors")
+    origin = {"base_model": "sd-v1-4.ckpt", "base_model_sha256": "0" * 64}
+    save_concept(Concept(stages, origin), folder / "other-base.safetensors")
+    (folder / "one-run/checkpoints").mkdir(parents=True)
+    save_concept(Concept(stages), folder / "one-run/checkpoints/embeddings.safetensors")
+    torch.save({"state_dict": {}}, folder / "one-run/checkpoints/last.ckpt")
     described = {"format": "pt", "prospect.version": "1", "prospect.num_stages": "10"}
 
     def written(name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ldm.checkpoint import CheckpointError, read_state_dict
-from ldm.conditioning.presets import PRESET_STAGES, preset
+from ldm.cli.sample import build_parser, build_request, read_words
+from ldm.conditioning.presets import PRESET_STAGES, load_presets, preset
 from ldm.conditioning.prompts import PromptReader, check_words
 from ldm.embeddings import EmbeddingError, load_concept
+from ldm.files.records import read_parameters, save_png
+from ldm.request import ModelFacts, Request
 
 ROOT = Path(__file__).parents[1]
 FUZZ = settings(
@@ -88,6 +93,63 @@ def test_presets(attribute: str, prompt: str, stages: int) -> None:
         assert attribute == "mood" or not tenths & set(PRESET_STAGES[attribute])
         return
     assert len(words) == stages and all(isinstance(word, str) for word in words)
+
+
+# Requests: what a YAML file, a record or Python can give
+
+ANY_VALUE = ANY_ENTRY | st.dictionaries(ANY_TEXT, ANY_ENTRY, max_size=2) | st.integers(-(10**30), 10**30)
+ANY_VALUE |= st.sampled_from(["ddim", "plms", "crop", "style", 10**4000, float("nan"), b"a.png", Path("~/a.png")])
+FIELDS = st.sampled_from([field.name for field in fields(Request)])
+ANY_RECORD = st.dictionaries(FIELDS | ANY_TEXT, ANY_VALUE, max_size=4)
+
+
+@FUZZ
+@given(values=st.dictionaries(FIELDS, ANY_VALUE, max_size=3))
+def test_requests(values: dict[str, object]) -> None:
+    try:
+        request = Request(**values).for_model(ModelFacts(num_stages=4))
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 300
+        return
+    assert 1 <= request.ddim_steps <= 1000 and 0 <= request.guidance_scale <= 1000 and min(request.size) >= 64
+
+
+TAGS = st.sampled_from(["bool", "timestamp", "int", "float", "binary", "null", "set", "omap"])
+WORDS = ["1", "-1", "1e400", "~", "yes", "'*'", "*", "a", "prompt", "seed", "layout", "[0]", "0o17", "2020-13-45"]
+YAML = st.recursive(
+    st.sampled_from(WORDS) | st.builds("!!{} {}".format, TAGS, ANY_TEXT),
+    lambda inner: (
+        st.builds("[{}]".format, st.lists(inner, max_size=4).map(", ".join))
+        | st.builds("{{{}}}".format, st.lists(st.builds("{}: {}".format, inner, inner), max_size=3).map(", ".join))
+    ),
+    max_leaves=8,
+)
+
+
+@FUZZ
+@given(text=YAML | ANY_TEXT | st.binary(max_size=60))
+def test_yaml_files_of_words_and_presets(tmp_path: Path, text: str | bytes) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    for read in (read_words, load_presets):
+        try:
+            assert isinstance(read(path), dict)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
+@FUZZ
+@given(
+    record=st.dictionaries(FIELDS | ANY_TEXT, ANY_VALUE, max_size=4).map(lambda r: json.dumps(r, default=str))
+    | ANY_TEXT
+)
+def test_records_of_images(tmp_path: Path, record: str) -> None:
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prospect": record})
+    options = build_parser("", editing=True).parse_args(["--from", str(tmp_path / "a.png")])
+    try:
+        assert isinstance(build_request(options, read_parameters(tmp_path / "a.png"), "*"), Request)
+    except ValueError as error:
+        assert "\n" not in str(error)
 
 
 # Files

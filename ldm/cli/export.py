@@ -1,4 +1,4 @@
-"""What `scripts/export_embedding.py` does; imports nothing heavy before the flags are read."""
+"""`scripts/export_embedding.py`. Imports nothing heavy before the flags are read."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.flags import Once, Parser, add_flag
-from ldm.cli.sampling_flags import HELP_PRESET, MODEL_DEFAULTS, ONE_PROMPT, word
+from ldm.cli.flags import Once, Parser, add_field_flag, add_flag, log_to_terminal, path, printable, script_parser
+from ldm.cli.sample import MODEL_DEFAULTS, ONE_PROMPT, add_word_flags, concept_files, read_words, shipped
 from ldm.files.writing import check_writable, replace_text, writing_to
-from ldm.native import Native, native
+from ldm.request import PLACEHOLDER, ModelFacts, Request, Words, check_prompt, model_facts
 
 if TYPE_CHECKING:
+    from ldm.conditioning.presets import Windows
     from ldm.embeddings import Concept
     from ldm.export.files import Use
 
 PROGRAMS = ("diffusers", "a1111", "comfyui")
+MAX_SEED = 2**32 - 1  # other programs do not tell longer ones apart, or lose their digits
 
 
-def build_parser(description: str) -> Parser:
-    summary, _, examples = description.partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=summary, epilog="examples:\n" + examples.strip("\n"), formatter_class=raw)
+def build_parser(docstring: str | None) -> Parser:
+    parser = script_parser(docstring)
     parser.add_argument("concepts", nargs="+", metavar="[PLACEHOLDER=]CONCEPT", help="embedding file ('*=…')")
     add_flag(parser, "--name", nargs="+", required=True, help="what each is called there: files NAME-0.safetensors, …")
     add_flag(parser, "--to", nargs="+", choices=PROGRAMS, default=[], metavar="PROGRAM", help=", ".join(PROGRAMS))
-    add_flag(parser, "--outdir", type=Path, metavar="DIR", help="folder to write to (outputs/NAME)")
+    add_flag(parser, "--outdir", type=path, metavar="DIR", help="folder to write to (outputs/NAME)")
     add_flag(parser, "--force", action="store_true", help="overwrite files that are there")
 
     what = parser.add_argument_group("how they are used")
     help_prompt = "in it, * stands for the concept or for the words ('*')"
     add_flag(what, "--prompt", action=Once, instead=ONE_PROMPT, metavar="TEXT", help=help_prompt)
-    add_flag(what, "--negative_prompt", default="", metavar="TEXT", help="plain text to lead away from (nothing)")
-    words = what.add_mutually_exclusive_group()
-    add_flag(words, "--words", metavar="FILE", help="YAML list, one entry for each stage, the END of generation first")
-    add_flag(words, "--word", action="append", type=word, metavar="TEXT", help="one entry of it, once for each stage")
-    add_flag(words, "--preset", metavar="ATTRIBUTE", help=HELP_PRESET)
-    add_flag(what, "--presets", metavar="YAML", help="the presets' stages, as measured for a model (the paper's)")
+    add_field_flag(what, Request, "negative_prompt", default="")
+    add_word_flags(what)
+    help_presets = "the presets' stages (presets.yaml beside the base model, or the paper's)"
+    add_flag(what, "--presets", type=path, metavar="YAML", help=help_presets)
+    help_ckpt = "the base model, for its presets (the small model, if the concept was learned for it)"
+    add_flag(what, "--ckpt", type=path, metavar="FILE", help=help_ckpt)
+    add_flag(what, "--config", type=path, metavar="YAML", help="its configuration, for its size and guidance")
     help_sampler = "as AUTOMATIC1111 names it: ddim, plms, 'Euler a', 'DPM++ 2M Karras', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)
     add_flag(what, "--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
@@ -56,31 +57,31 @@ def build_parser(description: str) -> Parser:
     add_flag(card, "--card", action="store_true", help="write one")
     add_flag(card, "--license", default="creativeml-openrail-m", metavar="ID", help="(creativeml-openrail-m)")
     add_flag(card, "--base_model", metavar="ID", help="the base model's name on the hub")
-    add_flag(card, "--pictures", nargs="+", type=Path, default=[], metavar="FILE", help="samples to copy and show")
+    add_flag(card, "--pictures", nargs="+", type=path, default=[], metavar="FILE", help="samples to copy and show")
     return parser
 
 
-def run(description: str, argv: Sequence[str] | None = None) -> list[Path]:
+def run(docstring: str | None, argv: Sequence[str] | None = None) -> list[Path]:
     """Write what the flags ask for, and warnings to standard error; ends with exit code 2 where that cannot be.
 
     Args:
-        description: the script's docstring; its first line, then examples.
+        docstring: the script's; its first line, then examples.
         argv: the flags, by default the program's own.
 
     Returns:
         The files written.
     """
-    parser = build_parser(description)
+    parser = build_parser(docstring)
     options = parser.parse_strictly(argv)
+    log_to_terminal(talkative=["ldm.conditioning.presets"])
     with parser.sentences():
         paths, warnings = _export(options)
     for warning in warnings:
-        sys.stderr.write(f"warning: {warning}\n")
+        sys.stderr.write(f"warning: {printable(warning)}\n")
     return paths
 
 
 def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    from ldm.cli.sampling_arguments import concept_files
     from ldm.embeddings import load_concept
     from ldm.export.card import caption, model_card
     from ldm.export.files import Export
@@ -93,7 +94,7 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     export = Export(concepts, _use(options, concepts))
     programs, folder = list(dict.fromkeys(options.to)), options.outdir or Path("outputs") / options.name[0]
     if options.pictures and not options.card:
-        raise ValueError("--pictures are shown in the model card; say --card, too.")
+        raise ValueError("--pictures are shown in the model card; use --card, too.")
     copies = {picture: folder / picture.name for picture in options.pictures}
     if len({copy.name for copy in copies.values()}) < len(copies):
         raise ValueError("--pictures have the same name in two folders; rename one of them.")
@@ -104,7 +105,7 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     there = [path.name for path in paths if path.exists()]
     if there and not options.force:
         listing = ", ".join(there[:4]) + (", …" if len(there) > 4 else "")
-        raise ValueError(f"'{folder}' has {listing} already; say --force to overwrite, or name another --outdir.")
+        raise ValueError(f"'{folder}' has {listing} already; use --force to overwrite, or name another --outdir.")
     check_writable(folder, "--outdir")
     with writing_to(folder):
         warnings = export.write(programs, folder)
@@ -119,40 +120,64 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
 
 def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]]) -> Use:
     """What the flags say of the prompt and of sampling."""
-    from ldm.cli.sampling_arguments import check_types, preset_words, words_file
-    from ldm.conditioning.presets import load_presets
-    from ldm.conditioning.prompts import PLACEHOLDER
+    from ldm.conditioning.presets import load_presets, preset_words
     from ldm.export.files import Use, most_stages
 
-    prompt, words = options.prompt, options.word
-    if options.words is not None:
-        given = words_file(options.words)
-        unknown = sorted(set(given) - {"prompt", "prospect_words"})
-        if unknown:
-            raise ValueError(
-                f"'{options.words}' has {', '.join(unknown)}; here it gives prospect_words and prompt only."
-            )
-        check_types(given)
-        words, prompt = given.get("prospect_words"), given.get("prompt") if prompt is None else prompt
+    if not 0 <= options.seed <= MAX_SEED:
+        raise ValueError(f"seed must be in 0..{MAX_SEED}, which other programs tell apart, not {options.seed}.")
+    facts, windows = _base_model(options, concepts)
+    prompt, words = _texts(options)
     if options.preset is not None:
+        if options.presets is not None:
+            windows = load_presets(options.presets)
         stages = most_stages(concept for _, concept in concepts.values())
-        where = {"num_stages": stages, "windows": load_presets(options.presets)}
-        words = preset_words(options.preset, prompt or "", concepts, **where)
+        words = preset_words(options.preset, prompt or "", tuple(concepts), stages, windows)
         prompt = PLACEHOLDER
-    settings = {name: getattr(options, name) for name in ("sampler", "steps", "scale", "seed", "width", "height")}
-    settings |= _native(concepts).filled(**{name: settings[name] for name in Native._fields})
+    own = {name: getattr(options, name) for name in ("scale", "width", "height")}
+    settings = {name: getattr(facts, name) if value is None else value for name, value in own.items()}
+    settings |= {"sampler": options.sampler, "steps": options.steps, "seed": options.seed}
     others = {"documented": options.documented_counting, "negative_prompt": options.negative_prompt}
     return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, **others)
 
 
-def _native(concepts: Mapping[str, tuple[str, Concept]]) -> Native:
-    """The size and guidance of the small model that ships, if the first concept was learned for it; else v1's."""
-    from ldm.checkpoint import base_model_of
+def _texts(options: argparse.Namespace) -> tuple[str | None, Words | None]:
+    """Prompt and words of the flags, or of the file of --words."""
+    prompt, words = options.prompt, options.prospect_words
+    if options.words is not None:
+        given = read_words(options.words)
+        unknown = sorted(map(str, set(given) - {"prompt", "prospect_words"}))
+        if unknown:
+            raise ValueError(
+                f"'{options.words}' has {', '.join(unknown)}; here it gives prospect_words and prompt only."
+            )
+        words, prompt = given.get("prospect_words"), given.get("prompt") if prompt is None else prompt
+    check_prompt(prompt or "")
+    return prompt, words
+
+
+def _base_model(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]]) -> tuple[ModelFacts, Windows]:
+    """Size, guidance and presets' windows of the base model, as `scripts/txt2img.py` finds them.
+
+    The base model is `--ckpt`, or the small model that ships if the first concept was learned for it. Where neither
+    says it, they are Stable Diffusion v1's and the paper's.
+    """
+    from ldm.conditioning.presets import Windows, presets_beside
     from ldm.config import load_config
+
+    ckpt, config = options.ckpt, options.config
+    if ckpt is None and _learned_for(concepts, small := Path(shipped(MODEL_DEFAULTS["ckpt"]))):
+        ckpt, config = small, config or shipped(MODEL_DEFAULTS["config"])
+    facts = ModelFacts() if config is None else model_facts(load_config(config, flag="--config"))
+    if ckpt is None:
+        return facts, Windows()
+    if not ckpt.exists():
+        raise ValueError(f"There is no file '{ckpt}'; check the path given with --ckpt.")
+    return facts, presets_beside(ckpt)
+
+
+def _learned_for(concepts: Mapping[str, tuple[str, Concept]], base: Path) -> bool:
+    from ldm.checkpoint import base_model_of
     from ldm.files.base_model import same_base
 
     _, first = next(iter(concepts.values()))
-    ckpt = Path(MODEL_DEFAULTS["ckpt"])
-    if ckpt.is_file() and same_base(first.metadata, base_model_of(ckpt)):
-        return native(load_config(MODEL_DEFAULTS["config"]))
-    return Native()
+    return base.is_file() and bool(same_base(first.metadata, base_model_of(base)))

@@ -1,13 +1,25 @@
-"""What the command lines share: mistakes end with one sentence, and flags have two spellings."""
+"""What the command lines share: flags from a dataclass, one-sentence errors, output that any terminal takes."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import difflib
+import inspect
+import io
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
+
+# `name: what it is`, with the lines that continue it, in the Args of a docstring
+_ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+# Metavar and type of a field's flag, by the field's annotation.
+_KINDS: dict[str, tuple[str, Any]] = {"int": ("N", int), "float": ("X", float), "str": ("TEXT", str)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,8 +49,12 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt as stop:
             self.exit(130, f"{self.prog}: {one_line(stop) or 'stopped by Ctrl-C'}\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        talk_safely()  # before --help
+        return super().parse_known_args(args, namespace)
+
     def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """The options, and none that is unknown."""
+        """Return the options, and refuse unknown ones."""
         options, unknown = self.parse_known_args(argv)
         if unknown and getattr(options, "prompt", None) is not None and os.path.exists(unknown[0]):
             self.error(
@@ -71,10 +87,23 @@ class Once(argparse.Action):
         super().__init__(*names, **options)
         self.instead = instead
 
-    def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, name: str) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, name: Any = None
+    ) -> None:
         if getattr(options, self.dest) is not None:
             parser.error(f"{name} is given twice; {self.instead}")
         setattr(options, self.dest, value)
+
+
+def script_parser(docstring: str | None) -> Parser:
+    """Return the parser of a script: the first line of its docstring describes it, the others are examples."""
+    summary, _, examples = (docstring or "").partition("\n")
+    return Parser(
+        description=summary,
+        epilog="examples:\n" + examples.strip("\n"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
@@ -83,7 +112,76 @@ def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> 
     group.add_argument(*names[:-1], *dict.fromkeys((long, "--" + long[2:].replace("_", "-"))), **options)
 
 
+def add_field_flag(group: argparse._ActionsContainer, kind: type, name: str, flag: str = "", **options: Any) -> None:
+    """Add the flag of a dataclass's field: the annotation gives its type, the docstring and the default its help.
+
+    A flag that is not given is None, so that defaults stay the dataclass's own.
+
+    Args:
+        kind: the dataclass.
+        flag: where it is not called like the field.
+        options: for `add_argument`, in place of what the field gives.
+    """
+    field = next(field for field in fields(kind) if field.name == name)
+    help_text = " ".join(arguments_of(kind)[name].split()).replace("%", "%%")
+    if isinstance(field.default, (str, float, int)) and not isinstance(field.default, bool) and field.default != "":
+        help_text += f" ({field.default})"
+    given: dict[str, Any] = {"dest": name, "help": help_text}
+    annotation = str(field.type).partition(" | ")[0]
+    if annotation == "bool":
+        given |= {"action": "store_const", "const": True}
+    elif annotation in _KINDS:
+        given |= dict(zip(("metavar", "type"), _KINDS[annotation], strict=True))
+    add_flag(group, flag or f"--{name}", **(given | options))
+
+
+def arguments_of(kind: type) -> dict[str, str]:
+    """Return what the `Args` of a docstring say: {name: text}."""
+    return dict(_ARGUMENT.findall(inspect.cleandoc(kind.__doc__ or "")))
+
+
+def path(text: str) -> Path:
+    """A path as the shell means it: `~` is the home folder, also behind a `=`."""
+    return Path(os.path.expanduser(text))
+
+
+# --- output ----------------------------------------------------------------------------------------------------
+
+
+def talk_safely() -> None:
+    """Escape on standard output and error what the terminal's encoding does not have, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: object) -> None:
+    """Print a line that may hold names from files or from the user."""
+    print(printable(str(text)), flush=True)
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters escaped, line breaks and tabs aside."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(text: object) -> str:
-    """A message as one line that a terminal shows as it is: names in files may hold control characters."""
-    line = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    """Return a message as one line that a terminal shows as it is: names in files may hold control characters."""
+    return printable(" ".join(str(text).split()))
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def log_to_terminal(level: int = logging.WARNING, talkative: Collection[str] = ()) -> None:
+    """Write log messages to standard error.
+
+    Args:
+        talkative: loggers of which INFO is shown, too.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    handler.addFilter(lambda record: record.levelno >= level or record.name in talkative)
+    logging.basicConfig(level=min(level, logging.INFO) if talkative else level, handlers=[handler])

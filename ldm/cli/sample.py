@@ -1,180 +1,320 @@
-"""What `scripts/txt2img.py` and `scripts/img2img.py` share: flags and files to arguments of `ldm.generate.main`.
+"""`scripts/txt2img.py` and `scripts/img2img.py`: flags and files to a `Request`, and its images to PNG files.
 
-Nothing heavy is imported before the flags are read, so that `--help` answers at once, and every argument is checked
-before the weights are read.
+Flags, files and choices are checked before anything heavy is imported, so that `--help` and mistakes answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.sampling_arguments import (
-    PRESET,
-    given_arguments,
-    recorded_arguments,
-    warn_of_changed_concepts,
-    warn_of_changed_content,
-)
-from ldm.cli.sampling_flags import MODEL_DEFAULTS, build_parser
+from ldm.cli.flags import Once, Parser, add_field_flag, add_flag, log_to_terminal, path, script_parser
 from ldm.files.writing import check_writable, writing_to
-from ldm.native import Native, native
+from ldm.request import PLACEHOLDER, Request, model_facts, shown
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from PIL import Image
 
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+logger = logging.getLogger(__name__)
+
+# What makes the model, recorded in an image beside the request.
+MODEL_DEFAULTS = {"config": "configs/demo/finetune.yaml", "ckpt": "models/demo/model.safetensors", "dtype": "float32"}
+DTYPES = ("float32", "float16", "bfloat16")
+ONE_PROMPT = "for other images run the command again, for a text of its own in each stage give --word for each."
+TEXTS = ("prompt", "prospect_words", "preset")
+_ROOT = Path(__file__).parents[2]
 
 
-def run(description: str, editing: bool = False, argv: Sequence[str] | None = None) -> list[Path]:
+# --- flags -----------------------------------------------------------------------------------------------------
+
+
+def build_parser(docstring: str | None, editing: bool) -> Parser:
+    """Return the flags; those of a `Request` have its field's name as `dest`."""
+    parser = script_parser(docstring)
+    what = parser.add_argument_group("what to show")
+    if editing:
+        add_field_flag(what, Request, "content_dir", "--content", metavar="FILE")
+        add_field_flag(what, Request, "strength")
+        add_field_flag(what, Request, "resize", metavar="HOW")
+    add_field_flag(what, Request, "prompt", action=Once, instead=ONE_PROMPT)
+    add_field_flag(what, Request, "negative_prompt")
+    add_word_flags(what)
+    help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
+    add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
+    add_field_flag(what, Request, "any_base")
+    add_flag(what, "--from", dest="source", type=path, metavar="PNG", help="repeat this image; other flags change it")
+
+    how = parser.add_argument_group("how")
+    add_field_flag(how, Request, "ddim_steps", "--steps")
+    add_field_flag(how, Request, "ddim_eta", "--eta")
+    for name in ("scale", "seed", "sampler", "n_samples", "n_iter", "n_rows", "height", "width", "legacy_word_tokens"):
+        add_field_flag(how, Request, name)
+
+    model = parser.add_argument_group("model and files")
+    add_flag(model, "--config", type=path, metavar="YAML", help=f"({MODEL_DEFAULTS['config']})")
+    help_ckpt = f".ckpt, .safetensors or diffusers folder ({MODEL_DEFAULTS['ckpt']})"
+    add_flag(model, "--ckpt", type=path, metavar="FILE", help=help_ckpt)
+    add_flag(model, "--dtype", metavar="TYPE", help="of the weights: float32, float16 or bfloat16 (float32)")
+    add_flag(model, "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
+    help_allow = "packages of your own whose classes the configuration may name"
+    add_flag(model, "--allow_targets", nargs="+", default=[], metavar="PACKAGE", help=help_allow)
+    add_flag(model, "--outdir", type=path, default=Path("outputs"), metavar="DIR", help="for the images (outputs)")
+    add_flag(model, "--debug", action="store_true", help="show the whole trace of an error")
+    return parser
+
+
+def add_word_flags(group: argparse._ArgumentGroup) -> None:
+    """Add --words, --word and --preset, of which one can be given."""
+    words = group.add_mutually_exclusive_group()
+    help_words = "YAML: a list of one entry for each stage, the end of sampling first; or {argument: value, …}"
+    add_flag(words, "--words", type=path, metavar="FILE", help=help_words)
+    help_word = "one entry of that list, given once for each stage; a number is the learned token of that stage"
+    add_flag(words, "--word", dest="prospect_words", action="append", type=word, metavar="TEXT", help=help_word)
+    add_field_flag(words, Request, "preset", metavar="ATTRIBUTE")
+
+
+def device(text: str) -> str:
+    """A device's name: cpu, mps, cuda or cuda:N."""
+    if re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is none of cpu, mps, cuda and cuda:0, cuda:1, …")
+    return text
+
+
+def word(text: str) -> str | int:
+    """An entry of `prospect_words`: a number is the learned token of that stage, anything else a text."""
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+
+
+# --- from flags and files to a request -------------------------------------------------------------------------
+
+
+def run(docstring: str | None, editing: bool = False, argv: Sequence[str] | None = None) -> list[Path]:
     """Generate (or edit, with `editing`) what the flags ask for.
 
     Args:
-        description: the script's docstring; its first line, then examples.
+        docstring: the script's; its first line, then examples.
         argv: the flags, by default the program's own.
 
     Returns:
-        The files written: the picture, or the grid followed by its single pictures.
+        The files written: the image, or the grid followed by its single images.
     """
-    parser = build_parser(description, editing)
+    parser = build_parser(docstring, editing)
     options = parser.parse_strictly(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log_to_terminal(talkative=["ldm.conditioning.presets"])
     with parser.sentences(options.debug):
         return _generate(options, editing)
 
 
 def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
-    from ldm.checkpoint import base_model_of
+    recorded = _recorded(options)
+    setup = _setup(options, recorded)
     from ldm.config import allow_targets, check_generates, load_config
-    from ldm.generate import Interrupted, load_model_from_config, main
 
-    recorded = recorded_arguments(options)
-    setup = {key: getattr(options, key) or recorded.get(key, default) for key, default in MODEL_DEFAULTS.items()}
-    for name, value in setup.items():
-        if not isinstance(value, str):
-            raise ValueError(f"'{options.source}' has no readable {name} ({value!r}); give it with --{name}.")
     allow_targets(*options.allow_targets)
     config = load_config(setup["config"], flag="--config")
     check_generates(config)
-    outline = model_outline(config, setup["dtype"])
-    if outline.embedding_manager is not None:
-        outline.embedding_manager.base_model = base_model_of(setup["ckpt"])
-    arguments, made_of = given_arguments(options, recorded, outline, setup["ckpt"])
-    arguments |= native(config).filled(**{name: arguments.get(name) for name in Native._fields})
+    facts = model_facts(config)
+    request = build_request(options, recorded, facts.placeholder or PLACEHOLDER)
+    _check_purpose(request, editing)
+    request = request.for_model(facts)
+    _check_files(request, setup["ckpt"])
     check_writable(options.outdir, "--outdir")
-    _check(arguments, outline, editing)
-    warn_of_changed_content(recorded, arguments.get("content_dir"))
-    if outline.embedding_manager is not None:
-        warn_of_changed_concepts(recorded, arguments.get("concepts") or {}, outline.embedding_manager.hashes)
+
+    from ldm.embeddings import load_concept
+    from ldm.generate import Interrupted, generate_image, load_model_from_config
+
+    concepts = {name: load_concept(file, name) for name, file in (request.concepts or {}).items()}
+    request = replace(request, concepts=concepts)  # a file that is no concept ends here, before the weights are read
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
-    also = setup | made_of
     try:
-        return _save(main(model=model, **arguments), also, options.outdir)
+        image = generate_image(request, model)
     except Interrupted as stop:
-        paths = _save(stop.picture, also, options.outdir)
-        kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} pictures in it are kept"
+        paths = _save(stop.picture, recorded, setup, options.outdir)
+        kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} images in it are kept"
         raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
+    return _save(image, recorded, setup, options.outdir)
 
 
-def model_outline(config: DictConfig, dtype: str) -> LatentDiffusion:
-    """The configured model without weights, to check arguments against; it needs no memory."""
-    import torch
-    from omegaconf import OmegaConf
-
-    from ldm.config import instantiate_from_config
-    from ldm.models.diffusion.schedule import make_betas, schedule_buffers
-
-    config = config.copy()
-    for key in ("ckpt_path", "first_stage_ckpt", "cond_stage_ckpt", "embedding_manager_ckpt"):
-        OmegaConf.update(config, f"model.params.{key}", None)
-    OmegaConf.update(config, "model.params.frozen_dtype", dtype)
-    if config.model.params.get("personalization_config") is not None:
-        OmegaConf.update(config, "model.params.personalization_config.params.initializer_words", None)
-    with torch.device("meta"):
-        model = instantiate_from_config(config.model)
-    # samplers read the schedule; only its length matters here
-    schedule = schedule_buffers(make_betas(0.00085, 0.012, model.num_timesteps))
-    model.load_state_dict(schedule, strict=False, assign=True)
-    return model
-
-
-def _check(arguments: Mapping[str, Any], outline: LatentDiffusion, editing: bool) -> None:
-    """Everything that can be wrong with the arguments of `main`, found without weights.
+def _recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """The record of the image of `--from`; empty without one.
 
     Raises:
-        ValueError, OSError: one sentence with the remedy.
+        ValueError: there is no such image, it has no record, or its model is to be given.
     """
-    from ldm.conditioning.prompts import check_negative_prompt, check_prompt, check_words
-    from ldm.generate import SAMPLERS, check_arguments, main, open_content
+    if options.source is None:
+        return {}
+    if not options.source.exists():
+        raise ValueError(f"There is no file '{options.source}'; check the path given with --from.")
+    from ldm.files.records import read_parameters
 
-    content, concepts, words = (arguments.get(name) for name in ("content_dir", "concepts", "prospect_words"))
-    if not editing and content is not None:
-        raise ValueError("Here pictures come from noise; to edit one (content_dir), use scripts/img2img.py.")
-    if editing and not content:
-        raise ValueError("Give the picture to edit with --content FILE; without one, use scripts/txt2img.py.")
-    if "prompt" not in arguments and not editing:
-        raise ValueError("Say what to show: --prompt TEXT, or --words FILE.")
-    check_prompt(arguments.get("prompt", ""))
-    parameters = inspect.signature(main).parameters
-    checked = [name for name in inspect.signature(check_arguments).parameters if name != "model"]
-    checked = {name: arguments.get(name, parameters[name].default) for name in checked}
-    check_arguments(outline, **checked)
-    sampler = SAMPLERS[checked["sampler"]](outline)
-    sampler.make_schedule(checked["ddim_steps"], ddim_eta=checked["ddim_eta"], verbose=False)
-    if words is not None:
-        check_words(words, outline.num_stages)
-    if concepts:
-        if outline.embedding_manager is None:
-            raise ValueError("The configuration has no personalization_config, so --concept cannot be used with it.")
-        outline.embedding_manager.load(concepts, arguments.get("any_base", False))
-    check_negative_prompt(arguments.get("negative_prompt", ""), concepts or ())
-    if content is not None:
-        open_content(content)
-    outline.cond_stage_model.tokenizer  # noqa: B018, opens it, which fails where it is not on this machine
+    recorded = read_parameters(options.source)
+    name = recorded.get("base_model")
+    if "ckpt" not in recorded and options.ckpt is None and name != Path(MODEL_DEFAULTS["ckpt"]).name:
+        raise ValueError(f"'{options.source}' was made with the model {shown(name)}; give it with --ckpt and --config.")
+    return recorded
 
 
-def _save(result: Image.Image, also: Mapping[str, str], folder: Path) -> list[Path]:
-    """Write the picture, or a grid and its single pictures, each with what repeats it.
+def _setup(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, str]:
+    """Configuration, checkpoint and precision: of the flags, else of the record, else the small model's."""
+    setup = {}
+    for name, default in MODEL_DEFAULTS.items():
+        value = getattr(options, name) or recorded.get(name) or shipped(default)
+        if not isinstance(value, (str, Path)):
+            raise ValueError(f"'{options.source}' has no readable {name} ({shown(value)}); give it with --{name}.")
+        setup[name] = str(value)
+    if setup["dtype"] not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(setup['dtype'])}.")
+    return setup
+
+
+def shipped(name: str) -> str:
+    """The path of a file that ships: from the current folder, or else from this one's."""
+    return name if not (_ROOT / name).exists() or Path(name).exists() else str(_ROOT / name)
+
+
+def build_request(options: argparse.Namespace, recorded: Mapping[str, Any], placeholder: str) -> Request:
+    """Return the request. Precedence, lowest first: the record of `--from`, the YAML file of `--words`, flags.
 
     Args:
-        also: what the record holds beside the arguments of `main`: the model, and what the words were made of.
+        placeholder: of a concept that is given without a name.
+
+    Raises:
+        ValueError: an unknown argument, or a value that cannot be used; with the remedy.
     """
-    from ldm.generate import PNG_KEY, save_picture
+    names = [field.name for field in fields(Request)]
+    given = read_words(options.words) if options.words is not None else {}
+    for name in given:
+        if name not in names:
+            from ldm.config import nearest
 
-    record = json.loads(result.info[PNG_KEY]) | also
-    height, width, seed = record["height"], record["width"], record["seed"]
-    words = next((word for word in record["prospect_words"] or [] if isinstance(word, str)), "")
-    name = re.sub(r"\W+", "-", record["prompt"].replace("*", words))[:40].strip("-") or "picture"
-    if preset := re.sub(r"\W+", "-", record.get(PRESET, "")):
-        name = f"{name}-{preset}"
+            raise ValueError(f"'{options.words}': main has no argument '{name}'{nearest(str(name), names)}.")
+    given |= {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    if options.concept:
+        given["concepts"] = concept_files(options.concept, placeholder)
+    repeated = {name: recorded[name] for name in names if name in recorded and name != "preset"}
+    if "preset" in recorded and "prospect_words" not in given and len({"prompt", "preset"} & given.keys()) == 1:
+        raise ValueError(
+            f"'{options.source}' was made with a preset; to show something else, give both --prompt and --preset, or "
+            "--word for each stage."
+        )
+    if given.get("preset") is not None:
+        repeated.pop("prospect_words", None)
+    arguments = repeated | given
+    if arguments.get("prospect_words") is not None:
+        arguments.setdefault("prompt", PLACEHOLDER)
+    if "prompt" not in arguments and not arguments.get("content_dir"):
+        raise ValueError("Say what to show: --prompt TEXT, or --words FILE.")
+    return Request(**arguments)
+
+
+def read_words(file: str | Path) -> dict[str, Any]:
+    """Return the YAML file of `--words` as arguments of `main`; a list is `prospect_words`."""
+    from ldm.config import read_yaml_content
+
+    content = read_yaml_content(file, "--words", "file", "an entry that begins with * needs quotes")
+    if isinstance(content, list):
+        return {"prospect_words": content}
+    if not isinstance(content, dict):
+        raise ValueError(f"'{file}' must hold a YAML list with one entry for each stage, or a mapping of arguments.")
+    return content
+
+
+def concept_files(texts: Sequence[str], own: str) -> dict[str, str]:
+    """Return `FILE` or `NAME=FILE`, several times, as {placeholder: file}; `own` is the placeholder of a bare file."""
+    concepts: dict[str, str] = {}
+    for text in texts:
+        name, sign, file = text.partition("=")
+        if not sign or Path(text).is_file():
+            name, file = own, text
+        if not name or name in concepts:
+            raise ValueError(
+                f"--concept {text}: give every concept a name of its own, as in --concept '<vase>={file}'."
+            )
+        concepts[name] = os.path.expanduser(file)  # behind a =, the shell does not
+    return concepts
+
+
+def _check_purpose(request: Request, editing: bool) -> None:
+    if editing and request.content_dir is None:
+        raise ValueError("Give the image to edit with --content FILE; without one, use scripts/txt2img.py.")
+    if not editing and request.content_dir is not None:
+        raise ValueError("Here images come from noise; to edit one (content_dir), use scripts/img2img.py.")
+
+
+def _check_files(request: Request, ckpt: str) -> None:
+    """Raise `ValueError` for a path that leads nowhere, before the time is spent to load PyTorch and the model."""
+    files = {"--ckpt": [ckpt], "--concept": [*(request.concepts or {}).values()], "--content": [request.content_dir]}
+    for flag, paths in files.items():
+        for file in paths:
+            if file is not None and not os.path.exists(file):
+                raise ValueError(f"There is no file '{file}'; check the path given with {flag}.")
+
+
+# --- from images to files --------------------------------------------------------------------------------------
+
+
+def _save(image: Image.Image, repeated: Mapping[str, Any], setup: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write the image, or a grid and its single images, each with what repeats it."""
+    from ldm.files.records import PNG_KEY
+
+    record = json.loads(image.info[PNG_KEY])
+    _warn_of_changes(repeated, record)
+    if repeated.get("preset") and "preset" not in record and all(record[n] == repeated.get(n) for n in TEXTS[:2]):
+        record |= {key: value for key, value in repeated.items() if key.startswith("preset")}
+    record |= setup
+    name, height, width, seed = _stem(record), record["height"], record["width"], record["seed"]
     count = record["n_iter"] * record["n_samples"]
-
-    def save(picture: Image.Image, stem: str, record: Mapping[str, Any]) -> Path:
-        picture.info[PNG_KEY] = json.dumps(record)
-        path = _new_file(folder, stem)
-        try:
-            save_picture(picture, path)
-        except BaseException:  # Ctrl-C, too
-            path.unlink(missing_ok=True)
-            raise
-        return path
-
     if count == 1:
-        return [save(result, f"{name}-{seed}", record)]
-    paths = [save(result, f"{name}-{seed}-grid", record)]
+        return [_write(image, folder, f"{name}-{seed}", record)]
+    written = [_write(image, folder, f"{name}-{seed}-grid", record)]
     for i in range(count):
-        row, column = divmod(i, result.width // width)
+        row, column = divmod(i, image.width // width)
         box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
         alone = record | {"seed": seed + i, "n_iter": 1, "n_samples": 1, "n_rows": 0}
-        paths.append(save(result.crop(box), f"{name}-{seed + i}", alone))
-    return paths
+        written.append(_write(image.crop(box), folder, f"{name}-{seed + i}", alone))
+    return written
+
+
+def _warn_of_changes(repeated: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Warn where files of the image of `--from` are others now."""
+    was, is_now = repeated.get("concept_hashes"), record["concept_hashes"]
+    if isinstance(was, Mapping) and isinstance(repeated.get("concepts"), Mapping):
+        for name, file in record["concepts"].items():
+            if repeated["concepts"].get(name) == file and name in was and was[name] != is_now.get(name):
+                logger.warning(
+                    "The concept '%s' (%s) is another file than the one that the image was made with.", name, file
+                )
+    content, was = record["content_dir"], repeated.get("content_hash")
+    if content and was and content == repeated.get("content_dir") and was != record["content_hash"]:
+        logger.warning("The content image '%s' is another than the one that was edited.", content)
+
+
+def _stem(record: Mapping[str, Any]) -> str:
+    """A file name for an image: of its prompt and its preset."""
+    words = next((word for word in record["prospect_words"] or [] if isinstance(word, str)), "")
+    name = re.sub(r"\W+", "-", record["prompt"].replace(PLACEHOLDER, words))[:40].strip("-") or "image"
+    preset = record.get("preset")
+    return f"{name}-{re.sub(r'[^a-z]+', '-', preset)}" if isinstance(preset, str) else name
+
+
+def _write(image: Image.Image, folder: Path, stem: str, record: Mapping[str, Any]) -> Path:
+    from ldm.generate import PNG_KEY, save_picture
+
+    image.info[PNG_KEY] = json.dumps(record)
+    file = _new_file(folder, stem)
+    try:
+        save_picture(image, file)
+    except BaseException:  # Ctrl-C, too
+        file.unlink(missing_ok=True)
+        raise
+    return file
 
 
 def _new_file(folder: Path, stem: str) -> Path:
@@ -183,9 +323,9 @@ def _new_file(folder: Path, stem: str) -> Path:
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            file = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
             try:
-                path.touch(exist_ok=False)  # so that two programs at once do not take the same name
-                return path
+                file.touch(exist_ok=False)  # so that two programs at once do not take the same name
+                return file
             except FileExistsError:
                 number += 1

@@ -1,21 +1,26 @@
-"""Presets: which stages take an attribute from a learned picture, as lists for `prospect_words`.
+"""Presets: which stages take an attribute from a learned image, as lists for `prospect_words`.
 
 The paper's windows of stages are those of Stable Diffusion v1.4. A model for which others were measured
-(`scripts/spectrum.py --write-presets`) has them in a file `presets.yaml` beside its checkpoint.
+(`scripts/spectrum.py --write-presets`) has them in a file `presets.yaml` beside its checkpoint. Command line, notebook
+and export all ask `presets_beside` of the base model.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from ldm.conditioning.stages import matching_stage
+from ldm.config import read_yaml_content
+from ldm.request import PLACEHOLDER, PRESETS, mentions, placeholder_pattern
+
+logger = logging.getLogger(__name__)
 
 PRESETS_FILE = "presets.yaml"
+PAPER = "the paper"
 
-# Stages (of ten) in which the paper lets `*` carry an attribute of the picture; the other stages follow the class
+# Stages (of ten) in which the paper lets `*` carry an attribute of the image; the other stages follow the class
 # prompt. Zhang et al. 2023, section 5 and the authors' README; for `style` they name no stages and count it with
 # material, at the high-frequency end. `layout` adds `*` to the class prompt instead of putting it inside.
 PRESET_STAGES: dict[str, tuple[int, ...]] = {
@@ -26,34 +31,73 @@ PRESET_STAGES: dict[str, tuple[int, ...]] = {
 }
 
 
-def load_presets(path: str | Path | None) -> dict[str, tuple[int, ...]]:
-    """The windows of a YAML file {attribute: [stages of ten]}, for attributes it leaves out the paper's; None: those.
+class Windows(dict[str, tuple[int, ...]]):
+    """Windows of presets, {attribute: stages of ten}, and where they are from: a file, or `PAPER`."""
+
+    def __init__(self, measured: Mapping[str, Sequence[int]] | None = None, source: str = PAPER) -> None:
+        super().__init__(PRESET_STAGES | {name: tuple(stages) for name, stages in (measured or {}).items()})
+        self.source = source
+
+
+def load_presets(path: str | Path | None) -> Windows:
+    """Return the windows of a YAML file {attribute: [stages of ten]}, or for None and for what it omits the paper's.
 
     Raises:
         ValueError: no such file, an unknown attribute, or something else than a list of stages 0..9.
     """
     if path is None:
-        return dict(PRESET_STAGES)
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"The presets '{path}' cannot be read; scripts/spectrum.py writes such files.") from error
-    if not isinstance(content, dict) or not set(content) <= set(PRESET_STAGES):
-        raise ValueError(f"The presets '{path}' must give lists of stages for {', '.join(PRESET_STAGES)}.")
+        return Windows()
+    content = read_yaml_content(path, "--presets", "file of presets")
+    if not isinstance(content, dict) or not set(content) <= set(PRESETS):
+        raise ValueError(f"The presets '{path}' must give lists of stages for {', '.join(PRESETS)}.")
     for attribute, stages in content.items():
         if not isinstance(stages, list) or not stages or not all(type(s) is int and 0 <= s <= 9 for s in stages):
-            raise ValueError(f"The preset '{attribute}' in '{path}' must be a list of stages 0..9, not {stages}.")
-    return PRESET_STAGES | {attribute: tuple(stages) for attribute, stages in content.items()}
+            raise ValueError(f"The preset '{attribute}' in '{path}' must be a list of stages 0..9.")
+    return Windows(content, str(path))
 
 
-def presets_beside(ckpt: str | Path) -> dict[str, tuple[int, ...]]:
-    """The windows of `presets.yaml` beside a checkpoint (inside it, if it is a folder), or the paper's.
+def presets_beside(ckpt: str | Path) -> Windows:
+    """Return the windows of `presets.yaml` beside a checkpoint (inside it, if it is a folder), or the paper's.
 
-    Raises:
-        ValueError: see `load_presets`.
+    A file of that name that is something else stops nothing: it is reported, and the paper's windows hold.
     """
     folder = Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
-    return load_presets(folder / PRESETS_FILE if (folder / PRESETS_FILE).is_file() else None)
+    path = folder / PRESETS_FILE
+    try:
+        return load_presets(path if path.is_file() else None)
+    except ValueError as error:
+        logger.warning("%s The paper's windows are used.", error)
+        return Windows()
+
+
+def preset_words(
+    attribute: str,
+    prompt: str,
+    concepts: Sequence[str] = (),
+    num_stages: int = 10,
+    windows: Windows | None = None,
+) -> list[str]:
+    """Return the `prospect_words` of a preset for the concept that the prompt names first in `concepts`.
+
+    Where it names none, it is the first of `concepts`, or `*`. Which concept and which stages these are is logged.
+
+    Args:
+        windows: of the model, from `presets_beside`; None is the paper's.
+
+    Raises:
+        ValueError: see `preset`.
+    """
+    windows = Windows() if windows is None else windows
+    chosen = [*(name for name in concepts if mentions(prompt, name)), *concepts, PLACEHOLDER][0]
+    if len(concepts) > 1:
+        logger.warning(
+            "--preset takes %s from '%s' alone; ldm.prompts.joint, in Python, takes something from each concept.",
+            *(attribute, chosen),
+        )
+    words = preset(attribute, prompt, num_stages=num_stages, placeholder=chosen, windows=windows)
+    stages = ", ".join(map(str, _window(attribute, num_stages, windows)))
+    logger.info("The preset '%s' is stages %s of %d, from %s.", attribute, stages, num_stages, windows.source)
+    return words
 
 
 def preset(
@@ -64,7 +108,7 @@ def preset(
     placeholder: str = "*",
     windows: Mapping[str, Sequence[int]] = PRESET_STAGES,
 ) -> list[str]:
-    """The `prospect_words` that take one attribute from the picture and the rest from the text.
+    """Return the `prospect_words` that take one attribute from the learned image and the rest from the text.
 
     `preset('material', 'a * dog on the table')` has `*` in stages 0–4, and `a dog on the table` in 5–9. A prompt
     without the placeholder gets it appended in those stages.
@@ -97,7 +141,7 @@ def joint(
     num_stages: int = 10,
     windows: Mapping[str, Sequence[int]] = PRESET_STAGES,
 ) -> list[str]:
-    """The `prospect_words` that take several attributes, each from a concept of its own, and the rest from the text.
+    """Return the `prospect_words` that take several attributes, each from a concept of its own.
 
     `joint({'content': '<a>', 'material': '<b>', 'layout': '<c>'}, 'a <b> <a> thing')` has `<c>` behind `a thing` in
     stage 9, `<a>` in its place in 5–7, `<b>` in 0–4, and `a thing` in 8. Material and style stand beside each other;
@@ -113,28 +157,28 @@ def joint(
     """
     if not concepts:
         raise ValueError(f"joint needs a concept for at least one attribute: {', '.join(PRESET_STAGES)}.")
-    windows = {attribute: set(_window(attribute, num_stages, windows)) for attribute in concepts}
+    inside = {attribute: set(_window(attribute, num_stages, windows)) for attribute in concepts}
     for attribute in ("material", "style"):
-        if attribute in concepts and concepts[attribute] != concepts.get("content"):
-            windows.get("content", set()).difference_update(windows[attribute])
+        if "content" in concepts and attribute in concepts and concepts[attribute] != concepts["content"]:
+            inside["content"] -= inside[attribute]
     for attribute, chosen in (stages or {}).items():
         if attribute not in concepts:
             raise ValueError(
                 f"stages names '{attribute}', for which there is no concept; there are {', '.join(concepts)}."
             )
-        windows[attribute] = set(chosen)
+        inside[attribute] = set(chosen)
         _check_stages(attribute, chosen, num_stages)
-    if left := [attribute for attribute in concepts if not windows[attribute] and attribute not in (stages or {})]:
+    if left := [attribute for attribute in concepts if not inside[attribute] and attribute not in (stages or {})]:
         raise ValueError(
             f"No stage is left for {' and '.join(left)}, since content gives way to material and style and few stages "
             f"may miss a window; give stages={{'{left[0]}': […]}}."
         )
 
     def text(stage: int) -> str:
-        inside = dict.fromkeys(concepts.values(), False)
+        wanted = dict.fromkeys(concepts.values(), False)
         for attribute, placeholder in concepts.items():
-            inside[placeholder] |= stage in windows[attribute]
-        return _with_only(prompt, inside)
+            wanted[placeholder] |= stage in inside[attribute]
+        return _with_only(prompt, wanted)
 
     return [text(stage) for stage in range(num_stages)]
 
@@ -156,10 +200,9 @@ def _check_stages(attribute: str, stages: Sequence[int], num_stages: int) -> Non
 
 def _with_only(prompt: str, inside: Mapping[str, bool]) -> str:
     """The prompt with the placeholders that are inside their stages, and without the others."""
-    for placeholder in (p for p, wanted in inside.items() if not wanted):
-        if placeholder in prompt:
-            prompt = " ".join(prompt.replace(placeholder, " ").split())
-    for placeholder in (p for p, wanted in inside.items() if wanted):
-        if placeholder not in prompt:
-            prompt = f"{prompt} {placeholder}".strip()
-    return prompt
+    pattern = placeholder_pattern(inside)
+    found = set(pattern.findall(prompt))
+    if not all(inside[placeholder] for placeholder in found):
+        prompt = " ".join(pattern.sub(lambda match: match[0] if inside[match[0]] else " ", prompt).split())
+    missing = [placeholder for placeholder, wanted in inside.items() if wanted and placeholder not in found]
+    return " ".join([prompt, *missing]).strip() if missing else prompt

@@ -7,79 +7,46 @@ entry 0 is the END of generation (timesteps 0 … T/S), the last entry its START
 from __future__ import annotations
 
 import logging
-import numbers
 import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+
+from ldm.request import (
+    PLACEHOLDER,
+    Words,
+    check_negative_prompt,
+    check_placeholder,
+    check_prompt,
+    check_words,
+    placeholder_pattern,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
-PLACEHOLDER = "*"
-Words = Sequence["str | int | None"]
+__all__ = [
+    "PLACEHOLDER",
+    "PromptReader",
+    "Words",
+    "check_negative_prompt",
+    "check_placeholder",
+    "check_prompt",
+    "check_words",
+    "split_pattern",
+    "stage_pieces",
+    "warn_of_unused",
+]
 
-
-def check_prompt(prompt: str, what: str = "A prompt") -> None:
-    """Raise `ValueError` unless `prompt` is a text that can be written down."""
-    if not isinstance(prompt, str):
-        raise ValueError(f"{what} must be a text, not a {type(prompt).__name__}.")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError(f"{what} has bytes that are no text ({prompt[:40]!a}); write it in UTF-8.")
-
-
-def check_placeholder(placeholder: str) -> None:
-    """Raise `ValueError` unless prompts can be cut at `placeholder`: `*` is replaced wherever it stands."""
-    if not isinstance(placeholder, str) or not placeholder.strip():
-        raise ValueError(f"A placeholder must be a visible text such as '*', not {placeholder!r}.")
-    if PLACEHOLDER in placeholder and placeholder != PLACEHOLDER:
-        raise ValueError(
-            f"The placeholder '{placeholder}' must not contain '*', which is one itself; take '<star>' or so."
-        )
-
-
-def check_negative_prompt(text: str, placeholders: Iterable[str]) -> None:
-    """Raise `ValueError` unless `text` is plain: learned tokens have no place in what a picture is led away from."""
-    check_prompt(text, "negative_prompt")
-    for placeholder in (PLACEHOLDER, *placeholders):
-        if placeholder in text:
-            raise ValueError(
-                f"negative_prompt has the placeholder '{placeholder}'; it must be plain text, so leave it out."
-            )
-
-
-def check_words(words: Words, num_stages: int) -> list[str | int | None]:
-    """`words` as a checked list.
-
-    Raises:
-        ValueError: not a list of S entries, or an entry that is neither a text, a stage number, nor None.
-    """
-    if isinstance(words, (str, bytes)) or not isinstance(words, Sequence):
-        raise ValueError(f"prospect_words must be a list of {num_stages} entries, not a {type(words).__name__}.")
-    if len(words) != num_stages:
-        raise ValueError(
-            f"prospect_words has {len(words)} entries, but this model has {num_stages} stages; entry 0 is the end "
-            "of generation, the last one its start."
-        )
-    checked: list[str | int | None] = []
-    for i, word in enumerate(words):
-        if word is None or isinstance(word, str):
-            check_prompt(word or "", f"prospect_words[{i}]")
-            checked.append(word)
-        elif isinstance(word, numbers.Integral) and not isinstance(word, bool):
-            if not 0 <= word < num_stages:
-                raise ValueError(f"prospect_words[{i}] = {word}: a stage number must be in 0..{num_stages - 1}.")
-            checked.append(int(word))
-        else:
-            raise ValueError(
-                f"prospect_words[{i}] is a {type(word).__name__}; an entry is a text, a stage number, or None."
-            )
-    return checked
+# What other programs read as weights and extra networks: (word:1.4), <lora:name:1>.
+_FOREIGN = re.compile(
+    r"\((?=[^()]{0,200}[^\W\d_])[^()]{1,200}:\s*\d+(?:\.\d+)?\s*\)|<(?:lora|lyco|hypernet):[^<>]{0,200}>", re.IGNORECASE
+)
 
 
 def warn_of_unused(
@@ -94,11 +61,11 @@ def warn_of_unused(
     """
     learned_as = learned_as or {}
     text = " ".join(prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None])
-    for name in dict.fromkeys((*concepts, *learned_as)):
+    names = dict.fromkeys((*concepts, *learned_as))
+    named = set(placeholder_pattern([*names, *learned_as.values()]).findall(text)) if names else set()
+    for name in (name for name in names if name not in named):
         own = learned_as.get(name, name)
-        if name in text:
-            continue
-        if own in text and own not in learned_as:
+        if own in named and own not in learned_as:
             logger.warning(
                 "The concept '%s' has no effect: the text says %s, as it was learned; write %s, or load it by that "
                 "name (--concept '%s=FILE', load({'%s': FILE})).",
@@ -109,9 +76,8 @@ def warn_of_unused(
 
 
 def split_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:
-    """What `stage_pieces` cuts prompts with: the placeholders, and `*`."""
-    known = sorted({PLACEHOLDER, *placeholders}, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, known)) + ")")
+    """Return what `stage_pieces` cuts prompts with: a pattern of the placeholders and `*`."""
+    return placeholder_pattern((PLACEHOLDER, *placeholders))
 
 
 def stage_pieces(
@@ -127,10 +93,9 @@ def stage_pieces(
     if isinstance(entry, str):
         prompt = prompt.replace(PLACEHOLDER, entry)
     pieces: list[str | tuple[str, int]] = []
-    for piece in pattern.split(prompt):
-        if piece in placeholders:
-            chosen = piece == PLACEHOLDER and isinstance(entry, int)
-            pieces.append((piece, entry if chosen else stage))
+    for i, piece in enumerate(pattern.split(prompt)):
+        if i % 2 and piece in placeholders:  # every second piece is what the pattern matched
+            pieces.append((piece, entry if piece == PLACEHOLDER and isinstance(entry, int) else stage))
         elif piece:
             pieces.append(piece)
     return pieces
@@ -172,18 +137,40 @@ class PromptReader:
         if words is not None:
             words = check_words(words, self.num_stages)
             self._warn_without_placeholder(prompts)
+        self._warn_of_foreign_syntax([*prompts, *(word for word in words or () if isinstance(word, str))])
         if legacy_word_tokens:
             rows = [self._legacy_slots(prompt, words) for prompt in prompts]
         else:
             rows = [[self._slots(prompt, words, stage) for stage in range(self.num_stages)] for prompt in prompts]
         for warning in self._warnings:
             logger.warning(warning)
-        return torch.tensor(rows).transpose(0, 1).contiguous()
+        return torch.tensor(rows, dtype=torch.long, device="cpu").transpose(0, 1).contiguous()
+
+    def words_read(self, prompt: str, words: Words | None = None) -> list[int | None]:
+        """Return for each stage how many words there is room for; None: for all of them."""
+        entries = [None] * self.num_stages if words is None else check_words(words, self.num_stages)
+        return [self._words_read(prompt, entry, stage) for stage, entry in enumerate(entries)]
+
+    def _words_read(self, prompt: str, entry: str | int | None, stage: int) -> int | None:
+        room, count = self.max_length - 2, 0
+        for piece in stage_pieces(prompt, entry, stage, self._pattern, self.placeholders):
+            for word in [None] if isinstance(piece, tuple) else piece.split():
+                room -= 1 if word is None else len(self._ids(word))
+                if room < 0:
+                    return count
+                count += 1
+        return None
 
     def _warn_without_placeholder(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
             if PLACEHOLDER not in prompt:
                 self._warn(f"prospect_words has no effect: the prompt '{prompt}' has no '*' for it to replace.")
+
+    def _warn_of_foreign_syntax(self, texts: Sequence[str]) -> None:
+        for match in filter(None, map(_FOREIGN.search, texts)):
+            self._warn(
+                f"'{match[0]}' is read as letters: weights and extra networks of other programs mean nothing here."
+            )
 
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
         """The L slots of one prompt in one stage, the whole text tokenised by BPE."""
@@ -212,7 +199,7 @@ class PromptReader:
     def _spell(self, slots: Sequence[int]) -> str:
         names = {row: name for name, stages in self.placeholders.items() for rows in stages for row in rows}
         tokens = ([slot] if slot >= 0 else self._ids(names[-slot - 1]) for slot in slots)
-        return self.tokenizer.decode(list(chain.from_iterable(tokens)))
+        return str(self.tokenizer.decode(list(chain.from_iterable(tokens))))
 
     def _warn(self, message: str) -> None:
         self._warnings[message] = None
@@ -235,7 +222,7 @@ class PromptReader:
         """
         ids = self.tokenizer(prompt, truncation=True, max_length=self.max_length)["input_ids"]
         ids = ids + [self.tokenizer.eos_token_id] * (self.max_length - len(ids))
-        star = self.tokenizer.convert_tokens_to_ids(PLACEHOLDER + "</w>")
+        star = cast(int, self.tokenizer.convert_tokens_to_ids(PLACEHOLDER + "</w>"))
         is_learned = PLACEHOLDER in self.placeholders
         if star in ids and not is_learned:
             self._warn_unlearned()
@@ -264,4 +251,4 @@ class PromptReader:
 
     def _first_piece(self, word: str) -> int:
         ids = self._ids(word)
-        return ids[0] if ids else self.tokenizer.eos_token_id
+        return ids[0] if ids else cast(int, self.tokenizer.eos_token_id)

@@ -6,11 +6,12 @@ start (high noise, layout).
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Timestep = TypeVar("Timestep", int, Tensor)
+Timestep = TypeVar("Timestep", int, "Tensor")
 
 
 def stage_of(t: Timestep, num_stages: int, num_timesteps: int = 1000) -> Timestep:

@@ -13,7 +13,7 @@ from ldm.embeddings import Concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.texts import check_name, escaped, stage_texts
 from ldm.files.writing import replace_text
-from ldm.native import Native
+from ldm.request import ModelFacts
 
 _ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
 PROGRAMS = tuple(_ENDINGS)
@@ -42,10 +42,10 @@ class Use:
     words: Words | None = None
     sampler: str = "ddim"
     steps: int = 50
-    scale: float = Native().scale
+    scale: float = ModelFacts().scale
     seed: int = 42
-    width: int = Native().width
-    height: int = Native().height
+    width: int = ModelFacts().width
+    height: int = ModelFacts().height
     documented: bool = False
     negative_prompt: str = ""
 

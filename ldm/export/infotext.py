@@ -13,6 +13,7 @@ from ldm.embeddings import Concept, load_concept
 from ldm.export.texts import escaped, stage_texts
 from ldm.export.webui import escape, prompt_editing
 from ldm.files.embedding_formats import short_hash
+from ldm.request import edit_steps
 
 NEEDED = {"prompt", "sampler", "ddim_steps", "scale", "seed", "width", "height"}
 _QUOTED = re.compile(r"[,:\n\"]")
@@ -35,7 +36,7 @@ def infotext(record: Mapping[str, Any]) -> str:
     names = {placeholder: _name(file, number) for number, (placeholder, file) in enumerate(sources.items())}
     texts = stage_texts(record["prompt"], words, stages, names, rows, escape=escape)
     steps = record["ddim_steps"]
-    calls = int(record["strength"] * steps) if record.get("content_dir") is not None else None
+    calls = edit_steps(record["strength"], steps) if record.get("content_dir") is not None else None
     prompt, _ = prompt_editing(texts, record["sampler"], steps, calls=calls)
 
     hashes = {p: found for p, file in sources.items() if (found := short_hash(file))}
@@ -47,7 +48,7 @@ def infotext(record: Mapping[str, Any]) -> str:
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
         "Model": Path(record.get("base_model") or "unknown").stem,
-        "Denoising strength": f"{record['strength']:g}" if record.get("content_dir") else None,
+        "Denoising strength": f"{record['strength']:g}" if record.get("content_dir") is not None else None,
         "Eta DDIM": f"{record['ddim_eta']:g}" if record.get("ddim_eta") else None,
         "ProSpect prompt": record["prompt"],
         "ProSpect words": None if words is None else json.dumps(words, ensure_ascii=False),

@@ -34,9 +34,10 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor] | PickledBlock, dict[
     Raises:
         TensorFileError: missing, damaged, of another kind, or it names code.
     """
-    if is_image(read_head(path)):
+    head = read_head(path)
+    if is_image(head):
         return named_tensors(path, _string_to_param(_read_png(path))), {}
-    content, metadata, _ = read_file(path)
+    content, metadata, _ = read_file(path, head=head)
     if isinstance(content, Mapping) and "attention" in content:
         parameters = named_tensors(path, _parameters(path, content["attention"]))
         initial = named_tensors(path, {"initial_embeddings": content.get("initial_embeddings")})

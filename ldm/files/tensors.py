@@ -72,19 +72,22 @@ class TensorFile(NamedTuple):
     mapped: bool
 
 
-def read_file(path: Path, mapped: bool = True, wanted: Callable[[str], bool] | None = None) -> TensorFile:
+def read_file(
+    path: Path, mapped: bool = True, wanted: Callable[[str], bool] | None = None, head: bytes | None = None
+) -> TensorFile:
     """Read a safetensors or torch file of any age, with any name; tensors are on the CPU.
 
     Args:
         mapped: view a torch file where that is possible, instead of reading all of it.
         wanted: says of a name whether the tensor is needed; a safetensors file is read without the others.
+        head: from `read_head`, if that was called before.
 
     Raises:
         TensorFileError: missing, damaged, of another kind, or it names code.
     """
     kind = ""
     try:
-        kind = _kind(path)
+        kind = _kind(path, head)
         if kind == "safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
                 names = filter(wanted, file.keys()) if wanted else file.keys()
@@ -201,9 +204,9 @@ def read_head(path: Path) -> bytes:
         raise TensorFileError(f"'{path}' cannot be read: {error.strerror}; check its permissions.") from error
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path, head: bytes | None = None) -> str:
     """'safetensors', 'zip' (torch), 'packed zip' (compressed by someone) or 'pickle' (torch before 1.6)."""
-    head = read_head(path)
+    head = read_head(path) if head is None else head
     if head[8:9] == b"{":
         return "safetensors"
     if head.startswith(b"\x80"):

@@ -16,7 +16,6 @@ from ldm.conditioning.learned import Learned, LearnedPrefix, LearnedTokens
 from ldm.conditioning.prompts import check_placeholder
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files.base_model import refuse_other_base
-from ldm.files.embedding_formats import short_hash
 from ldm.methods import find_method
 from ldm.methods.base import LearnedModule, Start
 from ldm.methods.prospect import GeneratorBlock, ProSpect
@@ -82,9 +81,7 @@ class EmbeddingManager(nn.Module):
         self.num_stages, self.num_layers = num_stages, num_layers
         self.width = embedder.width
         self.loaded: dict[str, Concept] = {}
-        self._modules_loaded: dict[str, LearnedTokens | LearnedPrefix] = {}
-        self.sources: dict[str, str] = {}  # placeholder -> file, for the record
-        self.hashes: dict[str, str] = {}  # placeholder -> the first digits of that file's SHA-256
+        self._modules: dict[int, tuple[Concept, LearnedTokens | LearnedPrefix]] = {}  # of concepts, by identity
         self.base_model: Mapping[str, str] = {}  # the name and the fingerprint of the base model, if it is known
         self.learned: LearnedModule | None = None
         self.register_buffer("initial_embeddings", torch.zeros(1, self.width))
@@ -138,7 +135,7 @@ class EmbeddingManager(nn.Module):
     def _tokens(self) -> dict[str, LearnedTokens]:
         """Placeholder -> its tokens, in the order of their rows; several placeholders may share one."""
         tokens = {p: self.learned for p in self._trained_placeholders() if not is_prefix(self.learned)}
-        return tokens | {p: module for p, module in self._modules_loaded.items() if not is_prefix(module)}
+        return tokens | {p: module for p, module in self._loaded_modules().items() if not is_prefix(module)}
 
     def rows(self) -> dict[str, list[list[int]]]:
         """Placeholder -> for each of the S stages, the rows of the table of all vectors that stand there.
@@ -161,7 +158,7 @@ class EmbeddingManager(nn.Module):
         """Return what prompts read at this moment; concepts that are loaded later do not change it."""
         tokens = tuple({id(module): module for module in self._tokens().values()}.values())
         prefixes = [self.learned] if self._trained_placeholders() and is_prefix(self.learned) else []
-        prefixes += [module for module in self._modules_loaded.values() if is_prefix(module)]
+        prefixes += [module for module in self._loaded_modules().values() if is_prefix(module)]
         for module in (*tokens, *prefixes):
             module.to(self.initial_embeddings.device)
         return Learned(tokens, tuple(prefixes))
@@ -173,6 +170,12 @@ class EmbeddingManager(nn.Module):
 
     def _trained_placeholders(self) -> list[str]:
         return [p for p in self.placeholder_strings if self.learning and p not in self.loaded]
+
+    def _loaded_modules(self) -> dict[str, LearnedTokens | LearnedPrefix]:
+        """Placeholder -> what prompts read of its loaded concept; made once for each concept."""
+        kept = self._modules
+        self._modules = {id(c): kept.get(id(c)) or (c, self._module_of(c)) for c in self.loaded.values()}
+        return {placeholder: self._modules[id(concept)][1] for placeholder, concept in self.loaded.items()}
 
     def _module_of(self, concept: Concept) -> LearnedTokens | LearnedPrefix:
         """What prompts read of a concept.
@@ -209,8 +212,7 @@ class EmbeddingManager(nn.Module):
             check_placeholder(placeholder)
         concepts = {p: s if isinstance(s, Concept) else load_concept(s, p) for p, s in sources.items()}
         for placeholder, concept in concepts.items():
-            origin = sources[placeholder]
-            what = f"The embedding for '{placeholder}'{'' if isinstance(origin, Concept) else f' ({origin})'}"
+            what = f"The embedding for '{placeholder}'{f' ({concept.source})' if concept.source else ''}"
             if VECTORS in concept.tensors and concept.width != self.width:
                 theirs = concept.metadata.get("base_model", "unknown")
                 ours = self.base_model.get("base_model", "unknown")
@@ -220,14 +222,8 @@ class EmbeddingManager(nn.Module):
                 )
             if not any_base:
                 refuse_other_base(concept.metadata, self.base_model, what)
-        modules = {placeholder: self._module_of(concept) for placeholder, concept in concepts.items()}
+            self._module_of(concept)  # refused before anything is loaded
         self.loaded.update(concepts)
-        self._modules_loaded.update(modules)
-        self.sources.update({p: "" if isinstance(s, Concept) else str(s) for p, s in sources.items()})
-        for placeholder, origin in sources.items():
-            self.hashes.pop(placeholder, None)
-            if isinstance(origin, (str, Path)) and (found := short_hash(origin)):
-                self.hashes[placeholder] = found
 
     def start_from(self, source: str | Path | Concept) -> None:
         """Continue learning where a saved concept ended: without dropout, its vectors are then the learned ones.
@@ -279,4 +275,5 @@ def initial_embedding(embedder: FrozenCLIPEmbedder, words: str) -> tuple[Tensor,
     ids = embedder.tokenizer(words, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"The initial word '{words}' has no token; give an ordinary word, such as 'teddy'.")
-    return embedder.token_table[torch.tensor(ids)].float().mean(dim=0, keepdim=True), len(ids)
+    ids_on_device = torch.tensor(ids, device=embedder.token_table.device)
+    return embedder.token_table[ids_on_device].float().mean(dim=0, keepdim=True), len(ids)

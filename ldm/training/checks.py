@@ -15,7 +15,7 @@ from ldm.checkpoint import read_state_dict
 from ldm.config import ConfigError, nearest
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.repeated import picture_sides
-from ldm.models.diffusion.sampling import MAX_SCALE
+from ldm.request import MAX_SCALE
 from ldm.training.callbacks import ImageLogger
 
 CASTS_ALL = {"bf16-true": "bfloat16", "16-true": "float16"}  # Lightning casts the whole module, buffers too

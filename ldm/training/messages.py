@@ -29,9 +29,8 @@ LESS_MEMORY = (
 )
 
 
-def set_up_logging() -> None:
-    """Show the program's own lines, and quieten libraries that talk about themselves."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+def quieten_libraries() -> None:
+    """Quieten libraries that talk about themselves."""
     for noisy in ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     for message in (

@@ -24,6 +24,7 @@ from ldm.checkpoint import load_weights, read_base_model, read_state_dict
 from ldm.conditioning.context import Cond, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import PromptConditioning, SlotEncoder
 from ldm.conditioning.learned import NOTHING_LEARNED, Learned
+from ldm.conditioning.presets import Windows
 from ldm.conditioning.prompts import PromptReader, Words
 from ldm.methods.base import LearnedModule
 from ldm.models.autoencoder import FirstStage, cosine_to_zero
@@ -34,13 +35,14 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.latents import LatentCache, Posterior
 from ldm.models.diffusion.options import DiffusionOptions
+from ldm.models.diffusion.sampling import draw_noise
 from ldm.models.diffusion.schedule import at, host_alphas_cumprod, make_betas, schedule_buffers, vlb_weights
 from ldm.modules.attention import AttentionHook
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.native import Native
-from ldm.util import instantiate_from_config, mix_seed, to_device
+from ldm.request import ModelFacts
+from ldm.util import instantiate_from_config, mix_seed, own_defaults, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,10 @@ class LatentDiffusion(pl.LightningModule):
         "model_lr": "frozen weights stay frozen",
         "image_size": "latents of any size are taken",
     }
-    native = Native()  # what `load_model_from_config` finds in the configuration
+
+    # what `load_model_from_config` finds in the configuration and beside the weights
+    facts = ModelFacts()
+    presets: Mapping[str, Sequence[int]] = Windows()
 
     alphas_cumprod: Tensor
     sqrt_alphas_cumprod: Tensor
@@ -92,6 +97,7 @@ class LatentDiffusion(pl.LightningModule):
     first_stage_model: FirstStage
     cond_stage_model: FrozenCLIPEmbedder
 
+    @own_defaults()
     def __init__(
         self,
         unet_config: Mapping[str, Any],
@@ -320,6 +326,8 @@ class LatentDiffusion(pl.LightningModule):
     # --- training ----------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise ValueError("Learning needs gradients, which torch.inference_mode() switches off; fit outside of it.")
         self._captured.clear()  # graphs of an earlier fit: the weights may have moved since
         if self.cuda_graph:
             with self.trainer.precision_plugin.forward_context():
@@ -479,7 +487,7 @@ class LatentDiffusion(pl.LightningModule):
         if self.image_key in batch:
             images["inputs"] = batch[self.image_key][:N].permute(0, 3, 1, 2)
         generators = [torch.Generator().manual_seed(mix_seed(self.seed, i)) for i in range(len(z))]
-        x_T = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(self.device)
+        x_T = draw_noise(generators, z.shape, self.device)
         cond = self.get_learned_conditioning(captions)
         uncond = self.get_unconditional(count=len(z))
         for name, guidance in {"samples": 1.0, "samples_scaled": scale}.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.stages import timesteps_of
+from ldm.models.diffusion.sampling import draw_noise
 from ldm.util import mix_seed
 
 
@@ -34,8 +35,8 @@ class Draws:
         for number in numbers:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, number, validating))
             t.append(self.timestep(number, generator))
-            posterior_noise.append(torch.randn(latent_shape, generator=generator))
-            noise.append(torch.randn(latent_shape, generator=generator))
+            posterior_noise.append(draw_noise([generator], (1, *latent_shape), "cpu")[0])
+            noise.append(draw_noise([generator], (1, *latent_shape), "cpu")[0])
         return {"t": torch.stack(t), "posterior_noise": torch.stack(posterior_noise), "noise": torch.stack(noise)}
 
     def timestep(self, number: int, generator: torch.Generator) -> Tensor:
@@ -43,4 +44,4 @@ class Draws:
         within = range(self.num_timesteps)
         if self.by_stage:
             within = timesteps_of(number % self.num_stages, self.num_stages, self.num_timesteps)
-        return torch.randint(within.start, within.stop, (), generator=generator)
+        return torch.randint(within.start, within.stop, (), generator=generator, device="cpu")

@@ -20,8 +20,7 @@ from ldm.conditioning.context import Cond, Conditioning, Context, Projected, as_
 from ldm.conditioning.encoding import encode_together
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 from ldm.modules.attention import AttentionHook
-
-MAX_SCALE = 1000  # guidance beyond it leaves nothing of a picture; useful scales are below 30
+from ldm.util import mix_seed
 
 Denoiser = Callable[[Tensor, int], Tensor]  # latents (B, C, H, W), raw timestep -> predicted noise (B, C, H, W)
 NoiseSource = Callable[[], Tensor]  # the next standard normal (B, C, H, W)
@@ -96,8 +95,11 @@ def at_timestep(hook: AttentionHook | None, t: int) -> AttentionHook | None:
 
 
 def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator on the CPU for each picture: a picture depends neither on its batch nor on the device."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    """One generator on the CPU for each picture: a picture depends neither on its batch nor on the device.
+
+    PyTorch's CPU generator reads the low 32 bits of a seed, so longer seeds are mixed first.
+    """
+    return [torch.Generator("cpu").manual_seed(seed if seed < 2**32 else mix_seed(seed)) for seed in seeds]
 
 
 def draw_noise(
@@ -105,8 +107,9 @@ def draw_noise(
 ) -> Tensor:
     """Standard normal float32 noise `shape` (B, C, H, W): sample i from generator i, or from global state if None."""
     if generators is None:
-        return torch.randn(tuple(shape), device=device)
-    return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in generators]).to(device)
+        return torch.randn(tuple(shape), device=device, dtype=torch.float32)
+    options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever PyTorch's defaults are
+    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, **options) for g in generators]).to(device)
 
 
 class Sampler(ABC):

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from ldm.conditioning.presets import PRESET_STAGES, joint, preset
-from ldm.conditioning.prompts import PromptReader, check_words
+from ldm.conditioning.prompts import PromptReader
 
 RECORDED = tiny.golden("text")
 PROMPTS = tiny.META["prompts"]
@@ -66,9 +65,12 @@ def test_recorded_slots(reader: PromptReader, name: str, legacy: bool, record: s
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_short_list_is_refused_where_the_reference_ignored_it(reader: PromptReader, legacy: bool) -> None:
+    """All that is refused is in test_request.py."""
     prompt = PROMPTS["short_list"]
     with pytest.raises(ValueError, match="9 entries, but this model has 10 stages"):
         reader.read([prompt["prompt"]], prompt["prospect_words"], legacy)
+    with pytest.raises(ValueError, match="A prompt must be a text, not a list"):
+        reader.read([["*"]], legacy_word_tokens=legacy)
 
 
 # What the reference's rule does with other text
@@ -132,17 +134,6 @@ def test_an_integer_is_the_learned_vector_of_that_stage_in_any_order(reader: Pro
     assert slots[:, 0, 1].tolist() == [-10, -9, -8, -7, -6, -5, -4, -3, -2, -1]
 
 
-@pytest.mark.parametrize("kind", [list, tuple])
-def test_lists_and_tuples_are_taken(kind: type) -> None:
-    given_words = kind(["a", 1, None, "*"])
-    assert check_words(given_words, 4) == ["a", 1, None, "*"]
-
-
-def test_numpy_integers_are_taken_as_integers() -> None:
-    checked = check_words([np.int32(0), np.int64(1), np.uint8(2)], 3)
-    assert checked == [0, 1, 2] and {type(word) for word in checked} == {int}
-
-
 def test_one_list_serves_a_batch(reader: PromptReader) -> None:
     slots = reader.read(["a * on", "", "*"], ["dog"] * 10)
     assert slots.shape == (10, 3, 77)
@@ -157,43 +148,6 @@ def test_other_numbers_of_stages_and_lengths(tokenizer: CLIPTokenizer) -> None:
         [BOS, A, -3, EOS, EOS, EOS, EOS, EOS],
         [BOS, A, DOG, -1, EOS, EOS, EOS, EOS],
     ]
-
-
-# prospect_words: what is refused
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "has 0 entries, but this model has 10 stages"),
-        (["a"] * 11, "has 11 entries"),
-        ("a dog", "must be a list of 10 entries, not a str"),
-        ("a dog, ten", "must be a list of 10 entries, not a str"),  # ten letters
-        (b"0123456789", "not a bytes"),
-        (dict.fromkeys(range(10), "a"), "not a dict"),
-        (5, "not a int"),
-        ((word for word in ["a"] * 10), "not a generator"),
-        (["a"] * 4 + [True] + ["a"] * 5, r"prospect_words\[4\] is a bool"),
-        (["a"] * 9 + [False], r"prospect_words\[9\] is a bool"),
-        ([1.0] + ["a"] * 9, r"prospect_words\[0\] is a float"),
-        ([["a"]] + ["a"] * 9, r"prospect_words\[0\] is a list"),
-        ([-1] + ["a"] * 9, r"prospect_words\[0\] = -1: a stage number must be in 0..9"),
-        (["a"] * 9 + [10], r"prospect_words\[9\] = 10: a stage number must be in 0..9"),
-        (["a"] * 9 + [np.int64(10)], r"prospect_words\[9\] = 10"),
-        (["a"] * 9 + [np.float32(1)], r"prospect_words\[9\] is a float32"),
-        (["a"] * 9 + [np.bool_(True)], r"prospect_words\[9\] is a bool"),
-    ],
-)
-@pytest.mark.parametrize("legacy", [False, True])
-def test_wrong_words_are_refused(reader: PromptReader, words: object, message: str, legacy: bool) -> None:
-    with pytest.raises(ValueError, match=message):
-        reader.read(["*"], words, legacy)
-
-
-@pytest.mark.parametrize("prompt", [None, 5, ["*"]])
-def test_a_prompt_must_be_a_text(reader: PromptReader, prompt: object) -> None:
-    with pytest.raises(ValueError, match="A prompt must be a text"):
-        reader.read([prompt])
 
 
 # Text
@@ -253,10 +207,12 @@ def test_an_entry_speaks_of_the_star_only(tokenizer: CLIPTokenizer) -> None:
     assert body(reader, "* on <cat>", [7] * 10, stage=2) == [-8, ON, -13]
 
 
-def test_a_name_with_signs_of_regular_expressions(tokenizer: CLIPTokenizer) -> None:
-    reader = PromptReader(tokenizer, {"(.)+": range(10)}, 10)
-    assert body(reader, "a (.)+ dog") == [A, -1, DOG]
-    assert body(reader, "a dog") == [A, DOG]
+def test_a_placeholder_that_is_a_word_stays_out_of_other_words(tokenizer: CLIPTokenizer) -> None:
+    reader = PromptReader(tokenizer, {"dog": range(10), "(.)+": range(10, 20)}, 10)
+    assert body(reader, "a dog, dog's (.)+") == [A, -1, 267, -1, 6, 338, -11]
+    for text in ("dogs", "hotdog", "a hotdog on"):
+        assert body(reader, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert body(reader, "*", ["a dog on"] * 10) == [A, -1, ON]
 
 
 # Warnings
@@ -300,6 +256,35 @@ def test_a_star_that_nothing_is_learned_for(tokenizer: CLIPTokenizer, caplog: py
     assert caplog.messages == [], "no star is left"
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a (red:1.4) dog", "(red:1.4)"),
+        ("a (big red: 2) dog", "(big red: 2)"),
+        ("a <lora:style:0.8> dog", "<lora:style:0.8>"),
+        ("a <LoRA:style> dog", "<LoRA:style>"),
+    ],
+)
+def test_weights_of_other_programs_are_read_as_letters_and_said(
+    reader: PromptReader, caplog: pytest.LogCaptureFixture, text: str, found: str
+) -> None:
+    slots = body(reader, text)
+    assert len(slots) > 4
+    sentence = f"'{found}' is read as letters: weights and extra networks of other programs mean nothing here."
+    assert caplog.messages == [sentence]
+    body(reader, "*", [text] * 10)
+    assert caplog.messages == [sentence] * 2
+    body(reader, "at (12:30), (see: no), (red) a:1.4 <style> (" + "a" * 100_000)
+    assert not any("read as letters" in message for message in caplog.messages[2:])
+
+
+def test_words_for_which_there_is_room(reader: PromptReader) -> None:
+    assert reader.words_read("a " * 75) == [None] * 10
+    words = ["a " * 80, "cat", *[None] * 8]
+    assert reader.words_read("a * dog", words) == [75, *[None] * 9]
+    assert reader.words_read("a " * 74 + "photorealistic dog") == [74] * 10, "a word that does not fit whole"
+
+
 def test_ordinary_use_is_silent(reader: PromptReader, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     reader.read(["a photo of a *", "*"], ["a * dog"] * 5 + [None] * 5)
@@ -328,84 +313,3 @@ def test_any_text_gives_a_well_formed_row(tokenizer: CLIPTokenizer, prompt: str,
         assert len(learned) == stars or row[75] != EOS, "none is lost unless the row is full"
         stage_read = stage if entry is None or isinstance(entry, str) else entry
         assert set(learned) <= {-(3 - stage_read + 1)}
-
-
-# The paper's presets
-
-
-def test_presets_have_the_star_in_the_papers_stages() -> None:
-    with_star = {
-        name: [i for i, entry in enumerate(preset(name, "a * dog")) if "*" in entry]
-        for name in ("content", "layout", "material", "style")
-    }
-    assert with_star == {
-        "content": [0, 1, 2, 3, 4, 5, 6, 7],
-        "layout": [9],
-        "material": [0, 1, 2, 3, 4],
-        "style": [0, 1, 2, 3, 4],
-    }
-    assert preset("material", "a * dog")[0] == "a * dog" and preset("material", "a * dog")[9] == "a dog"
-
-
-@pytest.mark.parametrize(
-    ("name", "prompt"), [("material", "a * dog on the table"), ("layout", "a corgi sits on the table")]
-)
-def test_presets_are_the_readmes_examples(name: str, prompt: str) -> None:
-    example = {"material": "readme_dog", "layout": "readme_corgi"}[name]
-    assert preset(name, prompt) == PROMPTS[example]["prospect_words"]
-
-
-def test_presets_for_other_stages() -> None:
-    assert [("*" in e) for e in preset("material", "*", num_stages=4)] == [True, True, False, False]
-    assert ["*" in e for e in preset("style", "dog", stages=[1], num_stages=3)] == [False, True, False]
-    with pytest.raises(ValueError, match="Unknown preset 'colour'; there are content, layout, material, style"):
-        preset("colour", "*")
-    with pytest.raises(ValueError, match=r"Stages \[-1, 10\] are outside 0..9"):
-        preset("style", "*", stages=[-1, 3, 10])
-
-
-# Attributes from several concepts
-
-FOUR = {"content": "<a>", "material": "<b>", "style": "<c>", "layout": "<d>"}
-
-
-def test_the_papers_joint_result_is_one_call() -> None:
-    words = joint(FOUR, "a <b> <c> <a> teddy")
-    assert words == ["a <b> <c> teddy"] * 5 + ["a <a> teddy"] * 3 + ["a teddy"] + ["a teddy <d>"]
-
-
-def test_content_keeps_its_late_stages_where_nothing_else_wants_them() -> None:
-    assert joint({"content": "<a>", "layout": "<d>"}, "a <a>") == ["a <a>"] * 8 + ["a", "a <d>"]
-    assert joint({"content": "<a>", "material": "<a>"}, "a <a>") == ["a <a>"] * 8 + ["a"] * 2
-
-
-def test_joint_of_one_attribute_is_its_preset() -> None:
-    for attribute in PRESET_STAGES:
-        for stages in (5, 10, 20):
-            assert joint({attribute: "*"}, "a * dog", num_stages=stages) == preset(
-                attribute, "a * dog", num_stages=stages
-            )
-
-
-def test_stages_of_a_joint_list_can_be_chosen() -> None:
-    words = joint(FOUR, "x", stages={"layout": [8, 9], "content": range(10)})
-    assert words == ["x <a> <b> <c>"] * 5 + ["x <a>"] * 3 + ["x <a> <d>"] * 2
-
-
-def test_a_placeholder_may_stand_several_times() -> None:
-    assert joint({"layout": "<a>"}, "a <a> on a <a><a>")[8:] == ["a on a", "a <a> on a <a><a>"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (({},), "at least one attribute: content, layout, material, style"),
-        (({"mood": "<a>"},), "Unknown preset 'mood'"),
-        ((FOUR, "", {"mood": [1]}), "stages names 'mood'"),
-        (({"content": "<a>"}, "", {"layout": [1]}), "for which there is no concept"),
-        ((FOUR, "", {"layout": [10]}), r"Stages \[10\] are outside 0..9"),
-    ],
-)
-def test_wrong_joint_arguments(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        joint(*arguments)

@@ -1,0 +1,423 @@
+"""What an image is asked for: one dataclass that checks itself.
+
+Flags, the YAML file of `--words`, the record in a PNG and the arguments of `ldm.generate.main` all become a `Request`.
+Nothing heavy is imported here, so that a mistake is reported before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+PLACEHOLDER = "*"
+SAMPLERS = ("ddim", "plms")
+RESIZES = ("crop", "pad", "squash")
+PRESETS = ("content", "layout", "material", "style")
+MAX_STEPS = 1000
+MAX_SCALE = 1000  # guidance beyond it leaves nothing of an image; useful scales are below 30
+MAX_SIDE = 1 << 14  # pixels
+MAX_IMAGES = 1_000_000
+MAX_SAMPLES = 4096  # images in a batch
+MAX_CONCEPTS = 100  # a prompt has room for 75 tokens
+
+Words = Sequence["str | int | None"]
+# Letters and digits of scripts that put spaces between words; Thai, Chinese, Japanese, … do not.
+_LETTER = r"[^\W\u0e00-\U0010ffff]"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a request is checked against; by default Stable Diffusion v1's.
+
+    Args:
+        num_stages: S, entries of `prospect_words`.
+        num_timesteps: T, the most sampling steps there can be.
+        size_unit: pixels that height and width must be multiples of.
+        factor: pixels for each latent element, f.
+        height, width: pixels of an image where the request gives none; so is `scale`.
+        placeholder: of a concept without a name; None: the model takes no concepts.
+        token_width: D of the text transformer, which concepts must have.
+    """
+
+    num_stages: int = 10
+    num_timesteps: int = 1000
+    size_unit: int = 64
+    factor: int = 8
+    height: int = 512
+    width: int = 512
+    scale: float = 10.0
+    placeholder: str | None = PLACEHOLDER
+    token_width: int = 768
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What an image is asked for. Numbers of NumPy become Python's, paths get their `~` expanded.
+
+    Args:
+        prompt: in it, * stands for the concept or for the entries of `prospect_words`
+        prospect_words: one entry for each stage, the end of sampling (low noise) first: a text that replaces *, the
+            number of the stage whose learned token does, or None for the prompt as it is
+        preset: what the concept gives, the prompt the rest: content, layout, material or style; of several concepts
+            only the first that the prompt names (ldm.prompts.joint, in Python, takes something from each)
+        negative_prompt: plain text that guidance leads away from, in all stages
+        content_dir: image to edit: a file, or one that Pillow has opened; None generates from noise
+        strength: how much of the content image is given up, 0 (nothing) to 1 (all)
+        resize: how the content image is brought to width x height: crop, pad or squash
+        ddim_steps: sampling steps, 1 to 1000
+        ddim_eta: 0 is deterministic DDIM, 1 is as random as DDPM
+        scale: guidance scale, 0 to 1000; 1 is no guidance; by default the model's own (Stable Diffusion: 10)
+        sampler: ddim or plms
+        seed: of the first image; image i has seed + i
+        n_samples: images in a batch
+        n_iter: batches
+        n_rows: images in a row of the grid; 0 for as square as possible
+        height: pixels; by default the model's own (Stable Diffusion: 512)
+        width: pixels; by default the model's own (Stable Diffusion: 512)
+        concepts: learned embeddings, {placeholder: file}, for this request only
+        any_base: use concepts that were learned for another base model, too
+        legacy_word_tokens: read prospect_words as the reference does: only the first piece of each word
+
+    Raises:
+        ValueError: a value of a wrong type, an unknown choice or a number out of range; one sentence with the remedy.
+    """
+
+    prompt: str = ""
+    prospect_words: Words | None = None
+    preset: str | None = None
+    negative_prompt: str = ""
+    content_dir: Any = None
+    strength: float = 0.5
+    resize: str = "crop"
+    ddim_steps: int = 50
+    ddim_eta: float = 0.0
+    scale: float | None = None
+    sampler: str = "ddim"
+    seed: int = 42
+    n_samples: int = 1
+    n_iter: int = 1
+    n_rows: int = 0
+    height: int | None = None
+    width: int | None = None
+    concepts: Mapping[str, Any] | None = None
+    any_base: bool = False
+    legacy_word_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_texts()
+        self._check_choices()
+        self._check_numbers()
+        self._set("content_dir", _content(self.content_dir))
+        self._set("concepts", _concepts(self.concepts or {}))
+        check_negative_prompt(self.negative_prompt, self.concepts or {})
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_texts(self) -> None:
+        check_prompt(self.prompt)
+        if self.prospect_words is not None:
+            if self.preset is not None:
+                raise ValueError("preset makes prospect_words itself; give one of them.")
+            self._set("prospect_words", tuple(check_words(self.prospect_words)))
+
+    def _check_choices(self) -> None:
+        choices = {"sampler": SAMPLERS, "resize": RESIZES, "preset": PRESETS}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value in known) and not (name == "preset" and value is None):
+                raise ValueError(f"Unknown {name} {shown(value)}; there are {', '.join(known)}.")
+        for name in ("any_base", "legacy_word_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {shown(getattr(self, name))}.")
+
+    def _check_numbers(self) -> None:
+        for name in ("ddim_steps", "seed", "n_samples", "n_iter", "n_rows", "height", "width"):
+            if getattr(self, name) is not None or name not in ("height", "width"):
+                self._set(name, _whole(name, getattr(self, name)))
+        for name in ("strength", "ddim_eta", "scale"):
+            if getattr(self, name) is not None or name != "scale":
+                self._set(name, _real(name, getattr(self, name)))
+        if not 1 <= self.ddim_steps <= MAX_STEPS:
+            raise ValueError(f"ddim_steps must be in 1..{MAX_STEPS}, not {shown(self.ddim_steps)}.")
+        if not 0.0 <= self.strength <= 1.0:
+            raise ValueError(f"strength must be in 0..1, not {self.strength}: 0 keeps the content image, 1 none of it.")
+        self._check_sampling()
+        self._check_counts()
+
+    def _check_sampling(self) -> None:
+        if self.scale is not None and not 0 <= self.scale <= MAX_SCALE:
+            raise ValueError(
+                f"scale must be in 0..{MAX_SCALE}, not {self.scale}; 1 means no guidance, 5 to 10 are usual."
+            )
+        if self.sampler == "plms" and self.ddim_eta != 0:
+            raise ValueError(f"PLMS is deterministic: ddim_eta must be 0, not {self.ddim_eta}; use DDIM for eta > 0.")
+        if not self.ddim_eta >= 0:
+            raise ValueError(f"ddim_eta must not be negative, but is {self.ddim_eta}.")
+        if self.ddim_eta > 1:  # a step would have to add more noise than is left after it
+            raise ValueError(f"ddim_eta must be at most 1 (as random as DDPM), not {self.ddim_eta}.")
+
+    def _check_counts(self) -> None:
+        count = self.n_iter * self.n_samples
+        if self.n_iter < 1 or self.n_samples < 1:
+            raise ValueError(
+                f"n_iter and n_samples must be at least 1, not {shown(self.n_iter)} and {shown(self.n_samples)}."
+            )
+        if self.n_samples > MAX_SAMPLES:
+            raise ValueError(f"n_samples must be at most {MAX_SAMPLES}, not {shown(self.n_samples)}; use n_iter.")
+        if count > MAX_IMAGES:
+            raise ValueError(f"n_iter · n_samples must be at most {MAX_IMAGES}, not {shown(count)}; use fewer.")
+        if self.n_rows < 0:
+            raise ValueError(f"n_rows must be at least 1, or 0 for as square as possible, not {shown(self.n_rows)}.")
+        if not 0 <= self.seed <= 2**63 - count:
+            raise ValueError(f"seed must be in 0..{2**63 - count}, not {shown(self.seed)}; image i has seed + i.")
+        for name in ("height", "width"):
+            if (getattr(self, name) or 0) > MAX_SIDE:
+                raise ValueError(f"{name} must be at most {MAX_SIDE} pixels, not {shown(getattr(self, name))}.")
+
+    def for_model(self, facts: ModelFacts) -> Request:
+        """Return the request with the model's own size and guidance scale where it gives none.
+
+        Raises:
+            ValueError: the model cannot do it; one sentence with the nearest usable value.
+        """
+        own = {name: getattr(facts, name) for name in ("height", "width", "scale") if getattr(self, name) is None}
+        request = replace(self, **own) if own else self
+        if request.ddim_steps > facts.num_timesteps:
+            raise ValueError(f"ddim_steps must be in 1..{facts.num_timesteps}, not {request.ddim_steps}.")
+        for name in ("height", "width"):
+            _check_size(name, getattr(request, name), facts.size_unit)
+        if request.prospect_words is not None:
+            check_words(request.prospect_words, facts.num_stages)
+        if request.concepts and facts.placeholder is None:
+            raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
+        return request
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, of a request that `for_model` returned."""
+        if self.height is None or self.width is None:
+            raise ValueError("The size depends on the model; call for_model first.")
+        return self.height, self.width
+
+    @property
+    def guidance_scale(self) -> float:
+        """`scale`, of a request that `for_model` returned."""
+        if self.scale is None:
+            raise ValueError("The guidance scale depends on the model; call for_model first.")
+        return self.scale
+
+    @property
+    def denoising_steps(self) -> int:
+        """Steps that are made: all of them from noise, `edit_steps` of them for a content image."""
+        return self.ddim_steps if self.content_dir is None else edit_steps(self.strength, self.ddim_steps)
+
+
+def edit_steps(strength: float, ddim_steps: int) -> int:
+    """Return strength · ddim_steps without its fraction, in decimal: 0.29 of 100 is 29.
+
+    The reference's `int(strength * ddim_steps)` gives 28, because the binary number nearest to 0.29 is less.
+    """
+    return int(Decimal(str(strength)) * ddim_steps)
+
+
+def model_facts(config: DictConfig) -> ModelFacts:
+    """Read the facts of a model from its configuration; nothing is built.
+
+    The size is the latents' `image_size`, else the first stage's `resolution`; the guidance scale is the image
+    logger's. What is missing or unreadable is Stable Diffusion's.
+    """
+    from omegaconf import OmegaConf
+
+    def read(key: str) -> Any:
+        return OmegaConf.select(config, key, throw_on_resolution_failure=False)
+
+    def whole(key: str, default: int) -> int:
+        value = read(key)
+        return value if type(value) is int and value > 0 else default
+
+    def halvings(key: str, default: int) -> int:
+        multipliers = read(key)
+        return len(multipliers) - 1 if isinstance(multipliers, Sequence) and multipliers else default
+
+    params, first_stage = "model.params", "model.params.first_stage_config.params.ddconfig"
+    factor = 2 ** halvings(f"{first_stage}.ch_mult", 3)
+    size = whole(f"{params}.image_size", 0) * factor or whole(f"{first_stage}.resolution", 512)
+    scale = read("lightning.callbacks.image_logger.params.log_images_kwargs.scale")
+    placeholders = read(f"{params}.personalization_config.params.placeholder_strings") or PLACEHOLDER
+    placeholder = placeholders if isinstance(placeholders, str) else str(placeholders[0])
+    return ModelFacts(
+        num_stages=whole(f"{params}.prospect_stages", 10),
+        num_timesteps=whole(f"{params}.timesteps", 1000),
+        size_unit=factor * 2 ** halvings(f"{params}.unet_config.params.channel_mult", 3),
+        factor=factor,
+        height=size,
+        width=size,
+        scale=float(scale) if isinstance(scale, (int, float)) else 10.0,
+        placeholder=placeholder if read(f"{params}.personalization_config") is not None else None,
+        token_width=whole(f"{params}.cond_stage_config.params.text_config.hidden_size", 768),
+    )
+
+
+# --- texts and placeholders ------------------------------------------------------------------------------------
+
+
+def check_prompt(prompt: object, what: str = "A prompt") -> None:
+    """Raise `ValueError` unless `prompt` is a text that can be written down."""
+    if not isinstance(prompt, str):
+        remedy = "; in YAML, put it in quotes" if isinstance(prompt, (int, float)) else ""
+        raise ValueError(f"{what} must be a text, not {shown(prompt)}{remedy}.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"{what} has bytes that are no text ({prompt[:40]!a}); write it in UTF-8.")
+
+
+def check_placeholder(placeholder: object) -> None:
+    """Raise `ValueError` unless prompts can be cut at `placeholder`: `*` is replaced wherever it stands."""
+    if not isinstance(placeholder, str) or not placeholder.strip():
+        raise ValueError(f"A placeholder must be a visible text such as '*', not {shown(placeholder)}.")
+    check_prompt(placeholder, "A placeholder")
+    if PLACEHOLDER in placeholder and placeholder != PLACEHOLDER:
+        raise ValueError(
+            f"The placeholder '{placeholder}' must not contain '*', which is one itself; take '<star>' or so."
+        )
+
+
+def check_negative_prompt(text: object, placeholders: Iterable[str]) -> None:
+    """Raise `ValueError` unless `text` is plain: learned tokens have no place in what guidance leads away from."""
+    check_prompt(text, "negative_prompt")
+    for placeholder in (PLACEHOLDER, *placeholders):
+        if mentions(str(text), placeholder):
+            raise ValueError(
+                f"negative_prompt has the placeholder '{placeholder}'; it must be plain text, so leave it out."
+            )
+
+
+def check_words(words: object, num_stages: int | None = None) -> list[str | int | None]:
+    """Return `words` as a checked list.
+
+    Args:
+        num_stages: S; None leaves the number of entries, and which stages they may name, for later.
+
+    Raises:
+        ValueError: not a list of S entries, or an entry that is neither a text, a stage number, nor None.
+    """
+    if isinstance(words, (str, bytes, bytearray)) or not isinstance(words, Sequence):
+        count = "one entry for each stage" if num_stages is None else f"{num_stages} entries"
+        raise ValueError(f"prospect_words must be a list of {count}, not a {type(words).__name__}.")
+    if num_stages is not None and len(words) != num_stages:
+        raise ValueError(
+            f"prospect_words has {len(words)} entries, but this model has {num_stages} stages; entry 0 is the end "
+            "of generation, the last one its start."
+        )
+    return [_entry(i, word, num_stages) for i, word in enumerate(words)]
+
+
+def _entry(i: int, word: object, num_stages: int | None) -> str | int | None:
+    if word is None or isinstance(word, str):
+        check_prompt(word or "", f"prospect_words[{i}]")
+        return word
+    if not isinstance(word, Integral) or isinstance(word, bool):
+        raise ValueError(
+            f"prospect_words[{i}] is a {type(word).__name__}; an entry is a text, a stage number, or None."
+        )
+    stage = int(word)
+    if num_stages is not None and not 0 <= stage < num_stages:
+        raise ValueError(f"prospect_words[{i}] = {shown(stage)}: a stage number must be in 0..{num_stages - 1}.")
+    return stage
+
+
+def placeholder_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern with one group that matches any of `placeholders`, the longest that fits.
+
+    One that begins or ends with a letter or digit is not found inside a longer word: `star` is not in `starfish`.
+    """
+    found = sorted(set(placeholders), key=len, reverse=True)
+    return re.compile("(" + "|".join(_whole_word(placeholder) for placeholder in found) + ")")
+
+
+def _whole_word(placeholder: str) -> str:
+    before = rf"(?<!{_LETTER})" if re.match(_LETTER, placeholder) else ""
+    behind = rf"(?!{_LETTER})" if re.match(_LETTER, placeholder[-1:]) else ""
+    return before + re.escape(placeholder) + behind
+
+
+def mentions(text: str, placeholder: str) -> bool:
+    """Return whether a placeholder stands in a text."""
+    return placeholder_pattern([placeholder]).search(text) is not None
+
+
+# --- values ----------------------------------------------------------------------------------------------------
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: in short, and of arrays, lists and bytes only what they are."""
+    if isinstance(value, int) and abs(value) >= 10**20:  # thousands of digits cannot even be written
+        return "a number of more than 20 digits"
+    if value is None or isinstance(value, (str, int, float)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:60]}…"
+    return f"a {type(value).__name__}"
+
+
+def _whole(name: str, value: object) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, not {shown(value)}.")
+    return int(value)
+
+
+def _real(name: str, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, not {shown(value)}.")
+    try:
+        # NumPy's float32(0.7) was written as 0.7; its double is 0.699999988
+        return float(str(value) if hasattr(value, "dtype") else value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that fits, not {shown(value)}.") from None
+
+
+def _check_size(name: str, size: int, unit: int) -> None:
+    if size < unit or size % unit:
+        nearest = max(unit, round(size / unit) * unit)
+        raise ValueError(f"{name} must be a multiple of {unit} for this model, not {shown(size)}; nearest: {nearest}.")
+
+
+def _content(content: Any) -> Any:
+    """The content image: None, a path with `~` expanded, an open file, or Pillow's image."""
+    if isinstance(content, (str, os.PathLike)):
+        if not os.fspath(content):
+            raise ValueError("content_dir is an empty path; give the image to edit (--content FILE), or None.")
+        return os.path.expanduser(content)
+    if content is None or hasattr(content, "read") or hasattr(content, "getexif"):
+        return content
+    raise ValueError(f"content_dir must be a file's path or an image of Pillow, not {shown(content)}.")
+
+
+def _concepts(concepts: object) -> dict[str, Any] | None:
+    """{placeholder: path with `~` expanded, or a loaded concept}; None for none."""
+    if not isinstance(concepts, Mapping):
+        raise ValueError(f"concepts must be {{name: file}}, not {shown(concepts)}; give them with --concept NAME=FILE.")
+    if len(concepts) > MAX_CONCEPTS:
+        raise ValueError(f"There are {len(concepts)} concepts; a request takes at most {MAX_CONCEPTS}.")
+    return {name: _concept(name, source) for name, source in concepts.items()} or None
+
+
+def _concept(name: object, source: Any) -> Any:
+    check_placeholder(name)
+    if source == "":
+        raise ValueError(f"The concept '{name}' has no file here; give it with --concept '{name}=FILE'.")
+    if isinstance(source, (str, os.PathLike)):
+        return os.path.expanduser(source)
+    if hasattr(source, "metadata"):  # a loaded one
+        return source
+    raise ValueError(
+        f"concepts must be {{name: file}}, and '{name}' has {shown(source)} instead of a file's path; give it with "
+        f"--concept '{name}=FILE'."
+    )

@@ -1,0 +1,637 @@
+"""`scripts/txt2img.py` and `scripts/img2img.py`: what they write, repeat, and refuse."""
+
+import ast
+import builtins
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bad_files import ROOT, STAR, Cases, cases, refused, words
+from PIL import Image
+
+import ldm.generate
+from ldm.cli.export import run as export
+from ldm.cli.sample import build_parser, run
+from ldm.conditioning.presets import load_presets, preset, presets_beside
+from ldm.embeddings import Concept, load_concept, save_concept, save_stages
+from ldm.generate import load_model_from_config, main, read_parameters
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.request import Request
+
+CONTENT = "models/demo/references/dotted-star/dotted-star.png"
+SMALL = ["--steps", "3", "--height", "32", "--width", "32", "--device", "cpu"]
+HEART = "a large * heart on black"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default configuration and checkpoint are found from there."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def each_model_is_loaded_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(config: object, *arguments: object, **options: object) -> LatentDiffusion:
+        key = repr((config, arguments, options))
+        if key not in LOADED:
+            LOADED[key] = load_model_from_config(config, *arguments, **options)
+        return LOADED[key]
+
+    if "loads_its_own" not in request.keywords:
+        monkeypatch.setattr(ldm.generate, "load_model_from_config", load)
+
+
+LOADED: dict[str, LatentDiffusion] = {}
+
+
+@pytest.fixture
+def concept_file(tmp_path: Path) -> Path:
+    path = tmp_path / "concept.safetensors"
+    save_concept(Concept(torch.randn(10, 128, generator=torch.Generator().manual_seed(1))), path)
+    return path
+
+
+@pytest.fixture
+def material(tmp_path: Path, concept_file: Path) -> Path:
+    """An image made with a concept, a preset and a prompt."""
+    flags = ("--concept", concept_file, "--preset", "material", "--prompt", HEART, "--outdir", tmp_path)
+    return txt2img(*flags)[0]
+
+
+def program(script: str, *flags: object, python: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess:
+    """Run a script the way a user does."""
+    command = [sys.executable, *python, str(ROOT / f"scripts/{script}.py"), *map(str, flags)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | variables
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
+
+
+def txt2img(*flags: object) -> list[Path]:
+    return run("Generate.", argv=[*SMALL, *map(str, flags)])
+
+
+def img2img(*flags: object) -> list[Path]:
+    return run("Edit.", editing=True, argv=[*SMALL, *map(str, flags)])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), np.int64)
+
+
+# As programs
+
+
+@pytest.mark.parametrize("script", ["txt2img", "img2img"])
+def test_help_imports_nothing_heavy(script: str) -> None:
+    result = program(script, "--help", python=("-X", "importtime"))
+    assert result.returncode == 0
+    assert "--words FILE" in result.stdout and f"python scripts/{script}.py --" in result.stdout
+    assert ("--strength" in result.stdout) == (script == "img2img")
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "ldm.cli.sample" in imported
+    assert not imported & {"torch", "numpy", "omegaconf", "PIL", "transformers", "pytorch_lightning"}
+    start = time.perf_counter()
+    program(script, "--help")
+    assert time.perf_counter() - start < 2  # 0.2 s on an idle machine
+
+
+@pytest.mark.parametrize("script", ["txt2img", "img2img"])
+def test_the_examples_name_files_that_ship(script: str) -> None:
+    source = (ROOT / f"scripts/{script}.py").read_text(encoding="utf-8")
+    named = re.findall(r"--(?:concept|content) (\S+)", ast.get_docstring(ast.parse(source)))
+    assert named and all((ROOT / path).is_file() for path in named)
+
+
+def test_a_program_makes_an_image_from_any_folder_on_any_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, tokenizer = (ROOT / "configs/demo/finetune.yaml").read_text(), "models/demo/tokenizer"
+    (tmp_path / "config.yaml").write_text(config.replace(tokenizer, str(ROOT / tokenizer)))
+    flags = ("--config", "config.yaml", "--prompt", "größe 日本", "--steps", 1, "--outdir", tmp_path)
+    result = program("txt2img", *flags, PYTHONIOENCODING="ascii")
+    path = tmp_path / "größe-日本-42.png"
+    assert (result.returncode, result.stdout) == (0, f"{tmp_path}/gr\\xf6\\xdfe-\\u65e5\\u672c-42.png\n"), result.stderr
+    assert read_parameters(path)["scale"] == 2.5 and Image.open(path).size == (128, 128)  # the small model's own
+
+
+@pytest.mark.parametrize(
+    "script", [*sorted((ROOT / "scripts").glob("*.py")), ROOT / "main.py"], ids=lambda path: path.stem
+)
+def test_help_on_any_terminal(script: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, script, "--help"], capture_output=True, env=environment)
+    assert result.returncode == 0 and result.stdout.startswith(b"usage:"), result.stderr
+
+
+def test_a_mistake_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
+    """A module called torch that fails stands in its place; so do the choices and paths that can be wrong."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "words.yaml").write_text("[a, b]")
+    prompt = ("--prompt", "a")
+    for flags, sentence in {
+        ("--contents", CONTENT): "unknown argument '--contents'; did you mean --concept?",
+        (*prompt, "--ckpt", "none.ckpt"): "There is no file 'none.ckpt'",
+        (*prompt, "--config", "none.yaml"): "'none.yaml'; check the path given with --config",
+        (*prompt, "--concept", "<v>=none.pt"): "There is no file 'none.pt'; check the path given with --concept",
+        (*prompt, "--outdir", ROOT / "README.md"): "is a file; give a folder with --outdir",
+        (*prompt, "--words", "none.yaml"): "'none.yaml'; check the path given with --words",
+        ("--words", tmp_path / "words.yaml"): "has 2 entries, but this model has 10 stages",
+        ("--from", "none.png"): "check the path given with --from",
+        (*prompt, "--sampler", "euler"): "Unknown sampler 'euler'",
+        (*prompt, "--dtype", "int8"): "dtype must be one of float32, float16, bfloat16, not 'int8'",
+        (*prompt, "--width", 65): "width must be a multiple of 32 for this model, not 65; nearest: 64",
+        (*prompt, "--preset", "mood"): "Unknown preset 'mood'",
+    }.items():
+        result = program("txt2img", *flags, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+        assert sentence in result.stderr
+    result = program("img2img", "--content", "none.png", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert "There is no file 'none.png'; check the path given with --content" in result.stderr
+    assert "torch was imported" in program("txt2img", *prompt, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}").stderr
+
+
+@pytest.mark.loads_its_own
+def test_one_run_builds_one_model_and_opens_each_file_once(
+    tmp_path: Path, concept_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    content = shutil.copy(CONTENT, tmp_path / "content.png")
+
+    def counting(function: Callable) -> Callable:
+        def count(path: object, *arguments: object, **options: object) -> object:
+            if isinstance(path, (str, Path)) and "r" in (options.get("mode") or next(iter(arguments), "r")):
+                opened.append(str(path))
+            return function(path, *arguments, **options)
+
+        return count
+
+    built: list[object] = []
+    build = LatentDiffusion.__init__
+    monkeypatch.setattr(
+        LatentDiffusion, "__init__", lambda self, *args, **options: built.append(self) or build(self, *args, **options)
+    )
+    monkeypatch.setattr(builtins, "open", counting(builtins.open))
+    img2img("--content", content, "--concept", concept_file, "--prompt", "a *", "--outdir", tmp_path)
+    assert len(built) == 1
+    assert opened.count(str(content)) == 1
+
+
+# What is written
+
+
+def test_images_in_a_row(tmp_path: Path) -> None:
+    paths = txt2img("--prompt", "a star", "--n_samples", 3, "--n_rows", 1, "--outdir", tmp_path)
+    assert Image.open(paths[0]).size == (32, 96) and read_parameters(paths[0])["n_rows"] == 1
+    assert (pixels(paths[0]) == np.concatenate([pixels(path) for path in paths[1:]])).all()
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    first = txt2img("--prompt", "a star", "--seed", 7, "--outdir", tmp_path)
+    before = first[0].read_bytes()
+    second = txt2img("--prompt", "a star", "--seed", 7, "--outdir", tmp_path, "--steps", 2)
+    assert [path.name for path in first + second] == ["a-star-7.png", "a-star-7-2.png"]
+    assert first[0].read_bytes() == before != second[0].read_bytes()
+
+
+def test_several_images_come_as_a_grid_and_alone(tmp_path: Path) -> None:
+    flags = ("--prompt", "a star", "--seed", 7, "--n_samples", 2, "--n-iter", 2, "--outdir", tmp_path)
+    paths = txt2img(*flags)
+    assert [path.name for path in paths] == ["a-star-7-grid.png", *(f"a-star-{seed}.png" for seed in (7, 8, 9, 10))]
+    grid, *alone = map(pixels, paths)
+    assert (grid == np.block([[[alone[0]], [alone[1]]], [[alone[2]], [alone[3]]]])).all()
+    again = txt2img("--from", paths[3], "--outdir", tmp_path)
+    assert np.abs(pixels(again[0]) - alone[2]).max() <= 1 < np.abs(alone[2] - alone[0]).max()
+
+
+# Ctrl-C
+
+
+def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C when so many batches are finished."""
+    decode, calls = LatentDiffusion.decode_first_stage, iter(range(batches))
+
+    def stop_or_decode(model: LatentDiffusion, latents: torch.Tensor) -> torch.Tensor:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return decode(model, latents)
+
+    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", stop_or_decode)
+
+
+@pytest.mark.parametrize(
+    ("batches", "samples", "files", "said"),
+    [
+        (2, 2, 5, "what was finished, '{}', and the 4 images in it are kept"),
+        (2, 1, 3, "what was finished, '{}', and the 2 images in it are kept"),
+        (1, 1, 1, "what was finished, '{}', is kept"),
+        (0, 1, 0, ": stopped by Ctrl-C"),
+    ],
+)
+def test_ctrl_c_keeps_the_batches_that_are_finished(
+    batches: int, samples: int, files: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--prompt", "a star", "--n_samples", samples, "--n_iter", 5, "--outdir", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        stop_after(batches, patch)
+        txt2img(*flags)
+    first = tmp_path / "out" / ("a-star-42-grid.png" if files > 1 else "a-star-42.png")
+    assert ended.value.code == 130 and len(list(tmp_path.glob("out/*"))) == files
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said.format(first))
+    if files > 1:
+        assert read_parameters(first)["n_iter"] == batches
+        assert (pixels(txt2img("--from", first, "--outdir", tmp_path)[0]) == pixels(first)).all()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for one process")
+def test_ctrl_c_as_a_user_presses_it(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/txt2img.py", "--prompt", "a star", *SMALL, "--n_iter", "100000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [*command, "--outdir", str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    seen = b""
+    while b"| 7" not in seen and started.poll() is None:  # steps of three batches
+        seen += started.stderr.read(1)
+    started.send_signal(signal.SIGINT)
+    output, errors = started.communicate(timeout=60)
+    last = errors.decode().split("\r")[-1].strip()
+    assert (started.returncode, output) == (130, b"") and "Traceback" not in errors.decode()
+    assert last.startswith("txt2img.py: stopped by Ctrl-C; what was finished, ")
+    finished = read_parameters(tmp_path / "a-star-42-grid.png")["n_iter"]
+    assert 2 <= finished == len(list(tmp_path.iterdir())) - 1
+
+
+# What is repeated
+
+
+@pytest.mark.parametrize("editing", [False, True])
+def test_from_repeats_an_image(tmp_path: Path, concept_file: Path, editing: bool) -> None:
+    make = img2img if editing else txt2img
+    flags = ["--content", CONTENT, "--strength", 0.8, "--resize", "pad"] if editing else ["--n_samples", 2]
+    flags += ["--concept", f"<it>={concept_file}", "--preset", "layout", "--prompt", "a <it> star", "--seed", 3]
+    first = make(*flags, "--eta", 0.5, "--scale", 1.5, "--dtype", "bfloat16", "--outdir", tmp_path / "a")
+    again = run("Again.", editing=editing, argv=["--from", str(first[0]), "--outdir", str(tmp_path / "b")])
+    assert len(again) == len(first) == (1 if editing else 3)
+    for old, new in zip(first, again, strict=True):
+        assert (pixels(old) == pixels(new)).all()
+        assert read_parameters(old) == read_parameters(new) and old.name == new.name
+
+
+def test_flags_change_what_from_repeats(tmp_path: Path) -> None:
+    first = txt2img("--prompt", "a star", "--outdir", tmp_path)[0]
+    other = txt2img("--from", first, "--seed", 5, "--outdir", tmp_path)[0]
+    old, new = read_parameters(first), read_parameters(other)
+    assert {key for key in old if old[key] != new[key]} == {"seed"}
+    assert np.abs(pixels(first) - pixels(other)).max() > 1
+
+
+def test_what_a_preset_made_changes_as_a_whole(
+    tmp_path: Path, material: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert material.name == "a-large-heart-on-black-material-42.png"
+    for flags in (["--prompt", "a * star"], ["--preset", "layout"]):
+        with refused(capsys, "was made with a preset; to show something else, give both --prompt and --preset"):
+            txt2img("--from", material, *flags)
+    both = ("--prompt", "a * star", "--preset", "layout")
+    record = read_parameters(txt2img("--from", material, *both, "--outdir", tmp_path)[0])
+    windows = presets_beside(ROOT / "models/demo/model.safetensors")
+    assert record["prospect_words"] == preset("layout", "a * star", windows=windows)
+    assert (record["preset"], record["preset_prompt"]) == ("layout", "a * star")
+    flags = [flag for word in ["dotted", *"*********"] for flag in ("--word", word)]
+    record = read_parameters(txt2img("--from", material, *flags, "--outdir", tmp_path)[0])
+    assert record["prospect_words"] == ["dotted", *"*********"] and "preset" not in record
+    old = changed(material, preset=None, prompt="one *")
+    record = read_parameters(txt2img("--from", old, "--prompt", "two *", "--outdir", tmp_path)[0])
+    assert (record["prompt"], record["prospect_words"]) == ("two *", read_parameters(material)["prospect_words"])
+
+
+def changed(image: Path, **changes: object) -> Path:
+    """The image with another record; None removes an entry."""
+    record = {key: value for key, value in (read_parameters(image) | changes).items() if value is not None}
+    with Image.open(image) as opened:
+        other = opened.copy()
+    other.info = {ldm.generate.PNG_KEY: json.dumps(record)}
+    ldm.generate.save_picture(other, image.with_name("other.png"))
+    return image.with_name("other.png")
+
+
+def test_from_says_where_a_file_is_another_now(
+    tmp_path: Path, concept_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = tmp_path / "content.png"
+    Image.new("RGB", (64, 64), "red").save(content)
+    flags = ("--prompt", "a *", "--content", content, "--concept", concept_file, "--outdir", tmp_path)
+    (first,) = img2img(*flags)
+    Image.open(content).save(content, compress_level=0)  # other bytes, the same pixels
+    img2img("--from", first, "--outdir", tmp_path)
+    assert caplog.messages == []
+    save_concept(Concept(torch.ones(10, 128)), concept_file)
+    Image.new("RGB", (64, 64), "blue").save(content)
+    (again,) = img2img("--from", first, "--outdir", tmp_path)
+    assert caplog.messages == [
+        f"The concept '*' ({concept_file}) is another file than the one that the image was made with.",
+        f"The content image '{content}' is another than the one that was edited.",
+    ]
+    caplog.clear()
+    img2img("--from", again, "--outdir", tmp_path)
+    shutil.copy(concept_file, tmp_path / "other.safetensors")
+    others = ("--concept", tmp_path / "other.safetensors", "--content", again, "--outdir", tmp_path)
+    img2img("--from", first, *others)
+    assert caplog.messages == []
+
+
+def test_any_base_is_said_once_and_repeated(tmp_path: Path) -> None:
+    other = Concept(torch.zeros(10, 128), {"base_model": "sd-v1-4.ckpt", "base_model_sha256": "0" * 64})
+    save_concept(other, tmp_path / "other.safetensors")
+    flags = ["--prompt", "a *", "--concept", tmp_path / "other.safetensors", "--outdir", tmp_path]
+    first = txt2img(*flags, "--any-base")[0]
+    again = txt2img("--from", first, "--outdir", tmp_path)[0]
+    assert read_parameters(again)["any_base"] is True and (pixels(first) == pixels(again)).all()
+
+
+# Concepts and words
+
+
+def test_a_concept_in_the_home_folder(tmp_path: Path, concept_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    flags = ("--concept", f"<v>=~/{concept_file.name}", "--outdir=~/new", "--config=configs/demo/finetune.yaml")
+    image = txt2img("--prompt", "a <v>", *flags)[0]
+    assert image == tmp_path / "new" / "a-v-42.png"
+    assert read_parameters(image)["concepts"] == {"<v>": str(concept_file)}
+
+
+def test_a_folder_of_stage_files_is_a_concept(tmp_path: Path, concept_file: Path) -> None:
+    save_stages(load_concept(concept_file), tmp_path, "star")
+    files = [txt2img("--prompt", "a *", "--concept", f"*={c}", "--outdir", tmp_path) for c in (concept_file, tmp_path)]
+    assert (pixels(files[0][0]) == pixels(files[1][0])).all()
+
+
+def test_words_from_a_list_and_from_flags(tmp_path: Path) -> None:
+    (tmp_path / "words.yaml").write_text("- a dotted star\n- 3\n- null\n" + "- '*'\n" * 7, encoding="utf-8")
+    path = txt2img("--words", tmp_path / "words.yaml", "--outdir", tmp_path)[0]
+    record = read_parameters(path)
+    assert (path.name, record["prompt"]) == ("a-dotted-star-42.png", "*")
+    assert record["prospect_words"] == ["a dotted star", 3, None] + ["*"] * 7
+    flags = [flag for word in ["a star", "9", "", *"*******"] for flag in ("--word", word)]
+    record = read_parameters(txt2img("--prompt", "on white *", *flags, "--outdir", tmp_path)[0])
+    assert (record["prompt"], record["prospect_words"]) == ("on white *", ["a star", 9, ""] + ["*"] * 7)
+
+
+def test_a_mapping_gives_any_argument_and_flags_win(tmp_path: Path, concept_file: Path) -> None:
+    (tmp_path / "all.yaml").write_text(
+        f"prompt: a * star\nddim_steps: 2\nseed: 5\nscale: 3\nconcepts: {{'*': '{concept_file}'}}\n", encoding="utf-8"
+    )
+    flags = ["--words", f"{tmp_path}/all.yaml", "--seed", "6", "--outdir", f"{tmp_path}"]
+    record = read_parameters(run("", argv=flags)[0])
+    expected = {"prompt": "a * star", "ddim_steps": 2, "seed": 6, "scale": 3, "concepts": {"*": str(concept_file)}}
+    assert {name: record[name] for name in expected} == expected
+
+
+def test_a_preset_means_the_same_stages_wherever_it_is_asked_for(tmp_path: Path, capsys) -> None:
+    """Command line, `main`, `preset` with the model's windows, and exports, for a concept of the small model."""
+    file, ckpt = "models/demo/concepts/dotted-star.safetensors", "models/demo/model.safetensors"
+    model = load_model_from_config("configs/demo/finetune.yaml", ckpt, device="cpu")
+    measured = load_presets("models/demo/presets.yaml")
+    for attribute in measured:
+        expected = preset(attribute, HEART, windows=model.presets)
+        assert [("*" in word) for word in expected] == [stage in measured[attribute] for stage in range(10)]
+        flags = ("--concept", file, "--preset", attribute, "--prompt", HEART, "--outdir", tmp_path)
+        record = read_parameters(txt2img(*flags)[0])
+        assert (record["prospect_words"], record["preset_windows"]) == (expected, "models/demo/presets.yaml")
+        image = main(HEART, preset=attribute, model=model, concepts={"*": file}, ddim_steps=1, progress=False)
+        assert json.loads(image.info["prospect"])["prospect_words"] == expected
+        exported = export("", [file, "--name", "star", "--to", "diffusers", *map(str, flags[2:]), "--force"])[-1]
+        texts = re.search(r"^PROMPTS: .*? = (\[.*?^\])", exported.read_text(), re.MULTILINE | re.DOTALL)[1]
+        star = [word.replace("*", f"star-{stage}") for stage, word in enumerate(expected)]
+        assert ast.literal_eval(texts) == star
+    # a concept of an unknown base model gets the paper's stages, and with --ckpt those of this model
+    save_concept(Concept(load_concept(file).vectors), tmp_path / "other.safetensors")
+    flags = (f"{tmp_path}/other.safetensors", "--name", "s", "--to", "comfyui", "--outdir", f"{tmp_path}", "--force")
+    file = "models/demo/presets.yaml"
+    for more, windows in (((), None), (("--ckpt", ckpt), measured), (("--presets", file), measured)):
+        workflow = export("", [*flags, "--preset", "layout", "--prompt", "a *", *more])[-1].read_text()
+        stages = {int(stage) for stage in re.findall(r"embedding:s-(\d)", workflow)}
+        assert stages == set((windows or load_presets(None))["layout"])
+
+
+def test_a_preset_is_for_one_concept(tmp_path: Path, concept_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["--concept", f"<a>={concept_file}", "--concept", f"<b>={concept_file}", "--preset", "layout"]
+    record = read_parameters(txt2img(*flags, "--prompt", "a <b> star", "--outdir", tmp_path)[0])
+    windows = presets_beside(ROOT / "models/demo/model.safetensors")
+    assert record["prospect_words"] == preset("layout", "a <b> star", placeholder="<b>", windows=windows)
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "--preset takes layout from '<b>' alone",
+        "The concept '<a>' has no effect: write <a> into the prompt where it belongs.",
+    ]
+
+
+# What is refused, in one sentence; values of a request are in test_request.py
+
+MAKE = "--steps 1 --height 32 --width 32 --device cpu --prompt *"
+EDIT = f"{MAKE} --strength 1 --content "
+CONCEPT = f"{MAKE} --concept {{bad}}/"
+GENERATING: dict[str, Cases] = {
+    "flags": [
+        (f"{MAKE} --stepz 3", "unknown argument '--stepz'; did you mean --steps?"),
+        (f"{MAKE} --strength 0.5", "unknown argument '--strength'"),
+        (f"{MAKE} stray", "unknown argument 'stray'"),
+        (f"{MAKE} LICENSE dog", "unknown argument 'LICENSE', which is a file: put the prompt in quotes"),
+        (f"{MAKE} configs", "put the prompt in quotes"),  # though --config is like it
+        ("LICENSE", "unknown argument 'LICENSE'; see --help"),
+        ("--steps 1", "Say what to show: --prompt TEXT, or --words FILE."),
+        (f"{MAKE} --prompt b", "--prompt is given twice; for other images run the command again"),
+        (f"{MAKE} --preset style --word b", "not allowed with argument"),
+        (f"{MAKE} --steps many", "argument --steps: invalid int value: 'many'"),
+        (f"{MAKE} --height 64.5", "invalid int value: '64.5'"),
+        (f"{MAKE} --seed 9223372036854775808", "seed must be in 0.."),
+        (f"{MAKE} --word a --word b", "prospect_words has 2 entries, but this model has 10 stages"),
+        (MAKE + " --word 10" * 10, "a stage number must be in 0..9"),
+        (f"{MAKE} --device tpu", "'tpu' is none of cpu, mps, cuda"),
+        (f"{MAKE} --device cuda:7", "is not usable here; usable:"),
+        (f"{MAKE} --outdir {{bad}}/text.png/below", "is a file; give a folder with --outdir"),
+        (f"{MAKE} --config {{bad}}/folder.yaml", "is a folder"),
+        (f"{MAKE} --config {{bad}}/empty.yaml", "does not say 'model:'"),
+        (f"{MAKE} --config {{bad}}/allowing.yaml", "--allow_targets"),
+        (f"{MAKE} --config configs/demo/autoencoder.yaml", "makes no images from text"),
+        (f"{MAKE} --config configs/demo/text.yaml", "makes no images from text"),
+        (f"{MAKE} --ckpt {{bad}}/nan.safetensors", "not finite in float32; download"),
+        (f"{MAKE} --ckpt {{bad}}/cut-middle.ckpt", "; download it again"),
+        (f"{MAKE} --ckpt {{bad}}/sd2.safetensors", "holds Stable Diffusion 2"),
+    ],
+    "words": [
+        (f"--words {{bad}}/{file}.yaml", sentence)
+        for file, sentence in {
+            "nowhere": "check the path given with --words",
+            "folder": "is a folder",
+            "binary": "is not a readable YAML file",
+            "star": "an entry that begins with * needs quotes",
+            "deep": "is nested too deeply",
+            "words-laughs": "aliases",
+            "object": "is not a readable YAML file",
+            "scalar": "must hold a YAML list with one entry for each stage",
+            "words-unknown": "main has no argument 'sead'; did you mean 'seed'?",
+            "words-typed": "ddim_steps must be a whole number, not 'few'",
+            "words-prompt": "prompt must be a text, not 3; in YAML, put it in quotes",
+            "words-concepts": "concepts must be {name: file}, not a list",
+            "words-concept-types": "concepts must be {name: file}",
+            "words-nine": "has 9 entries, but this model has 10 stages",
+            "words-bool": "prospect_words[0] is a bool",
+            "words-float": "prospect_words[0] is a float",
+            "words-out": "prospect_words[0] = 10",
+            "words-list": "prospect_words[0] is a list",
+            "words-bytes": "prospect_words[0] is a bytes",
+        }.items()
+    ],
+    "concepts": [
+        (f"{CONCEPT}nowhere.pt", "There is no file"),
+        (f"{CONCEPT}x.png", "this is a folder"),
+        (f"{CONCEPT}empty.ckpt", "the file is empty"),
+        (f"{CONCEPT}text.ckpt", "holds no embedding; use"),
+        (f"{CONCEPT}wide.safetensors", "has width 768 (base model: unknown), but this model's text encoder has width"),
+        (f"{CONCEPT}several.safetensors", "the file holds 2 embeddings (<a>, <b>); give the name of one"),
+        (f"{CONCEPT}stages.safetensors", "there are 7 vectors for 10 stages"),
+        (f"{CONCEPT}tokens.safetensors", "its 10 vectors are for 10 consecutive tokens"),
+        (f"{CONCEPT}nan-concept.safetensors", "infinite or NaN values"),
+        (f"{CONCEPT}cube.safetensors", "this is no embedding but"),
+        (f"{CONCEPT}whole-numbers.safetensors", "this is no embedding but"),
+        (f"{CONCEPT}timesteps.safetensors", "learned for 4000 timesteps"),
+        (f"{CONCEPT}order.safetensors", "in another order"),
+        (f"{CONCEPT}version.safetensors", "format version 9, not 1; update this program"),
+        (f"{CONCEPT}xl-concept.safetensors", "it is for Stable Diffusion XL"),
+        (f"{CONCEPT}none.safetensors", "holds no embedding"),
+        (f"{CONCEPT}cut-header-concept.safetensors", "damaged"),
+        (f"{CONCEPT}cut-middle-concept.safetensors", "damaged"),
+        (f"{CONCEPT}cut-end-concept.safetensors", "damaged"),
+        (f"{CONCEPT}cut.pt", "cut off"),
+        (f"{CONCEPT}whole.safetensors", "embeddings ("),
+        (f"{CONCEPT}lora.safetensors", "consecutive tokens"),
+        (f"{CONCEPT}one-run", "is the folder of a run; its concept is '{bad}/one-run/checkpoints/embeddings.safe"),
+        (f"{CONCEPT}one-run/checkpoints/last.ckpt", "'{bad}/one-run/checkpoints/embeddings.safetensors'."),
+        (f"{CONCEPT}other-base.safetensors", "'sd-v1-4.ckpt'"),
+        (f"{MAKE} --concept a=b --concept a=c", "give every concept a name of its own"),
+        (f"{MAKE} --concept a=", "The concept 'a' has no file here"),
+        (f"{MAKE} --concept <*>={{bad}}/good.safetensors", "The placeholder '<*>' must not contain '*'"),
+        (f"{CONCEPT}good.safetensors --config configs/demo/diffusion.yaml", "no personalization_config"),
+    ],
+    "--from": [
+        (f"--from {{bad}}/{file}.png", sentence)
+        for file, sentence in {
+            "nowhere": "check the path given with --from",
+            "noise": "has no ProSpect parameters",
+            "text": "is no picture that Pillow can read",
+            "empty": "is no picture that Pillow can read",
+            "bomb": "has too many pixels",
+            "x": "is a folder",
+            "record-foreign": "was made with the model 'sd-v1-4.ckpt'; give it with --ckpt",
+            "record-edited": "use scripts/img2img.py",
+            "record-no-json": "has no readable ProSpect parameters",
+            "record-no-mapping": "has no readable ProSpect parameters",
+            "record-deep-json": "has no readable ProSpect parameters",
+            "record-typed": "has no readable ckpt (5); give it with --ckpt",
+            "record-config-typed": "has no readable config (a dict); give it with --config",
+            "record-steps-typed": "ddim_steps must be a whole number, not 'many'",
+            "record-scale-nan": "scale must be in 0..1000",
+            "record-endless": "n_iter · n_samples must be at most 1000000",
+        }.items()
+    ],
+}
+EDITING: dict[str, Cases] = {
+    "flags": [
+        (MAKE, "Give the image to edit with --content FILE"),
+        (f"{EDIT}{STAR} --strength 1.01", "strength must be in 0..1, not 1.01"),
+        (f"{EDIT}{STAR} --strength half", "invalid float value: 'half'"),
+        (f"{EDIT}{STAR} --resize fit", "Unknown resize 'fit'"),
+    ],
+    "images": [
+        (f"{EDIT}{{bad}}/{file}", sentence)
+        for file, sentence in {
+            "nowhere.png": "There is no file",
+            "x.png": "is a folder",
+            "broken-link.png": "There is no file",
+            "loop.png": "There is no file",
+            "empty.png": "is no picture that Pillow can read",
+            "text.png": "is no picture that Pillow can read",
+            "cut-signature.png": "is no picture that Pillow can read",
+            "cut-header.png": "cut-header.png' cannot be read",
+            "cut-middle.png": "cut-middle.png' cannot be read",
+            "cut-end.png": "cut-end.png' cannot be read",
+            "checksum.png": "checksum.png' cannot be read",
+            "cut-middle.jpg": "cut-middle.jpg' cannot be read",
+            "cut-middle.webp": "cut-middle.webp",
+            "bomb.png": "has too many pixels; scale it down first",
+            "float.tiff": "floating point numbers",
+        }.items()
+    ],
+}
+
+
+@pytest.mark.parametrize(("flags", "sentence"), cases(GENERATING))
+def test_generating(flags: str, sentence: str, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = words(flags, bad)
+    with refused(capsys, sentence.replace("{bad}", str(bad)), tmp_path):
+        run("Try.", argv=argv if "--outdir" in argv else [*argv, "--outdir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(("flags", "sentence"), cases(EDITING))
+def test_editing(flags: str, sentence: str, bad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with refused(capsys, sentence, tmp_path):
+        run("Try.", editing=True, argv=[*words(flags, bad), "--outdir", str(tmp_path / "out")])
+
+
+def test_debug_shows_the_trace() -> None:
+    with pytest.raises(ValueError, match=r"ddim_steps must be in 1\.\.1000, not 0\."):
+        run("", argv=["--prompt", "a", "--steps", "0", "--debug"])
+
+
+ACCEPTED: list[tuple[bool, str]] = [
+    (False, f"{MAKE} --scale 0 --eta 1 --seed 9223372036854775807"),
+    (False, f"{MAKE} --ckpt {{bad}}/whole.safetensors --dtype float16"),
+    (False, f"{MAKE} --ckpt {{bad}}/whole.ckpt"),
+    (False, f"{MAKE} --ckpt {{bad}}/whole-old.ckpt"),
+    (False, f"{MAKE} --config configs/demo/diffusion.yaml"),
+    (False, f"{CONCEPT}good.safetensors"),
+    (False, f"{CONCEPT}inversion.pt"),
+    (True, f"{EDIT}{STAR} --strength 0"),
+    (True, f"{EDIT}{{bad}}/pixel.png"),
+    (True, f"{EDIT}{{bad}}/animated.gif"),
+    (True, f"{EDIT}{{bad}}/really-a-png.jpg"),
+    (True, f"{EDIT}{{bad}}/noise.tiff"),
+    (True, f"{EDIT}{{bad}}/line.png --resize pad"),
+    (True, f"{EDIT}{{bad}}/line.png --resize squash"),
+]
+
+
+@pytest.mark.parametrize(("editing", "flags"), ACCEPTED)
+def test_what_is_taken_though_it_looks_odd(editing: bool, flags: str, bad: Path, tmp_path: Path) -> None:
+    paths = run("", editing=editing, argv=[*words(flags, bad), "--outdir", str(tmp_path)])
+    with Image.open(paths[0]) as image:
+        assert image.size == (32, 32)
+
+
+@pytest.mark.parametrize(("flags", "warned"), [("star", 1), ("*", 0), ("* --word *" + 9 * " --word a", 0)])
+def test_a_concept_that_no_text_names(
+    flags: str, warned: int, bad: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    argv = words(f"{MAKE.removesuffix('*')}{flags} --concept {{bad}}/good.safetensors", bad)
+    run("", argv=[*argv, "--outdir", str(tmp_path)])
+    assert [message.startswith("The concept '*' has no effect") for message in caplog.messages] == [True] * warned
+
+
+def test_every_flag_of_a_request_is_a_field_of_it() -> None:
+    """A flag whose `dest` is none would silently do nothing; and each field has a flag."""
+    own = {"help", "words", "concept", "source", "config", "ckpt", "dtype", "device", "outdir", "debug"}
+    own |= {"allow_targets"}
+    dests = {action.dest for action in build_parser("", editing=True)._actions}
+    assert dests - own == {field.name for field in fields(Request)} - {"concepts"}
