@@ -1,0 +1,12 @@
+"""The lab: what the stages decide and what a learned concept is worth, measured. Not part of the installed package.
+
+* world: a rendered world of captioned images whose attributes are known; networks: the small networks trained on it.
+* images: batches of images for experiments; judges: what an image shows, or which of two references it is closer to.
+* captions: does a model draw what its captions say? (scripts/accuracy.py)
+* spectrum, world_spectrum: what is decided in which stage? (scripts/spectrum.py)
+* concepts, ablation, comparison: does a concept transfer the wanted attribute and no other? (scripts/ablate.py)
+* jobs: measurements in parallel, each kept on disk; statistics: confidence intervals; plots: figures.
+* benchmark: time, memory and arithmetic of every optimisation (scripts/benchmark.py).
+
+It imports `ldm`; `ldm` never imports it.
+"""

@@ -1,8 +1,8 @@
-"""What a learned concept is worth: does it bring the picture back, and does it bring one attribute without the rest?
+"""What a learned concept is worth: does it regenerate its image, and does it transfer one attribute without the rest?
 
-Counted on the rendered world, where picture and text have known attributes that differ in every factor.
+Counted on the rendered world, where image and text have known attributes that differ in every factor.
 
-Shapes: N pictures, F factors, S stages, D width.
+Shapes: N images, F factors, S stages, D width.
 """
 
 from __future__ import annotations
@@ -14,40 +14,111 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from evaluation.captions import load, load_judge, to_bytes
-from evaluation.pictures import generate
-from evaluation.world.rendered import FACTORS, PREPOSITIONS, random_attributes, render
+from evaluation.images import encode, generate, load, load_concepts, to_bytes
+from evaluation.jobs import Result
+from evaluation.judges import load_judge
+from evaluation.world.attributes import COLUMNS, PREPOSITIONS, other_attributes, random_attributes, words_of
+from evaluation.world.rendered import render
 from ldm.conditioning.presets import preset
 from ldm.conditioning.stages import matching_stage
 from ldm.config import instantiate_from_config, load_config
 from ldm.embeddings import Concept
 from ldm.files.images import to_pil
 
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+SEED = 23  # of training
 MAX_STEPS = "lightning.trainer.max_steps"
-COLUMNS = {name: column for column, name in enumerate(FACTORS)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Image `number` of a series to learn: its attributes, and those of a text that differ in every factor, (F,)."""
+
+    number: int
+    seed: int  # of the series
+
+    @property
+    def attributes(self) -> Tensor:
+        return random_attributes(self.number + 1, self.seed, held_out=True)[self.number]
+
+    @property
+    def text(self) -> Tensor:
+        return other_attributes(self.attributes, np.random.default_rng((self.seed, self.number)))
+
+    @property
+    def image(self) -> Tensor:
+        """(3, R, R) in [-1, 1]."""
+        return render(self.attributes[None], [self.seed * 1000 + self.number])[0]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the image into a folder, as training reads it."""
+        to_pil(self.image).save(Path(folder) / "image.png")
+
+    def seeds(self, count: int) -> list[int]:
+        """Return seeds of images that are generated with the concept: the same for all prompts and variants."""
+        return [self.seed * 1000 + self.number * count + i for i in range(count)]
+
+
+def build(
+    config: str, ckpt: str, folder: str, overrides: Mapping[str, Any]
+) -> tuple[LatentDiffusion, pl.LightningDataModule, int]:
+    """Return the model, data and steps that learn the image in `folder`, with `overrides` of dotted keys."""
+    settings = load_config(config, flag="--config")
+    given = {"model.params.ckpt_path": ckpt, "data.params.train.params.data_root": folder}
+    for key, value in (given | dict(overrides)).items():
+        OmegaConf.update(settings, key, value)
+    pl.seed_everything(SEED, verbose=False)
+    model = instantiate_from_config(settings.model)
+    model.seed = SEED
+    model.learning_rate = settings.model.base_learning_rate * settings.data.params.batch_size  # as main.py does
+    return model, instantiate_from_config(settings.data), OmegaConf.select(settings, MAX_STEPS)
+
+
+def learn_concept(config: str, ckpt: str, subject: Subject, overrides: Mapping[str, Any]) -> Result:
+    """Learn a subject as `main.py` does: vectors (S, D), and the seconds that it took.
+
+    Of the trainer's settings only `MAX_STEPS` counts.
+    """
+    start = time.monotonic()
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its notices would hide the progress bar
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subject.save(folder)
+        model, data, steps = build(config, ckpt, folder, overrides)
+        trainer = pl.Trainer(
+            max_steps=steps, devices=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(model, data)
+    model.eval()
+    with torch.no_grad():
+        manager: Any = model.embedding_manager
+        vectors = manager.embeddings().detach().float().cpu()
+    return {"vectors": vectors.numpy(), "seconds": np.array(time.monotonic() - start)}
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a preset should take from the picture, and the prompt that names what it should not.
+    """What a preset should take from the learned image, and the prompt that names what it should not."""
 
-    Args:
-        prompt: with {words of the text's factors}, and `*` for the concept.
-        wanted: the factor that should be the picture's.
-        unwanted: the factors that should not; those in neither may be either.
-    """
+    prompt: str  # with {words of the text's factors}, and `*` for the concept
+    wanted: str  # the factor that should be the image's
+    unwanted: tuple[str, ...]  # the factors that should not; those in neither may be either
 
-    prompt: str
-    wanted: str
-    unwanted: tuple[str, ...]
+    def fill(self, text: Tensor) -> str:
+        """Return the prompt with the words of the text's attributes (F,)."""
+        words = words_of(text)
+        return self.prompt.format(**words, preposition=PREPOSITIONS[words["position"]])
 
 
 OBJECT = "a {size} * {shape} {preposition} {position} on a {background} background"
@@ -60,144 +131,61 @@ TRANSFERS = {
 }  # fmt: skip
 
 
-def concept_attributes(number: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The attributes of picture `number`, a held-out combination, and of its text: long (F,) each, all different."""
-    picture = random_attributes(number + 1, seed, held_out=True)[number]
-    rng = np.random.default_rng((seed, number))
-    choices = np.array([len(words) for words in FACTORS.values()])
-    text = (picture.numpy() + rng.integers(1, choices)) % choices
-    return picture, torch.from_numpy(text)
-
-
-def concept_picture(number: int, seed: int) -> Tensor:
-    """The picture to learn, (3, R, R) in [-1, 1]."""
-    picture, _ = concept_attributes(number, seed)
-    return render(picture[None], [seed * 1000 + number])[0]
-
-
-def noises(number: int, seed: int, count: int) -> list[int]:
-    """Seeds of the pictures that are made with concept `number`, alike in all prompts and ways of learning."""
-    return [seed * 1000 + number * count + i for i in range(count)]
-
-
-def fill(transfer: Transfer, attributes: Tensor) -> str:
-    """The transfer's prompt with the words of the text's attributes (F,)."""
-    words = {name: values[i] for (name, values), i in zip(FACTORS.items(), attributes.tolist(), strict=True)}
-    return transfer.prompt.format(**words, preposition=PREPOSITIONS[words["position"]])
-
-
-def configured(config: str, overrides: Mapping[str, Any]) -> DictConfig:
-    """The configuration with other values for dotted keys."""
-    settings = load_config(config)
-    for key, value in overrides.items():
-        OmegaConf.update(settings, key, value)
-    return settings
-
-
-def learn(config: str, ckpt: str, picture: Tensor, overrides: Mapping[str, Any], seed: int = 23) -> Concept:
-    """Learn one picture (3, R, R) as `main.py` does, with `overrides` of the configuration's dotted keys.
-
-    `learning_rate` among them is the final one, not multiplied by the batch size; of the trainer's settings only
-    `MAX_STEPS` counts.
-    """
-    overrides = dict(overrides)
-    learning_rate = overrides.pop("learning_rate", None)
-    settings = configured(config, overrides)
-    settings.model.params.ckpt_path = ckpt
-    pl.seed_everything(seed, verbose=False)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its notices would hide the progress bar
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        to_pil(picture).save(Path(folder) / "picture.png")
-        settings.data.params.train.params.data_root = folder
-        model = instantiate_from_config(settings.model)
-        model.seed = seed
-        data = instantiate_from_config(settings.data)
-        if learning_rate is None:
-            learning_rate = settings.model.base_learning_rate * settings.data.params.batch_size
-        model.learning_rate = learning_rate
-        trainer = pl.Trainer(
-            max_steps=OmegaConf.select(settings, MAX_STEPS), accelerator="auto", devices=1, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        trainer.fit(model, data)
-    model.eval()
-    with torch.no_grad():
-        return Concept(model.embedding_manager.embeddings().detach().float().cpu())
-
-
 def windowed(prompt: str, window: Sequence[int], stages: int) -> list[str]:
-    """`prompt` with its `*` in a window of tenths of time and without it elsewhere: `stages` texts.
-
-    A stage carries the `*` when its middle lies in the window.
-    """
+    """Return `stages` texts: `prompt` with its `*` in stages whose middle lies in a window of tenths of time."""
     inside = [s for s in range(stages) if matching_stage(s, stages, 10) in window]
     return preset("content", prompt, stages=inside, num_stages=stages)
 
 
-def stages_for(concept_stages: int) -> int:
-    """The number of stages in which both tenths and the concept's own stages have their bounds."""
-    return int(np.lcm(10, concept_stages))
-
-
-def learn_concept(
-    config: str, ckpt: str, number: int, seed: int, overrides: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """Learn concept `number`: vectors (S, D), and the seconds that it took."""
-    start = time.monotonic()
-    concept = learn(config, ckpt, concept_picture(number, seed), overrides)
-    return {"vectors": concept.vectors.numpy(), "seconds": np.array(time.monotonic() - start)}
-
-
 @torch.no_grad()
-def bring(
-    config: str, ckpt: str, classifier: str, vectors: Sequence[Sequence[float]], number: int, seed: int,
-    placements: Mapping[str, Mapping[str, Sequence[int]]], seeds: Sequence[int], steps: int = 50, scale: float = 2.5,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """What the learned vectors (S, D) of concept `number` bring into N pictures for each prompt.
+def measure_transfer(
+    model: tuple[str, str, str],
+    vectors: np.ndarray,
+    subject: Subject,
+    placements: Mapping[str, Mapping[str, Sequence[int]]],
+    count: int,
+    steps: int = 50,
+    scale: float = 2.5,
+) -> Result:
+    """Read the attributes of N = `count` images for each prompt with a learned concept.
 
     Args:
+        model: configuration, checkpoint and classifier.
+        vectors: (S, D).
         placements: {name: {preset: window}}, where `*` stands; a window is a list of tenths of time.
-        seeds: of the N pictures, alike in all prompts.
 
     Returns:
-        picture and text, the attributes (F,); latent_distance (N,) of the regenerated picture to the picture, root
-        mean square; read/reconstruction and, for all of TRANSFERS and all placements, read/PLACEMENT/PRESET (N, F);
-        pictures/… uint8 beside them.
+        image, attributes (F,) of the learned one; latent_distance (N,), root mean square, of the regenerated images to
+        it; read/reconstruction and read/PLACEMENT/PRESET (N, F) for all presets; images/… uint8 beside them.
     """
-    concept = Concept(torch.tensor(vectors))
-    picture = concept_picture(number, seed)
-    attributes, text = concept_attributes(number, seed)
-    stages = stages_for(concept.num_stages)
-    model, judge = load(config, ckpt, stages), load_judge(classifier)
-    model.embedding_manager.load(concept)
+    config, ckpt, classifier = model
+    concept = Concept(torch.from_numpy(vectors))
+    stages = int(np.lcm(10, concept.num_stages))  # bounds of the tenths and of the concept's stages are theirs, too
+    network, judge = load(config, ckpt, stages), load_judge(classifier)
+    load_concepts(network, {"*": concept})
     texts = {"reconstruction": ["a *"] * stages}
     for placement, windows in placements.items():
         for name, transfer in TRANSFERS.items():
-            texts[f"{placement}/{name}"] = windowed(fill(transfer, text), windows[name], stages)
-    names = [name for name in texts for _ in seeds]
-    columns = [[texts[name][stage] for name in names] for stage in range(stages)]
-    pictures = generate(model, columns, list(seeds) * len(texts), steps, scale)
-    latents = model.encode_first_stage(pictures[: len(seeds)]).mode()
-    wanted = model.encode_first_stage(picture[None]).mode()
+            texts[f"{placement}/{name}"] = windowed(transfer.fill(subject.text), windows[name], stages)
+    columns = [[texts[name][stage] for name in texts for _ in range(count)] for stage in range(stages)]
+    images = generate(network, columns, subject.seeds(count) * len(texts), steps, scale)
+    apart = encode(network, images[:count]) - encode(network, subject.image[None])
     result = {
-        "picture": attributes.numpy(),
-        "text": text.numpy(),
-        "latent_distance": (latents - wanted).pow(2).mean(dim=(1, 2, 3)).sqrt().cpu().numpy(),
+        "image": subject.attributes.numpy(),
+        "latent_distance": apart.pow(2).mean(dim=(1, 2, 3)).sqrt().cpu().numpy(),
     }
-    drawn = pictures.split(len(seeds))
-    for name, part, read in zip(texts, drawn, judge.read(pictures).split(len(seeds)), strict=True):
-        result |= {f"read/{name}": read.numpy(), f"pictures/{name}": to_bytes(part)}
+    for name, part, read in zip(texts, images.split(count), judge.read(images).split(count), strict=True):
+        result |= {f"read/{name}": read.numpy(), f"images/{name}": to_bytes(part)}
     return result
 
 
-def brought(read: np.ndarray, picture: np.ndarray, transfer: Transfer) -> dict[str, np.ndarray]:
-    """How pictures (N, F) of one concept compare with its picture (F,), bool (N,) each.
+def transferred(read: np.ndarray, image: np.ndarray, transfer: Transfer) -> dict[str, np.ndarray]:
+    """Compare the attributes (N, F) of generated images with those (F,) of the learned one, bool (N,) each.
 
-    `wanted`: the wanted factor is the picture's. `leaked/FACTOR`: an unwanted factor is. `transferred`: the wanted
-    factor is and none of the unwanted ones.
+    `wanted`: the wanted factor is the learned image's. `leaked/FACTOR`: an unwanted factor is. `transferred`: the
+    wanted factor is and none of the unwanted ones.
     """
-    same = read == picture
+    same = read == image
     wanted = same[:, COLUMNS[transfer.wanted]]
     leaked = {f"leaked/{name}": same[:, COLUMNS[name]] for name in transfer.unwanted}
     return {"wanted": wanted, "transferred": wanted & ~np.any(list(leaked.values()), axis=0)} | leaked

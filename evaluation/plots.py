@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,40 +17,33 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from evaluation.judges import Judge  # noqa: E402
-from evaluation.spectrum import Experiment, all_windows, matrix  # noqa: E402
+from evaluation.spectrum import Experiment, Spectrum, all_windows, matrix  # noqa: E402
 from evaluation.statistics import mean_interval, share_interval  # noqa: E402
 
+COLUMNS = 12  # conditions in a strip of images
+TITLES = {
+    "withhold": "follows the prompt, which is withheld in these stages",
+    "switch": "follows prompt A, which is replaced by B below this stage",
+    "add": "follows a word that is there in these stages only",
+}
+Summaries = Mapping[str, Mapping[str, np.ndarray]]
+Interval = Callable[[np.ndarray], tuple[float, float]]
 
-def _save(figure: plt.Figure, path: Path) -> None:
+
+def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
-def heat_map(
-    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path, label: str = "stage"
-) -> None:
-    """Shares (rows, columns) in 0..1, numbers written into the cells."""
-    figure, axes = plt.subplots(figsize=(1.5 + 0.62 * len(columns), 1.1 + 0.42 * len(rows)))
-    axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlabel(label)
-    axes.set_title(title, fontsize=10)
-    for (y, x), value in np.ndenumerate(values):
-        axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k")
-    _save(figure, path)
-
-
-def plot_transfers(summaries: Mapping[str, Mapping[str, np.ndarray]], presets: Sequence[str], path: Path) -> None:
-    """Transfer of each, by preset."""
+def plot_transfers(summaries: Summaries, presets: Sequence[str], path: Path) -> None:
+    """Draw the transfer of each row, by preset."""
     figure, axes = plt.subplots(figsize=(8, 3.4))
     groups = [*presets, "all"]
+    width = 0.8 / len(summaries)
     for i, (name, summary) in enumerate(summaries.items()):
-        values = [summary[f"transferred/{group}"] for group in groups]
-        means = np.array([v.mean() for v in values])
-        errors = np.abs(np.array([share_interval(v) for v in values]).T - means)
-        width = 0.8 / len(summaries)
-        axes.bar(np.arange(len(groups)) + (i - (len(summaries) - 1) / 2) * width, means, width, yerr=errors, label=name)
+        means, errors = _bars([summary[f"transferred/{group}"] for group in groups])
+        left = np.arange(len(groups)) + (i - (len(summaries) - 1) / 2) * width
+        axes.bar(left, means, width, yerr=errors, label=name)
     axes.set_xticks(range(len(groups)), [*presets, "mean"])
     axes.set_ylabel("wanted attribute only")
     axes.set_ylim(0, 1)
@@ -57,93 +51,87 @@ def plot_transfers(summaries: Mapping[str, Mapping[str, np.ndarray]], presets: S
     _save(figure, path)
 
 
-def plot_variants(
-    summaries: Mapping[str, Mapping[str, np.ndarray]], gains: Mapping[str, np.ndarray], path: Path
-) -> None:
-    """Transfer, and attributes regenerated, of every variant; beside them what each gains over the default, where
-    `gains` has that of every concept."""
+def plot_variants(summaries: Summaries, gains: Mapping[str, np.ndarray], path: Path) -> None:
+    """Draw transfer and regenerated attributes of every variant; beside them the `gains` over the default's."""
     figure, (axes, right) = plt.subplots(
         1, 2, figsize=(9, 0.8 + 0.28 * len(summaries)), width_ratios=(3, 2), sharey=True, layout="constrained"
     )
-    places = np.arange(len(summaries))[::-1]
-    for key, label, marker in (
-        ("reconstruction", "attributes regenerated", "o"),
-        ("transferred/all", "transfer, mean of presets", "s"),
-    ):
-        values = [summary[key] for summary in summaries.values()]
-        _dots(axes, values, [share_interval(v) for v in values], places, fmt=marker, label=label)
-    axes.set_yticks(places, list(summaries))
+    places = dict(zip(summaries, reversed(range(len(summaries))), strict=True))
+    labels = {"reconstruction": ("attributes regenerated", "o"), "transferred/all": ("transfer, mean of presets", "s")}
+    for key, (label, marker) in labels.items():
+        means, errors = _bars([summary[key] for summary in summaries.values()])
+        axes.errorbar(means, list(places.values()), xerr=errors, capsize=2, fmt=marker, label=label)
+    axes.set_yticks(list(places.values()), list(places))
     axes.legend(fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     if gains:
-        shown = [place for place, name in zip(places, summaries, strict=True) if name in gains]
-        intervals = [mean_interval(v, -1.0, 1.0) for v in gains.values()]
-        _dots(right, list(gains.values()), intervals, shown, fmt="s", color="C1")
+        means, errors = _bars(gains.values(), lambda v: mean_interval(v, -1.0, 1.0))
+        right.errorbar(means, [places[name] for name in gains], xerr=errors, capsize=2, fmt="s", color="C1")
     right.axvline(0, color="k", linewidth=0.8)
-    right.set_title("transfer, minus the default's\non the same pictures", fontsize=8)
+    right.set_title("transfer, minus the default's\non the same images", fontsize=8)
     for panel in (axes, right):
         panel.grid(axis="x", alpha=0.3)
     _save(figure, path)
 
 
-def _dots(
-    axes: plt.Axes,
-    values: Sequence[np.ndarray],
-    intervals: Sequence[tuple[float, float]],
-    places: Sequence[float],
-    **style: str,
-) -> None:
-    """Means of values of one concept each, with their intervals, at heights `places`."""
+def _bars(values: Iterable[np.ndarray], interval: Interval = share_interval) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means and the lengths (2, …) of the error bars."""
     means = np.array([v.mean() for v in values])
-    axes.errorbar(means, places, xerr=np.abs(np.array(intervals).T - means), capsize=2, **style)
+    return means, np.abs(np.array([interval(v) for v in values]).T - means)
 
 
-def plot_spectrum(
-    found: Mapping[str, Mapping[str, np.ndarray]], experiments: Mapping[str, Experiment], judge: Judge, folder: Path
-) -> list[str]:
-    """A heat map and a strip of pictures for each kind of experiment; the names of the files."""
+def plot_spectrum(found: Spectrum, experiments: Mapping[str, Experiment], judge: Judge, folder: Path) -> list[str]:
+    """Draw a heat map and a strip of images for each kind of experiment; returns the names of the files."""
     files = []
-    titles = {
-        "withhold": "goes along with the prompt, which is withheld in these stages",
-        "switch": "goes along with prompt A, which is replaced by B below this stage",
-        "add": "goes along with a word that is there in these stages only",
-    }
-    adds = [name for name in found if name.startswith("add")]
-    for name in ("withhold", "switch"):
-        if name in found:
-            heat_map(matrix(found[name], judge), judge.names, list(found[name]), titles[name], folder / f"{name}.png")
-            files.append(f"{name}.png")
-    if adds:
-        rows = [(name, judged) for name in adds for judged in experiments[name].judged or judge.names]
-        values = np.concatenate([matrix(found[name], judge, experiments[name].judged) for name in adds])
-        windows = list(found[adds[0]])
-        heat_map(values, [judged for _, judged in rows], windows, titles["add"], folder / "add.png", "stages")
-        files.append("add.png")
-    for name in [name for name in found if name.startswith("concept")]:
-        known = not isinstance(experiments[name].toward, list)  # attributes of the learned picture
-        what = "comes from the learned picture" if known else "goes along with `*` in all stages"
-        title, chosen = f"{name}: {what}, `*` in these stages only", found[name]
-        if len(chosen) == len(all_windows()):  # too many for a figure: those at one end
-            chosen = {w: x for w, x in chosen.items() if w.startswith("0") or w.endswith("9")}
-        heat_map(matrix(chosen, judge), judge.names, list(chosen), title, folder / f"{name}.png", "stages")
+    for name in filter(found.scores.__contains__, ("withhold", "switch")):
+        values, stages = matrix(found.scores[name], judge), list(found.scores[name])
+        heat_map(values, judge.names, stages, TITLES[name], folder / f"{name}.png")
         files.append(f"{name}.png")
-    for name, experiment in experiments.items():
-        strip(folder / "pictures", name, list(experiment.conditions), folder / f"strip-{name}.png")
+    if adds := [name for name in found.scores if name.startswith("add")]:
+        rows = [judged for name in adds for judged in experiments[name].judged or judge.names]
+        values = np.concatenate([matrix(found.scores[name], judge, experiments[name].judged) for name in adds])
+        heat_map(values, rows, list(found.scores[adds[0]]), TITLES["add"], folder / "add.png")
+        files.append("add.png")
+    for name in [name for name in found.scores if name.startswith("concept")]:
+        _plot_concept(name, found, experiments[name], judge, folder / f"{name}.png")
+        files.append(f"{name}.png")
+    for name, examples in found.examples.items():
+        strip(examples, name, folder / f"strip-{name}.png")
         files.append(f"strip-{name}.png")
     return files
 
 
-def strip(pictures: Path, experiment: str, conditions: Sequence[str], path: Path, rows: int = 4) -> None:
-    """The first pictures of every condition side by side, its stages above."""
-    conditions = conditions[:12]
-    columns = [np.load(pictures / f"{experiment}-{condition}.npz")["pictures"][:rows] for condition in conditions]
-    rows = len(columns[0])
+def _plot_concept(name: str, found: Spectrum, experiment: Experiment, judge: Judge, path: Path) -> None:
+    what = "comes from the learned image" if experiment.truth else "follows `*` in all stages"
+    chosen = found.scores[name]
+    if len(chosen) == len(all_windows()):  # too many for a figure: those at one end
+        chosen = {w: x for w, x in chosen.items() if w.startswith("0") or w.endswith("9")}
+    heat_map(matrix(chosen, judge), judge.names, list(chosen), f"{name}: {what}, `*` in these stages only", path)
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
+    """Draw shares (rows, stages) in 0..1, numbers written into the cells."""
+    figure, axes = plt.subplots(figsize=(1.5 + 0.62 * len(columns), 1.1 + 0.42 * len(rows)))
+    axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel("stages")
+    axes.set_title(title, fontsize=10)
+    for (y, x), value in np.ndenumerate(values):
+        axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if value < 0.6 else "k")
+    _save(figure, path)
+
+
+def strip(examples: Mapping[str, np.ndarray], name: str, path: Path) -> None:
+    """Draw the images of conditions side by side, each condition's stages above."""
+    shown = dict(list(examples.items())[:COLUMNS])
+    rows = len(next(iter(shown.values())))
     figure, axes = plt.subplots(
-        rows, len(columns), figsize=(0.9 * len(columns), 0.95 * rows), squeeze=False, layout="constrained"
+        rows, len(shown), figsize=(0.9 * len(shown), 0.95 * rows), squeeze=False, layout="constrained"
     )
-    for x, (condition, column) in enumerate(zip(conditions, columns, strict=True)):
+    for x, (condition, images) in enumerate(shown.items()):
         axes[0, x].set_title(condition, fontsize=8)
-        for y in range(rows):
-            axes[y, x].imshow(column[y])
+        for y, image in enumerate(images):
+            axes[y, x].imshow(image)
             axes[y, x].axis("off")
-    figure.suptitle(f"{experiment}: stages", fontsize=9)
+    figure.suptitle(f"{name}: stages", fontsize=9)
     _save(figure, path)

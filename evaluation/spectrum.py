@@ -1,22 +1,24 @@
 """The prompt spectrum of a model, measured: what is decided in which stage of denoising.
 
-Four experiments of windows of stages (the paper's section 3, and its presets), each between two poles:
+Four experiments with windows of stages (the paper's section 3, and its presets), each between two poles:
 
-* withhold: the prompt is left away in a window; poles: the prompt throughout, and no prompt.
+* withhold: the prompt is omitted in a window; poles: the prompt throughout, and no prompt.
 * add: a word is there in a window only; poles: with the word throughout, and without it.
 * switch: prompt A from the start down to stage k, prompt B below; poles: A, and B.
 * concept: a learned `*` stands in the prompt in a window only; poles: with `*` throughout, and without it.
 
-On the rendered world known attributes stand for the first pole: those of the prompt (A), or of the picture that was
-learned, whatever the model makes of them.
-Stages here are tenths of time, 0 = end of generation, whatever the number of stages of model or concept.
+On the rendered world known attributes stand for the first pole: those of the prompt (A), or of the learned image,
+whatever the model makes of them.
+Stages here are tenths of time, 0 = end of sampling (low noise), whatever the number of stages of model or concept.
+
+Shapes: N images of a condition, A names of the judge, R pixels a side.
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +26,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.captions import load, to_bytes
-from evaluation.jobs import run_jobs
+from evaluation.images import from_bytes, generate, load, load_concepts, to_bytes
+from evaluation.jobs import Result, run_jobs
 from evaluation.judges import Judge
-from evaluation.pictures import generate
 from evaluation.statistics import mean_interval, share_interval, wilson
 from ldm.conditioning.presets import preset
+from ldm.embeddings import Concept
 
 STAGES = 10
+EXAMPLES = 4  # images of each condition that are kept for figures
 Texts = list[list[str]]  # STAGES lists of N texts
 Window = tuple[int, int]  # first and last stage
+Concepts = Mapping[str, "str | np.ndarray"]  # placeholder -> file, or vectors (S, D)
+Scores = Mapping[str, np.ndarray]  # condition -> (N, A)
 
 
 @dataclass
 class Experiment:
-    """Conditions on the same N scenes (prompts and seeds).
+    """Conditions on the same N scenes (prompts and seeds), and the two poles that they lie between."""
 
-    Args:
-        conditions: {label: texts}, in the order of the figures.
-        seeds: N.
-        toward, away: the poles: texts to be drawn, or known attributes long (N, F).
-        judged: names that count here; None for all that the judge has.
-        concepts: {placeholder: file}, what is loaded for the texts.
-        together: how many consecutive pictures belong to one concept, and are not independent.
-    """
+    conditions: dict[str, Texts]  # by label, in the order of the figures
+    seeds: list[int]  # N
+    toward: Texts
+    away: Texts
+    truth: tuple[Tensor, Tensor] | None = None  # attributes of the poles, (N, F) each, which are not drawn then
+    judged: Sequence[str] | None = None  # names that count here; None for all that the judge has
+    concepts: Concepts = field(default_factory=dict)  # of the texts
+    together: int = 1  # consecutive images that belong to one concept, and are not independent
 
-    conditions: dict[str, Texts]
-    seeds: list[int]
-    toward: Texts | Tensor
-    away: Texts | Tensor
-    judged: Sequence[str] | None = None
-    concepts: dict[str, str] = field(default_factory=dict)
-    together: int = 1
+    def to_draw(self) -> dict[str, Texts]:
+        return self.conditions if self.truth else self.conditions | {"toward": self.toward, "away": self.away}
 
 
 def throughout(texts: Sequence[str]) -> Texts:
@@ -63,12 +63,12 @@ def throughout(texts: Sequence[str]) -> Texts:
 
 
 def inside(window: Window, within: Sequence[str], without: Sequence[str]) -> Texts:
-    """`within` in the stages first..last, `without` in the others; N texts each."""
+    """Return `within` in the stages first..last, `without` in the others; N texts each."""
     return [list(within if window[0] <= stage <= window[1] else without) for stage in range(STAGES)]
 
 
 def sliding(width: int) -> list[Window]:
-    """All windows of `width` stages, from the end of generation to its start."""
+    """Return all windows of `width` stages, from the end of sampling to its start."""
     return [(first, first + width - 1) for first in range(STAGES - width + 1)]
 
 
@@ -80,14 +80,14 @@ def label(window: Window) -> str:
     return str(window[0]) if window[0] == window[1] else f"{window[0]}-{window[1]}"
 
 
-def withhold(prompts: Sequence[str], seeds: list[int], width: int) -> Experiment:
+def withhold(prompts: Sequence[str], seeds: list[int], windows: Sequence[Window]) -> Experiment:
     nothing = [""] * len(prompts)
-    conditions = {label(w): inside(w, nothing, prompts) for w in sliding(width)}
+    conditions = {label(w): inside(w, nothing, prompts) for w in windows}
     return Experiment(conditions, seeds, throughout(prompts), throughout(nothing))
 
 
-def add(prompts: Sequence[str], longer: Sequence[str], seeds: list[int], width: int) -> Experiment:
-    conditions = {label(w): inside(w, longer, prompts) for w in sliding(width)}
+def add(prompts: Sequence[str], longer: Sequence[str], seeds: list[int], windows: Sequence[Window]) -> Experiment:
+    conditions = {label(w): inside(w, longer, prompts) for w in windows}
     return Experiment(conditions, seeds, throughout(longer), throughout(prompts))
 
 
@@ -97,23 +97,33 @@ def switch(first: Sequence[str], then: Sequence[str], seeds: list[int]) -> Exper
     return Experiment(conditions, seeds, throughout(first), throughout(then))
 
 
-def place(prompts: Sequence[str], seeds: list[int], windows: Sequence[Window], concepts: dict[str, str]) -> Experiment:
+def place(prompts: Sequence[str], seeds: list[int], windows: Sequence[Window], concepts: Concepts) -> Experiment:
     """Prompts with the placeholder of a concept, which stands there in a window only."""
-    names = [next(name for name in concepts if name in prompt) for prompt in prompts]
-    plain = [preset("content", p, stages=[], placeholder=name)[0] for p, name in zip(prompts, names, strict=True)]
-    with_it = [preset("content", p, stages=[0], placeholder=name)[0] for p, name in zip(prompts, names, strict=True)]
-    conditions = {label(w): inside(w, with_it, plain) for w in windows}
-    return Experiment(conditions, seeds, throughout(with_it), throughout(plain), concepts=concepts)
+    named = [(prompt, next(name for name in concepts if name in prompt)) for prompt in prompts]
+    plain, with_it = (
+        [preset("content", prompt, stages=stages, placeholder=name)[0] for prompt, name in named]
+        for stages in ([], [0])
+    )
+    return replace(add(plain, with_it, seeds, windows), concepts=concepts)
 
 
 def draw(
-    config: str, ckpt: str, texts: Texts, seeds: Sequence[int], concepts: Mapping[str, str], options: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """The pictures of one condition: uint8 (N, R, R, 3)."""
+    config: str, ckpt: str, texts: Texts, seeds: Sequence[int], concepts: Concepts, options: Mapping[str, Any]
+) -> Result:
+    """Return the images of one condition, uint8 (N, R, R, 3); `options` are for `generate`."""
     model = load(config, ckpt, STAGES if concepts else None)
     if concepts:
-        model.embedding_manager.load(dict(concepts))
-    return {"pictures": to_bytes(generate(model, texts, seeds, **options))}
+        found = {k: x if isinstance(x, str) else Concept(torch.from_numpy(x)) for k, x in concepts.items()}
+        load_concepts(model, found)
+    return {"images": to_bytes(generate(model, texts, seeds, **options))}
+
+
+@dataclass
+class Spectrum:
+    """What `run` found of each experiment: scores toward its first pole, and the first images of each condition."""
+
+    scores: dict[str, Scores]
+    examples: dict[str, Mapping[str, np.ndarray]]  # condition -> uint8 (up to EXAMPLES, R, R, 3)
 
 
 def run(
@@ -124,64 +134,40 @@ def run(
     folder: Path,
     options: Mapping[str, Any],
     workers: int | None = None,
-) -> dict[str, dict[str, np.ndarray]]:
-    """Draw and judge: {experiment: {condition: (N, A)}}, how far each picture goes along with `toward`.
-
-    Writes spectrum.csv into `folder`, where pictures stay and an interrupted run goes on.
-    """
-    jobs = {}
-    for name, experiment in experiments.items():
-        poles = {"toward": experiment.toward, "away": experiment.away}
-        drawn = {key: texts for key, texts in poles.items() if not isinstance(texts, Tensor)}
-        for condition, texts in (experiment.conditions | drawn).items():
-            jobs[f"{name}-{condition}"] = {
-                "config": config, "ckpt": ckpt, "texts": texts, "seeds": experiment.seeds,
-                "concepts": experiment.concepts, "options": dict(options),
-            }  # fmt: skip
-    drawn = run_jobs(draw, jobs, folder / "pictures", workers, "drawing")
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for name, experiment in experiments.items():
-        toward, away = (
-            pole if isinstance(pole, Tensor) else from_bytes(drawn[f"{name}-{key}"]["pictures"])
-            for key, pole in (("toward", experiment.toward), ("away", experiment.away))
-        )
-        found[name] = {
-            condition: judge.follows(from_bytes(drawn[f"{name}-{condition}"]["pictures"]), toward, away).numpy()
-            for condition in experiment.conditions
-        }
-    _write(found, experiments, judge, folder / "spectrum.csv")
+) -> Spectrum:
+    """Draw and judge all conditions; an interrupted run resumes in `folder`, where it leaves spectrum.csv."""
+    shared = {"config": config, "ckpt": ckpt, "options": dict(options)}
+    jobs = {
+        (name, condition): shared | {"texts": texts, "seeds": x.seeds, "concepts": x.concepts}
+        for name, x in experiments.items()
+        for condition, texts in x.to_draw().items()
+    }
+    drawn = run_jobs(draw, jobs, folder / "drawn", workers, "drawing")
+    found = Spectrum({}, {})
+    for name, x in experiments.items():
+        images = {condition: drawn[name, condition]["images"] for condition in x.to_draw()}
+        toward, away = x.truth or (from_bytes(images["toward"]), from_bytes(images["away"]))
+        found.scores[name] = {k: judge.follows(from_bytes(images[k]), toward, away).numpy() for k in x.conditions}
+        found.examples[name] = {k: images[k][:EXAMPLES] for k in x.conditions}
+    _write(found.scores, experiments, judge, folder / "spectrum.csv")
     return found
 
 
-def from_bytes(pictures: np.ndarray) -> Tensor:
-    """uint8 (N, R, R, 3) to (N, 3, R, R) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def interval(values: np.ndarray, together: int, counts: bool) -> tuple[float, float]:
-    """95 % interval of the mean of values (N,) in 0..1.
-
-    Args:
-        together: `Experiment.together`; N is a multiple of it.
-        counts: `Judge.counts`; shares of pictures are counted, all else are distances.
-    """
+    """Return the 95 % interval of the mean of values (N,) in 0..1; see `Experiment.together` and `Judge.counts`."""
     if counts and together == 1:
         return wilson(values.sum(), len(values))
     means = values.reshape(-1, together).mean(axis=1)
     return share_interval(means) if counts else mean_interval(means, 0.0, 1.0)
 
 
-def half_way(found: Mapping[str, np.ndarray], judge: Judge) -> dict[str, float]:
-    """For each name of the judge the stage of the switch at which half of the pictures go along with prompt A.
+def half_way(scores: Scores, judge: Judge) -> dict[str, float]:
+    """Return for each name of the judge the stage of the experiment `switch` at which half of the images follow A.
 
-    Args:
-        found: {k: (N, A)} of the experiment `switch`.
-
-    Returns:
-        A number of stages 0..10, interpolated where the share first falls below a half; NaN where it never does.
+    Interpolated, 0..10, where the share first falls below a half; NaN where it never does.
     """
     places = {}
-    for name, shares in zip(judge.names, matrix(found, judge), strict=True):
+    for name, shares in zip(judge.names, matrix(scores, judge), strict=True):
         below = np.flatnonzero(shares < 0.5)
         places[name] = float("nan")
         if len(below) and below[0] > 0:
@@ -190,12 +176,16 @@ def half_way(found: Mapping[str, np.ndarray], judge: Judge) -> dict[str, float]:
     return places
 
 
-def _write(
-    found: Mapping[str, Mapping[str, np.ndarray]], experiments: Mapping[str, Experiment], judge: Judge, path: Path
-) -> None:
+def matrix(scores: Scores, judge: Judge, judged: Sequence[str] | None = None) -> np.ndarray:
+    """Return the means (names, conditions) of one experiment."""
+    columns = [judge.names.index(name) for name in judged or judge.names]
+    return np.stack([values[:, columns].mean(axis=0) for values in scores.values()], axis=1)
+
+
+def _write(found: Mapping[str, Scores], experiments: Mapping[str, Experiment], judge: Judge, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["experiment", "stages", "judged", "pictures", "sum", "mean", "low", "high"])
+        writer.writerow(["experiment", "stages", "judged", "images", "sum", "mean", "low", "high"])
         for name, conditions in found.items():
             for condition, values in conditions.items():
                 for judged in experiments[name].judged or judge.names:
@@ -203,9 +193,3 @@ def _write(
                     low, high = interval(column, experiments[name].together, judge.counts)
                     numbers = [round(float(x), 4) for x in (column.sum(), column.mean(), low, high)]
                     writer.writerow([name, condition, judged, len(column), *numbers])
-
-
-def matrix(found: Mapping[str, np.ndarray], judge: Judge, judged: Sequence[str] | None = None) -> np.ndarray:
-    """Means (names, conditions) of one experiment."""
-    columns = [judge.names.index(name) for name in judged or judge.names]
-    return np.stack([values[:, columns].mean(axis=0) for values in found.values()], axis=1)

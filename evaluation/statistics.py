@@ -1,16 +1,21 @@
-"""Shares with their 95 % intervals."""
+"""95 % confidence intervals of shares and means."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
-Z95 = 1.959964
+UPPER = 0.975  # the quantile that bounds a two-sided interval of 95 %
+Values = Sequence[float] | np.ndarray
 
 
-def wilson(successes: float, count: float, quantile: float = Z95) -> tuple[float, float]:
-    """95 % interval of a share from independent trials (Wilson 1927); (0, 1) of no trials."""
+def wilson(successes: float, count: float, quantile: float = float(stats.norm.ppf(UPPER))) -> tuple[float, float]:
+    """Return the interval of a share of `count` independent trials (Wilson 1927); (0, 1) of no trials.
+
+    `scipy.stats.binomtest` has it for whole numbers only, and `share_interval` needs an effective count.
+    """
     if count == 0:
         return 0.0, 1.0
     share = successes / count
@@ -20,34 +25,25 @@ def wilson(successes: float, count: float, quantile: float = Z95) -> tuple[float
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
-def share_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """95 % interval of a mean of shares in 0..1, one for each concept: pictures of one concept are not independent.
+def share_interval(values: Values) -> tuple[float, float]:
+    """Return the interval of a mean of shares, one for each concept: images of one concept are not independent.
 
     Wilson's interval with the number of independent trials that would vary as much, p (1 - p) / Var(mean) (Korn and
-    Graubard 1998), and Student's quantile. Where all values are alike, that number is the number of concepts. It
-    holds near 0 and 1, too, where the mean's own interval and the bootstrap's are far too narrow.
-    (0, 1) of fewer than three values.
+    Graubard 1998; the number of concepts where all are alike), and Student's quantile. It holds near 0 and 1, too,
+    where the mean's own interval and the bootstrap's are far too narrow. (0, 1) of fewer than three values.
     """
     values = np.asarray(values, dtype=float)
     if len(values) < 3:
         return 0.0, 1.0
     mean, variance = values.mean(), values.var(ddof=1) / len(values)
     trials = mean * (1 - mean) / variance if variance > 0 else len(values)
-    return wilson(mean * trials, trials, _student(len(values) - 1))
+    return wilson(mean * trials, trials, float(stats.t.ppf(UPPER, len(values) - 1)))
 
 
-def mean_interval(values: Sequence[float] | np.ndarray, lowest: float, highest: float) -> tuple[float, float]:
-    """95 % interval of a mean by Student's t, within what is possible; all of that for fewer than three values."""
+def mean_interval(values: Values, lowest: float, highest: float) -> tuple[float, float]:
+    """Return Student's interval of a mean, cut to lowest..highest; all of that for fewer than three values."""
     values = np.asarray(values, dtype=float)
     if len(values) < 3:
         return lowest, highest
-    half = _student(len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = stats.t.ppf(UPPER, len(values) - 1) * stats.sem(values)
     return max(lowest, float(values.mean() - half)), min(highest, float(values.mean() + half))
-
-
-def _student(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t, from two degrees of freedom (Abramowitz and Stegun, 26.7.5)."""
-    z = Z95
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3

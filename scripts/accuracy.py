@@ -3,7 +3,7 @@
     python scripts/accuracy.py                                 # the model that ships
     python scripts/accuracy.py --ckpt logs/model.safetensors --count 100
 
-Pictures and counts stay in --outdir, where an interrupted run goes on.
+Images and counts stay in --outdir, where an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -13,24 +13,18 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from ldm.cli.flags import Parser, positive
+from evaluation.command_line import add_job_flags, add_model_flags
+from ldm.cli.flags import positive, say, script_parser
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/demo/finetune.yaml")
-    parser.add_argument("--ckpt", default="models/demo/model.safetensors")
-    parser.add_argument("--classifier", default="models/demo/classifier.safetensors")
+    parser = script_parser(__doc__)
+    add_model_flags(parser, steps=50)
     parser.add_argument("--count", type=positive, default=500, help="captions (500)")
-    parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (50)")
-    parser.add_argument("--scale", type=float, default=2.5, help="guidance scale (2.5)")
     parser.add_argument("--seen", action="store_true", help="combinations that training showed, instead")
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes (one for each core)")
-    parser.add_argument("--outdir", type=Path, default=Path("outputs/accuracy"))
+    add_job_flags(parser, "outputs/accuracy")
     args = parser.parse_strictly()
     with parser.sentences():
         count(args)
@@ -38,11 +32,15 @@ def main() -> None:
 
 def count(args: argparse.Namespace) -> None:
     """Draw, count, print and write."""
-    from evaluation.captions import follow_captions, judge_itself, load_judge
+    import numpy as np
+    from PIL import Image
+
+    from evaluation.captions import follow_captions, judge_itself
+    from evaluation.images import check
     from evaluation.jobs import run_jobs
-    from evaluation.pictures import check
+    from evaluation.judges import load_judge
     from evaluation.statistics import wilson
-    from evaluation.world.rendered import FACTORS
+    from evaluation.world.attributes import FACTORS
     from ldm.files.images import make_grid
     from ldm.files.writing import check_writable, replace_text
 
@@ -55,25 +53,22 @@ def count(args: argparse.Namespace) -> None:
         f"captions-{start:04d}": settings | {"seed": 1000 + start, "count": min(50, args.count - start)}
         for start in range(0, args.count, 50)
     }
-    results = run_jobs(follow_captions, chunks, args.outdir / "jobs", args.workers, "drawing captions")
+    results = run_jobs(follow_captions, chunks, args.outdir / "jobs", args.workers, "drawing captions").values()
     itself = run_jobs(judge_itself, {"judge": shared | {"seed": 999, "count": 500}}, args.outdir / "jobs", 1)["judge"]
 
-    correct = np.concatenate([result["correct"] for result in results.values()])
+    correct = np.concatenate([result["correct"] for result in results])
     table = {"captions": len(correct), "steps": args.steps, "scale": args.scale, "held_out": not args.seen}
-    print(f"{'':12} {'follows its caption':>24}   classifier on rendered / reconstructed pictures")
+    print(f"{'':12} {'follows its caption':>24}   classifier on rendered / reconstructed images")
     for column, name in enumerate(FACTORS):
         low, high = wilson(correct[:, column].sum(), len(correct))
-        share = correct[:, column].mean()
+        share = float(correct[:, column].mean())
         own = [float(itself[kind][:, column].mean()) for kind in ("rendered", "reconstructed")]
-        table[name] = {"share": float(share), "low": low, "high": high, "rendered": own[0], "reconstructed": own[1]}
+        table[name] = {"share": share, "low": low, "high": high, "rendered": own[0], "reconstructed": own[1]}
         print(f"{name:12} {share:8.3f} ({low:.3f} to {high:.3f})   {own[0]:.3f} / {own[1]:.3f}")
     replace_text(args.outdir / "accuracy.json", json.dumps(table, indent=2) + "\n")
-
-    from PIL import Image
-
-    pictures = np.concatenate([result["pictures"] for result in results.values()])[:64]
-    make_grid([Image.fromarray(picture) for picture in pictures], 8).save(args.outdir / "pictures.png")
-    print(f"{args.outdir}: accuracy.json, pictures.png (the first {len(pictures)})")
+    images = np.concatenate([result["images"] for result in results])[:64]
+    make_grid([Image.fromarray(image) for image in images], 8).save(args.outdir / "images.png")
+    say(f"{args.outdir}: accuracy.json, images.png (the first {len(images)})")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from evaluation.world.rendered import world_vocabulary
-from ldm.cli.flags import Parser, add_flag, say
+from evaluation.world.attributes import world_vocabulary
+from ldm.cli.flags import Parser, add_flag, path, positive, say
+from ldm.files.writing import replacing_set
 
 END = "</w>"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -51,7 +52,7 @@ def merge(split: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def write_tokenizer(folder: Path, max_length: int) -> int:
-    """Write vocab.json, merges.txt and tokenizer_config.json; returns the number of tokens."""
+    """Write vocab.json, merges.txt and tokenizer_config.json together; returns the number of tokens."""
     merges = learn_merges(world_vocabulary())
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + END for symbol in symbols), *map("".join, merges), BOS, EOS]
@@ -59,21 +60,27 @@ def write_tokenizer(folder: Path, max_length: int) -> int:
         raise ValueError("two merges give the same token")
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, **special}
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = json.dumps({token: number for number, token in enumerate(tokens)}, ensure_ascii=False)
-    (folder / "vocab.json").write_text(vocabulary + "\n", encoding="utf-8")
-    lines = ["#version: 0.2", *map(" ".join, merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files = {
+        "vocab.json": json.dumps({token: number for number, token in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }
+    with replacing_set(folder) as place:
+        for name, text in files.items():
+            (place / name).write_text(text + "\n", encoding="utf-8")
     return len(tokens)
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("models/demo/tokenizer"))
-    add_flag(parser, "--max_length", type=int, default=32, help="tokens of a prompt, both ends included")
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=path, default=Path("models/demo/tokenizer"))
+    add_flag(parser, "--max_length", type=positive, default=32, help="tokens of a prompt, both ends included")
+    parser.add_argument("--force", action="store_true", help="replace the tokenizer that is there")
     args = parser.parse_strictly()
-    say(f"{write_tokenizer(args.out, args.max_length)} tokens in {args.out}")
+    with parser.sentences():
+        if args.out.is_dir() and any(args.out.iterdir()) and not args.force:
+            raise ValueError(f"'{args.out}' is not empty; use --force to replace the tokenizer there.")
+        say(f"{write_tokenizer(args.out, args.max_length)} tokens in {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,53 +1,46 @@
-"""Render pictures of the demo's world, with captions.csv beside them.
+"""Render images of the demo's world, with captions.csv beside them.
 
 python scripts/render_world.py --out /tmp/world --count 16 --held-out
 python scripts/render_world.py --out /tmp/star --count 1 --caption-like large,dotted,red,star,centre,white
+
+The images and captions.csv are one set: they appear together, and all of them carry the set's identity.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from evaluation.world.rendered import RESOLUTION, attributes_from_words, caption, random_attributes, render
-from ldm.cli.flags import Parser
-from ldm.files.writing import check_writable
+from evaluation.images import to_bytes
+from evaluation.world.attributes import RESOLUTION, attributes_from_words, caption, random_attributes
+from evaluation.world.rendered import render
+from ldm.cli.flags import Parser, path
+from ldm.files.writing import check_writable, replacing_set, writing_to
 
-
-def save_picture(picture: Tensor, path: Path) -> None:
-    """Write one picture, float (3, R, R) in [-1, 1]."""
-    pixels = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(path)
-
-
-def file_names(template: str, count: int) -> list[str]:
-    """The pictures' names; `ValueError` where they are paths, the same twice, or cannot be formatted."""
-    try:
-        names = [template.format(number) + ".png" for number in range(count)]
-    except (LookupError, AttributeError, ValueError) as error:
-        raise ValueError(f"--name '{template}' cannot be filled in ({error}); write it like {{:05d}}.") from error
-    if any(Path(name).name != name or "\\" in name for name in names):
-        raise ValueError(f"--name '{template}' must be a name, not a path; the folder goes to --out.")
-    if len(set(names)) != count:
-        raise ValueError(f"--name {template} gives {count} pictures the same name: put {{}} in it.")
-    return names
+CAPTIONS = "captions.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=path, required=True, help="folder")
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resolution", type=int, default=RESOLUTION, help="pixels a side")
     parser.add_argument("--held-out", action="store_true", help="only combinations kept out of training")
     parser.add_argument("--caption-like", metavar="WORDS", help="one word of every factor, with commas between")
-    parser.add_argument("--name", default="{:05d}", help="file name without ending, {} is the picture's number")
+    parser.add_argument("--name", default="{:05d}", help="file name without ending, {} is the image's number")
+    parser.add_argument("--force", action="store_true", help="replace the rendered set in the folder")
     parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     args = parser.parse_strictly(argv)
     with parser.sentences(args.debug):
@@ -59,20 +52,71 @@ def write(args: argparse.Namespace) -> None:
         raise ValueError("--count and --resolution must be at least 1, and --seed in 0..2^62.")
     names = file_names(args.name, args.count)
     check_writable(args.out, "--out")
+    check_replaceable(args.out, args.force)
     if args.caption_like:
         if args.held_out:
-            raise ValueError("--caption-like names the combination: leave --held-out away.")
+            raise ValueError("--caption-like names the combination: omit --held-out.")
         attributes = attributes_from_words(args.caption_like.split(",")).expand(args.count, -1)
     else:
         attributes = random_attributes(args.count, args.seed, args.held_out)
-    pictures = render(attributes, range(args.seed, args.seed + args.count), args.resolution)
+    images = render(attributes, range(args.seed, args.seed + args.count), args.resolution)
+    save_set(args.out, dict(zip(names, images, strict=True)), [caption(row) for row in attributes])
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, picture in zip(names, pictures, strict=True):
-        save_picture(picture, args.out / name)
-    with (args.out / "captions.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = zip(names, map(caption, attributes), strict=True)
-        csv.writer(file, lineterminator="\n").writerows([("file", "caption"), *rows])
+
+def file_names(template: str, count: int) -> list[str]:
+    """Return the images' names; raise `ValueError` where they are paths, the same twice, or cannot be formatted."""
+    try:
+        names = [template.format(number) + ".png" for number in range(count)]
+    except (LookupError, AttributeError, ValueError) as error:
+        raise ValueError(f"--name '{template}' cannot be filled in ({error}); write it like {{:05d}}.") from error
+    if any(Path(name).name != name or "\\" in name for name in names):
+        raise ValueError(f"--name '{template}' must be a name, not a path; the folder goes to --out.")
+    if len(set(names)) != count:
+        raise ValueError(f"--name {template} gives {count} images the same name: put {{}} in it.")
+    return names
+
+
+def check_replaceable(folder: Path, force: bool) -> None:
+    """Raise `ValueError` unless `folder` is new, empty, or with `force` a rendered set and nothing else."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held and not force:
+        raise ValueError(f"'{folder}' is not empty; use --force to replace a rendered set, or name another folder.")
+    if strangers := held - members(folder):
+        raise ValueError(f"'{folder}' holds '{min(strangers)}', which is not of a rendered set; name another folder.")
+
+
+def members(folder: Path) -> set[str]:
+    """Return the names of the files of a rendered set."""
+    if not (folder / CAPTIONS).is_file():
+        return set()
+    with (folder / CAPTIONS).open(newline="", encoding="utf-8") as file:
+        return {CAPTIONS, *(row["file"] for row in csv.DictReader(file) if row.get("set"))}
+
+
+def save_set(folder: Path, images: dict[str, Tensor], captions: Sequence[str]) -> None:
+    """Write images (3, R, R) in [-1, 1] and their captions beside `folder`, then let them take its place together."""
+    pixels = {name: to_bytes(image[None])[0] for name, image in images.items()}
+    identity = hashlib.sha256(b"".join(image.tobytes() for image in pixels.values())).hexdigest()[:16]
+    info = PngInfo()
+    info.add_text("set", identity)
+    with writing_to(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".rendered-", dir=folder.parent) as beside:
+            new, old = Path(beside, "new"), Path(beside, "old")
+            with replacing_set(new) as place:
+                for name, image in pixels.items():
+                    Image.fromarray(image).save(place / name, pnginfo=info)
+                with (place / CAPTIONS).open("w", newline="", encoding="utf-8") as file:
+                    rows = [(name, text, identity) for name, text in zip(pixels, captions, strict=True)]
+                    csv.writer(file, lineterminator="\n").writerows([("file", "caption", "set"), *rows])
+            if folder.is_dir():
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except BaseException:
+                if old.is_dir():
+                    old.rename(folder)
+                raise
 
 
 if __name__ == "__main__":

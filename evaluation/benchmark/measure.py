@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 MATMUL_SIDES = {"cpu": 1536, "cuda": 8192, "mps": 4096}
@@ -19,20 +22,13 @@ MATMUL_SIDES = {"cpu": 1536, "cuda": 8192, "mps": 4096}
 
 @dataclass
 class Contender:
-    """One way to do the work.
-
-    Args:
-        run: does it once; this is what is timed.
-        result: does it in a way that can be compared: a vector (n,), which `compare` holds against another's.
-        dtype: in which most of the arithmetic is done.
-        samples: pictures, or samples of a training step, that one run makes.
-    """
+    """One way to do the work."""
 
     name: str
-    run: Callable[[], object]
-    result: Callable[[], Tensor]
-    dtype: torch.dtype = torch.float32
-    samples: int = 1
+    run: Callable[[], object]  # does it once; this is what is timed
+    result: Callable[[], Tensor]  # does it once, and returns values that are compared with another's
+    dtype: torch.dtype = torch.float32  # of most of the arithmetic
+    samples: int = 1  # images, or samples of a training step, that one run makes
     opaque: bool = False  # a compiled or captured call hides its operations from the counter
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -46,18 +42,19 @@ class Measurement:
     peak_bytes: int | None = None
     flop: int = 0
 
-    def median(self, clock: str) -> float:
-        return statistics.median(self._times(clock))
-
-    def spread(self, clock: str) -> tuple[float, float]:
-        return min(self._times(clock)), max(self._times(clock))
-
-    def _times(self, clock: str) -> list[float]:
+    def times(self, clock: str) -> list[float]:
         return self.cpu_ms if clock == "cpu" else self.wall_ms
+
+    def median(self, clock: str) -> float:
+        return statistics.median(self.times(clock))
 
 
 def alternate(contenders: Sequence[Contender], device: torch.device, repeats: int) -> dict[str, Measurement]:
-    """Run the contenders in turns, A B C A B C …, after runs of each that warm it up and count."""
+    """Run the contenders in turns, A B C A B C …, after runs of each that warm it up and count.
+
+    In turns, so that what else the machine does meanwhile affects all alike. `torch.utils.benchmark.Timer` does not
+    serve: it makes two more runs for each timed one, and reads one clock only.
+    """
     found = {contender.name: Measurement() for contender in contenders}
     for contender in contenders:
         found[contender.name].peak_bytes = peak_memory(contender.run, device)
@@ -75,52 +72,28 @@ def alternate(contenders: Sequence[Contender], device: torch.device, repeats: in
 
 
 def time_run(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Milliseconds of one run: by device events on CUDA, by the clock elsewhere; and of the processor."""
-    processor = time.process_time()
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize(device)
-        wall = start.elapsed_time(end)
-    else:
-        begin = time.perf_counter()
-        run()
-        synchronize(device)
-        wall = 1e3 * (time.perf_counter() - begin)
-    return wall, 1e3 * (time.process_time() - processor)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _cpu_attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad_out, query, key, value)
+    """Return the milliseconds of one run on the clock, until the device is done, and of the processor."""
+    clock = time.perf_counter if device.type == "cpu" else timer  # torch's own, which waits for the device
+    processor, wall = time.process_time(), clock()
+    run()
+    return 1e3 * (clock() - wall), 1e3 * (time.process_time() - processor)
 
 
 def count_flop(run: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention, by torch's own counter."""
-    cpu_kernels = {  # which the counter does not know
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    """Count the operations of matrix products, convolutions and attention, by torch's own counter."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    mapping = {
+        kernel: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }
-    with FlopCounterMode(display=False, custom_mapping=cpu_kernels) as counter:
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         run()
     return counter.get_total_flops()
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes at the peak of a run: allocated on the device, or on the CPU resident in this process (Linux only)."""
+    """Return the bytes at the peak of a run: allocated on CUDA, elsewhere resident in this process (Linux only)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()
@@ -135,7 +108,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def peak_resident() -> int | None:
-    """The largest resident size of this process in bytes; None where it cannot be known."""
+    """Return the largest resident size of this process in bytes; None where it cannot be known."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -144,7 +117,7 @@ def peak_resident() -> int | None:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """FLOP per millisecond of a large square matrix product, the best of some, on both clocks the same work."""
+    """Return the FLOP per millisecond of a large square matrix product, the best of some."""
     side = MATMUL_SIDES[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
@@ -153,25 +126,21 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 5) -
 
 
 def deviations(results: Mapping[str, Tensor], oracle: str) -> dict[str, float]:
-    """Relative distance (of norms) of every result to the oracle's, over the values that both have."""
-    expected = results[oracle].double().flatten().cpu()
+    """Return the relative distance (of norms) of every result to the oracle's, over the values that both have."""
+    flat = {name: result.double().flatten().cpu() for name, result in results.items()}
     distances = {}
-    for name, result in results.items():
-        found = result.double().flatten().cpu()
-        common = min(len(found), len(expected))
-        difference = (found[:common] - expected[:common]).norm() / expected[:common].norm().clamp(min=1e-30)
-        distances[name] = difference.item()
+    for name, found in flat.items():
+        pairs = min(len(found), len(flat[oracle]))
+        expected = flat[oracle][:pairs]
+        distances[name] = float((found[:pairs] - expected).norm() / expected.norm().clamp(min=1e-30))
     return distances
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads."""
+    """Return the GPU's name, or the processor's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
+    about = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    processor = (re.findall(r"model name\s*: (.*)", about) or [platform.processor()])[0]
     name = f"{processor}, {torch.get_num_threads()} thread(s)"
     return name if device.type == "cpu" else f"{device.type} on {name}"

@@ -124,7 +124,7 @@ def sampling_peak(model: LatentDiffusion, side: int = 64, batch: int = 1) -> int
 def table() -> str:
     """Return the Markdown table of Stable Diffusion's size at 512²."""
     lines = ["| 512², counted | float32 | bfloat16 or float16 |", "|---|---|---|"]
-    rows = {
+    rows: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
         "learning, batch 1": (learning_peak, {}, {}),
         "learning, batch 4": (learning_peak, {}, {"batch": 4}),
         "sampling and decoding, batch 1": (sampling_peak, {}, {}),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from evaluation.benchmark.switches import dtype_name
 from ldm.config import instantiate_from_config, load_config
@@ -28,7 +28,7 @@ VOCABULARY = "tests/golden/tokenizer"
 def build_model(
     size: str, device: torch.device, overrides: Sequence[str] = (), stages: int | None = None
 ) -> LatentDiffusion:
-    """The small model that ships, or one of Stable Diffusion v1's shape with random weights; float32.
+    """Return the small model that ships, or one of Stable Diffusion v1's shape with random weights; float32.
 
     Raises:
         ConfigError, ValueError: overrides that do not fit.
@@ -57,20 +57,18 @@ def set_tokenizer(config: DictConfig, size: str) -> None:
 
 @torch.no_grad()
 def _fill_zeros(model: nn.Module) -> None:
-    """Random values for weights that begin as zero, so that no layer is without effect."""
+    """Fill weights that begin as zero with random values, so that no layer is without effect."""
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
             parameter.normal_(std=parameter[0].numel() ** -0.5)
 
 
 def variant(base: LatentDiffusion, switches: frozenset[str]) -> LatentDiffusion:
-    """A copy with the switches set. Frozen weights are shared where precision and memory format are the same; what
-    is learned is its own."""
+    """Return a copy with the switches set; it shares the frozen weights of the same precision and memory format."""
     shared = {id(p): p for part in frozen_parts(base) for p in part.parameters()}
     model = copy.deepcopy(base, shared)
-    dtype = getattr(torch, dtype_name(switches))
     for part in frozen_parts(model):
-        _convert(part, dtype, "channels_last" in switches)
+        convert(part, dtype_of(switches), "channels_last" in switches)
     model.model.requires_grad_("frozen" not in switches)
     model.fused_adamw = "fused_adamw" in switches
     model.decode_batch = 1 if "decode_slices" in switches else None
@@ -81,18 +79,19 @@ def variant(base: LatentDiffusion, switches: frozenset[str]) -> LatentDiffusion:
     return model
 
 
+def dtype_of(switches: frozenset[str]) -> torch.dtype:
+    return getattr(torch, dtype_name(switches))
+
+
 def frozen_parts(model: LatentDiffusion) -> tuple[nn.Module, ...]:
     return model.model, model.first_stage_model, model.cond_stage_model
 
 
-def _convert(part: nn.Module, dtype: torch.dtype, channels_last: bool) -> None:
-    """New parameters in place of shared ones; `Module.to` would change those of all copies."""
-
-    def converted(x: Tensor) -> Tensor:
-        layout = torch.channels_last if channels_last and x.ndim == 4 else torch.preserve_format
-        return x.to(dtype, memory_format=layout)
-
+def convert(part: nn.Module, dtype: torch.dtype, channels_last: bool) -> None:
+    """Put new parameters in place of shared ones; `Module.to` would change those of all copies."""
     for module in part.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(converted(parameter.detach()), requires_grad=False)
+        for name, x in module._parameters.items():
+            if x is not None:
+                layout = torch.channels_last if channels_last and x.ndim == 4 else torch.preserve_format
+                new = x.detach().to(dtype, memory_format=layout)
+                module._parameters[name] = nn.Parameter(new, requires_grad=False)

@@ -41,6 +41,7 @@ def deviations(device: torch.device, dtype: str) -> list[dict[str, Any]]:
     """Return, for each part, the relative distance to the record and whether the precision explains it."""
     torch.backends.cudnn.allow_tf32 = False  # cuDNN's default rounds float32 to 10 bits
     model = tiny_model(device, dtype)
+    manager: Any = model.embedding_manager
     import tiny
 
     unet, vae, sample = tiny.golden("unet"), tiny.golden("vae"), tiny.golden("sample")
@@ -62,10 +63,7 @@ def deviations(device: torch.device, dtype: str) -> list[dict[str, Any]]:
     )
     name = next(key for key in sample if key.startswith(f"ddim.S{steps}.scale{scale}") and key.endswith(".latent"))
     found = {
-        "embeddings": (
-            model.embedding_manager.embeddings(),
-            tiny.golden("embedding_manager")["placeholder_embeddings"],
-        ),
+        "embeddings": (manager.embeddings(), tiny.golden("embedding_manager")["placeholder_embeddings"]),
         "unet": (model.apply_model(unet["x"].to(device), t, context), unet["out.t250"]),
         "vae": (model.decode_first_stage(vae["mode_times_scale_factor"].to(device)), vae["decode_first_stage_of_that"]),
         "ddim": (latents, sample[name]),

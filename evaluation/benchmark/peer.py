@@ -1,6 +1,6 @@
 """diffusers' networks and scheduler on the same weights: what a user of that library would run.
 
-The training step is that of its textual-inversion example: the picture is encoded in every step, the text
+The training step is that of its textual-inversion example: the image is encoded in every step, the text
 transformer keeps float32 weights and runs under autocast, and AdamW moves the whole token table, of which all rows but
 the new ones are put back.
 """
@@ -14,60 +14,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.benchmark.measure import Contender
+from evaluation.benchmark.models import convert, dtype_of
 from evaluation.benchmark.sample import Sampling, mix
-from evaluation.benchmark.switches import dtype_name
-from evaluation.benchmark.train import RandomPictures
+from evaluation.benchmark.train import RandomImages
 from ldm.conditioning.stages import stage_of
 from ldm.export.diffusers_networks import build_networks
 from ldm.files.diffusers_layout import to_compvis
 from ldm.models.diffusion.sampling import draw_noise, seeded_generators
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
-
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
 class Peer:
     """`unet`, `vae` and `text_encoder` of diffusers and transformers, with the weights of `base`.
 
-    Args:
-        switches: float16, bfloat16 and channels_last are followed.
-        compiled: torch.compile of the U-Net and of the decoder.
+    Of the switches, float16, bfloat16 and channels_last count; `compiled` compiles the U-Net and the decoder.
     """
 
     def __init__(self, base: LatentDiffusion, switches: frozenset[str], compiled: bool) -> None:
         self.base = base
-        self.dtype = getattr(torch, dtype_name(switches))
+        self.dtype = dtype_of(switches)
+        sizes: Any = base.unet_sizes
         with torch.device("meta"):
-            parts = build_networks(base, base.unet_sizes, resolution=512)
+            parts: dict[str, Any] = build_networks(base, sizes, resolution=512)
         _share_weights(parts, base)
-        # buffers that are not in a state dict, such as position numbers, were made without memory
-        self.text_encoder: Any = _with_buffers(parts["text_encoder"], base.device)
-        for name in ("unet", "vae"):
-            part = parts[name].requires_grad_(False).eval()
-            for module in part.modules():
-                for key, parameter in module._parameters.items():
-                    if parameter is not None:
-                        module._parameters[key] = nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
-            if "channels_last" in switches:
-                part.to(memory_format=torch.channels_last)
-        self.unet: Any = torch.compile(parts["unet"], fullgraph=True) if compiled else parts["unet"]
-        self.vae: Any = parts["vae"]
+        self.text_encoder = parts["text_encoder"]
+        _number_positions(self.text_encoder, base.device)
+        self.unet, self.vae = (parts[name].requires_grad_(False).eval() for name in ("unet", "vae"))
+        for part in (self.unet, self.vae):
+            convert(part, self.dtype, "channels_last" in switches)
         if compiled:
+            self.unet = torch.compile(self.unet, fullgraph=True)
             self.vae.decoder = torch.compile(self.vae.decoder, fullgraph=True)
 
-    def scheduler(self) -> DDIMScheduler:
+    def scheduler(self) -> Any:
         from diffusers import DDIMScheduler
 
-        prediction = {"eps": "epsilon", "v": "v_prediction"}[self.base.parameterization]
         return DDIMScheduler(
             self.base.num_timesteps,
-            trained_betas=self.base.betas.cpu().numpy(),
+            trained_betas=torch.as_tensor(self.base.betas).cpu().numpy(),
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,
-            prediction_type=prediction,
+            prediction_type={"eps": "epsilon", "v": "v_prediction"}[self.base.parameterization],
         )
 
 
@@ -81,12 +71,12 @@ def _share_weights(parts: dict[str, nn.Module], base: LatentDiffusion) -> None:
         parts[part].load_state_dict(shared, assign=True)
 
 
-def _with_buffers(text_encoder: nn.Module, device: torch.device) -> nn.Module:
+def _number_positions(text_encoder: nn.Module, device: torch.device) -> None:
+    """Make the buffers that are not in a state dict, position numbers, which were made without memory."""
     for module in text_encoder.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-    return text_encoder
 
 
 class PeerTraining:
@@ -95,19 +85,21 @@ class PeerTraining:
     def __init__(self, peer: Peer, batch: int, resolution: int) -> None:
         base = peer.base
         self.peer, self.base = peer, base
-        self.batch = RandomPictures(batch, resolution).batch(range(batch), with_images=True)
+        self.batch = RandomImages(batch, resolution).batch(range(batch), with_images=True)
         self.images = self.batch["image"].permute(0, 3, 1, 2).to(base.device, peer.dtype)
         draw = base._draw(self.batch, "train")
         self.draw = {name: values.to(base.device) for name, values in draw.items()}
         self.scheduler = peer.scheduler()
         encoder = peer.text_encoder.requires_grad_(False).train()
-        vectors = base.embedding_manager.vectors().detach()
+        manager: Any = base.embedding_manager
+        vectors = manager.vectors().detach()
         table = torch.cat([base.cond_stage_model.token_table, vectors.to(base.device)])
         encoder.set_input_embeddings(nn.Embedding.from_pretrained(table, freeze=False))
         self.table = encoder.get_input_embeddings().weight
         self.original = self.table.detach().clone()
         self.words = len(table) - len(vectors)  # the tokens after these are new
-        slots = base.get_learned_conditioning(self.batch["caption"]).rows(self.draw["t"])
+        cond: Any = base.get_learned_conditioning(self.batch["caption"])
+        slots = cond.rows(self.draw["t"])
         self.ids = torch.where(slots < 0, self.words - 1 - slots, slots)
         self.optimizer = torch.optim.AdamW([self.table], lr=base.learning_rate)
 
@@ -147,8 +139,7 @@ class PeerSampling:
 
     @torch.no_grad()
     def run(self) -> Tensor:
-        peer, base = self.peer, self.peer.base
-        scheduler = peer.scheduler()
+        peer, base, scheduler = self.peer, self.peer.base, self.peer.scheduler()
         scheduler.set_timesteps(self.steps, device=base.device)
         parts = self.ours.conditionings(self.batch)
         stages = [
@@ -167,22 +158,19 @@ class PeerSampling:
 def peer_contender(
     base: LatentDiffusion, name: str, what: str, switches: frozenset[str], batch: int, resolution: int, steps: int
 ) -> Contender:
-    """diffusers' way to do `what`."""
+    """Return diffusers' way to do `what`."""
+    if what not in ("train", "sample", "vae"):
+        raise ValueError(f"There is no comparison with {name} for '{what}'; it can be train, sample or vae.")
     compiled = name.endswith("compiled")
     peer = Peer(base, switches, compiled)
     if what == "train":
         training = PeerTraining(peer, batch, resolution)
         return Contender(name, training.run, training.result, peer.dtype, batch, compiled)
-    if what == "sample":
-        sampling = PeerSampling(peer, batch, resolution, steps)
-        return Contender(name, sampling.run, sampling.run, peer.dtype, batch, compiled)
-    if what == "vae":
-        images = torch.stack([RandomPictures(batch, resolution).picture(i) for i in range(batch)])
-        images = images.to(base.device, peer.dtype)
+    images = RandomImages(batch, resolution).all().to(base.device, peer.dtype)
 
-        @torch.no_grad()
-        def run() -> Tensor:
-            return peer.vae.decode(peer.vae.encode(images).latent_dist.mean).sample.float()
+    @torch.no_grad()
+    def code() -> Tensor:
+        return peer.vae.decode(peer.vae.encode(images).latent_dist.mean).sample.float()
 
-        return Contender(name, run, run, peer.dtype, batch, compiled)
-    raise ValueError(f"There is no comparison with {name} for '{what}'; it can be train, sample or vae.")
+    run = PeerSampling(peer, batch, resolution, steps).run if what == "sample" else code
+    return Contender(name, run, run, peer.dtype, batch, compiled)

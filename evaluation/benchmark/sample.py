@@ -1,16 +1,17 @@
-"""Pictures from noise, text passes, and the first stage: ours with any switch turned."""
+"""Images from noise, text passes, and the first stage: ours with any switch turned."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from evaluation.benchmark.measure import Contender
-from evaluation.benchmark.models import variant
-from evaluation.benchmark.switches import dtype_name, is_opaque
-from evaluation.benchmark.train import RandomPictures, every_stage
+from evaluation.benchmark.models import dtype_of, variant
+from evaluation.benchmark.switches import is_opaque
+from evaluation.benchmark.train import RandomImages, every_stage
+from evaluation.images import encode
 from ldm.conditioning.context import Conditioning, Context, as_conditioning
 from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.sampling import Denoiser, draw_noise, guided, seeded_generators
@@ -24,13 +25,13 @@ SCALE = 5.0
 
 
 def words(num_stages: int) -> list[str]:
-    """The learned token in the first half of the stages, a plain text in the others."""
+    """Return the learned token for the first half of the stages, a plain text for the others."""
     half = num_stages // 2
     return ["a *"] * half + ["a thing"] * (num_stages - half)
 
 
 class Sampling:
-    """DDIM with guidance from noise to pictures; `text_rows` counts the prompts that were encoded."""
+    """DDIM with guidance from noise to images; `details` has the number of prompts that `result` encoded."""
 
     def __init__(
         self, base: LatentDiffusion, switches: frozenset[str], batch: int, resolution: int, steps: int
@@ -41,16 +42,16 @@ class Sampling:
         self.shape = (self.model.channels, side, side)
         timesteps = ddim_timesteps(steps, self.model.num_timesteps)
         alphas_cumprod = self.model.host_alphas_cumprod
-        self.schedule = (timesteps, *ddim_parameters(alphas_cumprod, timesteps, 0.0))
-        self.text_rows = 0
-        text = self.model.cond_stage_model.transformer.text_model
-        text.register_forward_hook(lambda _, inputs, __: self._count(len(inputs[0])))
+        self.schedule: Any = (timesteps, *ddim_parameters(alphas_cumprod, timesteps, 0.0))
+        self.text_rows, self.details = 0, {"text_rows": 0}
+        encoder: Any = self.model.cond_stage_model
+        encoder.transformer.text_model.register_forward_hook(self._count)
 
-    def _count(self, rows: int) -> None:
-        self.text_rows += rows
+    def _count(self, _: object, inputs: tuple[Tensor, ...], __: object) -> None:
+        self.text_rows += len(inputs[0])
 
     def conditionings(self, count: int) -> list[Conditioning]:
-        """The unconditional prompts and the prompts."""
+        """Return the unconditional prompts and the prompts."""
         model = self.model
         prompts = [([""] * count, None), ([PROMPT] * count, words(model.num_stages))]
         if "text_batch" in self.switches:
@@ -59,46 +60,37 @@ class Sampling:
 
     def denoiser(self, count: int) -> Denoiser:
         uncond, cond = self.conditionings(count)
-        model = self.model
-        if "guidance_batch" not in self.switches:
-            one, two = (self._one(prompt) for prompt in (uncond, cond))
+        model, kv = self.model, "kv" in self.switches
+
+        def predict(x: Tensor, t: int, context: Context) -> Tensor:
+            timesteps = torch.full((len(x),), t, device=x.device)
+            return model.to_eps(model.apply_model(x, timesteps, context), x, timesteps)
+
+        if "guidance_batch" in self.switches:
+            if kv:
+                return guided(model, cond, uncond, SCALE)
+            return lambda x, t: mix(*predict(torch.cat([x, x]), t, Context.cat(uncond.at(t), cond.at(t))).chunk(2))
+        if kv:
+            one, two = guided(model, uncond), guided(model, cond)
             return lambda x, t: mix(one(x, t), two(x, t))
-        if "kv" in self.switches:
-            return guided(model, cond, uncond, SCALE)
-
-        def denoise(x: Tensor, t: int) -> Tensor:
-            x = torch.cat([x, x])
-            timesteps = torch.full((len(x),), t, device=x.device)
-            prediction = model.apply_model(x, timesteps, Context.cat(uncond.at(t), cond.at(t)))
-            return mix(*model.to_eps(prediction, x, timesteps).chunk(2))
-
-        return denoise
-
-    def _one(self, prompt: Conditioning) -> Denoiser:
-        """The prediction for one of the two prompts alone."""
-        if "kv" in self.switches:
-            return guided(self.model, prompt)
-
-        def denoise(x: Tensor, t: int) -> Tensor:
-            timesteps = torch.full((len(x),), t, device=x.device)
-            return self.model.to_eps(self.model.apply_model(x, timesteps, prompt.at(t)), x, timesteps)
-
-        return denoise
+        return lambda x, t: mix(predict(x, t, uncond.at(t)), predict(x, t, cond.at(t)))
 
     @torch.no_grad()
     def run(self) -> Tensor:
-        """Pictures (B, 3, R, R)."""
+        """Images (B, 3, R, R)."""
         groups = [range(self.batch)] if "batch" in self.switches else [range(i, i + 1) for i in range(self.batch)]
-        pictures = []
+        images = []
         for seeds in groups:
             x = draw_noise(seeded_generators(seeds), (len(seeds), *self.shape), self.model.device)
             latents = ddim(self.denoiser(len(seeds)), x, *self.schedule)
-            pictures.append(self.model.decode_first_stage(latents))
-        return torch.cat(pictures)
+            images.append(self.model.decode_first_stage(latents))
+        return torch.cat(images)
 
     def result(self) -> Tensor:
         self.text_rows = 0
-        return self.run()
+        images = self.run()
+        self.details["text_rows"] = self.text_rows
+        return images
 
 
 def mix(eps_uncond: Tensor, eps_cond: Tensor) -> Tensor:
@@ -108,24 +100,14 @@ def mix(eps_uncond: Tensor, eps_cond: Tensor) -> Tensor:
 def sampling_contender(
     base: LatentDiffusion, name: str, switches: frozenset[str], batch: int, resolution: int, steps: int
 ) -> Contender:
-    sampling = Sampling(base, switches, batch, resolution, steps)
-    contender = Contender(
-        name, sampling.run, sampling.result, getattr(torch, dtype_name(switches)), batch, is_opaque(switches)
-    )
-
-    def result() -> Tensor:
-        pictures = sampling.result()
-        contender.details["text_rows"] = sampling.text_rows
-        return pictures
-
-    contender.result = result
-    return contender
+    x = Sampling(base, switches, batch, resolution, steps)
+    return Contender(name, x.run, x.result, dtype_of(switches), batch, is_opaque(switches), x.details)
 
 
 def text_contender(
     base: LatentDiffusion, name: str, switches: frozenset[str], batch: int, resolution: int, steps: int
 ) -> Contender:
-    """All contexts that a picture needs, with those of the unconditional prompt."""
+    """Encode all contexts that an image needs, with those of the unconditional prompt."""
     sampling = Sampling(base, switches, batch, resolution, 1)
 
     @torch.no_grad()
@@ -134,18 +116,17 @@ def text_contender(
         stages = range(sampling.model.num_stages)
         return torch.cat([part.at(s * part.num_timesteps // len(stages)).k.float() for part in parts for s in stages])
 
-    return Contender(name, run, run, getattr(torch, dtype_name(switches)), batch)
+    return Contender(name, run, run, dtype_of(switches), batch)
 
 
 def vae_contender(
     base: LatentDiffusion, name: str, switches: frozenset[str], batch: int, resolution: int, steps: int
 ) -> Contender:
-    """Encoding and decoding."""
+    """Encode and decode images."""
     model = variant(base, switches).eval()
-    images = torch.stack([RandomPictures(batch, resolution).picture(i) for i in range(batch)]).to(model.device)
+    images = RandomImages(batch, resolution).all().to(model.device)
 
     def run() -> Tensor:
-        posterior = model.encode_first_stage(images)
-        return model.decode_first_stage(model.scale_factor * posterior.mode())
+        return model.decode_first_stage(model.scale_factor * encode(model, images))
 
-    return Contender(name, run, run, getattr(torch, dtype_name(switches)), batch)
+    return Contender(name, run, run, dtype_of(switches), batch)

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from evaluation.benchmark.measure import Contender
-from evaluation.benchmark.models import variant
-from evaluation.benchmark.switches import dtype_name, is_opaque
+from evaluation.benchmark.models import dtype_of, variant
+from evaluation.benchmark.switches import is_opaque
 from ldm.models.diffusion.latents import LatentCache
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
-class RandomPictures:
-    """Pictures (3, R, R) of noise in [-1, 1], which cost what others do."""
+class RandomImages:
+    """Images (3, R, R) of noise in [-1, 1], which cost what others do."""
 
     flips = False
 
@@ -29,14 +29,13 @@ class RandomPictures:
         generator = torch.Generator().manual_seed(i)
         return torch.rand(3, self.resolution, self.resolution, generator=generator) * 2 - 1
 
+    def all(self) -> Tensor:
+        return torch.stack([self.picture(i) for i in range(self.num_pictures)])
+
     def batch(self, numbers: range, with_images: bool) -> dict[str, Any]:
-        """What a data loader gives for the samples of these numbers; sample n shows picture n."""
-        batch = {
-            "caption": ["*"] * len(numbers),
-            "picture": torch.tensor(numbers),
-            "flipped": torch.zeros(len(numbers), dtype=torch.bool),
-            "sample": torch.tensor(numbers),
-        }
+        """Return what a data loader gives for the samples of these numbers; sample n shows image n."""
+        ids, flipped = torch.tensor(numbers), torch.zeros(len(numbers), dtype=torch.bool)
+        batch = {"caption": ["*"] * len(numbers), "picture": ids, "flipped": flipped, "sample": ids}
         if with_images:
             batch["image"] = torch.stack([self.picture(i) for i in numbers]).permute(0, 2, 3, 1).contiguous()
         return batch
@@ -51,13 +50,13 @@ class TrainingStep:
     def __init__(self, base: LatentDiffusion, switches: frozenset[str], batch: int, resolution: int) -> None:
         self.model = variant(base, switches).train()
         self.switches = switches
-        pictures = RandomPictures(batch, resolution)
+        images = RandomImages(batch, resolution)
         cached = "latents" in switches
         ranges = [range(batch)] if "batch" in switches else [range(i, i + 1) for i in range(batch)]
-        self.batches = [pictures.batch(numbers, with_images=not cached) for numbers in ranges]
+        self.batches = [images.batch(numbers, with_images=not cached) for numbers in ranges]
         if cached:
-            self.model._latents = LatentCache(self.model.encode_first_stage, pictures)
-        self.optimizer = self.model.configure_optimizers()
+            self.model._latents = LatentCache(self.model.encode_first_stage, images)
+        self.optimizer: Any = self.model.configure_optimizers()
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         if "stages" in self.switches:
@@ -91,14 +90,13 @@ class TrainingStep:
 
 
 def every_stage(model: LatentDiffusion, prompts: list[str], words: list[str] | None = None) -> list[Tensor]:
-    """The contexts of all S stages, each in a text pass of its own, as the reference makes them."""
-    manager, encoder = model.embedding_manager, model.cond_stage_model
-    cond = model.get_learned_conditioning(prompts, words)
-    slots = cond.slots.expand(model.num_stages, -1, -1)
-    vectors = manager.vectors()
-    return [encoder(stage, vectors) for stage in slots]
+    """Return the contexts of all S stages, each in a text pass of its own, as the reference makes them."""
+    cond: Any = model.get_learned_conditioning(prompts, words)
+    manager: Any = model.embedding_manager
+    slots, vectors = cond.slots.expand(model.num_stages, -1, -1), manager.vectors()
+    return [model.cond_stage_model(stage, vectors) for stage in slots]
 
 
 def contender(base: LatentDiffusion, name: str, switches: frozenset[str], batch: int, resolution: int) -> Contender:
     step = TrainingStep(base, switches, batch, resolution)
-    return Contender(name, step.run, step.result, getattr(torch, dtype_name(switches)), batch, is_opaque(switches))
+    return Contender(name, step.run, step.result, dtype_of(switches), batch, is_opaque(switches))

@@ -1,6 +1,6 @@
-"""Reads the attributes of pictures of the rendered world: the judge of what a model generates there.
+"""Reads the attributes of images of the rendered world: the judge of what a model generates there.
 
-It shares nothing with the generative model: trained on rendered pictures only, by labels, not by captions.
+It shares nothing with the generative model: trained on rendered images only, by labels, not by captions.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from evaluation.world.rendered import FACTORS
-from ldm.models.autoencoder import cosine_to_zero
+from evaluation.networks import adamw, convolutions
+from evaluation.world.attributes import FACTORS
 from ldm.util import seed_step
 
 
 class AttributeClassifier(pl.LightningModule):
-    """One convolutional trunk and a linear head for each factor of `evaluation.world.rendered`.
+    """One convolutional trunk and a linear head for each factor of the rendered world.
 
-    Training pictures are disturbed (noise, blur, contrast), since the pictures it is made for are generated ones.
-
-    Args:
-        resolution: R, pixels a side; other pictures are averaged to this size.
-        channels: of the layers; each after the first halves the resolution.
+    Training images are disturbed (noise, blur, contrast), since the images it is made for are generated ones.
+    Images of other sizes are averaged to `resolution`, which each layer after the first halves.
     """
 
     def __init__(
@@ -34,23 +32,18 @@ class AttributeClassifier(pl.LightningModule):
         super().__init__()
         self.image_key, self.resolution = image_key, resolution
         self.learning_rate = 1e-3
-        layers: list[nn.Module] = []
-        previous = 3
-        for i, c in enumerate(channels):
-            layers += [nn.Conv2d(previous, c, 3, stride=1 if i == 0 else 2, padding=1), nn.GroupNorm(8, c), nn.GELU()]
-            previous = c
-        side = resolution // 2 ** (len(channels) - 1)
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1))
-        self.heads = nn.ModuleDict({name: nn.Linear(previous * side**2, len(v)) for name, v in FACTORS.items()})
+        self.features = nn.Sequential(*convolutions(channels, first_stride=1), nn.Flatten(), nn.Dropout(0.1))
+        width = channels[-1] * (resolution // 2 ** (len(channels) - 1)) ** 2
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in FACTORS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Pictures (B, 3, H, W) in [-1, 1] to the logits of every factor, {name: (B, words)}."""
+        """Images (B, 3, H, W) in [-1, 1] to the logits of every factor, {name: (B, words)}."""
         features = self.features(F.adaptive_avg_pool2d(images, self.resolution))
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
     def read(self, images: Tensor) -> Tensor:
-        """The most probable word of every factor: long (B, F), columns in the order of `FACTORS`."""
+        """Return the most probable word of every factor: long (B, F), columns in the order of `FACTORS`."""
         return torch.stack([logits.argmax(dim=1) for logits in self(images).values()], dim=1)
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
@@ -67,14 +60,16 @@ class AttributeClassifier(pl.LightningModule):
         correct = (self.read(batch[self.image_key].permute(0, 3, 1, 2)) == batch["attributes"]).float().mean(dim=0)
         self.log_dict({f"val/{name}": value for name, value in zip(FACTORS, correct, strict=True)})
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
-        return {"optimizer": optimizer, "lr_scheduler": cosine_to_zero(optimizer, self.trainer)}
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return adamw(self, self.learning_rate, beta2=0.99)
 
 
 def disturbed(images: Tensor) -> Tensor:
-    """Pictures (B, 3, R, R) with some blur, contrast and noise, a random amount of each for every picture."""
-    amount = lambda: torch.rand(len(images), 1, 1, 1, device=images.device)  # noqa: E731
+    """Return images (B, 3, R, R) with some blur, contrast and noise, a random amount of each for every image."""
+
+    def amount() -> Tensor:
+        return torch.rand(len(images), 1, 1, 1, device=images.device)
+
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = torch.lerp(images, blurred, 0.7 * amount())
     images = images * (0.85 + 0.3 * amount()) + 0.1 * (amount() - 0.5)

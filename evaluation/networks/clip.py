@@ -1,4 +1,4 @@
-"""A small CLIP (Radford et al. 2021), trained on captioned pictures to give a small model its text transformer.
+"""A small CLIP (Radford et al. 2021), trained on captioned images to give a small model its text transformer.
 
 Trained first and then kept frozen, as Stable Diffusion does with CLIP: a U-Net learns to follow captions much
 sooner from a text transformer that already tells them apart.
@@ -12,10 +12,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from evaluation.networks import adamw, convolutions
 from ldm.conditioning.prompts import PromptReader
-from ldm.models.autoencoder import cosine_to_zero
 from ldm.util import instantiate_from_config
 
 
@@ -24,14 +25,8 @@ class ImageTower(nn.Module):
 
     def __init__(self, resolution: int, width: int, channels: Sequence[int] = (32, 64, 128, 128)) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        previous = 3
-        for c in channels:
-            layers += [nn.Conv2d(previous, c, 3, stride=2, padding=1), nn.GroupNorm(8, c), nn.GELU()]
-            previous = c
-        side = resolution // 2 ** len(channels)
-        self.features = nn.Sequential(*layers, nn.Flatten())
-        self.projection = nn.Linear(previous * side**2, width)
+        self.features = nn.Sequential(*convolutions(channels, first_stride=2), nn.Flatten())
+        self.projection = nn.Linear(channels[-1] * (resolution // 2 ** len(channels)) ** 2, width)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projection(self.features(images))
@@ -61,7 +56,7 @@ class CLIP(pl.LightningModule):
         self.log_scale = nn.Parameter(torch.tensor(2.6))  # log(1 / 0.07), as in the paper
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, R, R) in [-1, 1] to unit vectors (B, D)."""
+        """Images (B, 3, R, R) in [-1, 1] to unit vectors (B, D)."""
         return F.normalize(self.image_tower(images), dim=-1)
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
@@ -90,6 +85,5 @@ class CLIP(pl.LightningModule):
     def validation_step(self, batch: Mapping[str, Any], _: int) -> None:
         self._loss(batch, "val")
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-        return {"optimizer": optimizer, "lr_scheduler": cosine_to_zero(optimizer, self.trainer)}
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return adamw(self, self.learning_rate, beta2=0.98)

@@ -1,4 +1,4 @@
-"""How the rendered world looks: outlines as signed distance functions, textures and colours.
+"""What the words of the rendered world look like: places, sizes, outlines (signed distances), textures and colours.
 
 Every outline and texture takes x and y, two tensors of one shape (N, H, W), in the object's own coordinates:
 x to the right, y upwards, the object inside about [-1, 1] x [-1, 1]. Distances are in the same units. An
@@ -60,14 +60,7 @@ def cross(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(_box(x, y, 1.0, 0.36), _box(x, y, 0.36, 1.0))
 
 
-OUTLINES: dict[str, Outline] = {
-    "circle": circle,
-    "square": square,
-    "triangle": triangle,
-    "star": star,
-    "heart": heart,
-    "cross": cross,
-}
+OUTLINES: dict[str, Outline] = {f.__name__: f for f in (circle, square, triangle, star, heart, cross)}
 
 
 def _tone(distance: Tensor, pixel: Tensor) -> Tensor:
@@ -109,15 +102,13 @@ def shiny(x: Tensor, y: Tensor, period: Tensor, pixel: Tensor) -> Tensor:
 
 
 # (x, y, period, pixel) -> tone in [0, 1], 0 dark and 1 light; period and pixel (N, 1, 1) in units of x and y.
-TEXTURES: dict[str, Texture] = {
-    "plain": plain,
-    "striped": striped,
-    "dotted": dotted,
-    "checkered": checkered,
-    "ringed": ringed,
-    "shiny": shiny,
-}
+TEXTURES: dict[str, Texture] = {f.__name__: f for f in (plain, striped, dotted, checkered, ringed, shiny)}
 
+# Centre of the object, in coordinates where the image is [-1, 1] x [-1, 1] and y points upwards.
+CENTRES: dict[str, tuple[float, float]] = {
+    "left": (-0.40, 0.0), "right": (0.40, 0.0), "top": (0.0, 0.40), "bottom": (0.0, -0.40), "centre": (0.0, 0.0)
+}  # fmt: skip
+RADII: dict[str, float] = {"large": 0.50, "small": 0.34}
 
 # (lightness, chroma, hue in degrees) in Oklab, https://bottosson.github.io/posts/oklab. Pure sRGB red
 # has chroma 0.26. Backgrounds are lighter or darker than both tones of every object.

@@ -5,7 +5,7 @@ import pytest
 
 from evaluation.ablation import INITIAL_WORDS, Ablation
 from evaluation.comparison import difference, gain, summary
-from evaluation.concepts import MAX_STEPS, TRANSFERS, concept_attributes
+from evaluation.concepts import MAX_STEPS, TRANSFERS
 from ldm.config import load_config
 from scripts import ablate
 
@@ -14,35 +14,33 @@ YAML = Path(__file__).parents[2] / "configs" / "evidence" / "ablation.yaml"
 
 def test_the_yaml_that_ships():
     ablation = Ablation.read(YAML, ["prospect", "word-of-class"], limit=3)
-    assert list(ablation.jobs()) == [f"{name}-{i:02d}" for name in ("prospect", "word-of-class") for i in range(3)]
-    config = load_config(ablation.config)
-    assert ablation.overrides("prospect", 0) == {  # as the configuration learns
+    assert list(ablation.variants) == ["prospect", "word-of-class"] and len(ablation.subjects) == 3
+    config = load_config(YAML.parents[2] / ablation.config)
+    assert ablation.overrides("prospect", ablation.subjects[0]) == {  # as the configuration learns
         "model.params.frozen_dtype": "bfloat16",
-        "learning_rate": pytest.approx(config.model.base_learning_rate * config.data.params.batch_size),
+        "model.base_learning_rate": config.model.base_learning_rate,
         MAX_STEPS: config.lightning.trainer.max_steps,
     }
-    picture, _ = concept_attributes(1, ablation.seed)
+    subject = ablation.subjects[1]
     shapes = ("circle", "square", "triangle", "star", "heart", "cross")
-    assert ablation.overrides("word-of-class", 1)[INITIAL_WORDS] == [shapes[picture[2]]]
+    assert ablation.overrides("word-of-class", subject)[INITIAL_WORDS] == [shapes[subject.attributes[2]]]
 
 
 def test_one_value_for_each_concept():
-    ablation = Ablation.read(YAML, ["prospect"], limit=2)
     measured = {}
-    for job, same in zip(ablation.jobs(), (1, 0), strict=True):
+    for number, same in enumerate((1, 0)):
         read = np.full((4, 6), 1 - same)
         reads = {f"read/{name}": read for name in ("reconstruction", *(f"presets/{preset}" for preset in TRANSFERS))}
-        measured[job] = reads | {"picture": np.zeros(6, int), "latent_distance": np.ones(4)}
-    values = summary(ablation, measured, "prospect")
+        measured["prospect", number] = reads | {"image": np.zeros(6, int), "latent_distance": np.ones(4)}
+    values = summary(measured, "prospect")
     assert values["reconstruction"].tolist() == [1, 0] and values["wanted/style"].tolist() == [1, 0]
     assert values["transferred/all"].tolist() == [0, 0]  # the first brings the unwanted, too
 
 
 def test_variants_are_compared_on_the_same_concepts():
-    default = {"transferred/all": np.array([0.5, 1.0, 0.0, 0.0])}
-    differences = gain({"transferred/all": np.array([0.75, 0.75])}, default)
-    assert differences.tolist() == [0.25, -0.25]
-    assert difference(np.array([0.25, -0.25, 0.0])) == "+0.00 (-0.60 to +0.60)"
+    one, other = ({"transferred/all": np.array(values)} for values in ([0.75, 0.75, 0.0], [0.5, 1.0, 0.0]))
+    assert gain(one, other).tolist() == [0.25, -0.25, 0.0]
+    assert difference(gain(one, other)) == "+0.00 (-0.62 to +0.62)"
 
 
 TINY = """
@@ -50,85 +48,70 @@ config: configs/demo/finetune.yaml
 ckpt: models/demo/model.safetensors
 classifier: models/demo/classifier.safetensors
 seed: 50
-pictures: 1
+concepts: 1
+images: 1
 steps: 2
 scale: 2.5
 settings: {lightning.trainer.max_steps: 2}
 default: prospect
 elsewhere: [prospect, textual-inversion]
 variants:
-  prospect: {concepts: 1, learning_rate: 1.0e-3}
-  textual-inversion: {concepts: 1, model.params.prospect_stages: 1, word: shape}
-  other: {concepts: 1, model.params.time_sampling: stages, model.params.personalization_config.params.norm: word}
+  prospect: {model.base_learning_rate: 1.0e-3}
+  textual-inversion: {model.params.prospect_stages: 1, word: shape}
+  other: {model.params.time_sampling: stages, model.params.personalization_config.params.norm: word}
 """
 
 
-def test_the_command_learns_counts_and_goes_on(tmp_path: Path, capsys, monkeypatch):
+def test_the_command_learns_counts_and_resumes(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(YAML.parents[2])
     (tmp_path / "tiny.yaml").write_text(TINY)
-    monkeypatch.setattr(
-        "sys.argv", ["ablate.py", str(tmp_path / "tiny.yaml"), "--workers", "1", "--outdir", str(tmp_path)]
-    )
+    flags = ["--workers", "1", "--outdir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["ablate.py", str(tmp_path / "tiny.yaml"), *flags])
     ablate.main()
-    rows = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith(("| prospect", "| text", "| other"))
-    ]
+    lines = capsys.readouterr().out.splitlines()
     # two tables of three variants, two of them again with the concept in all stages and in the paper's; and a third of
     # what the first has more than the other five
-    assert len(rows) == 7 + 7 + 1 + 5
+    assert sum(line.startswith(("| prospect", "| text", "| other")) for line in lines) == 7 + 7 + 1 + 5
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
     assert len(files) == 6 and {"ablation.md", "ablation.json", "transfer.png", "variants.png"} <= {
         path.name for path in tmp_path.iterdir()
     }
-    vectors = np.load(tmp_path / "learned" / "other-00.npz")["vectors"]
-    lengths = np.linalg.norm(vectors, axis=1)
-    assert vectors.shape == (10, 128) and np.allclose(lengths, lengths[0], rtol=1e-4)
+    learned = [np.load(path)["vectors"] for path in (tmp_path / "learned").rglob("*.npz")]
+    assert sorted(vectors.shape for vectors in learned) == [(1, 128), (10, 128), (10, 128)]
+    lengths = [np.linalg.norm(vectors, axis=1) for vectors in learned if len(vectors) == 10]
+    assert sum(np.allclose(x, x[0], rtol=1e-4) for x in lengths) == 1, "one variant keeps the length of a word"
     ablate.main()
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
 
 
 @pytest.mark.parametrize(
-    ("text", "names"),
+    ("old", "new", "names"),
     [
-        (None, "There is no file of variants"),
-        ("a: [", "not a readable YAML file"),
-        ("config: x", "must have the keys"),
-        (TINY.replace("variants:", "variants: [a]\nx:"), "must have the keys"),
-        (TINY.partition("variants:")[0] + "variants: [a]", "must be sections"),
-        (TINY.partition("variants:")[0] + "variants: {}", "must be sections"),
-        (TINY.replace("{concepts: 1, learning_rate: 1.0e-3}", "null"), "must be a section that says how many"),
-        (TINY.replace("concepts: 1, learning", "concepts: many, learning"), "must be a section that says how many"),
-        (TINY.replace("concepts: 1, learning", "concepts: 0, learning"), "must be a section that says how many"),
-        (TINY.replace("word: shape", "word: shap"), "starts from the word of 'shap'; choose from position"),
-        (TINY.replace("default: prospect", "default: prospekt"), "has no variants prospekt"),
-        (TINY.replace("elsewhere: [prospect", "elsewhere: [prospekt"), "has no variants prospekt"),
-        (TINY.replace("learning_rate: 1.0e-3", "lightning.trainer.max_step: 7"), "sets 'lightning.trainer.max_step'"),
-        (TINY.replace("learning_rate", "lerning_rate"), "sets 'lerning_rate', which does not count here; what does"),
-        (TINY.replace("learning_rate", "model.base_learning_rate"), "sets 'model.base_learning_rate'"),
-        (TINY.replace("time_sampling: stages", "ckpt_path: x"), "sets 'model.params.ckpt_path'"),
-        (TINY.replace("max_steps: 2", "max_steps: -1"), "has lightning.trainer.max_steps -1; it must be"),
-        (TINY.replace("learning_rate", "5"), "sets '5', which does not count here"),
-        (TINY.replace("1.0e-3", "0"), "has the learning_rate 0; it must be"),
-        (TINY.replace("1.0e-3", "1e-3"), "has the learning_rate '1e-3'; it must be"),
-        (TINY.replace("prospect_stages: 1", "prospect_stage: 1"), "The variant 'textual-inversion': "),
-        (TINY.replace("prospect_stages: 1", "prospect_stages: 0"), "The variant 'textual-inversion': "),
-        (TINY.replace("model.params.time", "data.params.train.params.time"), "has no parameter 'time_sampling'"),
-        (TINY.replace("pictures: 1", "pictures: 0"), "'pictures' in"),
-        (TINY.replace("seed: 50", "seed: x"), "'seed' in"),
-        (TINY.replace("steps: 2\n", "steps: 0\n"), "ddim_steps"),
-        (TINY.replace("scale: 2.5", "scale: .nan"), "'scale' in"),
-        (TINY.replace("word: shape", "word: [shape]"), "starts from the word of '['shape']'"),
-        (TINY.replace("default: prospect", "default: [prospect]"), "has no variants ['prospect']"),
-        (TINY.replace("demo/classifier", "demo/nothing"), "models/demo/nothing.safetensors"),
-        (TINY.replace("demo/model", "demo/nothing"), "models/demo/nothing.safetensors"),
-        (TINY.replace("demo/finetune", "demo/nothing"), "configs/demo/nothing.yaml"),
+        (TINY, "a: [", "not a readable YAML file"),
+        ("config:", "konfig:", "Key 'konfig' not in 'Ablation'"),
+        ("variants:", "x:", "Key 'x' not in 'Ablation'"),
+        ("seed: 50\n", "", "Missing mandatory value: seed"),
+        ("seed: 50", "seed: x", "'x' of type 'str' could not be converted to Integer"),
+        ("images: 1", "images: 0", "'concepts' and 'images' must be at least 1"),
+        ("word: shape", "word: shap", "starts from the word of 'shap'; choose from"),
+        ("default: prospect", "default: prospekt", "no variants prospekt; there are prospect, "),
+        ("elsewhere: [prospect", "elsewhere: [prospekt", "no variants prospekt"),
+        ("max_steps: 2", "max_step: 2", "sets 'lightning.trainer.max_step', which has no effect here"),
+        ("model.base_learning_rate", "learning_rate", "sets 'learning_rate', which has no effect"),
+        ("model.base_learning_rate", "model.base_lerning_rate", "The variant 'prospect': Unknown key"),
+        ("prospect_stages: 1", "prospect_stages: 0", "The variant 'textual-inversion': "),
+        ("model.params.time", "data.params.train.params.time", "has no parameter 'time_sampling'"),
+        ("steps: 2\n", "steps: 0\n", "steps must be in 1..1000, not 0"),
+        ("scale: 2.5", "scale: .nan", "scale must be in"),
+        ("demo/classifier", "demo/nothing", "models/demo/nothing.safetensors"),
+        ("demo/model", "demo/nothing", "models/demo/nothing.safetensors"),
+        ("demo/finetune", "demo/nothing", "configs/demo/nothing.yaml"),
     ],
 )
-def test_other_files_get_one_sentence(text: str | None, names: str, tmp_path: Path, capsys, monkeypatch):
-    path = tmp_path / "a.yaml"
-    if text is not None:
-        path.write_text(text)
-    monkeypatch.setattr("sys.argv", ["ablate.py", str(path), "--outdir", str(tmp_path / "out")])
+def test_other_files_get_one_sentence(old: str, new: str, names: str, tmp_path: Path, capsys, monkeypatch):
+    (tmp_path / "a.yaml").write_text(TINY.replace(old, new))
+    monkeypatch.chdir(YAML.parents[2])
+    monkeypatch.setattr("sys.argv", ["ablate.py", str(tmp_path / "a.yaml"), "--outdir", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         ablate.main()
     error = capsys.readouterr().err

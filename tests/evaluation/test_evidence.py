@@ -10,13 +10,13 @@ from transformers import CLIPConfig, CLIPModel
 
 from evaluation import spectrum
 from evaluation.ablation import Ablation
-from evaluation.captions import follow_captions, load, load_judge
-from evaluation.concepts import TRANSFERS, brought, concept_attributes, fill, windowed
-from evaluation.judges import AttributeJudge, DistanceJudge
-from evaluation.pictures import generate, staged
-from evaluation.world.rendered import FACTORS, random_attributes, render
+from evaluation.captions import follow_captions
+from evaluation.concepts import TRANSFERS, Subject, transferred, windowed
+from evaluation.images import encode, generate, load, staged
+from evaluation.judges import AttributeJudge, DistanceJudge, load_judge
+from evaluation.world.attributes import FACTORS, random_attributes
+from evaluation.world.rendered import render
 from evaluation.world_spectrum import best_windows, caption_experiments, concept_experiments
-from ldm.conditioning.presets import PRESET_STAGES
 
 ROOT = Path(__file__).parents[2]
 CONFIG, MODEL = "configs/demo/finetune.yaml", "models/demo/model.safetensors"
@@ -33,22 +33,13 @@ def judge() -> AttributeJudge:
     return load_judge(CLASSIFIER)
 
 
-def test_the_judge_reads_rendered_and_reconstructed_pictures(judge: AttributeJudge):
+def test_the_judge_reads_rendered_and_reconstructed_images(judge: AttributeJudge):
     attributes = random_attributes(256, 77, held_out=True)
-    pictures = render(attributes, range(256))
-    assert ((judge.read(pictures) == attributes).float().mean(dim=0) >= 0.98).all()
+    images = render(attributes, range(256))
+    assert ((judge.read(images) == attributes).float().mean(dim=0) >= 0.98).all()
     model = load(CONFIG, MODEL)
-    with torch.no_grad():
-        again = model.decode_first_stage(model.get_first_stage_encoding(model.encode_first_stage(pictures).mode()))
+    again = model.decode_first_stage(model.scale_factor * encode(model, images))
     assert ((judge.read(again) == attributes).float().mean(dim=0) >= 0.95).all()
-
-
-def test_the_judge_follows_pictures_and_attributes_alike(judge: AttributeJudge):
-    attributes = random_attributes(8, 3)
-    pictures = render(attributes, range(8))
-    others = attributes.roll(1, dims=0)
-    assert (judge.follows(pictures, attributes, others) == judge.follows(pictures, pictures, others)).all()
-    assert torch.equal(judge.follows(pictures, others, attributes), (attributes == others).float())
 
 
 def test_the_distance_judge_tells_the_poles_apart():
@@ -93,18 +84,17 @@ def test_judges_that_are_not_at_hand_are_named_before_work_starts(tmp_path: Path
 
 
 def test_captions_are_followed_on_combinations_that_training_never_showed():
-    correct = follow_captions(CONFIG, MODEL, CLASSIFIER, seed=5, count=32, held_out=True, steps=20, scale=2.5)[
-        "correct"
-    ]
+    found = follow_captions(CONFIG, MODEL, CLASSIFIER, seed=5, count=32, held_out=True, steps=20, scale=2.5)
+    correct = found["correct"]
     assert (correct.mean(axis=0) >= 0.8).all(), dict(zip(FACTORS, correct.mean(axis=0), strict=True))
 
 
 def test_layout_is_decided_early_and_texture_late(judge: AttributeJudge):
     """The prompt spectrum in small; with stages that did nothing both shares would be equal."""
-    experiment = caption_experiments(24, 3)["switch"]
-    pictures = generate(load(CONFIG, MODEL), experiment.conditions["5"], experiment.seeds, steps=20)
-    same = dict(zip(FACTORS, judge.follows(pictures, experiment.toward, experiment.away).mean(dim=0), strict=True))
-    other = dict(zip(FACTORS, judge.follows(pictures, experiment.away, experiment.toward).mean(dim=0), strict=True))
+    experiment = caption_experiments(24, spectrum.sliding(3))["switch"]
+    images = generate(load(CONFIG, MODEL), experiment.conditions["5"], experiment.seeds, steps=20)
+    same = dict(zip(FACTORS, judge.follows(images, *experiment.truth).mean(dim=0), strict=True))
+    other = dict(zip(FACTORS, judge.follows(images, *experiment.truth[::-1]).mean(dim=0), strict=True))
     assert same["position"] > 0.8 and same["background"] > 0.8
     assert same["texture"] < same["position"] - 0.3 and other["texture"] > other["position"] + 0.3
 
@@ -130,29 +120,28 @@ def test_windows():
     assert windowed("a * star", [0, 1], 5) == ["a * star", *["a star"] * 4]
 
 
-def test_picture_and_text_of_a_transfer_differ_in_every_factor():
-    for number in range(10):
-        picture, text = concept_attributes(number, 50)
-        assert (picture != text).all()
-    assert "*" in fill(TRANSFERS["material"], text) and FACTORS["shape"][text[2]] in fill(TRANSFERS["material"], text)
+def test_image_and_text_of_a_transfer_differ_in_every_factor():
+    subjects = [Subject(number, 50) for number in range(10)]
+    assert all((subject.attributes != subject.text).all() for subject in subjects)
+    prompt, text = TRANSFERS["material"].fill(subjects[0].text), subjects[0].text
+    assert "*" in prompt and FACTORS["shape"][text[2]] in prompt
 
 
-def test_windows_are_counted_on_other_noises_than_they_are_chosen_on(monkeypatch: pytest.MonkeyPatch):
-    experiments = caption_experiments(64, 3) | concept_experiments({f"<{i}>": "file" for i in range(24)})
+def test_windows_are_counted_on_other_seeds_than_they_are_chosen_on():
+    experiments = caption_experiments(64, spectrum.sliding(3)) | concept_experiments(
+        {f"<{i}>": "file" for i in range(24)}
+    )
     chosen = {seed for experiment in experiments.values() for seed in experiment.seeds}
-    ablation = Ablation.read(ROOT / "configs/evidence/ablation.yaml", ["prospect"])
-    jobs = {}
-    monkeypatch.setattr("evaluation.ablation.run_jobs", lambda _, made, *__: jobs.update(made))
-    ablation.measure(Path(), dict.fromkeys(ablation.jobs(), {"vectors": np.zeros((10, 2))}), PRESET_STAGES)
-    counted = [seed for job in jobs.values() for seed in job["seeds"]]
+    ablation = Ablation.read(ROOT / "configs/evidence/ablation.yaml")
+    counted = [seed for subject in ablation.subjects for seed in subject.seeds(ablation.images)]
     assert len(set(counted)) == len(counted) == 24 * 4 and not chosen & set(counted)
 
 
-def test_what_was_brought():
+def test_what_was_transferred():
     transfer = TRANSFERS["layout"]  # wants the position, and neither shape nor texture nor colour
-    picture = np.zeros(6, dtype=int)
+    image = np.zeros(6, dtype=int)
     read = np.array([[0, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    found = brought(read, picture, transfer)
+    found = transferred(read, image, transfer)
     assert found["wanted"].tolist() == [True, True, False]
     assert found["transferred"].tolist() == [True, False, False]
     leaked = {name: found[f"leaked/{name}"].tolist() for name in transfer.unwanted}
@@ -160,7 +149,7 @@ def test_what_was_brought():
 
 
 def chosen(windows: dict[str, tuple[int, int]], concepts: int) -> list[int]:
-    """For material, of {window: (concepts whose texture comes, concepts whose background does)}; one picture each."""
+    """For material, of {window: (concepts whose texture comes, concepts whose background does)}; one image each."""
     found = {}
     for window, (textures, backgrounds) in windows.items():
         found[window] = np.zeros((concepts, len(FACTORS)))
@@ -169,13 +158,13 @@ def chosen(windows: dict[str, tuple[int, int]], concepts: int) -> list[int]:
     return best_windows({f"concept-{name}": found for name in TRANSFERS}, together=1)["material"]
 
 
-def test_a_window_is_chosen_by_what_it_brings():
+def test_a_window_is_chosen_by_what_it_transfers():
     best = {"2-6": (6, 0), "1-6": (6, 0), "5": (1, 0), "0-9": (8, 8)}
     assert chosen(best, 8) == [2, 3, 4, 5, 6], "of equals the shortest"
-    assert chosen(best | {"1-7": (7, 1)}, 8) == [1, 2, 3, 4, 5, 6, 7], "as good but for luck, and brings more"
+    assert chosen(best | {"1-7": (7, 1)}, 8) == [1, 2, 3, 4, 5, 6, 7], "as good but for luck, and transfers more"
     many = {"2-6": (18, 0), "1-7": (19, 3), "0-8": (20, 5)}  # transfers .75, .67 and .62; a standard error is .09
     assert chosen(many, 24) == [1, 2, 3, 4, 5, 6, 7], "less by no more than a standard error"
-    assert chosen(best | {"1-7": (7, 2)}, 8) == [2, 3, 4, 5, 6], "brings a background more often than chance"
+    assert chosen(best | {"1-7": (7, 2)}, 8) == [2, 3, 4, 5, 6], "a background more often than chance"
     assert chosen(best | {"1-7": (7, 4)}, 8) == [2, 3, 4, 5, 6], "more than a standard error worse"
     assert chosen({"4-5": (0, 0), "5": (0, 0)}, 1) == [5]
     assert chosen({"4-5": (2, 2), "5": (1, 1)}, 2) == [4, 5], "none without the background"

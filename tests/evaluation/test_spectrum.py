@@ -13,11 +13,10 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from evaluation import captions, plots, spectrum, world_spectrum
+from evaluation import captions, jobs, plots, spectrum, world_spectrum
 from evaluation.judges import DistanceJudge, colour_distance
 from evaluation.statistics import mean_interval, share_interval, wilson
 from ldm.conditioning.presets import load_presets
-from ldm.embeddings import Concept, load_concept, save_concept
 from scripts import accuracy
 from scripts import spectrum as command
 
@@ -68,8 +67,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_the_rendered_world(tmp_path: Path, config: Path, changed_model: Path, run: Run, monkeypatch):
-    """Presets, figures and table; then another model, which has to learn its concepts anew."""
-    monkeypatch.setattr(world_spectrum, "all_windows", lambda: FEW)
+    """Presets, figures and table; then another model, for which everything is made anew."""
+    monkeypatch.setattr(spectrum, "all_windows", lambda: FEW)
+    monkeypatch.setattr(world_spectrum, "SETTINGS", {})  # many processors are slow in bfloat16
     out, presets = tmp_path / "out", tmp_path / "new" / "presets.yaml"
     flags = ["--config", config, "--concepts", 1, "--count", 2, "--width", 10, "--steps", 2, "--workers", 1]
     run(command, *flags, "--write-presets", presets, "--outdir", out)
@@ -82,36 +82,33 @@ def test_the_rendered_world(tmp_path: Path, config: Path, changed_model: Path, r
     }
     assert len(strips) == 1 + 6 + 1 + 4
     table = rows(out)
-    assert {row["pictures"] for row in table if row["experiment"] in concepts} == {"4"}
-    assert {row["pictures"] for row in table if row["experiment"] not in concepts} == {"2"}
+    assert {row["images"] for row in table if row["experiment"] in concepts} == {"4"}
+    assert {row["images"] for row in table if row["experiment"] not in concepts} == {"2"}
     assert [row["stages"] for row in table if row["experiment"] == "concept-style"][::6] == ["3-4", "0-9"]
     # one concept tells nothing of others; captions do
     assert {(row["low"], row["high"]) for row in table if row["experiment"] in concepts} == {("0.0", "1.0")}
     assert ("0.0", "1.0") not in {(row["low"], row["high"]) for row in table if row["experiment"] == "switch"}
 
-    file = out / "learned" / "concept-00.safetensors"
-    before = load_concept(file).vectors
-    save_concept(Concept(before, {"note": "the same vectors in other bytes"}), file)
-    world_spectrum.learn_concepts(str(config), MODEL, 1, out, 1)
-    assert load_concept(file).metadata["note"], "what was drawn with the file counts as drawn"
     monkeypatch.setattr(plots, "plot_spectrum", lambda *_: [])
     monkeypatch.setattr(world_spectrum, "caption_experiments", lambda *_: {})
-    pictures = out / "pictures" / "concept-content-0-9.npz"
-    old = np.load(pictures)["pictures"]
+    before = set(out.rglob("*.npz"))
+    run(command, *flags, "--outdir", out)
+    assert set(out.rglob("*.npz")) == before, "nothing is made twice"
     run(command, *flags, "--ckpt", changed_model, "--outdir", out)
-    now = load_concept(out / "learned" / "concept-00.safetensors").vectors
-    assert not torch.allclose(before, now)
-    assert np.array_equal(now.numpy(), np.load(out / "learned" / "concept-00.npz")["vectors"])
-    assert not np.array_equal(old, np.load(pictures)["pictures"])
+    new = set(out.rglob("*.npz")) - before
+    parts = [path.relative_to(out).parts[0] for path in new]
+    assert sorted(parts) == ["drawn"] * 3 * len(FEW) + ["learned"], "material and style have one prompt"
+    first, second = (np.load(path)["vectors"] for path in out.rglob("*.npz") if "learned" in path.parts)
+    assert not np.allclose(first, second)
 
 
 def test_ones_own_prompts(tmp_path: Path, run: Run, monkeypatch):
     maps, heat_map = {}, plots.heat_map
 
-    def record(values, rows, columns, title, path, label="stage"):
+    def record(values, rows, columns, title, path):
         assert values.shape == (len(rows), len(columns)) and ((values >= 0) & (values <= 1)).all()
         maps[path.name] = list(rows), list(columns), title
-        heat_map(values, rows, columns, title, path, label)
+        heat_map(values, rows, columns, title, path)
 
     monkeypatch.setattr(plots, "heat_map", record)
     flags = ["--prompt", "a heart", "--add", "a blue heart", "--switch", "a star", "--size", 32]
@@ -123,14 +120,15 @@ def test_ones_own_prompts(tmp_path: Path, run: Run, monkeypatch):
     made = {path.name for path in tmp_path.glob("*.png")}
     assert made == {*maps, *(f"strip-{name}" for name in maps)}
     assert {tuple(rows) for rows, _, _ in maps.values()} == {("colour", "structure")}
-    assert "`*` in all stages" in maps["concept.png"][2] and "learned picture" not in maps["concept.png"][2]
+    assert "`*` in all stages" in maps["concept.png"][2] and "learned image" not in maps["concept.png"][2]
     table = rows(tmp_path)
     assert len(table) == 2 * sum(map(len, windows.values()))
     poles = {row["stages"]: row["mean"] for row in table if row["experiment"] == "switch" and row["judged"] == "colour"}
     assert (poles["0"], poles["10"]) == ("1.0", "0.0")
-    assert np.load(tmp_path / "pictures" / "concept-0-2.npz")["pictures"].shape == (2, 32, 32, 3)
-    concept = [np.load(tmp_path / "pictures" / f"concept-{pole}.npz")["pictures"] for pole in ("toward", "away")]
-    assert not np.array_equal(*concept)
+    drawn = [np.load(path)["images"] for path in tmp_path.rglob("*.npz")]
+    assert {images.shape for images in drawn} == {(2, 32, 32, 3)}
+    concept = {row["mean"] for row in table if row["experiment"] == "concept"}
+    assert len(concept) > 2, "the concept changes images"
 
 
 def test_an_empty_prompt_is_a_prompt(tmp_path: Path, run: Run, monkeypatch):
@@ -160,11 +158,12 @@ def test_accuracy(tmp_path: Path, run: Run, monkeypatch, seen: bool):
     assert asked == [(2, not seen), (8, not seen)]
     table = json.loads((tmp_path / "accuracy.json").read_text())
     assert table["captions"] == 2 and table["steps"] == 2 and table["held_out"] == (not seen)
-    correct = np.load(tmp_path / "jobs" / "captions-0000.npz")["correct"]
+    found = [dict(np.load(path)) for path in tmp_path.rglob("*.npz")]
+    (correct,) = (result["correct"] for result in found if "correct" in result)
     low, high = wilson(correct[:, 0].sum(), 2)
     assert table["position"]["share"] == correct[:, 0].mean()
     assert (table["position"]["low"], table["position"]["high"]) == (low, high)
-    assert table["position"]["rendered"] >= 0.9 and (tmp_path / "pictures.png").is_file()
+    assert table["position"]["rendered"] >= 0.9 and (tmp_path / "images.png").is_file()
 
 
 OWN = ["--prompt", "a star"]
@@ -198,7 +197,8 @@ NUMBERS = {"0": ("--count", "--steps", "--workers"), "-1": ("--count", "--steps"
         (command, [*OWN, "--concept", f"{CONCEPT}=a mug"], "with a * in the prompt"),
         (command, [*OWN, "--concept", "none.safetensors=a *"], "'none.safetensors': there is no such file"),
         (command, [*OWN, "--concept", "README.md=a *"], "'README.md': "),
-        (command, [PRESETS, "README.md/presets.yaml"], "'README.md': '"),
+        (command, [PRESETS, "README.md/presets.yaml"], "'README.md'"),
+        (command, [PRESETS, MODEL], "cannot be read; scripts/spectrum.py writes such files"),
         (command, [PRESETS, "docs"], "takes a file, not the folder 'docs'"),
         (command, [PRESETS, "p.yaml", "--concepts", 0], "needs concepts of the rendered world"),
         (command, [PRESETS, "p.yaml", "--prompt", ""], "needs concepts of the rendered world"),
@@ -207,11 +207,11 @@ NUMBERS = {"0": ("--count", "--steps", "--workers"), "-1": ("--count", "--steps"
 def test_what_cannot_be_done_is_one_sentence_before_drawing(
     script, flags: list[object], sentence: str, tmp_path: Path, capsys, run: Run, monkeypatch
 ):
-    def draw(*_, **__):
+    def start(*_, **__):
         raise AssertionError("work has started")
 
-    for module, name in ((spectrum, "run_jobs"), (world_spectrum, "run_jobs"), (captions, "generate")):
-        monkeypatch.setattr(module, name, draw)
+    for module, name in ((spectrum, "run_jobs"), (world_spectrum, "run_jobs"), (jobs, "measure")):
+        monkeypatch.setattr(module, name, start)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
         run(script, "--outdir", out, *flags)
@@ -221,7 +221,7 @@ def test_what_cannot_be_done_is_one_sentence_before_drawing(
 
 
 def test_intervals_count_what_is_independent():
-    """Eight concepts of four pictures each, which are all alike within a concept."""
+    """Eight concepts of four images each, which are all alike within a concept."""
     concepts = np.array([1, 1, 1, 1, 1, 0, 0, 0.0])
     values = concepts.repeat(4)
     assert spectrum.interval(values, 1, counts=True) == wilson(20, 32)
@@ -230,11 +230,11 @@ def test_intervals_count_what_is_independent():
     assert spectrum.interval(distances, 1, counts=False) == mean_interval(distances, 0, 1)
     assert spectrum.interval(values[:4], 4, counts=True) == (0.0, 1.0)
     made = world_spectrum.concept_experiments({"<0>": "a", "<1>": "b"}, seeds=3)["concept-style"]
-    assert made.together == 3 and len(set(made.seeds)) == 6  # every concept has noises of its own
-    assert world_spectrum.caption_experiments(2, 3)["switch"].together == 1
+    assert made.together == 3 and len(set(made.seeds)) == 6  # every concept has seeds of its own
+    assert world_spectrum.caption_experiments(2, spectrum.sliding(3))["switch"].together == 1
 
 
-def test_the_stage_at_which_half_of_the_pictures_change_over():
+def test_the_stage_at_which_half_of_the_images_change_over():
     shares = {"0": [1.0, 1.0], "1": [0.75, 1.0], "2": [0.25, 1.0], "3": [0.5, 1.0]}
     found = {k: np.array([row, row]) for k, row in shares.items()}
     places = spectrum.half_way(found, DistanceJudge())
@@ -260,13 +260,12 @@ def test_the_table_has_the_intervals_of_its_judge(tmp_path: Path):
 def test_a_concept_of_all_windows_is_drawn_with_those_at_one_end(tmp_path: Path, monkeypatch):
     maps = {}
     monkeypatch.setattr(plots, "heat_map", lambda values, rows, columns, title, *_: maps.update({title: columns}))
-    monkeypatch.setattr(plots, "strip", lambda *_: None)
     made = world_spectrum.concept_experiments({"<0>": "a"}, seeds=1)["concept-style"]
-    found = {"concept-style": {window: np.zeros((1, 2)) for window in made.conditions}}
+    found = spectrum.Spectrum({"concept-style": {window: np.zeros((1, 2)) for window in made.conditions}}, {})
     plots.plot_spectrum(found, {"concept-style": made}, DistanceJudge(), tmp_path)
     ((title, columns),) = maps.items()
     assert len(columns) == 19 and {"0", "0-9", "9", "4-9"} <= set(columns) and "4-8" not in columns
-    assert "comes from the learned picture" in title
+    assert "comes from the learned image" in title
 
 
 def test_colours_are_counted_in_little_memory():
@@ -279,5 +278,5 @@ def test_colours_are_counted():
     red, blue = (torch.full((1, 3, 4, 4), -1.0) for _ in range(2))
     red[:, 0], blue[:, 2] = 1.0, 1.0
     half = torch.cat([red[..., :2], blue[..., :2]], dim=-1)
-    pictures, others = torch.cat([red, red, half]), torch.cat([red, blue, blue])
-    assert colour_distance(pictures, others).tolist() == [0.0, 1.0, 0.5]
+    images, others = torch.cat([red, red, half]), torch.cat([red, blue, blue])
+    assert colour_distance(images, others).tolist() == [0.0, 1.0, 0.5]

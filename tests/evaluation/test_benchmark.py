@@ -12,15 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evaluation.benchmark import command, models, sample, train
+from evaluation.benchmark import models, sample, train
 from evaluation.benchmark.load import alternate_loads
 from evaluation.benchmark.measure import Contender, alternate, count_flop, deviations, matmul_ceiling
 from evaluation.benchmark.peer import peer_contender
 from evaluation.benchmark.report import make_row, table
 from evaluation.benchmark.switches import DEFAULTS, REFERENCE, SWITCHES
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from scripts import benchmark
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 COMPILED = {"compile", "cuda_graph"}  # shown in tests/models/test_acceleration.py
 SLOW = {("sample", "float16"), ("vae", "float16")}  # on the CPU
@@ -76,7 +77,7 @@ def test_diffusers_computes_the_same(base: LatentDiffusion, reference: dict[str,
         assert contender.result() != result, "a step was made"
 
 
-def test_text_passes_of_a_picture(base: LatentDiffusion) -> None:
+def test_text_passes_of_an_image(base: LatentDiffusion) -> None:
     """Distinct stage prompts (five learned, one text) and the unconditional one; the reference's, twice S."""
     rows = {}
     for name, switches in {"ours": DEFAULTS, "reference": REFERENCE}.items():
@@ -121,7 +122,7 @@ def test_contenders_take_turns() -> None:
     assert found["b"].median("cpu") < 20, "sleeping is no work"
     assert found["a"].peak_bytes > 1e7
     row = make_row("b", found["b"], found["a"], "wall", samples=4)
-    assert row.per_second == pytest.approx(4000 / row.ms) and row.times_first < 1
+    assert row["per_second"] == pytest.approx(4000 / row["ms"]) and row["times_first"] < 1
 
 
 def test_ceiling_and_deviation() -> None:
@@ -133,11 +134,11 @@ def test_ceiling_and_deviation() -> None:
 # The command
 
 
-def test_the_command_writes_table_and_json(tmp_path: Path) -> None:
+def test_the_command_writes_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     arguments = f"--what train --mode reference --off stages --repeats 2 --clock cpu --device cpu --json {path}"
-    text, agree = command.main("", arguments.split())
-    assert agree
+    assert benchmark.main(arguments.split())
+    text = capsys.readouterr().out
     content = json.loads(path.read_text())
     assert [row["name"] for row in content["rows"]] == ["reference", "ours", "ours without stages"]
     assert content["clock"] == "cpu" and content["ceiling_gflop_per_s"]["float32"] > 0
@@ -149,7 +150,7 @@ def test_the_command_writes_table_and_json(tmp_path: Path) -> None:
 
 def test_a_wrong_result_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.TrainingStep, "result", lambda step: torch.tensor([float(len(step.switches))]))
-    assert not command.main("", ["--mode", "reference", "--repeats", "1", "--device", "cpu"])[1]
+    assert not benchmark.main(["--mode", "reference", "--repeats", "1", "--device", "cpu"])
 
 
 @pytest.mark.parametrize(("deviating", "agree"), [({"bfloat16"}, True), ({"bfloat16", "float32"}, False)])
@@ -164,12 +165,13 @@ def test_a_half_precision_row_excuses_no_other(
 
     monkeypatch.setattr(train.TrainingStep, "result", result)
     arguments = "--mode reference --on bfloat16 --off bfloat16 --repeats 1 --device cpu"
-    assert command.main("", arguments.split())[1] is agree
+    assert benchmark.main(arguments.split()) is agree
 
 
-def test_stages_side_by_side() -> None:
+def test_stages_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--stages 1 50 --repeats 1 --device cpu model.params.personalization_config.params.generator=table"
-    text, _ = command.main("", arguments.split())
+    assert benchmark.main(arguments.split())
+    text = capsys.readouterr().out
     assert "ours, S = 1 " in text and "ours, S = 50" in text
 
 
@@ -184,7 +186,8 @@ def test_loading_is_measured_in_a_process_of_its_own() -> None:
     [
         ("--what nothing", "invalid choice: 'nothing'"),
         ("--of kv", "did you mean --off?"),
-        ("--repeats 0", "--repeats must be at least 1, not 0"),
+        ("--repeats 0", "--repeats: '0' must be a whole number of at least 1"),
+        ("--json model.safetensors", "--json takes a file that ends in .json"),
         ("--resolution 60 --device cpu", "must be a multiple of 32"),
         ("--what load", "--what load needs --ckpt FILE"),
         ("--off kv", "'kv' makes no difference to --what train, only to sample"),
@@ -196,7 +199,7 @@ def test_loading_is_measured_in_a_process_of_its_own() -> None:
 )
 def test_bad_input_gets_one_sentence(arguments: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        command.main("", arguments.split())
+        benchmark.main(arguments.split())
     error = capsys.readouterr().err
     assert ended.value.code == 2 and part in error and error.count("\n") == 1
 

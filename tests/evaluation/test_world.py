@@ -1,5 +1,6 @@
-"""The rendered world: pictures, captions, sample numbers, and the tokenizer made for it."""
+"""The rendered world: images, captions, sample numbers, the tokenizer made for it, and sets of its images."""
 
+import csv
 import os
 import runpy
 from collections import Counter
@@ -8,24 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from evaluation.world.rendered import (
+from evaluation.world.attributes import (
     FACTORS,
     RESOLUTION,
-    RenderedWorld,
     attributes_from_words,
     caption,
     is_held_out,
+    other_attributes,
     random_attributes,
-    render,
+    words_of,
     world_vocabulary,
 )
+from evaluation.world.rendered import RenderedWorld, render
+from scripts import render_world
 
 STAR = attributes_from_words(["large", "striped", "red", "star", "left", "navy"])
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_demo_tokenizer.py"
 
+# Images
 
-def test_a_picture_is_the_same_alone_and_in_a_batch():
+
+def test_an_image_is_the_same_alone_and_in_a_batch():
     attributes = random_attributes(70, seed=3)
     batch = render(attributes, range(70))
     assert batch.shape == (70, 3, RESOLUTION, RESOLUTION) and batch.dtype == torch.float32
@@ -33,38 +39,36 @@ def test_a_picture_is_the_same_alone_and_in_a_batch():
     for n in (0, 1, 17, 69):
         assert torch.equal(render(attributes[n : n + 1], [n])[0], batch[n])
     assert torch.equal(render(attributes.flip(0), torch.arange(70).flip(0)), batch.flip(0))
+    with pytest.raises(ValueError, match="need attributes"):
+        render(STAR[None], [1, 2])
 
 
-def test_seeds_vary_the_picture_a_little():
+def test_seeds_vary_an_image_a_little_and_the_resolution_shows_the_same():
     one, two = render(STAR.expand(2, -1), [1, 2])
     assert 0.005 < (one - two).abs().mean() < 0.2
-
-
-def test_a_larger_resolution_shows_the_same_picture():
-    small = render(STAR[None], [5], resolution=64)
-    large = render(STAR[None], [5], resolution=256)
+    small, large = (render(STAR[None], [5], resolution) for resolution in (64, 256))
     assert (torch.nn.functional.avg_pool2d(large, 4) - small).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-def test_every_value_of_a_factor_changes_the_picture(factor):
+def test_every_value_of_a_factor_changes_the_image(factor):
     column, count = list(FACTORS).index(factor), len(FACTORS[factor])
     rows = STAR.repeat(count, 1)
     rows[:, column] = torch.arange(count)
-    pictures = render(rows, [7] * count)
+    images = render(rows, [7] * count)
     for a in range(count):
         for b in range(a):
-            assert (pictures[a] - pictures[b]).abs().mean() > 0.01, (FACTORS[factor][a], FACTORS[factor][b])
+            assert (images[a] - images[b]).abs().mean() > 0.01, (FACTORS[factor][a], FACTORS[factor][b])
 
 
 def test_positions_are_where_the_words_say():
     rows = STAR.repeat(5, 1)
     rows[:, 0] = torch.arange(5)
-    pictures = render(rows, range(5), resolution=64)
-    inside = (pictures - pictures[:, :, :1, :1]).abs().sum(1) > 0.3  # the corner shows the background
+    images = render(rows, range(5), resolution=64)
+    inside = (images - images[:, :, :1, :1]).abs().sum(1) > 0.3  # the corner shows the background
     centres = [torch.nonzero(mask).float().mean(0) - 31.5 for mask in inside]
+    expected = {"left": (0, -13), "right": (0, 13), "top": (-13, 0), "bottom": (13, 0), "centre": (0, 0)}
     for word, (down, right) in zip(FACTORS["position"], centres, strict=True):
-        expected = {"left": (0, -13), "right": (0, 13), "top": (-13, 0), "bottom": (13, 0), "centre": (0, 0)}
         assert abs(down - expected[word][0]) < 4 and abs(right - expected[word][1]) < 4, word
 
 
@@ -73,12 +77,27 @@ def test_backgrounds_are_lighter_or_darker_than_every_object():
     attributes = random_attributes(400, seed=0)
     attributes[:, 0] = FACTORS["position"].index("centre")
     attributes[:, 1] = FACTORS["size"].index("large")
-    pictures = (render(attributes, range(400), resolution=64) + 1) / 2
-    luminance = [(part.flatten(2) * weights).sum(1) for part in (pictures[:, :, :4], pictures[:, :, 28:36, 28:36])]
+    images = (render(attributes, range(400), resolution=64) + 1) / 2
+    luminance = [(part.flatten(2) * weights).sum(1) for part in (images[:, :, :4], images[:, :, 28:36, 28:36])]
     background, middle = luminance[0].mean(1), luminance[1]
     light = attributes[:, -1] < 3
     assert (background[light] > middle[light].amax(1)).all()
     assert (background[~light] < middle[~light].amin(1)).all()
+
+
+# Words
+
+
+def test_random_attributes():
+    seen, unseen = random_attributes(6000, seed=1), random_attributes(600, seed=1, held_out=True)
+    assert seen.shape == (6000, 6) and unseen.shape == (600, 6)
+    assert not is_held_out(seen).any() and is_held_out(unseen).all()
+    assert torch.equal(seen[:50], random_attributes(50, seed=1))
+    assert not torch.equal(seen[:50], random_attributes(50, seed=2))
+    assert (other_attributes(seen, np.random.default_rng(0)) != seen).all()
+    for column, words in zip(seen.unbind(1), FACTORS.values(), strict=True):
+        share = torch.bincount(column) * len(words) / len(column)
+        assert share.shape == (len(words),) and (share - 1).abs().max() < 0.15
 
 
 def test_held_out_triples():
@@ -92,19 +111,9 @@ def test_held_out_triples():
         assert set(Counter(column.tolist()).values()) == {3}
 
 
-def test_random_attributes():
-    seen, unseen = random_attributes(6000, seed=1), random_attributes(600, seed=1, held_out=True)
-    assert seen.shape == (6000, 6) and unseen.shape == (600, 6)
-    assert not is_held_out(seen).any() and is_held_out(unseen).all()
-    assert torch.equal(seen[:50], random_attributes(50, seed=1))
-    assert not torch.equal(seen[:50], random_attributes(50, seed=2))
-    for column, words in zip(seen.unbind(1), FACTORS.values(), strict=True):
-        share = torch.bincount(column) * len(words) / len(column)
-        assert share.shape == (len(words),) and (share - 1).abs().max() < 0.15
-
-
 def test_full_captions():
     assert caption(STAR) == "a large striped red star on the left on a navy background"
+    assert words_of(STAR)["shape"] == "star"
     heart = attributes_from_words(["centre", "small", "plain", "grey", "heart", "white"])
     assert caption(heart) == "a small plain grey heart in the centre on a white background"
     for position, phrase in {"right": "on the right", "top": "at the top", "bottom": "at the bottom"}.items():
@@ -117,8 +126,7 @@ def test_dropped_and_wrong_words():
     rng = np.random.default_rng(0)
     assert caption(STAR, rng) == caption(STAR)
     assert caption(STAR, rng, drop=1) == "a thing"
-    full = set(caption(STAR).split())
-    own = {words[index] for words, index in zip(FACTORS.values(), STAR.tolist(), strict=True)}
+    full, own = set(caption(STAR).split()), set(words_of(STAR).values())
     false = set(caption(STAR, rng, wrong=1).split())
     assert not own & false and len(false - full) >= len(own)
     drops = [caption(STAR, rng, drop=0.25) for _ in range(2000)]
@@ -128,47 +136,53 @@ def test_dropped_and_wrong_words():
     assert 0.7 < np.mean(["red" in text.split() for text in wrongs]) < 0.8
 
 
+# Samples
+
+
+def world(*size: int, **options) -> RenderedWorld:
+    """Without images."""
+    made = RenderedWorld(*size, **options)
+    made.with_images = False
+    return made
+
+
 def test_the_vocabulary_covers_every_caption():
-    words = set(world_vocabulary())
-    world = RenderedWorld(500, drop=0.3, wrong=0.3)
-    world.with_images = False
-    assert set(" ".join(world[n]["caption"] for n in range(500)).split()) <= words
+    samples = world(500, drop=0.3, wrong=0.3)
+    assert set(" ".join(samples[n]["caption"] for n in range(500)).split()) <= set(world_vocabulary())
     values = [word for factor in FACTORS.values() for word in factor]
     assert len(set(values)) == len(values), "a word names two attributes"
 
 
-def test_attributes_from_words_refuses():
-    with pytest.raises(ValueError, match="furry"):
-        attributes_from_words(["furry"])
-    with pytest.raises(ValueError, match="every factor"):
-        attributes_from_words(["large", "striped", "red", "star", "left"])
-    with pytest.raises(ValueError, match="every factor"):
-        attributes_from_words(["large", "striped", "red", "star", "left", "right"])
-
-
 def test_samples():
-    world = RenderedWorld(20, seed=4, resolution=32, repeats=3)
-    assert len(world) == 60 and world.num_pictures == 20 and world.attributes.shape == (20, 6)
-    sample = world[5]
+    samples = RenderedWorld(20, seed=4, resolution=32, repeats=3)
+    assert len(samples) == 60 and samples.num_pictures == 20 and samples.attributes.shape == (20, 6)
+    sample = samples[5]
     assert sample["sample"] == 5 and sample["flipped"] is False
     assert sample["image"].shape == (32, 32, 3)
-    assert torch.equal(sample["image"].permute(2, 0, 1), world.pictures(range(20))[sample["picture"]])
-    world.with_images = False
-    assert set(world[5]) == {"attributes", "caption", "picture", "flipped", "sample"}
-    assert torch.equal(sample["attributes"], world.attributes[sample["picture"]])
+    assert torch.equal(sample["image"].permute(2, 0, 1), samples.pictures(range(20))[sample["picture"]])
+    samples.with_images = False
+    assert set(samples[5]) == {"attributes", "caption", "picture", "flipped", "sample"}
+    assert torch.equal(sample["attributes"], samples.attributes[sample["picture"]])
 
 
-def test_every_epoch_shows_every_picture_in_its_own_order():
-    world = RenderedWorld(50)
-    world.with_images = False
-    orders = [[world[n]["picture"] for n in range(start, start + 50)] for start in (0, 50, 50_000_000)]
+def test_the_first_samples_are_crops_around_the_object():
+    samples = RenderedWorld(20, crop_until=20)
+    assert {samples[n]["image"].shape for n in range(20)} == {(64, 64, 3)}
+    assert samples[20]["image"].shape == (128, 128, 3)
+    for sample in (samples[n] for n in range(20)):
+        full = samples.picture(sample["picture"]).permute(1, 2, 0)
+        assert sample["image"].std() > full.std() * 0.9, "the object is in it"
+
+
+def test_every_epoch_shows_every_image_in_its_own_order():
+    samples = world(50)
+    orders = [[samples[n]["picture"] for n in range(start, start + 50)] for start in (0, 50, 50_000_000)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
 
 
 def test_a_sample_depends_on_its_number_only():
-    forwards, backwards = RenderedWorld(30, seed=1, wrong=0.5), RenderedWorld(30, seed=1, wrong=0.5)
-    forwards.with_images = backwards.with_images = False
+    forwards, backwards = (world(30, seed=1, wrong=0.5) for _ in range(2))
     numbers = [0, 7, 31, 95, 1234]
     there, back = [forwards[n] for n in numbers], [backwards[n] for n in reversed(numbers)][::-1]
     assert [sample.pop("attributes").tolist() for sample in there] == [s.pop("attributes").tolist() for s in back]
@@ -176,27 +190,29 @@ def test_a_sample_depends_on_its_number_only():
 
 
 def test_share_of_empty_captions():
-    world = RenderedWorld(2000, empty=0.1, drop=0.0)
-    world.with_images = False
-    captions = [world[n]["caption"] for n in range(2000)]
+    samples = world(2000, empty=0.1, drop=0.0)
+    captions = [samples[n]["caption"] for n in range(2000)]
     assert 0.08 < captions.count("") / 2000 < 0.12
     assert all(text.endswith("background") for text in captions if text)
 
 
-def test_the_dataset_refuses():
-    with pytest.raises(ValueError, match="probability"):
-        RenderedWorld(10, drop=1.5)
-    with pytest.raises(ValueError, match="size"):
-        RenderedWorld(0)
-    world = RenderedWorld(10)
-    with pytest.raises(ValueError, match="flipped"):
-        world.picture(0, flipped=True)
-    with pytest.raises(IndexError, match="negative"):
-        world[-1]
-    with pytest.raises(IndexError, match="0 to 9"):
-        world.picture(10)
-    with pytest.raises(ValueError, match="need attributes"):
-        render(STAR[None], [1, 2])
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: RenderedWorld(10, drop=1.5), "probability"),
+        (lambda: RenderedWorld(0), "size"),
+        (lambda: RenderedWorld(10).picture(0, flipped=True), "flipped"),
+        (lambda: attributes_from_words(["furry"]), "furry"),
+        (lambda: attributes_from_words(["large", "striped", "red", "star", "left"]), "every factor"),
+        (lambda: attributes_from_words(["large", "striped", "red", "star", "left", "right"]), "every factor"),
+    ],
+)
+def test_refusals(make, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+# The tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +247,37 @@ def test_special_tokens_and_length(tokenizer):
     assert len(ids) == tokenizer.model_max_length == 32
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert tokenizer("", padding="max_length").input_ids == [ids[0], *[ids[-1]] * 31]
+
+
+# Sets
+
+
+def write_set(folder: Path, *flags: str) -> tuple[set[str], set[str]]:
+    """Render into a folder; names and identities in it."""
+    render_world.main(["--out", str(folder), "--resolution", "32", *flags])
+    with (folder / "captions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    images = {path.name: Image.open(path).info["set"] for path in folder.glob("*.png")}
+    assert set(images) == {row["file"] for row in rows}
+    return set(images), {*images.values(), *(row["set"] for row in rows)}
+
+
+def test_a_set_is_replaced_as_a_whole_and_has_one_identity(tmp_path: Path, capsys):
+    out = tmp_path / "world"
+    names, first = write_set(out, "--count", "3")
+    assert names == {f"{i:05d}.png" for i in range(3)} and len(first) == 1
+    with pytest.raises(SystemExit):
+        write_set(out, "--count", "2", "--seed", "1")
+    assert "is not empty; use --force" in capsys.readouterr().err and len(list(out.iterdir())) == 4
+    names, second = write_set(out, "--count", "2", "--seed", "1", "--force")
+    assert len(names) == 2 and len(second) == 1 and first != second
+    assert list(tmp_path.iterdir()) == [out], "nothing else is left"
+
+
+def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path, capsys):
+    write_set(tmp_path / "world", "--count", "1")
+    (tmp_path / "world" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        write_set(tmp_path / "world", "--count", "1", "--force")
+    assert "'mine.txt', which is not of a rendered set" in capsys.readouterr().err
+    assert (tmp_path / "world" / "mine.txt").read_text() == "mine"

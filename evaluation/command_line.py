@@ -1,0 +1,20 @@
+"""Flags that the scripts of the lab share."""
+
+from __future__ import annotations
+
+from ldm.cli.flags import Parser, path, positive
+
+
+def add_model_flags(parser: Parser, steps: int) -> None:
+    """Add the flags that name a base model and its classifier (the small model's by default) and how to sample."""
+    parser.add_argument("--config", default="configs/demo/finetune.yaml")
+    parser.add_argument("--ckpt", default="models/demo/model.safetensors")
+    parser.add_argument("--classifier", default="models/demo/classifier.safetensors")
+    parser.add_argument("--steps", type=positive, default=steps, help=f"DDIM steps ({steps})")
+    parser.add_argument("--scale", type=float, default=2.5, help="guidance scale (2.5)")
+
+
+def add_job_flags(parser: Parser, outdir: str) -> None:
+    """Add the flags that say how many processes measure, and where results are kept."""
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (one for each core)")
+    parser.add_argument("--outdir", type=path, default=path(outdir))

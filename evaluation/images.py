@@ -1,0 +1,112 @@
+"""Batches of images for experiments: prompts that change from stage to stage, seeds that conditions share.
+
+Shapes: N images, R pixels a side, S stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.world.attributes import RESOLUTION
+from ldm.conditioning.context import Conditioning, Context
+from ldm.config import check_generates, load_config
+from ldm.generate import load_model_from_config
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.sampling import draw_noise, seeded_generators
+from ldm.request import Request, model_facts
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+@lru_cache(maxsize=2)
+def load(config: str, ckpt: str, stages: int | None = None) -> LatentDiffusion:
+    """Return the frozen model, built once in each process; `stages` replaces the configuration's number of stages."""
+    settings = load_config(config, flag="--config")
+    if stages is not None:
+        settings.model.params.prospect_stages = stages
+    return load_model_from_config(settings, ckpt)
+
+
+def load_concepts(model: LatentDiffusion, concepts: Mapping[str, Any]) -> None:
+    if model.embedding_manager is None:
+        raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
+    model.embedding_manager.load(dict(concepts))
+
+
+def check(
+    config: str, ckpt: str, steps: int, scale: float, size: int = RESOLUTION, concepts: Mapping[str, str] | None = None
+) -> None:
+    """Raise `ValueError`, with the remedy, for what `generate` could not do with a model, before work starts."""
+    settings = load_config(config, flag="--config")
+    check_generates(settings)
+    Request(ddim_steps=steps, scale=scale, height=size, width=size, concepts=concepts).for_model(model_facts(settings))
+    if concepts:
+        load_concepts(load(config, ckpt), concepts)
+
+
+def staged(model: LatentDiffusion, texts: Sequence[Sequence[str]]) -> Conditioning:
+    """Return the conditioning of S lists of N texts, entry 0 = end of sampling (low noise).
+
+    S need not be the model's number of stages, but must be a multiple of it where learned tokens stand in the texts.
+    """
+    buckets, batch = len(texts), len(texts[0])
+    by_text = {key: model.get_learned_conditioning(list(key)) for key in {tuple(stage) for stage in texts}}
+
+    def encode(bucket: int) -> Context:
+        return by_text[tuple(texts[bucket])].at(int((bucket + 0.5) * model.num_timesteps / buckets))
+
+    return Conditioning(encode, batch, buckets, model.num_timesteps)
+
+
+@torch.no_grad()
+def generate(
+    model: LatentDiffusion,
+    texts: Sequence[Sequence[str]],
+    seeds: Sequence[int],
+    steps: int = 50,
+    scale: float = 2.5,
+    size: int = RESOLUTION,
+    batch_size: int = 64,
+) -> Tensor:
+    """Return images (N, 3, R, R) in [-1, 1] for N seeds and texts (see `staged`), by DDIM; R is `size`."""
+    side = size // model.first_stage_model.downsampling
+    shape = (model.channels, side, side)
+    sampler, images = DDIMSampler(model), []
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        x_T = draw_noise(seeded_generators(list(seeds[part])), (len(seeds[part]), *shape), model.device)
+        latents, _ = sampler.sample(
+            S=steps,
+            batch_size=len(x_T),
+            shape=shape,
+            conditioning=staged(model, [stage[part] for stage in texts]),
+            unconditional_guidance_scale=scale,
+            unconditional_conditioning=None if scale == 1.0 else model.get_learned_conditioning([""] * len(x_T)),
+            x_T=x_T,
+            verbose=False,
+        )
+        images.append(model.decode_first_stage(latents).clamp(-1, 1).cpu())
+    return torch.cat(images)
+
+
+def encode(model: LatentDiffusion, images: Tensor) -> Tensor:
+    """Return the most probable latents, unscaled, of images (N, 3, R, R) in [-1, 1]."""
+    posterior = model.encode_first_stage(images)
+    return posterior if isinstance(posterior, Tensor) else posterior.mode()
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """(N, 3, R, R) in [-1, 1] to uint8 (N, R, R, 3)."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def from_bytes(images: np.ndarray) -> Tensor:
+    """uint8 (N, R, R, 3) to (N, 3, R, R) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
