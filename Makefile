@@ -56,6 +56,9 @@ test-offline: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy ldm evaluation scripts main.py
+	$(BIN)/codespell
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -63,5 +66,5 @@ format: setup
 
 # Runs (logs/, outputs/) and weights stay.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
