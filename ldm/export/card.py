@@ -1,15 +1,26 @@
-"""A model card: README.md as the Hugging Face hub reads it, for a folder of exported concepts."""
+"""A model card: README.md as the Hugging Face hub reads it, for a folder of exported concepts.
+
+Everything that a file says of itself (metadata of concepts, prompts of images) is a stranger's text: it stands here
+without control characters, on one line of limited length, and without a meaning in Markdown or HTML.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import html
+import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from ldm.embeddings import Concept
 from ldm.files.images import open_image
+from ldm.files.records import PNG_KEY, read_parameters
 
 # Base models that the hub knows under another name than that of their file.
 ON_THE_HUB = {
@@ -18,104 +29,134 @@ ON_THE_HUB = {
     "v1-5-pruned-emaonly": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "textual_inversion", "prospect"]
-
-
-def model_card(
-    concepts: Mapping[str, tuple[str, Concept]],
-    files: Sequence[str],
-    *,
-    base_model: str | None = None,
-    license_id: str = "creativeml-openrail-m",
-    pictures: Mapping[str, str] | None = None,
-) -> str:
-    """The text of README.md.
-
-    Args:
-        concepts: placeholder -> (exported name, concept).
-        files: names of the files that show how the concepts are used.
-        base_model: its name on the hub; None takes it from the concepts where their base model's file is known.
-        license_id: as the hub calls licences.
-        pictures: file name in the same folder -> what it shows.
-    """
-    name, first = next(iter(concepts.values()))
-    pictures = pictures or {}
-    base_model = base_model or ON_THE_HUB.get(Path(first.metadata.get("base_model", "")).stem)
-    front = {
-        **({"base_model": base_model} if base_model else {}),
-        "license": license_id,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": TAGS,
-        **(
-            {"widget": [{"text": text, "output": {"url": file}} for file, text in pictures.items()]} if pictures else {}
-        ),
-    }
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000).rstrip(),
-        "---",
-        f"# {name}",
-        "",
-        "Learned with ProSpect (Zhang et al., ACM TOG 2023): one token embedding for each stage of denoising. Stage 0 "
-        "is the end of generation (fine detail), the last stage its start (layout).",
-        "",
-    ]
-    for placeholder, (concept_name, concept) in concepts.items():
-        lines.append(f"- `{concept_name}-0` … `{concept_name}-{concept.num_stages - 1}`{_origin(concept)}")
-        if len(concepts) > 1:
-            lines[-1] += f" Called `{placeholder}` where the pictures' prompts are quoted."
-    lines += [
-        "",
-        "Each `.safetensors` file holds one vector and can be loaded as a textual inversion by diffusers, by "
-        "AUTOMATIC1111's web UI and by ComfyUI. A picture is like the learned one only when each stage reads its own "
-        "token at its own time:",
-        "",
-        *(f"- `{file}`: {_HOW[file.rpartition('.')[2]]}" for file in files),
-    ]
-    if pictures:
-        lines += ["", "## Pictures", ""]
-        lines += [f"![{_plain(text)}]({file})\n\n{_plain(text)}\n" for file, text in pictures.items()]
-    return "\n".join(lines).rstrip() + "\n"
-
-
+MAX_LENGTH = 120  # characters of a text that a file gives
 _HOW = {
     "py": "diffusers, with a callback that gives each timestep its prompt",
     "txt": "AUTOMATIC1111's web UI, as prompt editing for one sampler and number of steps",
     "json": "ComfyUI, a workflow with timestep ranges, for every sampler",
 }
+_TEMPLATE = """\
+---
+{front}
+---
+# {title}
+
+Learned with ProSpect (Zhang et al., ACM TOG 2023): one token embedding for each stage of denoising. Stage 0 is the
+end of sampling (fine detail), the last stage its start (layout).
+
+{concepts}
+
+Each `.safetensors` file holds one vector and can be loaded as a textual inversion by diffusers, by
+AUTOMATIC1111's web UI and by ComfyUI. An image is like the learned one only when each stage reads its own token at
+its own time:
+
+{uses}
+{images}"""
 
 
-def caption(picture: Path) -> str:
-    """What a sample picture shows: the prompts that it was made with, where it says so, else its name.
+@dataclass(frozen=True)
+class Card:
+    """What a card says beside what the concepts know.
+
+    Args:
+        license_id: as the hub calls licences.
+        base_model: its name on the hub; None takes it from the concepts where their base model's file is known.
+        images: samples, which are copied beside the card and shown in it.
+    """
+
+    license_id: str = "creativeml-openrail-m"
+    base_model: str | None = None
+    images: Sequence[Path] = ()
+
+
+def model_card(concepts: Mapping[str, tuple[str, Concept]], uses: Sequence[str], card: Card) -> str:
+    """The text of README.md.
+
+    Args:
+        concepts: placeholder -> (exported name, concept).
+        uses: names of the files that show how the concepts are used.
 
     Raises:
-        ValueError, OSError: it is no picture, or is not there.
+        ValueError: a sample is no image, or is not there.
     """
-    from ldm.files.records import PNG_KEY, read_parameters
+    captions = {image: caption(image) for image in card.images}
+    names = [name for name, _ in concepts.values()]
+    first = next(concept for _, concept in concepts.values())
+    base_model = card.base_model or ON_THE_HUB.get(Path(first.metadata.get("base_model", "")).stem)
+    data = ModelCardData(
+        base_model=base_model,
+        license=card.license_id,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=TAGS,
+        base_model_relation="adapter" if base_model else None,
+        instance_prompt=", ".join(
+            f"{name}-{k}" for name, concept in concepts.values() for k in range(concept.num_stages)
+        ),
+        widget=[{"text": text, "output": {"url": _url(image)}} for image, text in captions.items()] or None,
+    )
+    called = {
+        p: f" Called {escaped(p)} where the images' prompts are quoted." if len(names) > 1 else "" for p in concepts
+    }
+    content = _TEMPLATE.format(
+        front=data.to_yaml(),
+        title=names[0],
+        concepts="\n".join(_described(*concepts[placeholder]) + called[placeholder] for placeholder in concepts),
+        uses="\n".join(f"- `{file}`: {_HOW[file.rpartition('.')[2]]}" for file in uses),
+        images=_shown(captions),
+    )
+    return str(ModelCard(content.rstrip() + "\n", ignore_metadata_errors=False))
 
-    with open_image(picture):
-        pass
-    with Image.open(picture) as opened:
-        if PNG_KEY not in opened.info:
-            return picture.stem
-    parameters = read_parameters(picture)
-    words = dict.fromkeys(str(word) for word in parameters.get("prospect_words") or [] if word is not None)
-    return " / ".join(words) or str(parameters.get("prompt", picture.stem))
 
-
-def _origin(concept: Concept) -> str:
-    """How it was learned, as far as the concept says."""
-    known = concept.metadata
-    parts = [f"{concept.num_stages} stages of width {concept.width}"]
-    parts += [f"learned in {known['step']} steps"] if "step" in known else []
-    parts += [f"from the word “{_plain(known['init_word'])}”"] if known.get("init_word") else []
+def _described(name: str, concept: Concept) -> str:
+    """A concept's tokens, and how it was learned as far as it says."""
+    known = {key: escaped(value) for key, value in concept.metadata.items()}
+    parts = [f"{concept.num_stages} stages of width {concept.width}, identity {concept.identity}"]
+    parts += [f"learned in {known['step']} steps"] if known.get("step") else []
+    parts += [f"from the word “{known['init_word']}”"] if known.get("init_word") else []
     if "base_model" in known:
-        fingerprint = known.get("base_model_fingerprint")
-        digest = f" (fingerprint `{_plain(fingerprint)}`)" if fingerprint else ""
-        parts.append(f"for the base model `{_plain(known['base_model'])}`{digest}")
-    return ": " + ", ".join(parts) + "."
+        digest = f" (SHA-256 {known['base_model_sha256']})" if "base_model_sha256" in known else ""
+        parts.append(f"for the base model {known['base_model']}{digest}")
+    return f"- `{name}-0` … `{name}-{concept.num_stages - 1}`: {', '.join(parts)}."
 
 
-def _plain(text: str) -> str:
-    """Text from a file that cannot become Markdown of its own."""
-    return "".join(" " if c in "\r\n" else c for c in text if c not in "`[]<>|")
+def _shown(captions: Mapping[Path, str]) -> str:
+    """The images with their captions, and the hashes that say which ones belong to this card."""
+    if not captions:
+        return ""
+    shown = [f"![{escaped(text)}]({_url(image)})\n\n*{escaped(text)}*\n" for image, text in captions.items()]
+    hashes = [f"{_url(image)} {hashlib.sha256(image.read_bytes()).hexdigest()[:16]}" for image in captions]
+    return "\n".join(["", "## Images", "", *shown, f"<!-- SHA-256: {', '.join(hashes)} -->"])
+
+
+def caption(image: Path) -> str:
+    """What a sample shows: the prompts that it was made with, where it says so, else its name.
+
+    Raises:
+        ValueError, OSError: it is no image, or is not there.
+    """
+    with open_image(image):
+        pass
+    with Image.open(image) as opened:
+        if PNG_KEY not in opened.info:
+            return one_line(image.stem)
+    parameters = read_parameters(image)
+    words = parameters.get("prospect_words")
+    texts = dict.fromkeys(str(word) for word in words if word is not None) if isinstance(words, list) else ()
+    return one_line(" / ".join(texts) or str(parameters.get("prompt", image.stem)))
+
+
+def one_line(text: str) -> str:
+    """Text without control characters, on one line of at most `MAX_LENGTH` characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= MAX_LENGTH else line[: MAX_LENGTH - 1] + "…"
+
+
+def escaped(text: str) -> str:
+    """One line that means nothing in Markdown or HTML where it does not begin a line."""
+    return re.sub(r"([\\`*_\[\]()|~$])", r"\\\1", html.escape(one_line(text), quote=False))
+
+
+def _url(image: Path) -> str:
+    """The name of a file in the same folder, as Markdown and the hub take it."""
+    return quote(os.fsencode(image.name))

@@ -4,16 +4,19 @@
 between the levels of its end and of its start. The U-Net gets the nearest whole timestep. So ranges that meet
 half a timestep below a stage's first one are exact for every sampler, schedule and number of steps.
 
-Sources: comfy/model_sampling.py (`percent_to_sigma`, `timestep`), comfy/samplers.py, nodes.py.
+Sources: comfy/model_sampling.py (`percent_to_sigma`, `timestep`), comfy/samplers.py, comfy/sd1_clip.py, nodes.py;
+ComfyUI_frontend, src/utils/formatUtil.ts (`processDynamicPrompt`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-TIMESTEPS = 1000
+from ldm.conditioning.stages import timesteps_of
+from ldm.export.webui import TIMESTEPS, plain_name
+
 SAMPLERS = {"ddim": "ddim", "plms": "ddim", "euler": "euler", "euler a": "euler_ancestral", "lms": "lms"}
 SAMPLERS |= {"dpm++ 2m": "dpmpp_2m", "dpm++ 2m sde": "dpmpp_2m_sde"}
 
@@ -23,8 +26,8 @@ def stage_range(stage: int, num_stages: int, last: int | None = None) -> tuple[f
     last = stage if last is None else last
 
     def percent(s: int) -> float:
-        """Where stage s begins, seen from the END of generation."""
-        first = -(-s * TIMESTEPS // num_stages)  # its lowest timestep
+        """Where stage s begins, seen from the end of sampling."""
+        first = timesteps_of(s, num_stages, TIMESTEPS)[0]
         return round(1 - (first - 0.5) / (TIMESTEPS - 1), 7)
 
     start = 0.0 if last == num_stages - 1 else percent(last + 1)
@@ -33,7 +36,15 @@ def stage_range(stage: int, num_stages: int, last: int | None = None) -> tuple[f
 
 def knows(sampler: str) -> bool:
     """Whether a sampler, as the web UI names it, has a name in ComfyUI here."""
-    return " ".join(sampler.lower().split()).partition(" karras")[0] in SAMPLERS
+    return plain_name(sampler).partition(" karras")[0] in SAMPLERS
+
+
+def _sampler_names(sampler: str) -> dict[str, str]:
+    """`sampler_name` and `scheduler` of a KSampler node; an unknown sampler becomes ddim."""
+    name, karras, _ = plain_name(sampler).partition(" karras")
+    own = SAMPLERS.get(name, "ddim")
+    schedule = "karras" if karras else "ddim_uniform" if own == "ddim" else "normal"
+    return {"sampler_name": own, "scheduler": schedule}
 
 
 def workflow(
@@ -49,17 +60,15 @@ def workflow(
     prefix: str = "prospect",
     negative: str = "",
 ) -> dict[str, Any]:
-    """A workflow that reads `texts[stage]` in each stage; entry 0 is the END of generation.
+    """A workflow that reads `texts[stage]` in each stage; entry 0 is the end of sampling.
 
     Args:
         texts: escaped (`escape`), learned tokens as `spell` writes them.
         checkpoint: file in ComfyUI's models/checkpoints.
         sampler: as the web UI names it; one that is not known becomes ddim.
-        prefix: of the picture's file name.
+        prefix: of the image's file name.
         negative: what guidance leads away from, in all stages; escaped.
     """
-    name, karras, _ = " ".join(sampler.lower().split()).partition(" karras")
-    schedule = "karras" if karras else "normal" if name in SAMPLERS and SAMPLERS[name] != "ddim" else "ddim_uniform"
     nodes: dict[str, Any] = {}
 
     def add(class_type: str, **inputs: Any) -> str:
@@ -67,42 +76,64 @@ def workflow(
         return str(len(nodes))
 
     model = add("CheckpointLoaderSimple", ckpt_name=checkpoint)
-    negative = add("CLIPTextEncode", text=negative, clip=[model, 1])
+    uncond = add("CLIPTextEncode", text=negative, clip=[model, 1])
     latent = add("EmptyLatentImage", width=width, height=height, batch_size=1)
-    positive = None
-    stage = len(texts) - 1
-    while stage >= 0:  # neighbours with one text share a range
-        first = stage
-        while first > 0 and texts[first - 1] == texts[stage]:
-            first -= 1
-        part = add("CLIPTextEncode", text=texts[stage], clip=[model, 1])
-        start, end = stage_range(first, len(texts), stage)
+    positive = ""
+    for first, last in _ranges(texts):
+        part = add("CLIPTextEncode", text=texts[first], clip=[model, 1])
+        start, end = stage_range(first, len(texts), last)
         part = add("ConditioningSetTimestepRange", conditioning=[part, 0], start=start, end=end)
-        if positive is not None:
+        if positive:
             part = add("ConditioningCombine", conditioning_1=[positive, 0], conditioning_2=[part, 0])
-        positive, stage = part, first - 1
+        positive = part
     sampled = add(
         "KSampler",
         model=[model, 0],
         positive=[positive, 0],
-        negative=[negative, 0],
+        negative=[uncond, 0],
         latent_image=[latent, 0],
         seed=seed,
         steps=steps,
         cfg=scale,
-        sampler_name=SAMPLERS.get(name, "ddim"),
-        scheduler=schedule,
+        **_sampler_names(sampler),
         denoise=1.0,
     )
-    picture = add("VAEDecode", samples=[sampled, 0], vae=[model, 2])
-    add("SaveImage", images=[picture, 0], filename_prefix=prefix)
+    image = add("VAEDecode", samples=[sampled, 0], vae=[model, 2])
+    add("SaveImage", images=[image, 0], filename_prefix=prefix)
     return nodes
 
 
+def _ranges(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """(first, last) stage of each run of neighbours with one text, start of sampling first."""
+    ends = [stage for stage in range(len(texts)) if stage + 1 == len(texts) or texts[stage] != texts[stage + 1]]
+    return list(zip([0] + [end + 1 for end in ends[:-1]], ends, strict=True))[::-1]
+
+
 def spell(token: str) -> str:
+    """A learned token as ComfyUI names the file of an embedding."""
     return f"embedding:{token}"
 
 
 def escape(word: str) -> str:
-    """A word of a prompt with brackets that are no weights."""
-    return re.sub(r"([()])", r"\\\1", word)
+    """A word of a prompt with round brackets that are no weights and curly ones that are no choice.
+
+    The backslashes before curly brackets are for ComfyUI's page, which opens the workflow. A space is put where none
+    can help: into a double slash, which begins a comment there, and behind a backslash that would escape more.
+    """
+    return re.sub(r"([(){}])", r"\\\1", re.sub(r"(?<=/)(?=/)|(?<=\\)(?=[{}]|$)", " ", word))
+
+
+def misread(texts: Iterable[Iterable[str]]) -> list[str]:
+    """Warnings, each a sentence, of words that ComfyUI reads in another way, however they are written."""
+    words = {word for text in texts for word in text}
+    warnings = []
+    if any("//" in word for word in words):
+        warnings.append("ComfyUI takes what follows // for a comment, so that it is written as / / in the workflow.")
+    if any(re.search("[{}]", word) for word in words):
+        warnings.append(
+            "ComfyUI's page takes {a|b} for a choice, so that { and } have a backslash in the workflow; where it is "
+            "sent to the program without the page, the backslash is read, too."
+        )
+    if any(word.startswith("embedding:") for word in words):
+        warnings.append("ComfyUI takes a word that begins with embedding: for the name of an embedding, and omits it.")
+    return warnings

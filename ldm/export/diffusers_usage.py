@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-# What was exported. Entry 0 of PROMPTS is the END of generation, the last entry its START.
+# What was exported: the identity of each concept, and its files. Entry 0 of PROMPTS is the end of sampling.
 NAME = "concept"
+CONCEPTS: dict[str, str] = {}
 FILES: list[str] = []
-PROMPTS: list[str] = ["a picture"]
+PROMPTS: list[str] = ["an image"]
 NEGATIVE = ""
 STEPS, GUIDANCE, SEED = 50, 10.0, 42
 HEIGHT, WIDTH = 512, 512
@@ -41,16 +43,20 @@ class StagePrompts:
         later = pipe.scheduler.timesteps[step + 1 :]
         if len(later):
             positive, negative = self.at(float(later[0]))
-            both = torch.cat([negative, positive]) if pipe.do_classifier_free_guidance else positive
+            both = positive if negative is None else torch.cat([negative, positive])
             copies = len(tensors["prompt_embeds"]) // len(both)
             tensors["prompt_embeds"] = both.repeat_interleave(copies, dim=0)
         return tensors
 
 
 def load(pipe: Any) -> None:
-    """Add the learned tokens to the pipeline's tokenizer and text encoder."""
+    """Add the learned tokens to the pipeline's tokenizer and text encoder; other files than this script's end it."""
+    folder = Path(__file__).parent
     for file in FILES:
-        pipe.load_textual_inversion(Path(__file__).parent, weight_name=file)
+        with safe_open(folder / file, framework="pt") as opened:
+            if (opened.metadata() or {}).get("prospect.concept") != CONCEPTS[file.rpartition("-")[0]]:
+                sys.exit(f"'{file}' is of another export than this script; export the concept again.")
+        pipe.load_textual_inversion(folder, weight_name=file)
 
 
 def generate(pipe: Any, steps: int = STEPS, guidance: float = GUIDANCE, **others: Any) -> Any:
@@ -77,14 +83,14 @@ def main() -> None:
     source = Path(sys.argv[1])
     read = StableDiffusionPipeline.from_pretrained if source.is_dir() else StableDiffusionPipeline.from_single_file
     pipe = read(str(source))
-    # the schedule that the pictures of the paper's code were made with
+    # the schedule that the images of the paper's code were made with
     wanted = {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **wanted)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     load(pipe)
     noise = torch.Generator().manual_seed(SEED)
-    picture = generate(pipe, height=HEIGHT, width=WIDTH, generator=noise).images[0]
-    picture.save(f"{NAME}.png")
+    image = generate(pipe, height=HEIGHT, width=WIDTH, generator=noise).images[0]
+    image.save(f"{NAME}.png")
     sys.stdout.write(f"{NAME}.png\n")
 
 

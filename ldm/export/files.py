@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from ldm.conditioning.prompts import Words, check_negative_prompt, check_placeholder
 from ldm.embeddings import Concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
-from ldm.export.texts import check_name, escaped, stage_texts
-from ldm.files.writing import replace_text
-from ldm.request import ModelFacts
+from ldm.export.card import Card, model_card
+from ldm.export.texts import MAX_TOKENS, Escape, check_name, may_be_cut, misread, stage_words, written
+from ldm.files.writing import replacing_set
 
 _ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
 PROGRAMS = tuple(_ENDINGS)
+CARD = "README.md"
+_EXACT_SEEDS = 2**53  # larger numbers are rounded in a browser
 _HEADER = """\
 Put the files {files} into the folder embeddings of the web UI, and paste the last line as the prompt.
 Made for {steps} steps of {sampler}{schedule}, CFG scale {scale}, seed {seed}, {width}x{height}: with another
 sampler or number of steps the stages would change at wrong times. Counted {counting}.
+Concepts: {concepts}
 """
 
 
@@ -42,10 +47,10 @@ class Use:
     words: Words | None = None
     sampler: str = "ddim"
     steps: int = 50
-    scale: float = ModelFacts().scale
+    scale: float = 10.0
     seed: int = 42
-    width: int = ModelFacts().width
-    height: int = ModelFacts().height
+    width: int = 512
+    height: int = 512
     documented: bool = False
     negative_prompt: str = ""
 
@@ -56,13 +61,16 @@ class Export:
 
     Args:
         concepts: placeholder -> (name in the other program, concept).
+        any_base: accept concepts that were learned for different base models.
 
     Raises:
-        ValueError: no concept, a placeholder or a name that cannot be used or is given twice, or words that do not fit.
+        ValueError: no concept, a placeholder or a name that cannot be used or is given twice, words that do not fit,
+            a text that would be read as a learned token, or concepts of different base models.
     """
 
     concepts: Mapping[str, tuple[str, Concept]]
     use: Use = field(default_factory=Use)
+    any_base: bool = False
 
     def __post_init__(self) -> None:
         for placeholder in self.concepts:
@@ -74,7 +82,14 @@ class Export:
             raise ValueError(f"The names {', '.join(names)} are not all different; give every concept its own.")
         check_negative_prompt(self.use.negative_prompt, self.concepts)
         webui.call_timesteps(self.use.sampler, self.use.steps)
-        self._texts()
+        for words in (*self._lines(), self.use.negative_prompt.split()):
+            if found := misread(words, self.tokens):
+                raise ValueError(
+                    f"Other programs would read '{found}' in the prompt as a learned token; give the concept another "
+                    "--name, or change the prompt."
+                )
+        if not self.any_base:
+            check_one_base(self.concepts.values())
 
     @property
     def name(self) -> str:
@@ -86,83 +101,170 @@ class Export:
         """As many as there are words; without words, as many as the concept has that has most."""
         return len(self.use.words) if self.use.words else most_stages(concept for _, concept in self.concepts.values())
 
+    @property
+    def identities(self) -> dict[str, str]:
+        """Name -> identity of the concept, which every file of the export says."""
+        return {name: concept.identity for name, concept in self.concepts.values()}
+
+    @property
+    def tokens(self) -> list[str]:
+        """The names of all learned tokens, concept after concept."""
+        return [path.stem for path in self.stage_paths(Path())]
+
     def stage_paths(self, folder: Path) -> list[Path]:
         """The files of the stages, concept after concept."""
         return [path for name, concept in self.concepts.values() for path in stage_paths(concept, folder, name)]
 
-    def paths(self, programs: Sequence[str], folder: Path) -> list[Path]:
-        """What `write` will write: the stages' files, then one for each program."""
-        return self.stage_paths(folder) + [folder / f"{self.name}_{_ENDINGS[program]}" for program in programs]
+    def use_path(self, program: str, folder: Path) -> Path:
+        """The file that shows how the concepts are used in a program."""
+        return folder / f"{self.name}_{_ENDINGS[program]}"
 
-    def write(self, programs: Sequence[str], folder: Path) -> list[str]:
-        """Write the stage files, and one file for each of `programs`; returns warnings, each a sentence.
+    def paths(self, programs: Sequence[str], folder: Path, card: Card | None = None) -> list[Path]:
+        """What `write` will write: the stages' files, one for each program, the card's images, the card."""
+        paths = self.stage_paths(folder) + [self.use_path(program, folder) for program in programs]
+        if card is not None:
+            paths += [folder / image.name for image in _copied(card, folder)] + [folder / CARD]
+        return paths
+
+    def write(self, programs: Sequence[str], folder: Path, card: Card | None = None) -> list[str]:
+        """Write the stage files, one file for each of `programs`, and the card, all of them or none.
+
+        Returns:
+            Warnings, each a sentence.
 
         Raises:
             ValueError: a program cannot make that many steps; nothing is written.
+            WriteError: no room or no right; the folder is as it was.
         """
         if "diffusers" in programs and self.use.steps == webui.TIMESTEPS:
             raise ValueError(f"diffusers' DDIM makes at most {webui.TIMESTEPS - 1} steps; give fewer with --steps.")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, concept in self.concepts.values():
-            save_stages(concept, folder, name)
-        warnings: list[str] = []
-        contents = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}
-        for program in programs:
-            path = folder / f"{self.name}_{_ENDINGS[program]}"
-            replace_text(path, contents[program](warnings))
-        return warnings
+        makers = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}
+        made = {self.use_path(program, Path()).name: makers[program]() for program in programs}
+        texts = {file: text for file, (text, _) in made.items()}
+        if card is not None:
+            texts[CARD] = model_card(self.concepts, list(texts), card)
+        with replacing_set(folder) as staging:
+            for name, concept in self.concepts.values():
+                save_stages(concept, staging, name)
+            for file, text in texts.items():
+                (staging / file).write_text(text, encoding="utf-8")
+            for image in _copied(card, folder):
+                shutil.copyfile(image, staging / image.name)
+        return list(dict.fromkeys(warning for _, warnings in made.values() for warning in warnings))
 
-    def _texts(self, spell: Callable[[str], str] = str, escape: Callable[[str], str] = str) -> list[str]:
+    def _lines(self) -> list[list[str]]:
+        """The words of each stage."""
         names = {placeholder: name for placeholder, (name, _) in self.concepts.items()}
         rows = {placeholder: concept.rows_for(self.num_stages) for placeholder, (_, concept) in self.concepts.items()}
-        return stage_texts(self.use.prompt, self.use.words, self.num_stages, names, rows, spell, escape)
+        return stage_words(self.use.prompt, self.use.words, self.num_stages, names, rows)
 
-    def _diffusers(self, warnings: list[str]) -> str:
+    def _texts(self, escape: Escape = str, spell: Escape = str) -> list[str]:
+        return [written(words, escape, spell) for words in self._lines()]
+
+    def _negative(self, escape: Escape) -> str:
+        return written(self.use.negative_prompt.split(), escape)
+
+    def _read_otherwise(self) -> list[str]:
+        """Warnings of what AUTOMATIC1111's web UI and ComfyUI do with long prompts and large seeds."""
+        warnings = []
+        if any(map(may_be_cut, (*self._lines(), self.use.negative_prompt.split()))):
+            warnings.append(
+                f"The prompt may be longer than {MAX_TOKENS} tokens; what follows is cut off here and in diffusers, "
+                "while AUTOMATIC1111's web UI and ComfyUI read it, too."
+            )
+        if self.use.seed > _EXACT_SEEDS:
+            warnings.append("A browser rounds a seed above 2^53, which gives another image; use a smaller one.")
+        return warnings
+
+    def _diffusers(self) -> tuple[str, list[str]]:
+        """The script, and what is not exact."""
         use = self.use
+        warnings = []
         if webui.TIMESTEPS % use.steps:
             warnings.append(
-                f"With {use.steps} steps diffusers' DDIM takes other timesteps, and makes a slightly other picture; "
+                f"With {use.steps} steps diffusers' DDIM takes other timesteps, and makes a slightly other image; "
                 f"use a number of steps that divides {webui.TIMESTEPS}."
             )
         values = {
-            "NAME": self.name,
-            "FILES": [path.name for path in self.stage_paths(Path())],
-            "PROMPTS": self._texts(),
-            "NEGATIVE": use.negative_prompt,
-            "STEPS, GUIDANCE, SEED": (use.steps, use.scale, use.seed),
-            "HEIGHT, WIDTH": (use.height, use.width),
+            "NAME": repr(self.name),
+            "CONCEPTS": repr(self.identities),
+            "FILES": _listing(path.name for path in self.stage_paths(Path())),
+            "PROMPTS": _listing(self._texts()),
+            "NEGATIVE": repr(use.negative_prompt),
+            "STEPS, GUIDANCE, SEED": f"{use.steps!r}, {use.scale!r}, {use.seed!r}",
+            "HEIGHT, WIDTH": f"{use.height!r}, {use.width!r}",
         }
+
+        def filled(line: str) -> str:
+            names, sign, _ = line.partition(" = ")
+            name = names.partition(":")[0]
+            return f"{names} = {values[name]}" if sign and name in values else line
+
         source = Path(diffusers_usage.__file__).read_text(encoding="utf-8")
-        for names, value in values.items():
-            rows = "".join(f"    {entry!r},\n" for entry in value) if isinstance(value, list) else ""
-            text = f"[\n{rows}]" if rows else repr(value).strip("()")
-            source = re.sub(
-                rf"^({names}(?:: [^=]+)?) = .*$", lambda m, text=text: f"{m[1]} = {text}", source, flags=re.M
-            )
-        return source
+        return "\n".join(map(filled, source.split("\n"))), warnings
 
-    def _a1111(self, warnings: list[str]) -> str:
+    def _a1111(self) -> tuple[str, list[str]]:
+        """The prompt with what belongs to it, and what is not exact."""
         use = self.use
-        prompt, found = webui.prompt_editing(self._texts(escape=webui.escape), use.sampler, use.steps, use.documented)
-        warnings += found
-        files = " … ".join(self.stage_paths(Path())[end].name for end in (0, -1))
-        settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
-        notes = "".join(f"Not exact: {warning}\n" for warning in found)
-        schedule = webui.schedule_type(use.sampler)
-        settings["schedule"] = f" (schedule type: {schedule}, not Automatic)" if schedule else ""
-        settings["counting"] = "as documented" if use.documented else "as the program does, from step 0"
-        negative = escaped(use.negative_prompt, webui.escape)
-        notes += f"Negative prompt: {negative}\n" if negative else ""
-        return _HEADER.format(files=files, **settings) + notes + f"\n{prompt}\n"
+        prompt, warnings = webui.prompt_editing(self._texts(webui.escape), use.sampler, use.steps, use.documented)
+        warnings += self._read_otherwise()
+        schedule, negative = webui.schedule_type(use.sampler), self._negative(webui.escape)
+        header = _HEADER.format(
+            files=" … ".join(self.stage_paths(Path())[end].name for end in (0, -1)),
+            schedule=f" (schedule type: {schedule}, not Automatic)" if schedule else "",
+            counting="as documented" if use.documented else "as the program does, from step 0",
+            concepts=_spoken(self.identities),
+            **self._settings(),
+        )
+        notes = [f"Not exact: {warning}\n" for warning in warnings]
+        notes += [f"Negative prompt: {negative}\n"] if negative else []
+        return f"{header}{''.join(notes)}\n{prompt}\n", warnings
 
-    def _comfyui(self, warnings: list[str]) -> str:
-        use = self.use
-        if not comfyui.knows(use.sampler):
+    def _comfyui(self) -> tuple[str, list[str]]:
+        """The workflow, and what is not exact."""
+        warnings = self._read_otherwise() + comfyui.misread((*self._lines(), self.use.negative_prompt.split()))
+        if not comfyui.knows(self.use.sampler):
             warnings.append(
-                f"'{use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."
+                f"'{self.use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."
             )
-        checkpoint = next(iter(self.concepts.values()))[1].metadata.get("base_model", "sd-v1-4.ckpt")
-        settings = {name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
-        texts = self._texts(comfyui.spell, comfyui.escape)
-        settings["negative"] = escaped(use.negative_prompt, comfyui.escape)
-        return json.dumps(comfyui.workflow(texts, checkpoint, prefix=self.name, **settings), indent=2) + "\n"
+        bases = (concept.metadata.get("base_model") for _, concept in self.concepts.values())
+        checkpoint = next(filter(None, bases), "sd-v1-4.ckpt")
+        texts, negative = self._texts(comfyui.escape, comfyui.spell), self._negative(comfyui.escape)
+        nodes = comfyui.workflow(texts, checkpoint, prefix=self.name, negative=negative, **self._settings())
+        nodes[max(nodes, key=int)]["_meta"] = {"title": f"Save Image: {_spoken(self.identities)}"}
+        return json.dumps(nodes, indent=2) + "\n", warnings
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self.use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
+
+
+def check_one_base(concepts: Iterable[tuple[str, Concept]]) -> None:
+    """Raise `ValueError`, naming both, for (name, concept) that were learned for different base models.
+
+    The hash of the base model decides, or its name where one of two has no hash; one that says neither fits all.
+    """
+    for (first, one), (second, other) in combinations(concepts, 2):
+        both = one.metadata.keys() & other.metadata.keys()
+        key = next((key for key in ("base_model_sha256", "base_model") if key in both), None)
+        if one.width == other.width and (key is None or one.metadata[key] == other.metadata[key]):
+            continue
+        bases = [concept.metadata.get("base_model", "unknown") for concept in (one, other)]
+        raise ValueError(
+            f"'{first}' was learned for the base model '{bases[0]}', but '{second}' for '{bases[1]}'; export them "
+            "apart, or use --any_base where the two are relatives, such as a fine-tune or a half-precision copy."
+        )
+
+
+def _copied(card: Card | None, folder: Path) -> list[Path]:
+    """The card's images that are not in the folder already."""
+    images = card.images if card is not None else ()
+    return [image for image in images if image.resolve() != (folder / image.name).resolve()]
+
+
+def _listing(entries: Iterable[str]) -> str:
+    """A list as Python code, an entry in a line."""
+    return "[\n" + "".join(f"    {entry!r},\n" for entry in entries) + "]"
+
+
+def _spoken(identities: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {identity}" for name, identity in identities.items())

@@ -1,19 +1,16 @@
-"""How a picture was made, as AUTOMATIC1111's web UI writes it into PNG files and as most other tools read it."""
+"""How an image was made, as AUTOMATIC1111's web UI writes it into PNG files and as most other tools read it."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.embeddings import Concept, load_concept
-from ldm.export.texts import escaped, stage_texts
+from ldm.conditioning.stages import matching_stage
+from ldm.export.texts import stage_words, written
 from ldm.export.webui import escape, prompt_editing
-from ldm.files.embedding_formats import short_hash
-from ldm.request import edit_steps
 
 NEEDED = {"prompt", "sampler", "ddim_steps", "scale", "seed", "width", "height"}
 _QUOTED = re.compile(r"[,:\n\"]")
@@ -22,25 +19,22 @@ _QUOTED = re.compile(r"[,:\n\"]")
 def infotext(record: Mapping[str, Any]) -> str:
     """The text of the chunk `parameters`: the prompt, the negative prompt, and a line of settings.
 
-    The prompt is the one that gives the picture there, after the concepts were exported under the names of their
-    files (`scripts/export_embedding.py --to a1111`); what was asked for here stands among the settings.
+    The prompt is the one that gives the image there, after the concepts were exported under the names of their
+    files (`scripts/export_embedding.py --to a1111`), without words that were cut off here and would be read there.
+    What was asked for stands among the settings.
 
     Args:
-        record: what `ldm.generate.main` attaches to a picture; at least what is in `NEEDED`.
+        record: what `ldm.generate.main` attaches to an image; at least what is in `NEEDED`.
     """
-    words, sources = record.get("prospect_words"), record.get("concepts") or {}
-    concepts = {placeholder: _concept(file) for placeholder, file in sources.items()}
-    stages = record.get("num_stages") or max((c.num_stages for c in concepts.values() if c is not None), default=10)
-    stages = stages if words is None else len(words)
-    rows = {p: list(range(stages)) if c is None else c.rows_for(stages) for p, c in concepts.items()}
+    sources = record.get("concepts") or {}
     names = {placeholder: _name(file, number) for number, (placeholder, file) in enumerate(sources.items())}
-    texts = stage_texts(record["prompt"], words, stages, names, rows, escape=escape)
-    steps = record["ddim_steps"]
-    calls = edit_steps(record["strength"], steps) if record.get("content_dir") is not None else None
-    prompt, _ = prompt_editing(texts, record["sampler"], steps, calls=calls)
+    edited = record.get("content_dir") is not None
+    # of an edited image the web UI makes this many of the steps (sd_samplers_common.py, `setup_img2img_steps`)
+    calls = int(min(record["strength"], 0.999) * record["ddim_steps"]) if edited else None
+    prompt, _ = prompt_editing(_texts(record, names), record["sampler"], record["ddim_steps"], calls=calls)
+    negative = written(record.get("negative_prompt", "").split()[: _words_read(record).get("negative_prompt")], escape)
 
-    hashes = {p: found for p, file in sources.items() if (found := short_hash(file))}
-    hashes |= record.get("concept_hashes") or {}
+    words, hashes = record.get("prospect_words"), record.get("concept_hashes") or {}
     settings = {
         "Steps": record["ddim_steps"],
         "Sampler": record["sampler"].upper(),
@@ -48,25 +42,33 @@ def infotext(record: Mapping[str, Any]) -> str:
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
         "Model": Path(record.get("base_model") or "unknown").stem,
-        "Denoising strength": f"{record['strength']:g}" if record.get("content_dir") is not None else None,
+        "Denoising strength": f"{record['strength']:g}" if edited else None,
         "Eta DDIM": f"{record['ddim_eta']:g}" if record.get("ddim_eta") else None,
         "ProSpect prompt": record["prompt"],
         "ProSpect words": None if words is None else json.dumps(words, ensure_ascii=False),
         "ProSpect concepts": ", ".join(f"{names[p]}: {hashes.get(p, 'unknown')}" for p in sources) or None,
     }
     line = ", ".join(f"{key}: {_quote(str(value))}" for key, value in settings.items() if value is not None)
-    return f"{prompt}\nNegative prompt: {escaped(record.get('negative_prompt', ''), escape)}\n{line}"
+    return f"{prompt}\nNegative prompt: {negative}\n{line}"
+
+
+def _texts(record: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """What the web UI should read in each stage."""
+    words, stages_of = record.get("prospect_words"), record.get("concept_stages") or {}
+    stages = len(words) if words is not None else record.get("num_stages") or max(stages_of.values(), default=10)
+    rows = {p: [matching_stage(s, stages, stages_of.get(p, stages)) for s in range(stages)] for p in names}
+    lines = stage_words(record["prompt"], words, stages, names, rows)
+    room = _words_read(record).get("prompt") or [None] * stages
+    return [written(line[:count], escape) for line, count in zip(lines, room, strict=True)]
+
+
+def _words_read(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How many words there was room for: `prompt`, for each stage, and `negative_prompt`; empty for all."""
+    return record.get("words_read") or {}
 
 
 def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if _QUOTED.search(text) or text != text.strip() else text
-
-
-def _concept(file: str) -> Concept | None:
-    """The concept, if its file is still there."""
-    with contextlib.suppress(ValueError, OSError):
-        return load_concept(file)
-    return None
 
 
 def _name(file: str, number: int) -> str:

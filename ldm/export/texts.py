@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ldm.conditioning.prompts import Words, check_words, split_pattern, stage_pieces
 
+MAX_TOKENS = 75  # that a prompt has room for here; the web UI and ComfyUI read on in further chunks of as many
 _NAME = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
+# What CLIP's tokenizer cuts a text into before it splits words (openai/CLIP, simple_tokenizer.py).
+_PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
+
+Escape = Callable[[str], str]
+
+
+class Learned(str):
+    """The name of a learned token, as opposed to a word that looks like one."""
 
 
 def check_name(name: str) -> str:
-    """A name that is a file name everywhere, and one word in a prompt.
+    """Return a name that is a file name everywhere, and one word in a prompt.
 
     Raises:
         ValueError: it is not.
@@ -23,45 +32,69 @@ def check_name(name: str) -> str:
     return name
 
 
-def escaped(text: str, escape: Callable[[str], str]) -> str:
-    """Text without learned tokens as `stage_texts` writes it."""
-    return " ".join(escape(word) for word in text.split())
-
-
-def stage_texts(
+def stage_words(
     prompt: str,
     words: Words | None,
     num_stages: int,
     names: Mapping[str, str],
     rows: Mapping[str, Sequence[int]] | None = None,
-    spell: Callable[[str], str] = str,
-    escape: Callable[[str], str] = str,
-) -> list[str]:
-    """What stands in each of the S stages; entry 0 is the END of generation.
+) -> list[list[str]]:
+    """The words of each of the S stages, learned tokens as `Learned`; entry 0 is the end of sampling.
 
-    Words are separated by single spaces, which the tokenizer of Stable Diffusion v1 does not tell from others.
+    The tokenizer of Stable Diffusion v1 does not tell one space from several, so words can be joined by single ones.
 
     Args:
         names: placeholder -> name of the exported concept.
         rows: placeholder -> the concept's row for each stage, where that is not the stage (`Concept.rows_for`).
-        spell: how `name-k` is written.
-        escape: how other text is written.
 
     Raises:
         ValueError: see `check_words`.
     """
-    words = [None] * num_stages if words is None else check_words(words, num_stages)
+    entries = [None] * num_stages if words is None else check_words(words, num_stages)
     pattern = split_pattern(names)
 
-    def text(stage: int) -> str:
-        parts = []
-        for piece in stage_pieces(prompt, words[stage], stage, pattern, names):
-            if isinstance(piece, tuple):
-                placeholder, row = piece
-                row = row if rows is None else rows[placeholder][row]
-                parts.append(spell(f"{names[placeholder]}-{row}"))
-            else:
-                parts.append(escaped(piece, escape))
-        return " ".join(filter(None, parts))
+    def piece_words(piece: str | tuple[str, int]) -> list[str]:
+        if isinstance(piece, str):
+            return piece.split()
+        placeholder, row = piece
+        return [Learned(f"{names[placeholder]}-{row if rows is None else rows[placeholder][row]}")]
 
-    return [text(stage) for stage in range(num_stages)]
+    def line(stage: int) -> list[str]:
+        pieces = stage_pieces(prompt, entries[stage], stage, pattern, names)
+        return [word for piece in pieces for word in piece_words(piece)]
+
+    return [line(stage) for stage in range(num_stages)]
+
+
+def written(words: Iterable[str], escape: Escape = str, spell: Escape = str) -> str:
+    """Words as one text: learned tokens by `spell`, others by `escape`."""
+    return " ".join(spell(word) if isinstance(word, Learned) else escape(word) for word in words)
+
+
+def misread(words: Sequence[str], tokens: Iterable[str]) -> str | None:
+    """Return the part of a text that another program takes for a learned token though it is none; None for no such.
+
+    diffusers looks for the name in the text and the web UI for its pieces, both without regard to case and for the
+    longest name first. So `star - 0` and `Star-05` are read as star-0, and the token star-1 before a 0 as star-10.
+
+    Args:
+        tokens: all names of learned tokens that the other program knows then.
+    """
+    longest_first = sorted(tokens, key=len, reverse=True)
+    pattern = re.compile("|".join(r"\s*".join(map(re.escape, _PIECE.findall(name))) for name in longest_first), re.I)
+    meant = (word for word in words if isinstance(word, Learned))
+    for match in pattern.finditer(written(words)):
+        if match[0] != next(meant, None):
+            return match[0]
+    return None
+
+
+def may_be_cut(words: Sequence[str]) -> bool:
+    """Whether a text may have more than 75 tokens, guessed without the tokenizer from the lengths of its words."""
+
+    def tokens(word: str) -> int:
+        if isinstance(word, Learned):
+            return 1
+        return sum(-(-len(piece) // 5) if piece.isascii() else len(piece.encode()) for piece in _PIECE.findall(word))
+
+    return sum(map(tokens, words)) > MAX_TOKENS

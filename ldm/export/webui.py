@@ -13,11 +13,11 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
 from ldm.conditioning.stages import stage_of
-from ldm.models.diffusion.schedule import make_betas
 
 TIMESTEPS = 1000
 # One call of the U-Net for each step, at timesteps that are even unless the name ends in `karras`.
@@ -25,10 +25,15 @@ SINGLE_CALL = ("euler", "euler a", "lms", "dpm++ 2m", "dpm++ 2m sde")
 SAMPLERS = ("ddim", "plms", *SINGLE_CALL, *(f"{name} karras" for name in SINGLE_CALL))
 
 
-def call_timesteps(sampler: str, steps: int) -> list[float] | None:
-    """The timestep of every call of the U-Net, START of generation first; None for a sampler that is not known.
+def plain_name(sampler: str) -> str:
+    """A sampler's name in small letters and with single spaces."""
+    return " ".join(sampler.lower().split())
 
-    A step more than the web UI makes may be at the end (since 1.6 its DDIM and PLMS leave out the last).
+
+def call_timesteps(sampler: str, steps: int) -> list[float] | None:
+    """Return the timestep of every call of the U-Net, start of sampling first; None for an unknown sampler.
+
+    The last one may be a step more than the web UI makes (since 1.6 its DDIM and PLMS omit it).
 
     Args:
         sampler: as the web UI names it, with the schedule behind it: 'ddim', 'Euler a', 'DPM++ 2M Karras'.
@@ -38,25 +43,32 @@ def call_timesteps(sampler: str, steps: int) -> list[float] | None:
     """
     if not 1 <= steps <= TIMESTEPS:
         raise ValueError(f"The number of steps must be in 1..{TIMESTEPS}, not {steps}.")
-    sampler = " ".join(sampler.lower().split())
+    sampler = plain_name(sampler)
     if sampler in ("ddim", "plms"):
         spaced = [float(min(t + 1, TIMESTEPS - 1)) for t in range(0, TIMESTEPS, TIMESTEPS // steps)][::-1]
         # PLMS begins with a look at the second timestep
         return spaced[:1] + spaced[1:2] + spaced[1:] if sampler == "plms" else spaced
     if sampler not in SAMPLERS:
         return None
-    ramp = np.linspace(0, 1, steps)
-    if not sampler.endswith(" karras"):
-        return ((TIMESTEPS - 1) * (1 - ramp)).tolist()
-    alphas_cumprod = np.cumprod(1 - make_betas(0.00085, 0.0120, TIMESTEPS))
-    sigmas = np.sqrt(1 / alphas_cumprod - 1)
-    least, most = sigmas[0] ** (1 / 7), sigmas[-1] ** (1 / 7)  # Karras et al. 2022, eq. 5 with rho = 7
-    return np.interp(7 * np.log(most + ramp * (least - most)), np.log(sigmas), np.arange(TIMESTEPS)).tolist()
+    return _karras(steps) if sampler.endswith(" karras") else _even(steps)
+
+
+def _even(steps: int) -> list[float]:
+    return ((TIMESTEPS - 1) * (1 - np.linspace(0, 1, steps))).tolist()
+
+
+def _karras(steps: int) -> list[float]:
+    """Noise levels of Karras et al. 2022, eq. 5 with rho = 7, as timesteps of Stable Diffusion's schedule."""
+    betas = np.linspace(0.00085**0.5, 0.0120**0.5, TIMESTEPS) ** 2
+    sigmas = np.sqrt(1 / np.cumprod(1 - betas) - 1)
+    least, most = sigmas[0] ** (1 / 7), sigmas[-1] ** (1 / 7)
+    levels = 7 * np.log(most + np.linspace(0, 1, steps) * (least - most))
+    return np.interp(levels, np.log(sigmas), np.arange(TIMESTEPS)).tolist()
 
 
 def schedule_type(sampler: str) -> str | None:
-    """What the web UI calls the spacing of a sampler's timesteps; None where it has no choice, or is not known."""
-    name = " ".join(sampler.lower().split())
+    """Return what the web UI calls the spacing of a sampler's timesteps; None where it has no choice."""
+    name = plain_name(sampler)
     if name not in SAMPLERS or name in ("ddim", "plms"):
         return None
     return "Karras" if name.endswith(" karras") else "Uniform"
@@ -65,55 +77,67 @@ def schedule_type(sampler: str) -> str | None:
 def prompt_editing(
     texts: Sequence[str], sampler: str, steps: int, documented: bool = False, calls: int | None = None
 ) -> tuple[str, list[str]]:
-    """One prompt that is `texts[stage]` at every call of the U-Net, and what keeps it from being that exactly.
+    """Return one prompt that is `texts[stage]` at every call of the U-Net, and what keeps it from being exact.
 
     Args:
-        texts: one for each stage, entry 0 = END of generation, escaped (`escape`).
+        texts: one for each stage, entry 0 = end of sampling, escaped (`escape`).
         documented: count as the documentation says, "after `when` steps", and not as the program does.
-        calls: of a picture that is edited, how many of the steps are made: the last ones, counted from 0 again.
+        calls: of an image that is edited, how many of the steps are made: the last ones, counted from 0 again.
 
     Returns:
         The prompt, and warnings, each a sentence; without any the prompt is exact.
     """
-    warnings = []
+    warnings: list[str] = []
     timesteps = call_timesteps(sampler, steps)
     if timesteps is None:
-        timesteps = call_timesteps("euler", steps)
+        timesteps = _even(steps)
         warnings.append(
             f"The timesteps of '{sampler}' are not known, so the stages change only about where they should; "
             f"exact are {', '.join(SAMPLERS)}, and ComfyUI with any sampler."
         )
     if calls:
         timesteps, steps = timesteps[-calls:], calls
-    runs: list[list] = []  # [text, number of the last call that reads it]
-    for call, t in enumerate(timesteps):
-        text = texts[stage_of(int(t), len(texts), TIMESTEPS)]
-        if runs and runs[-1][0] == text:
-            runs[-1][1] = call
-        else:
-            runs.append([text, call])
-    if len(runs) > 1 and runs[0][1] == 0 and not documented:
+    runs = _runs(texts, timesteps)
+    if len(runs) > 1 and not documented:
+        warnings += _miscounted(runs[0][1], len(timesteps), sampler, steps)
+    if any("#" in text for text in texts):
+        warnings.append("The web UI takes what follows a # for a comment, unless that is switched off in its settings.")
+    return _nested(runs, documented), warnings
+
+
+def _runs(texts: Sequence[str], timesteps: Sequence[float]) -> list[tuple[str, int]]:
+    """(text, number of the last call that reads it) in order."""
+    read = (texts[stage_of(int(t), len(texts), TIMESTEPS)] for t in timesteps)
+    return [(text, list(run)[-1][0]) for text, run in groupby(enumerate(read), key=lambda call: call[1])]
+
+
+def _miscounted(first_last: int, calls: int, sampler: str, steps: int) -> list[str]:
+    """Warnings of texts that the web UI cannot read when it should; the first is meant up to call `first_last`."""
+    warnings = []
+    if first_last == 0:
         warnings.append(
             f"With {steps} steps the first text is for one step only, which the web UI cannot do: it begins with the "
             "second text, or shows the first one for two steps; use more steps."
         )
-    if len(timesteps) - 1 > steps and not documented and len(runs) > 1:
+    if calls - 1 > steps:
         warnings.append(
-            f"With {steps} steps of {sampler} the web UI calls the U-Net {len(timesteps)} times, and after call "
+            f"With {steps} steps of {sampler} the web UI calls the U-Net {calls} times, and after call "
             f"{steps + 1} it reads the first text again; use a number of steps that divides {TIMESTEPS}."
         )
-    if any("#" in text for text in texts):
-        warnings.append("The web UI takes what follows a # for a comment, unless that is switched off in its settings.")
+    return warnings
+
+
+def _nested(runs: Sequence[tuple[str, int]], documented: bool) -> str:
+    """`[[first:second:when]:third:when]` between the words that all texts begin and end with."""
     words = [text.split() for text, _ in runs]
     head = len(os.path.commonprefix(words))
     tail = len(os.path.commonprefix([rest[head:][::-1] for rest in words]))
-    middles = [" ".join(text[head : len(text) - tail]) for text in words]
-    nested = middles[0]
-    for (_, last), text in zip(runs, middles[1:], strict=False):
+    nested, *later = (" ".join(text[head : len(text) - tail]) for text in words)
+    for (_, last), text in zip(runs, later, strict=False):
         when = last + 1 if documented else max(last, 1)
         nested = f"[{nested}:{text}:{when}]" if nested else f"[{text}:{when}]"
     around = " ".join(words[0][:head]), " ".join(words[0][len(words[0]) - tail :])
-    return " ".join(part for part in (around[0], nested, around[1]) if part), warnings
+    return " ".join(part for part in (around[0], nested, around[1]) if part)
 
 
 def escape(word: str) -> str:
