@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli.flags import Parser, add_flag, say
 from ldm.cli.sample import MODEL_DEFAULTS
+from ldm.files.writing import replacing_set
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
 def build_pipeline(config: str | Path, ckpt: str | Path) -> StableDiffusionPipeline:
-    """A float32 pipeline with the sizes and the schedule of a configuration, and the weights of a checkpoint.
+    """Return a float32 pipeline with the sizes and schedule of a configuration, and the weights of a checkpoint.
 
     Raises:
         ConfigError, CheckpointError, ValueError: they cannot be read, or do not fit each other.
@@ -36,7 +37,7 @@ def build_pipeline(config: str | Path, ckpt: str | Path) -> StableDiffusionPipel
     from ldm.generate import load_model_from_config
 
     model = load_model_from_config(config, ckpt, device="cpu")
-    params = OmegaConf.to_container(load_config(config).model.params)
+    params: Any = OmegaConf.to_container(load_config(config).model.params)
     resolution = params["first_stage_config"]["params"]["ddconfig"]["resolution"]
     parts = build_networks(model, params["unet_config"]["params"], resolution)
     tokenizer = model.cond_stage_model.tokenizer
@@ -76,7 +77,9 @@ def main() -> None:
     try:
         if options.folder.exists():
             raise ValueError(f"'{options.folder}' is there already; name another folder.")
-        build_pipeline(options.config, options.ckpt).save_pretrained(options.folder)
+        pipeline: Any = build_pipeline(options.config, options.ckpt)
+        with replacing_set(options.folder) as staging:
+            pipeline.save_pretrained(staging)
     except (ValueError, OSError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
     say(options.folder)

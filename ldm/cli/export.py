@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.flags import Once, Parser, add_field_flag, add_flag, log_to_terminal, path, printable, script_parser
 from ldm.cli.sample import MODEL_DEFAULTS, ONE_PROMPT, add_word_flags, concept_files, read_words, shipped
-from ldm.files.writing import check_writable, replace_text, writing_to
+from ldm.files.writing import check_writable
 from ldm.request import PLACEHOLDER, ModelFacts, Request, Words, check_prompt, model_facts
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ def build_parser(docstring: str | None) -> Parser:
     add_flag(parser, "--to", nargs="+", choices=PROGRAMS, default=[], metavar="PROGRAM", help=", ".join(PROGRAMS))
     add_flag(parser, "--outdir", type=path, metavar="DIR", help="folder to write to (outputs/NAME)")
     add_flag(parser, "--force", action="store_true", help="overwrite files that are there")
+    add_flag(parser, "--any_base", action="store_true", help="also concepts of different base models")
 
     what = parser.add_argument_group("how they are used")
     help_prompt = "in it, * stands for the concept or for the words ('*')"
@@ -83,7 +83,7 @@ def run(docstring: str | None, argv: Sequence[str] | None = None) -> list[Path]:
 
 def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     from ldm.embeddings import load_concept
-    from ldm.export.card import caption, model_card
+    from ldm.export.card import Card
     from ldm.export.files import Export
 
     files = concept_files(options.concepts, "*")
@@ -91,31 +91,26 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
         raise ValueError(f"There are {len(files)} concepts and {len(options.name)} names; give each one with --name.")
     named = zip(options.name, (load_concept(file, placeholder) for placeholder, file in files.items()), strict=True)
     concepts = dict(zip(files, named, strict=True))
-    export = Export(concepts, _use(options, concepts))
+    export = Export(concepts, _use(options, concepts), options.any_base)
     programs, folder = list(dict.fromkeys(options.to)), options.outdir or Path("outputs") / options.name[0]
     if options.pictures and not options.card:
         raise ValueError("--pictures are shown in the model card; use --card, too.")
-    copies = {picture: folder / picture.name for picture in options.pictures}
-    if len({copy.name for copy in copies.values()}) < len(copies):
-        raise ValueError("--pictures have the same name in two folders; rename one of them.")
-    captions = {copy.name: caption(picture) for picture, copy in copies.items()}
-    copies = {picture: copy for picture, copy in copies.items() if picture.resolve() != copy.resolve()}
-
-    paths = [*export.paths(programs, folder), *copies.values(), *([folder / "README.md"] if options.card else [])]
-    there = [path.name for path in paths if path.exists()]
-    if there and not options.force:
-        listing = ", ".join(there[:4]) + (", …" if len(there) > 4 else "")
-        raise ValueError(f"'{folder}' has {listing} already; use --force to overwrite, or name another --outdir.")
+    card = Card(options.license, options.base_model, options.pictures) if options.card else None
+    paths = export.paths(programs, folder, card)
     check_writable(folder, "--outdir")
-    with writing_to(folder):
-        warnings = export.write(programs, folder)
-        for picture, copy in copies.items():
-            shutil.copyfile(picture, copy)
-        if options.card:
-            uses = [path.name for path in paths if path.suffix in (".py", ".txt", ".json")]
-            about = {"base_model": options.base_model, "license_id": options.license, "pictures": captions}
-            replace_text(folder / "README.md", model_card(concepts, uses, **about))
-    return paths, warnings
+    _refuse_overwriting(paths, [*files.values(), *options.pictures], folder, options.force)
+    return paths, export.write(programs, folder, card)
+
+
+def _refuse_overwriting(paths: Sequence[Path], inputs: Sequence[str | Path], folder: Path, force: bool) -> None:
+    """Raise `ValueError` where a file to write is there, and with `force` only where it is one that was read."""
+    there = [path for path in paths if path.exists()]
+    read = {Path(given).resolve() for given in inputs}
+    if any(path.resolve() in read for path in there):
+        raise ValueError(f"Files that are read would be overwritten in '{folder}'; name another --outdir.")
+    if there and not force:
+        listing = ", ".join(path.name for path in there[:4]) + (", …" if len(there) > 4 else "")
+        raise ValueError(f"'{folder}' has {listing} already; use --force to overwrite, or name another --outdir.")
 
 
 def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]]) -> Use:

@@ -62,11 +62,18 @@ class Card:
         license_id: as the hub calls licences.
         base_model: its name on the hub; None takes it from the concepts where their base model's file is known.
         images: samples, which are copied beside the card and shown in it.
+
+    Raises:
+        ValueError: two images of one name.
     """
 
     license_id: str = "creativeml-openrail-m"
     base_model: str | None = None
     images: Sequence[Path] = ()
+
+    def __post_init__(self) -> None:
+        if len({image.name.lower() for image in self.images}) < len(self.images):
+            raise ValueError("Two images for the card have the same name; rename one of them.")
 
 
 def model_card(concepts: Mapping[str, tuple[str, Concept]], uses: Sequence[str], card: Card) -> str:

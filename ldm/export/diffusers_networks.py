@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
-def build_networks(model: LatentDiffusion, unet_sizes: Mapping[str, Any], resolution: int) -> dict[str, nn.Module]:
-    """`unet`, `vae` and `text_encoder`; their weights are those that the libraries begin with.
+def build_networks(model: LatentDiffusion, unet_sizes: Mapping[str, Any], resolution: int) -> dict[str, Any]:
+    """Return the modules `unet`, `vae` and `text_encoder`, with the weights that the libraries begin with.
 
     Args:
         unet_sizes: `params` of the configuration's `unet_config`.
-        resolution: pixels a side of the pictures that pipelines draw where they are not told otherwise.
+        resolution: default height and width of the pipeline's images, in pixels.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -36,7 +34,7 @@ def build_networks(model: LatentDiffusion, unet_sizes: Mapping[str, Any], resolu
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
     )
-    encoder = first_stage.encoder
+    encoder: Any = first_stage.encoder
     widths = [level.block[-1].conv2.out_channels for level in encoder.down]
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * len(widths),

@@ -10,17 +10,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ldm.conditioning.prompts import Words, check_negative_prompt, check_placeholder
 from ldm.embeddings import Concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.card import Card, model_card
 from ldm.export.texts import MAX_TOKENS, Escape, check_name, may_be_cut, misread, stage_words, written
 from ldm.files.writing import replacing_set
+from ldm.request import ModelFacts, Words, check_negative_prompt, check_placeholder
 
 _ENDINGS = {"diffusers": "diffusers.py", "a1111": "a1111.txt", "comfyui": "comfyui.json"}
 PROGRAMS = tuple(_ENDINGS)
 CARD = "README.md"
-_EXACT_SEEDS = 2**53  # larger numbers are rounded in a browser
 _HEADER = """\
 Put the files {files} into the folder embeddings of the web UI, and paste the last line as the prompt.
 Made for {steps} steps of {sampler}{schedule}, CFG scale {scale}, seed {seed}, {width}x{height}: with another
@@ -47,10 +46,10 @@ class Use:
     words: Words | None = None
     sampler: str = "ddim"
     steps: int = 50
-    scale: float = 10.0
+    scale: float = ModelFacts().scale
     seed: int = 42
-    width: int = 512
-    height: int = 512
+    width: int = ModelFacts().width
+    height: int = ModelFacts().height
     documented: bool = False
     negative_prompt: str = ""
 
@@ -164,17 +163,14 @@ class Export:
     def _negative(self, escape: Escape) -> str:
         return written(self.use.negative_prompt.split(), escape)
 
-    def _read_otherwise(self) -> list[str]:
-        """Warnings of what AUTOMATIC1111's web UI and ComfyUI do with long prompts and large seeds."""
-        warnings = []
-        if any(map(may_be_cut, (*self._lines(), self.use.negative_prompt.split()))):
-            warnings.append(
-                f"The prompt may be longer than {MAX_TOKENS} tokens; what follows is cut off here and in diffusers, "
-                "while AUTOMATIC1111's web UI and ComfyUI read it, too."
-            )
-        if self.use.seed > _EXACT_SEEDS:
-            warnings.append("A browser rounds a seed above 2^53, which gives another image; use a smaller one.")
-        return warnings
+    def _read_in_chunks(self) -> list[str]:
+        """A warning of what AUTOMATIC1111's web UI and ComfyUI do with a long prompt."""
+        if not any(map(may_be_cut, (*self._lines(), self.use.negative_prompt.split()))):
+            return []
+        return [
+            f"The prompt may be longer than {MAX_TOKENS} tokens; what follows is cut off here and in diffusers, while "
+            "AUTOMATIC1111's web UI and ComfyUI read it in further chunks."
+        ]
 
     def _diffusers(self) -> tuple[str, list[str]]:
         """The script, and what is not exact."""
@@ -207,7 +203,7 @@ class Export:
         """The prompt with what belongs to it, and what is not exact."""
         use = self.use
         prompt, warnings = webui.prompt_editing(self._texts(webui.escape), use.sampler, use.steps, use.documented)
-        warnings += self._read_otherwise()
+        warnings += self._read_in_chunks()
         schedule, negative = webui.schedule_type(use.sampler), self._negative(webui.escape)
         header = _HEADER.format(
             files=" … ".join(self.stage_paths(Path())[end].name for end in (0, -1)),
@@ -222,7 +218,7 @@ class Export:
 
     def _comfyui(self) -> tuple[str, list[str]]:
         """The workflow, and what is not exact."""
-        warnings = self._read_otherwise() + comfyui.misread((*self._lines(), self.use.negative_prompt.split()))
+        warnings = self._read_in_chunks() + comfyui.misread((*self._lines(), self.use.negative_prompt.split()))
         if not comfyui.knows(self.use.sampler):
             warnings.append(
                 f"'{self.use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ldm.conditioning.prompts import Words, check_words, split_pattern, stage_pieces
+from ldm.conditioning.prompts import split_pattern, stage_pieces
+from ldm.request import Words, check_words
 
 MAX_TOKENS = 75  # that a prompt has room for here; the web UI and ComfyUI read on in further chunks of as many
 _NAME = re.compile(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
@@ -50,7 +51,7 @@ def stage_words(
     Raises:
         ValueError: see `check_words`.
     """
-    entries = [None] * num_stages if words is None else check_words(words, num_stages)
+    entries: Words = [None] * num_stages if words is None else check_words(words, num_stages)
     pattern = split_pattern(names)
 
     def piece_words(piece: str | tuple[str, int]) -> list[str]:

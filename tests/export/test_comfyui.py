@@ -1,9 +1,12 @@
 """The workflow for ComfyUI, run by a few lines that map percentages to noise levels as ComfyUI does."""
 
+import re
+
 import pytest
 import torch
 
 from ldm.export.comfyui import escape, spell, stage_range, workflow
+from ldm.export.texts import written
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 LEVELS = ((1 - (1 - BETAS).cumprod(0)) / (1 - BETAS).cumprod(0)).sqrt().float().log()  # log sigma of t = 0 … 999
@@ -95,6 +98,37 @@ def test_samplers_have_comfyuis_names(sampler: str, names: tuple[str, str]) -> N
     assert (node["inputs"]["sampler_name"], node["inputs"]["scheduler"]) == names
 
 
-def test_brackets_are_no_weights_and_embeddings_are_words() -> None:
-    assert escape("(a:1.3)") == r"\(a:1.3\)"
+def page(text: str) -> str:
+    """A text as ComfyUI's page hands it on: without comments, and with the first of each {choice|choice}."""
+    text, out, depth, i = re.sub(r"/\*[\s\S]*?\*/|//.*", "", text), "", 0, 0
+    while i < len(text):
+        if text[i] == "\\":
+            out += text[i : i + 2] if i + 1 < len(text) else "\\undefined"
+            i += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        assert depth == 0, f"a choice in {text}"
+        out, i = out + text[i], i + 1
+    return re.sub(r"\\([{}|])", r"\1", out)
+
+
+def program(text: str) -> str:
+    """A text as the tokenizer gets it, if no weight is in it."""
+    assert not re.search(r"(?<!\\)[()]", text), f"a weight in {text}"
+    return re.sub(r"\\([()])", r"\1", text)
+
+
+@pytest.mark.parametrize(
+    "text", ["(a:1.3) b", "{a|b}", "a {b", "}", "c:\\dir \\ (x)", "|a| \\\\", "a / b", "\\(a\\)", "a\\"]
+)
+def test_a_text_stays_itself(text: str) -> None:
+    assert program(page(written(text.split(), escape))).split() == text.split()
+
+
+@pytest.mark.parametrize(("text", "becomes"), [("http://x y", "http:/ /x y"), ("a///b", "a/ / /b"), ("\\{a", "\\ {a")])
+def test_what_cannot_be_escaped_keeps_the_rest(text: str, becomes: str) -> None:
+    assert program(page(written(text.split(), escape))) == becomes
+
+
+def test_embeddings_are_words() -> None:
     assert spell("teddy-0") == "embedding:teddy-0"
