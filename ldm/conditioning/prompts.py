@@ -38,6 +38,7 @@ __all__ = [
     "check_placeholder",
     "check_prompt",
     "check_words",
+    "foreign_syntax",
     "split_pattern",
     "stage_pieces",
     "warn_of_unused",
@@ -47,6 +48,12 @@ __all__ = [
 _FOREIGN = re.compile(
     r"\((?=[^()]{0,200}[^\W\d_])[^()]{1,200}:\s*\d+(?:\.\d+)?\s*\)|<(?:lora|lyco|hypernet):[^<>]{0,200}>", re.IGNORECASE
 )
+
+
+def foreign_syntax(text: str) -> str | None:
+    """Return the first part of a text that other programs read as a weight or an extra network; None for no such."""
+    match = _FOREIGN.search(text)
+    return match[0] if match else None
 
 
 def warn_of_unused(
@@ -168,9 +175,9 @@ class PromptReader:
                 self._warn(f"prospect_words has no effect: the prompt '{prompt}' has no '*' for it to replace.")
 
     def _warn_of_foreign_syntax(self, texts: Sequence[str]) -> None:
-        for match in filter(None, map(_FOREIGN.search, texts)):
+        for found in filter(None, map(foreign_syntax, texts)):
             self._warn(
-                f"'{match[0]}' is read as letters: weights and extra networks of other programs mean nothing here."
+                f"'{found}' is read as letters: weights and extra networks of other programs mean nothing here."
             )
 
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:

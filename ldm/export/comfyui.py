@@ -123,17 +123,15 @@ def escape(word: str) -> str:
     return re.sub(r"([(){}])", r"\\\1", re.sub(r"(?<=/)(?=/)|(?<=\\)(?=[{}]|$)", " ", word))
 
 
+_MISREAD = {
+    "//": "ComfyUI takes what follows // for a comment, so that it is written as / / in the workflow.",
+    "[{}]": "ComfyUI's page takes {a|b} for a choice, so that { and } have a backslash in the workflow; where it is "
+    "sent to the program without the page, the backslash is read, too.",
+    "^embedding:": "ComfyUI takes a word that begins with embedding: for the name of an embedding, and omits it.",
+}
+
+
 def misread(texts: Iterable[Iterable[str]]) -> list[str]:
     """Warnings, each a sentence, of words that ComfyUI reads in another way, however they are written."""
     words = {word for text in texts for word in text}
-    warnings = []
-    if any("//" in word for word in words):
-        warnings.append("ComfyUI takes what follows // for a comment, so that it is written as / / in the workflow.")
-    if any(re.search("[{}]", word) for word in words):
-        warnings.append(
-            "ComfyUI's page takes {a|b} for a choice, so that { and } have a backslash in the workflow; where it is "
-            "sent to the program without the page, the backslash is read, too."
-        )
-    if any(word.startswith("embedding:") for word in words):
-        warnings.append("ComfyUI takes a word that begins with embedding: for the name of an embedding, and omits it.")
-    return warnings
+    return [warning for pattern, warning in _MISREAD.items() if any(re.search(pattern, word) for word in words)]

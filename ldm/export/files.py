@@ -6,10 +6,11 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
+from ldm.conditioning.prompts import foreign_syntax
 from ldm.embeddings import Concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.card import Card, model_card
@@ -79,16 +80,16 @@ class Export:
             raise ValueError("There is no concept to export; name one or more embedding files.")
         if len({name.lower() for name in names}) < len(names):
             raise ValueError(f"The names {', '.join(names)} are not all different; give every concept its own.")
-        check_negative_prompt(self.use.negative_prompt, self.concepts)
-        webui.call_timesteps(self.use.sampler, self.use.steps)
-        for words in (*self._lines(), self.use.negative_prompt.split()):
-            if found := misread(words, self.tokens):
-                raise ValueError(
-                    f"Other programs would read '{found}' in the prompt as a learned token; give the concept another "
-                    "--name, or change the prompt."
-                )
         if not self.any_base:
             check_one_base(self.concepts.values())
+        check_negative_prompt(self.use.negative_prompt, self.concepts)
+        webui.call_timesteps(self.use.sampler, self.use.steps)
+        tokens = [path.stem for path in self.stage_paths(Path())]
+        if found := next(filter(None, (misread(words, tokens) for words in self._all_words())), None):
+            raise ValueError(
+                f"Other programs would read '{found}' in the prompt as a learned token; give the concept another "
+                "--name, or change the prompt."
+            )
 
     @property
     def name(self) -> str:
@@ -105,25 +106,16 @@ class Export:
         """Name -> identity of the concept, which every file of the export says."""
         return {name: concept.identity for name, concept in self.concepts.values()}
 
-    @property
-    def tokens(self) -> list[str]:
-        """The names of all learned tokens, concept after concept."""
-        return [path.stem for path in self.stage_paths(Path())]
-
     def stage_paths(self, folder: Path) -> list[Path]:
         """The files of the stages, concept after concept."""
         return [path for name, concept in self.concepts.values() for path in stage_paths(concept, folder, name)]
 
-    def use_path(self, program: str, folder: Path) -> Path:
-        """The file that shows how the concepts are used in a program."""
-        return folder / f"{self.name}_{_ENDINGS[program]}"
-
     def paths(self, programs: Sequence[str], folder: Path, card: Card | None = None) -> list[Path]:
         """What `write` will write: the stages' files, one for each program, the card's images, the card."""
-        paths = self.stage_paths(folder) + [self.use_path(program, folder) for program in programs]
+        others = [f"{self.name}_{_ENDINGS[program]}" for program in programs]
         if card is not None:
-            paths += [folder / image.name for image in _copied(card, folder)] + [folder / CARD]
-        return paths
+            others += [*(image.name for image in _copied(card, folder)), CARD]
+        return self.stage_paths(folder) + [folder / name for name in others]
 
     def write(self, programs: Sequence[str], folder: Path, card: Card | None = None) -> list[str]:
         """Write the stage files, one file for each of `programs`, and the card, all of them or none.
@@ -138,7 +130,7 @@ class Export:
         if "diffusers" in programs and self.use.steps == webui.TIMESTEPS:
             raise ValueError(f"diffusers' DDIM makes at most {webui.TIMESTEPS - 1} steps; give fewer with --steps.")
         makers = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}
-        made = {self.use_path(program, Path()).name: makers[program]() for program in programs}
+        made = {f"{self.name}_{_ENDINGS[program]}": makers[program]() for program in programs}
         texts = {file: text for file, (text, _) in made.items()}
         if card is not None:
             texts[CARD] = model_card(self.concepts, list(texts), card)
@@ -149,7 +141,8 @@ class Export:
                 (staging / file).write_text(text, encoding="utf-8")
             for image in _copied(card, folder):
                 shutil.copyfile(image, staging / image.name)
-        return list(dict.fromkeys(warning for _, warnings in made.values() for warning in warnings))
+        warnings = [self._letters(), *(found for _, found in made.values())]
+        return list(dict.fromkeys(chain.from_iterable(warnings)))
 
     def _lines(self) -> list[list[str]]:
         """The words of each stage."""
@@ -157,15 +150,31 @@ class Export:
         rows = {placeholder: concept.rows_for(self.num_stages) for placeholder, (_, concept) in self.concepts.items()}
         return stage_words(self.use.prompt, self.use.words, self.num_stages, names, rows)
 
+    def _all_words(self) -> list[list[str]]:
+        """The words of each stage, and of the negative prompt."""
+        return [*self._lines(), self.use.negative_prompt.split()]
+
     def _texts(self, escape: Escape = str, spell: Escape = str) -> list[str]:
         return [written(words, escape, spell) for words in self._lines()]
 
     def _negative(self, escape: Escape) -> str:
         return written(self.use.negative_prompt.split(), escape)
 
-    def _read_in_chunks(self) -> list[str]:
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self.use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
+
+    def _concepts(self) -> str:
+        return ", ".join(f"{name} {identity}" for name, identity in self.identities.items())
+
+    def _letters(self) -> list[str]:
+        """A warning of weights and the like, which are exported as what they are here."""
+        texts = (self.use.prompt, self.use.negative_prompt, *(self.use.words or ()))
+        found = next(filter(None, (foreign_syntax(text) for text in texts if isinstance(text, str))), None)
+        return [f"'{found}' is read as letters here, and is exported so that other programs do, too."] if found else []
+
+    def _chunks(self) -> list[str]:
         """A warning of what AUTOMATIC1111's web UI and ComfyUI do with a long prompt."""
-        if not any(map(may_be_cut, (*self._lines(), self.use.negative_prompt.split()))):
+        if not any(map(may_be_cut, self._all_words())):
             return []
         return [
             f"The prompt may be longer than {MAX_TOKENS} tokens; what follows is cut off here and in diffusers, while "
@@ -175,41 +184,37 @@ class Export:
     def _diffusers(self) -> tuple[str, list[str]]:
         """The script, and what is not exact."""
         use = self.use
-        warnings = []
-        if webui.TIMESTEPS % use.steps:
-            warnings.append(
-                f"With {use.steps} steps diffusers' DDIM takes other timesteps, and makes a slightly other image; "
-                f"use a number of steps that divides {webui.TIMESTEPS}."
-            )
         values = {
             "NAME": repr(self.name),
-            "CONCEPTS": repr(self.identities),
-            "FILES": _listing(path.name for path in self.stage_paths(Path())),
-            "PROMPTS": _listing(self._texts()),
+            "CONCEPTS: dict[str, str]": repr(self.identities),
+            "FILES: list[str]": _listing(path.name for path in self.stage_paths(Path())),
+            "PROMPTS: list[str]": _listing(self._texts()),
             "NEGATIVE": repr(use.negative_prompt),
             "STEPS, GUIDANCE, SEED": f"{use.steps!r}, {use.scale!r}, {use.seed!r}",
             "HEIGHT, WIDTH": f"{use.height!r}, {use.width!r}",
         }
-
-        def filled(line: str) -> str:
-            names, sign, _ = line.partition(" = ")
-            name = names.partition(":")[0]
-            return f"{names} = {values[name]}" if sign and name in values else line
-
-        source = Path(diffusers_usage.__file__).read_text(encoding="utf-8")
-        return "\n".join(map(filled, source.split("\n"))), warnings
+        lines = Path(diffusers_usage.__file__).read_text(encoding="utf-8").split("\n")
+        names = [line.partition(" = ")[0] for line in lines]
+        lines = [
+            f"{name} = {values[name]}" if name in values else line for name, line in zip(names, lines, strict=True)
+        ]
+        other_steps = (
+            f"With {use.steps} steps diffusers' DDIM takes other timesteps, and makes a slightly other image; "
+            f"use a number of steps that divides {webui.TIMESTEPS}."
+        )
+        return "\n".join(lines), [other_steps] if webui.TIMESTEPS % use.steps else []
 
     def _a1111(self) -> tuple[str, list[str]]:
         """The prompt with what belongs to it, and what is not exact."""
         use = self.use
         prompt, warnings = webui.prompt_editing(self._texts(webui.escape), use.sampler, use.steps, use.documented)
-        warnings += self._read_in_chunks()
+        warnings += self._chunks()
         schedule, negative = webui.schedule_type(use.sampler), self._negative(webui.escape)
         header = _HEADER.format(
             files=" … ".join(self.stage_paths(Path())[end].name for end in (0, -1)),
             schedule=f" (schedule type: {schedule}, not Automatic)" if schedule else "",
             counting="as documented" if use.documented else "as the program does, from step 0",
-            concepts=_spoken(self.identities),
+            concepts=self._concepts(),
             **self._settings(),
         )
         notes = [f"Not exact: {warning}\n" for warning in warnings]
@@ -218,7 +223,7 @@ class Export:
 
     def _comfyui(self) -> tuple[str, list[str]]:
         """The workflow, and what is not exact."""
-        warnings = self._read_in_chunks() + comfyui.misread((*self._lines(), self.use.negative_prompt.split()))
+        warnings = self._chunks() + comfyui.misread(self._all_words())
         if not comfyui.knows(self.use.sampler):
             warnings.append(
                 f"'{self.use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."
@@ -227,11 +232,8 @@ class Export:
         checkpoint = next(filter(None, bases), "sd-v1-4.ckpt")
         texts, negative = self._texts(comfyui.escape, comfyui.spell), self._negative(comfyui.escape)
         nodes = comfyui.workflow(texts, checkpoint, prefix=self.name, negative=negative, **self._settings())
-        nodes[max(nodes, key=int)]["_meta"] = {"title": f"Save Image: {_spoken(self.identities)}"}
+        nodes[max(nodes, key=int)]["_meta"] = {"title": f"Save Image: {self._concepts()}"}
         return json.dumps(nodes, indent=2) + "\n", warnings
-
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self.use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
 
 
 def check_one_base(concepts: Iterable[tuple[str, Concept]]) -> None:
@@ -260,7 +262,3 @@ def _copied(card: Card | None, folder: Path) -> list[Path]:
 def _listing(entries: Iterable[str]) -> str:
     """A list as Python code, an entry in a line."""
     return "[\n" + "".join(f"    {entry!r},\n" for entry in entries) + "]"
-
-
-def _spoken(identities: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {identity}" for name, identity in identities.items())

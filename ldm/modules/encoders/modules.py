@@ -21,6 +21,7 @@ from ldm.modules.encoders.clip import NO_PREFIX, CLIPTextConfig, CLIPTextModel, 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+_ROOT = Path(__file__).parents[3]  # of the repository, whose configurations name folders relative to it
 END_MARKS = ("<|startoftext|>", "<|endoftext|>")
 FILES = ["vocab.json", "merges.txt", "tokenizer_config.json"]
 KNOWN_VERSIONS = {"openai/clip-vit-large-patch14": CLIPTextConfig()}
@@ -33,7 +34,8 @@ class FrozenCLIPEmbedder(nn.Module):
         version: name of a known text transformer; with `text_config` any name is accepted.
         max_length: L, the tokens of a prompt with its two end marks.
         text_config: sizes, as the fields of `CLIPTextConfig`.
-        tokenizer: folder with `vocab.json` and `merges.txt`; None takes `version` from the hub's cache.
+        tokenizer: folder with `vocab.json` and `merges.txt`, from the current folder or else from the repository's; None
+            takes `version` from the hub's cache.
 
     Raises:
         ValueError: an unknown version without `text_config`, or more tokens than the transformer has positions.
@@ -77,6 +79,8 @@ class FrozenCLIPEmbedder(nn.Module):
                 damaged.
         """
         folder = hub_folder(self.version) if self.tokenizer_folder is None else Path(self.tokenizer_folder).expanduser()
+        if not folder.is_dir() and (_ROOT / folder).is_dir():
+            folder = _ROOT / folder
         return open_tokenizer(folder, self.transformer.config.vocab_size)
 
     def embed(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
