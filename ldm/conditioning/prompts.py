@@ -176,9 +176,7 @@ class PromptReader:
 
     def _warn_of_foreign_syntax(self, texts: Sequence[str]) -> None:
         for found in filter(None, map(foreign_syntax, texts)):
-            self._warn(
-                f"'{found}' is read as letters: weights and extra networks of other programs mean nothing here."
-            )
+            self._warn(f"'{found}' is read as letters: weights and extra networks of other programs mean nothing here.")
 
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
         """The L slots of one prompt in one stage, the whole text tokenised by BPE."""
