@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -160,12 +161,11 @@ def _own(tensor: Tensor) -> Tensor:
 
 def refuse_mixed_bases(concepts: Mapping[str, Concept]) -> None:
     """Raise `EmbeddingError` if two of the named concepts are known to be of different base models."""
-    (first, one), *others = concepts.items()
-    for name, other in others:
+    for (first, one), (second, other) in combinations(concepts.items(), 2):
         if same_base(one.metadata, other.metadata) is False:
             raise EmbeddingError(
                 f"the concepts were learned for different base models: {first} for {describe_base(one.metadata)}, "
-                f"{name} for {describe_base(other.metadata)}; use concepts of one, or --any_base for relatives."
+                f"{second} for {describe_base(other.metadata)}; use concepts of one, or --any_base for relatives."
             )
 
 

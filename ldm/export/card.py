@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from ldm.embeddings import Concept
+from ldm.files.base_model import FINGERPRINT
 from ldm.files.images import open_image
 from ldm.files.records import PNG_KEY, read_parameters
 
@@ -122,8 +123,8 @@ def _described(name: str, concept: Concept) -> str:
     parts += [f"learned in {known['step']} steps"] if known.get("step") else []
     parts += [f"from the word “{known['init_word']}”"] if known.get("init_word") else []
     if "base_model" in known:
-        digest = f" (SHA-256 {known['base_model_sha256']})" if "base_model_sha256" in known else ""
-        parts.append(f"for the base model {known['base_model']}{digest}")
+        digits = f" (fingerprint {known[FINGERPRINT]})" if FINGERPRINT in known else ""
+        parts.append(f"for the base model {known['base_model']}{digits}")
     return f"- `{name}-0` … `{name}-{concept.num_stages - 1}`: {', '.join(parts)}."
 
 

@@ -6,12 +6,12 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, combinations
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ldm.conditioning.prompts import foreign_syntax
-from ldm.embeddings import Concept, save_stages, stage_paths
+from ldm.embeddings import Concept, refuse_mixed_bases, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.card import Card, model_card
 from ldm.export.texts import MAX_TOKENS, Escape, check_name, may_be_cut, misread, stage_words, written
@@ -81,7 +81,7 @@ class Export:
         if len({name.lower() for name in names}) < len(names):
             raise ValueError(f"The names {', '.join(names)} are not all different; give every concept its own.")
         if not self.any_base:
-            check_one_base(self.concepts.values())
+            refuse_mixed_bases(dict(self.concepts.values()))
         check_negative_prompt(self.use.negative_prompt, self.concepts)
         webui.call_timesteps(self.use.sampler, self.use.steps)
         tokens = [path.stem for path in self.stage_paths(Path())]
@@ -234,23 +234,6 @@ class Export:
         nodes = comfyui.workflow(texts, checkpoint, prefix=self.name, negative=negative, **self._settings())
         nodes[max(nodes, key=int)]["_meta"] = {"title": f"Save Image: {self._concepts()}"}
         return json.dumps(nodes, indent=2) + "\n", warnings
-
-
-def check_one_base(concepts: Iterable[tuple[str, Concept]]) -> None:
-    """Raise `ValueError`, naming both, for (name, concept) that were learned for different base models.
-
-    The hash of the base model decides, or its name where one of two has no hash; one that says neither fits all.
-    """
-    for (first, one), (second, other) in combinations(concepts, 2):
-        both = one.metadata.keys() & other.metadata.keys()
-        key = next((key for key in ("base_model_sha256", "base_model") if key in both), None)
-        if one.width == other.width and (key is None or one.metadata[key] == other.metadata[key]):
-            continue
-        bases = [concept.metadata.get("base_model", "unknown") for concept in (one, other)]
-        raise ValueError(
-            f"'{first}' was learned for the base model '{bases[0]}', but '{second}' for '{bases[1]}'; export them "
-            "apart, or use --any_base where the two are relatives, such as a fine-tune or a half-precision copy."
-        )
 
 
 def _copied(card: Card | None, folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from ldm.embeddings import Concept
 from ldm.export.card import Card, escaped, model_card, one_line
 from ldm.generate import PNG_KEY, save_picture
 
-METADATA = {"init_word": "teddy", "step": "600", "base_model": "sd-v1-4.ckpt", "base_model_sha256": "ab" * 32}
+METADATA = {"init_word": "teddy", "step": "600", "base_model": "sd-v1-4.ckpt", "base_model_fingerprint": "ab" * 8}
 PLAIN = Card()
 NASTY = "`x`\n---\n# <b>\x1b[31m](javascript:0) <script>$a$ **b** |c| ![i](u) \u202e" + "y" * 500
 
@@ -44,7 +44,7 @@ def test_the_hub_finds_what_it_wants_to_know(tmp_path: Path) -> None:
     assert data.widget == [{"text": "a teddy / 3", "output": {"url": "my%20sample.png"}}]
     identity = Concept(torch.zeros(2, 16)).identity
     assert f"- `teddy-0` … `teddy-1`: 2 stages of width 16, identity {identity}, learned in 600 steps" in text
-    assert f"from the word “teddy”, for the base model sd-v1-4.ckpt (SHA-256 {'ab' * 32})." in text
+    assert f"from the word “teddy”, for the base model sd-v1-4.ckpt (fingerprint {'ab' * 8})." in text
     assert "![a teddy / 3](my%20sample.png)" in text and "<!-- SHA-256: my%20sample.png " in text
     assert "- `teddy_a1111.txt`: AUTOMATIC1111's" in text and "ComfyUI, a workflow" not in text
 

@@ -22,7 +22,7 @@ from ldm.export.texts import check_name
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models/demo/concepts/dotted-star.safetensors"
-METADATA = {"init_word": "teddy", "step": "600", "base_model": "sd-v1-4.ckpt", "base_model_sha256": "ab" * 32}
+METADATA = {"init_word": "teddy", "step": "600", "base_model": "sd-v1-4.ckpt", "base_model_fingerprint": "ab" * 8}
 
 
 def concept(seed: int = 0, stages: int = 10, **metadata: str) -> Concept:
@@ -212,14 +212,15 @@ def test_a_word_that_would_be_read_as_a_learned_token_is_refused(prompt: str, na
     Export({"*": ("vase", concept())}, Use(prompt))
 
 
-@pytest.mark.parametrize("other", [{"base_model_sha256": "cd" * 32}, {"base_model": "sd-v1-5.ckpt"}])
+@pytest.mark.parametrize("other", [{"base_model_fingerprint": "cd" * 8}, {"base_model": "sd-v1-5.ckpt"}])
 def test_concepts_of_two_base_models_are_refused(
     other: dict[str, str], file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    metadata = {"base_model": "sd-v1-4.ckpt"} | other  # the hash decides; without it, the name
+    metadata = {"base_model": "sd-v1-4.ckpt"} | other  # the fingerprint decides; without it, the name
     save_concept(Concept(concept(1).vectors, metadata), tmp_path / "b.safetensors")
     flags = (file, f"<b>={tmp_path / 'b.safetensors'}", "--name", "a", "b", "--outdir", str(tmp_path / "out"))
-    assert "'a' was learned for the base model 'sd-v1-4.ckpt', but 'b' for" in refusal(capsys, *flags)
+    said = refusal(capsys, *flags)
+    assert "different base models: a for 'sd-v1-4.ckpt' (fingerprint abababababababab), b for 'sd-v1-" in said
     assert export(*flags, "--any_base")
     save_concept(Concept(concept(1).vectors), tmp_path / "b.safetensors")  # which says nothing
     assert export(*flags, "--force")

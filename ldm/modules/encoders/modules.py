@@ -34,8 +34,8 @@ class FrozenCLIPEmbedder(nn.Module):
         version: name of a known text transformer; with `text_config` any name is accepted.
         max_length: L, the tokens of a prompt with its two end marks.
         text_config: sizes, as the fields of `CLIPTextConfig`.
-        tokenizer: folder with `vocab.json` and `merges.txt`, from the current folder or else from the repository's; None
-            takes `version` from the hub's cache.
+        tokenizer: folder with `vocab.json` and `merges.txt`, relative to the current folder or else the repository;
+            None takes `version` from the hub's cache.
 
     Raises:
         ValueError: an unknown version without `text_config`, or more tokens than the transformer has positions.
