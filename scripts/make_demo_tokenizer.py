@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from evaluation.world.attributes import world_vocabulary
 from ldm.cli.flags import Parser, add_flag, path, positive, say
 from ldm.files.writing import replacing_set
 
@@ -53,6 +52,8 @@ def merge(split: list[str], pair: tuple[str, str]) -> list[str]:
 
 def write_tokenizer(folder: Path, max_length: int) -> int:
     """Write vocab.json, merges.txt and tokenizer_config.json together; returns the number of tokens."""
+    from evaluation.world.attributes import world_vocabulary
+
     merges = learn_merges(world_vocabulary())
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + END for symbol in symbols), *map("".join, merges), BOS, EOS]

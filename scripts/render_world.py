@@ -13,20 +13,17 @@ import csv
 import hashlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from evaluation.images import to_bytes
-from evaluation.world.attributes import RESOLUTION, attributes_from_words, caption, random_attributes
-from evaluation.world.rendered import render
 from ldm.cli.flags import Parser, path
 from ldm.files.writing import check_writable, replacing_set, writing_to
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CAPTIONS = "captions.csv"
 
@@ -36,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=path, required=True, help="folder")
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resolution", type=int, default=RESOLUTION, help="pixels a side")
+    parser.add_argument("--resolution", type=int, default=128, help="pixels a side (128)")
     parser.add_argument("--held-out", action="store_true", help="only combinations kept out of training")
     parser.add_argument("--caption-like", metavar="WORDS", help="one word of every factor, with commas between")
     parser.add_argument("--name", default="{:05d}", help="file name without ending, {} is the image's number")
@@ -48,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(args: argparse.Namespace) -> None:
+    from evaluation.world.attributes import attributes_from_words, caption, random_attributes
+    from evaluation.world.rendered import render
+    from ldm.files.images import to_pil
+
     if min(args.count, args.resolution) < 1 or not 0 <= args.seed < 2**62:
         raise ValueError("--count and --resolution must be at least 1, and --seed in 0..2^62.")
     names = file_names(args.name, args.count)
@@ -60,7 +61,7 @@ def write(args: argparse.Namespace) -> None:
     else:
         attributes = random_attributes(args.count, args.seed, args.held_out)
     images = render(attributes, range(args.seed, args.seed + args.count), args.resolution)
-    save_set(args.out, dict(zip(names, images, strict=True)), [caption(row) for row in attributes])
+    save_set(args.out, dict(zip(names, map(to_pil, images), strict=True)), [caption(row) for row in attributes])
 
 
 def file_names(template: str, count: int) -> list[str]:
@@ -93,10 +94,11 @@ def members(folder: Path) -> set[str]:
         return {CAPTIONS, *(row["file"] for row in csv.DictReader(file) if row.get("set"))}
 
 
-def save_set(folder: Path, images: dict[str, Tensor], captions: Sequence[str]) -> None:
-    """Write images (3, R, R) in [-1, 1] and their captions beside `folder`, then let them take its place together."""
-    pixels = {name: to_bytes(image[None])[0] for name, image in images.items()}
-    identity = hashlib.sha256(b"".join(image.tobytes() for image in pixels.values())).hexdigest()[:16]
+def save_set(folder: Path, images: Mapping[str, Image.Image], captions: Sequence[str]) -> None:
+    """Write images and their captions beside `folder`, then let them take its place together."""
+    from PIL.PngImagePlugin import PngInfo
+
+    identity = hashlib.sha256(b"".join(image.tobytes() for image in images.values())).hexdigest()[:16]
     info = PngInfo()
     info.add_text("set", identity)
     with writing_to(folder):
@@ -104,10 +106,10 @@ def save_set(folder: Path, images: dict[str, Tensor], captions: Sequence[str]) -
         with tempfile.TemporaryDirectory(prefix=".rendered-", dir=folder.parent) as beside:
             new, old = Path(beside, "new"), Path(beside, "old")
             with replacing_set(new) as place:
-                for name, image in pixels.items():
-                    Image.fromarray(image).save(place / name, pnginfo=info)
+                for name, image in images.items():
+                    image.save(place / name, pnginfo=info)
                 with (place / CAPTIONS).open("w", newline="", encoding="utf-8") as file:
-                    rows = [(name, text, identity) for name, text in zip(pixels, captions, strict=True)]
+                    rows = [(name, text, identity) for name, text in zip(images, captions, strict=True)]
                     csv.writer(file, lineterminator="\n").writerows([("file", "caption", "set"), *rows])
             if folder.is_dir():
                 folder.rename(old)
