@@ -115,6 +115,8 @@ def _add_data(parser: Parser) -> None:
     _add_path(group, "--embedding_manager_ckpt", metavar="FILE", help="start from these learned embeddings")
     add_flag(group, "--placeholder_tokens", nargs="+", metavar="TOKEN", help="the token that is learned ('*')")
     add_flag(group, "--init_word", metavar="WORD", help="word(s) whose embedding the learning starts from")
+    help_caption = "captions to learn in, with * for the token; what they name is not learned ('*')"
+    add_flag(group, "--caption", nargs="+", metavar="TEXT", help=help_caption)
 
 
 def _add_log_folder(parser: Parser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ldm.files.images import bytes_to_tensor, check_fit, fit, is_heic_file, is_image_file, open_image
 from ldm.files.kinds import is_utf8
+from ldm.util import mix_seed
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,10 @@ class PersonalizedBase(Dataset):
         flip_p: probability that a training sample is mirrored; samples of the other sets never are. Use 0 for
             images with writing or a left and a right.
         set: "train", or "validation", "val", "test".
-        placeholder_token: the caption of every sample.
+        placeholder_token: what is learned is called this.
+        templates: captions, in which `{}` stands for the placeholder; each sample draws one. The default is the
+            placeholder alone (ProSpect). A caption that names everything but the wanted attribute leaves only that
+            to be learned. CatVersion's caption is the class word, without a placeholder.
         center_crop: the reference's way to say `resize="crop"`.
         resize: "squash", "crop" or "pad", see `ldm.files.images.fit`.
         seed: of the order and of the mirroring.
@@ -75,6 +79,7 @@ class PersonalizedBase(Dataset):
         coarse_class_text: str | None = None,
         resize: str = "squash",
         seed: int = 23,
+        templates: Sequence[str] | str = ("{}",),
     ) -> None:
         if center_crop and resize == "pad":
             raise ValueError("center_crop: true means resize: crop; leave it out for resize: pad.")
@@ -90,6 +95,9 @@ class PersonalizedBase(Dataset):
         self.is_training = set == "train"
         self.flip_p = flip_p if self.is_training else 0.0
         self.placeholder_token, self.seed = placeholder_token, seed
+        self.templates = [templates] if isinstance(templates, str) else list(templates)
+        if not self.templates or not all(isinstance(text, str) for text in self.templates):
+            raise ValueError(f"templates must be texts such as 'a photo of a {{}}', not {templates!r}.")
         self.with_images = True
         unused = {
             "per_image_tokens": per_image_tokens,
@@ -169,6 +177,11 @@ class PersonalizedBase(Dataset):
         """The samples 0 … len - 1; without it, a loop over the data set would have no end."""
         return (self[n] for n in range(len(self)))
 
+    def caption(self, n: int) -> str:
+        """Return the caption of sample n, drawn from the templates."""
+        choice = mix_seed(self.seed, n) % len(self.templates) if len(self.templates) > 1 else 0
+        return self.templates[choice].replace("{}", self.placeholder_token)
+
     def __getitem__(self, n: int) -> dict[str, object]:
         """Sample n >= 0, also beyond the length.
 
@@ -178,7 +191,7 @@ class PersonalizedBase(Dataset):
         """
         i, flipped = self.picture_number(n), self.is_flipped(n)
         sample: dict[str, object] = {
-            "caption": self.placeholder_token,
+            "caption": self.caption(n),
             "picture": i,
             "flipped": flipped,
             "sample": n,

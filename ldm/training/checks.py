@@ -15,6 +15,7 @@ from ldm.checkpoint import read_state_dict
 from ldm.config import ConfigError, nearest
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.repeated import picture_sides
+from ldm.modules.embedding_manager import is_prefix
 from ldm.request import MAX_SCALE
 from ldm.training.callbacks import ImageLogger
 
@@ -119,4 +120,21 @@ def check_sizes(module: Any, data: DataModuleFromConfig) -> None:
                 unit, nearest_size = module.size_unit, max(1, round(size / module.size_unit)) * module.size_unit
                 raise ValueError(
                     f"The {split} images' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
+                )
+
+
+def check_captions(module: Any, data: DataModuleFromConfig) -> None:
+    """Raise `ConfigError` where the captions have no place for what is learned, or CatVersion's name no class."""
+    manager = getattr(module, "embedding_manager", None)
+    if manager is None or manager.learned is None:
+        return
+    for dataset in data.datasets.values():
+        for template in getattr(dataset, "templates", ()):
+            if is_prefix(manager.learned) and not template.replace("{}", "").strip():
+                raise ConfigError(
+                    "CatVersion learns in captions that name the class; give --caption 'teddybear' or so."
+                )
+            if not is_prefix(manager.learned) and "{}" not in template:
+                raise ConfigError(
+                    f"The caption '{template}' has no place for the learned token; write * (in YAML: {{}}) there."
                 )

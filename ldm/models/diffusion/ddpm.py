@@ -474,7 +474,9 @@ class LatentDiffusion(pl.LightningModule):
         """Write the learned embeddings as a concept file, with where they came from."""
         if self.embedding_manager is None:
             return
-        self.embedding_manager.save(path, step=str(self.trainer.global_step), **self.base_model)
+        captions = getattr(self.trainer.datamodule.datasets["train"], "templates", ["{}"])
+        said = {} if captions == ["{}"] else {"captions": "\n".join(captions)}
+        self.embedding_manager.save(path, step=str(self.trainer.global_step), **said, **self.base_model)
 
     @torch.no_grad()
     def log_images(

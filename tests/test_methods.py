@@ -1,0 +1,133 @@
+"""Every method by its configuration: learned, resumed to the same bits, loaded, mixed with others, switched off."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import main
+from ldm.embeddings import load_concept
+from ldm.generate import load_model_from_config
+from ldm.generate import main as generate
+from ldm.models.diffusion.ddpm import LatentDiffusion
+
+CONFIG, CKPT = "configs/demo/finetune.yaml", "models/demo/model.safetensors"
+METHODS = {
+    "ti": ("textual-inversion", {"vectors": (1, 128)}),
+    "xti": ("xti", {"table": (1, 7, 1, 128)}),
+    "neti": ("neti", None),
+    "catversion": ("catversion", {"prefix": (2, 2, 1, 4, 32)}),
+}
+PROMPT = {"catversion": "a thing"}  # which has no placeholder
+
+
+def learn(method: str, folder: Path, steps: int, *more: str) -> Path:
+    """Learn for some steps; returns the concept."""
+    caption = ["--caption", "a thing"] if method == "catversion" else []
+    arguments = ["--base", CONFIG, f"configs/demo/{method}.yaml", "-t", "--actual_resume", CKPT, "-p", str(folder)]
+    arguments += ["--data_root", "models/demo/references/dotted-star", "--max_steps", str(steps), *caption, *more]
+    assert main.main(arguments) == 0
+    return folder / "checkpoints/embeddings.safetensors"
+
+
+@pytest.fixture(scope="module")
+def concepts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("methods")
+    return {method: learn(method, folder / method, 4) for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    return load_model_from_config(CONFIG, CKPT, device="cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_learns_the_same_bits(method: str, concepts: dict[str, Path], tmp_path: Path) -> None:
+    learn(method, tmp_path / "run", 2)
+    assert main.main(["-r", str(tmp_path / "run"), "-t", "--max_steps", "4"]) == 0
+    resumed, whole = load_concept(tmp_path / "run/checkpoints/embeddings.safetensors"), load_concept(concepts[method])
+    name, shapes = METHODS[method]
+    assert resumed.method == whole.method == name and resumed.identity == whole.identity
+    assert shapes is None or {key: tuple(x.shape) for key, x in whole.tensors.items()} == shapes
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_it_changes_the_image_and_not_what_guidance_leads_away_from(
+    method: str, concepts: dict[str, Path], model: LatentDiffusion
+) -> None:
+    plain = model.get_unconditional("a thing").at(500).k
+    before = generate("a thing", ddim_steps=3, model=model, progress=False)
+    prompt = PROMPT.get(method, "a *")
+    shown = generate(prompt, ddim_steps=3, model=model, progress=False, concepts={"*": concepts[method]})
+    assert shown.tobytes() != before.tobytes()
+    model.embedding_manager.load(concepts[method])
+    assert torch.equal(model.get_unconditional("a thing").at(500).k, plain)
+    model.embedding_manager.loaded.clear()
+
+
+def rows_encoded(model: LatentDiffusion) -> list[int]:
+    """Counts the sequences that the text transformer encodes from now on."""
+    counts: list[int] = []
+    text = model.cond_stage_model.transformer.text_model
+    text.register_forward_hook(lambda _, inputs, __: counts.append(len(inputs[0])))
+    return counts
+
+
+@torch.no_grad()
+def test_text_passes_of_a_run(concepts: dict[str, Path], model: LatentDiffusion) -> None:
+    """As many as the method needs, and one for the unconditional prompt, however many images there are."""
+    expected = {"ti": 1, "xti": 7, "neti": 7 * 10, "catversion": 1}
+    for method, passes in expected.items():
+        counts = rows_encoded(model)
+        prompt = PROMPT.get(method, "a *")
+        generate(prompt, ddim_steps=10, n_samples=2, model=model, progress=False, concepts={"*": concepts[method]})
+        assert sum(counts) == passes + 1, method
+
+
+@torch.no_grad()
+def test_methods_mix_in_one_prompt(concepts: dict[str, Path], model: LatentDiffusion) -> None:
+    """A ProSpect layout, a NeTI token and a CatVersion prefix; each still does what it does alone."""
+    loaded = {
+        "*": "models/demo/concepts/dotted-star.safetensors",
+        "<n>": concepts["neti"],
+        "<c>": concepts["catversion"],
+    }
+
+    def context(names: set[str], t: int) -> Tensor:
+        model.embedding_manager.loaded.clear()
+        model.embedding_manager.load({name: loaded[name] for name in names})
+        words = [None] * 5 + ["a thing"] * 5
+        return model.get_learned_conditioning(["a * on <n>"], words).at(t).k
+
+    everything = context({"*", "<n>", "<c>"}, 100)
+    assert everything.shape[0] == 7
+    for missing in ("*", "<n>", "<c>"):
+        without = context({"*", "<n>", "<c>"} - {missing}, 100)
+        assert not torch.allclose(everything, without.expand_as(everything), atol=1e-3), missing
+    model.embedding_manager.loaded.clear()
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("neti", ["--caption", "a thing"], "no place for the learned token"),
+        ("neti", ["--init_word", "a thing"], "super-category must be a word of one token"),
+        ("neti", ["model.params.personalization_config.params.method_params.num_anchors=7"], "must divide 1000"),
+        ("ti", ["model.params.personalization_config.params.method=nti"], "method 'nti', which is unknown"),
+    ],
+)
+def test_mistakes(
+    method: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--base", CONFIG, f"configs/demo/{method}.yaml", "-t", "--actual_resume", CKPT, "-p", str(tmp_path / "r")]
+    assert main.main([*base, "--data_root", "models/demo/references/dotted-star", *arguments]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_catversion_needs_a_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--base", CONFIG, "configs/demo/catversion.yaml", "-t", "--actual_resume", CKPT]
+    arguments += ["--data_root", "models/demo/references/dotted-star", "-p", str(tmp_path / "r")]
+    assert main.main(arguments) == 2
+    assert "captions that name the class" in capsys.readouterr().err and not (tmp_path / "r").exists()
