@@ -59,7 +59,6 @@ class Concept:
             S = 1 it is a Textual Inversion.
         metadata: free text for the file, such as init_word, base_model, base_model_fingerprint and step.
         method: a name in `ldm.methods.METHODS`, which checks the tensors; omitted for a single tensor.
-        source: the file or folder that it was read from, for the record of an image; '' for none.
 
     Raises:
         EmbeddingError: an unknown method, or tensors that are not what the method learns.
@@ -68,14 +67,13 @@ class Concept:
     method: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    source: str
+    source: str = ""  # the file or folder that it was read from
 
     def __init__(
         self,
         tensors: Tensor | Mapping[str, Tensor],
         metadata: Mapping[str, object] | None = None,
         method: str = "",
-        source: str = "",
     ) -> None:
         if isinstance(tensors, Tensor):
             method = method or ("textual-inversion" if tensors.shape[:1] == (1,) else "prospect")
@@ -87,7 +85,6 @@ class Concept:
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "tensors", {name: _own(tensor) for name, tensor in tensors.items()})
         object.__setattr__(self, "metadata", {key: str(value) for key, value in (metadata or {}).items()})
-        object.__setattr__(self, "source", source)
 
     @property
     def vectors(self) -> Tensor:
@@ -259,11 +256,12 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
     if not listed:
         raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
     paths = [Path(path).expanduser() for path in listed]
-    concept = (
-        _join(paths[0].parent, in_order(paths)) if listed is source else _read_path(paths[0], key, rows_are_stages)
-    )
-    named = paths[0].parent if listed is source else paths[0]
-    return Concept(concept.tensors, concept.metadata, concept.method, str(named))
+    if listed is source:
+        concept, place = _join(paths[0].parent, in_order(paths)), paths[0].parent
+    else:
+        concept, place = _read_path(paths[0], key, rows_are_stages), paths[0]
+    object.__setattr__(concept, "source", str(place))
+    return concept
 
 
 def _read_path(path: Path, key: str | None, rows_are_stages: bool) -> Concept:

@@ -171,7 +171,7 @@ _REQUESTED = {field.name for field in fields(Request)}
 
 
 def facts_of(model: LatentDiffusion) -> ModelFacts:
-    """Return what a request is checked against, with the size and guidance that `load_model_from_config` found."""
+    """Return what a request is checked against; size and guidance are those that `load_model_from_config` found."""
     manager = model.embedding_manager
     return replace(
         model.facts,

@@ -60,7 +60,7 @@ ANY_WORDS = (
     names=st.lists(ANY_TEXT.filter(bool), max_size=3),
 )
 def test_prompts(tokenizer: CLIPTokenizer, prompt: object, words: object, legacy: bool, names: list[str]) -> None:
-    rows = {name: list(range(4 * i, 4 * i + 4)) for i, name in enumerate(dict.fromkeys(names))}
+    rows = {name: [[4 * i + s] for s in range(4)] for i, name in enumerate(dict.fromkeys(names))}
     reader = PromptReader(tokenizer, rows, num_stages=4, max_length=32)
     try:
         slots = reader.read([prompt], words, legacy)

@@ -4,7 +4,7 @@ import inspect
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -41,11 +41,10 @@ def shared_model(config: DictConfig) -> LatentDiffusion:
 
 
 @pytest.fixture
-def model(shared_model: LatentDiffusion) -> LatentDiffusion:
+def model(shared_model: LatentDiffusion) -> Iterator[LatentDiffusion]:
     """The model with nothing loaded."""
-    manager = shared_model.embedding_manager
-    manager.loaded = {}
-    return shared_model
+    with shared_model.embedding_manager.keeping():
+        yield shared_model
 
 
 @pytest.fixture
@@ -375,7 +374,7 @@ def test_a_concept_for_another_base_model_is_refused_and_can_be_used_all_the_sam
     save_concept(Concept(load_concept(concept_file).vectors, origin), tmp_path / "other.safetensors")
     words = {"prospect_words": ["<b><b> and <b>, *"] * 5 + [9] * 5, "prompt": "*"}
     concepts = {"*": concept_file, "<b>": tmp_path / "other.safetensors"}
-    with pytest.raises(ValueError, match=r"'sd-v1-4.ckpt' \(SHA-256 0000000000…\), but this is 'model.safetensors'"):
+    with pytest.raises(ValueError, match=r"learned for the base model 'sd-v1-4.ckpt', but this is 'model.safetensors'"):
         draw(**words, concepts=concepts)
     image = draw(**words, concepts=concepts, any_base=True)
     assert json.loads(image.info["prospect"])["any_base"] is True
@@ -538,7 +537,7 @@ def test_an_image_from_elsewhere_has_no_parameters(content: Path) -> None:
     ("arguments", "sentence"),
     [
         ({"content_dir": "nowhere.png"}, "There is no file 'nowhere.png'; check the path."),
-        ({"concepts": {"*": "nowhere.pt"}}, "'nowhere.pt': there is no such file; check the path."),
+        ({"concepts": {"*": "nowhere.pt"}}, "There is no file 'nowhere.pt'; check the path"),
         ({"negative_prompt": "a <b>"}, "negative_prompt has the placeholder '<b>'; it must be plain text"),
         ({"height": 70}, "height must be a multiple of 32 for this model, not 70; nearest: 64."),
         ({"prospect_words": ["a"] * 9}, "prospect_words has 9 entries, but this model has 10 stages"),

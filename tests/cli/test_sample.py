@@ -1,7 +1,8 @@
 """`scripts/txt2img.py` and `scripts/img2img.py`: what they write, repeat, and refuse."""
 
 import ast
-import builtins
+import contextlib
+import functools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ldm.cli.export import run as export
 from ldm.cli.sample import build_parser, run
 from ldm.conditioning.presets import load_presets, preset, presets_beside
 from ldm.embeddings import Concept, load_concept, save_concept, save_stages
+from ldm.files import tensors
 from ldm.generate import load_model_from_config, main, read_parameters
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.request import Request
@@ -162,29 +164,54 @@ def test_a_mistake_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.loads_its_own
-def test_one_run_builds_one_model_and_opens_each_file_once(
+def test_one_run_builds_one_model_and_reads_each_file_once(
     tmp_path: Path, concept_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[str] = []
-    content = shutil.copy(CONTENT, tmp_path / "content.png")
-
-    def counting(function: Callable) -> Callable:
-        def count(path: object, *arguments: object, **options: object) -> object:
-            if isinstance(path, (str, Path)) and "r" in (options.get("mode") or next(iter(arguments), "r")):
-                opened.append(str(path))
-            return function(path, *arguments, **options)
-
-        return count
-
+    content, model = shutil.copy(CONTENT, tmp_path / "content.png"), tmp_path / "model.safetensors"
+    shutil.copy("models/demo/model.safetensors", model)
+    shutil.copy("models/demo/presets.yaml", tmp_path)
+    config = shutil.copy("configs/demo/finetune.yaml", tmp_path)
     built: list[object] = []
     build = LatentDiffusion.__init__
+
+    @functools.wraps(build)
+    def counted(self: LatentDiffusion, *arguments: object, **options: object) -> None:
+        built.append(self)
+        build(self, *arguments, **options)
+
+    monkeypatch.setattr(LatentDiffusion, "__init__", counted)
+    read: list[str] = []
+    safe_open = tensors.safe_open
     monkeypatch.setattr(
-        LatentDiffusion, "__init__", lambda self, *args, **options: built.append(self) or build(self, *args, **options)
+        tensors, "safe_open", lambda path, **options: read.append(str(path)) or safe_open(path, **options)
     )
-    monkeypatch.setattr(builtins, "open", counting(builtins.open))
-    img2img("--content", content, "--concept", concept_file, "--prompt", "a *", "--outdir", tmp_path)
+    flags = ("--content", content, "--concept", concept_file, "--config", config, "--ckpt", model, "--outdir", tmp_path)
+    with opened_files() as opened:
+        img2img(*flags, "--prompt", "a *", "--preset", "material")
     assert len(built) == 1
-    assert opened.count(str(content)) == 1
+    assert sorted(read) == sorted([str(model), str(concept_file)])
+    inputs = [content, model, concept_file, config, tmp_path / "presets.yaml"]
+    assert [opened.count(str(path)) for path in inputs] == [1] * 5
+
+
+OPENED: list[str] | None = None
+
+
+@contextlib.contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """The files that Python opens for reading; libraries in other languages are not seen."""
+    global OPENED
+    OPENED = opened = []
+    yield opened
+    OPENED = None
+
+
+def watch(event: str, arguments: tuple) -> None:
+    if event == "open" and OPENED is not None and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        OPENED.append(os.fspath(arguments[0]) if isinstance(arguments[0], (str, Path)) else "")
+
+
+sys.addaudithook(watch)
 
 
 # What is written
@@ -496,16 +523,16 @@ GENERATING: dict[str, Cases] = {
     ],
     "concepts": [
         (f"{CONCEPT}nowhere.pt", "There is no file"),
-        (f"{CONCEPT}x.png", "this is a folder"),
-        (f"{CONCEPT}empty.ckpt", "the file is empty"),
-        (f"{CONCEPT}text.ckpt", "holds no embedding; use"),
+        (f"{CONCEPT}x.png", "is a folder; it must have the stage files"),
+        (f"{CONCEPT}empty.ckpt", "is empty; download it again"),
+        (f"{CONCEPT}text.ckpt", "is a text file; use"),
         (f"{CONCEPT}wide.safetensors", "has width 768 (base model: unknown), but this model's text encoder has width"),
         (f"{CONCEPT}several.safetensors", "the file holds 2 embeddings (<a>, <b>); give the name of one"),
         (f"{CONCEPT}stages.safetensors", "there are 7 vectors for 10 stages"),
         (f"{CONCEPT}tokens.safetensors", "its 10 vectors are for 10 consecutive tokens"),
         (f"{CONCEPT}nan-concept.safetensors", "infinite or NaN values"),
-        (f"{CONCEPT}cube.safetensors", "this is no embedding but"),
-        (f"{CONCEPT}whole-numbers.safetensors", "this is no embedding but"),
+        (f"{CONCEPT}cube.safetensors", "an embedding has floats of shape (stages, width), not"),
+        (f"{CONCEPT}whole-numbers.safetensors", "an embedding has floats of shape (stages, width), not"),
         (f"{CONCEPT}timesteps.safetensors", "learned for 4000 timesteps"),
         (f"{CONCEPT}order.safetensors", "in another order"),
         (f"{CONCEPT}version.safetensors", "format version 9, not 1; update this program"),
@@ -515,8 +542,8 @@ GENERATING: dict[str, Cases] = {
         (f"{CONCEPT}cut-middle-concept.safetensors", "damaged"),
         (f"{CONCEPT}cut-end-concept.safetensors", "damaged"),
         (f"{CONCEPT}cut.pt", "cut off"),
-        (f"{CONCEPT}whole.safetensors", "embeddings ("),
-        (f"{CONCEPT}lora.safetensors", "consecutive tokens"),
+        (f"{CONCEPT}whole.safetensors", "holds a base model (Stable Diffusion v1) and no embedding"),
+        (f"{CONCEPT}lora.safetensors", "holds a LoRA and no embedding"),
         (f"{CONCEPT}one-run", "is the folder of a run; its concept is '{bad}/one-run/checkpoints/embeddings.safe"),
         (f"{CONCEPT}one-run/checkpoints/last.ckpt", "'{bad}/one-run/checkpoints/embeddings.safetensors'."),
         (f"{CONCEPT}other-base.safetensors", "'sd-v1-4.ckpt'"),
@@ -530,8 +557,8 @@ GENERATING: dict[str, Cases] = {
         for file, sentence in {
             "nowhere": "check the path given with --from",
             "noise": "has no ProSpect parameters",
-            "text": "is no picture that Pillow can read",
-            "empty": "is no picture that Pillow can read",
+            "text": "is no image that Pillow can read",
+            "empty": "is empty; download it again",
             "bomb": "has too many pixels",
             "x": "is a folder",
             "record-foreign": "was made with the model 'sd-v1-4.ckpt'; give it with --ckpt",
@@ -561,9 +588,9 @@ EDITING: dict[str, Cases] = {
             "x.png": "is a folder",
             "broken-link.png": "There is no file",
             "loop.png": "There is no file",
-            "empty.png": "is no picture that Pillow can read",
-            "text.png": "is no picture that Pillow can read",
-            "cut-signature.png": "is no picture that Pillow can read",
+            "empty.png": "is empty; download it again",
+            "text.png": "is no image that Pillow can read",
+            "cut-signature.png": "is no image that Pillow can read",
             "cut-header.png": "cut-header.png' cannot be read",
             "cut-middle.png": "cut-middle.png' cannot be read",
             "cut-end.png": "cut-end.png' cannot be read",

@@ -1,6 +1,7 @@
 """Prompts and `prospect_words`: the recorded slots, and the contract for everything a user may pass."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import make_tokenizer
@@ -26,9 +27,14 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(tiny.TOKENIZER)
 
 
+def single(rows: Iterable[int]) -> list[list[int]]:
+    """One learned token in each stage."""
+    return [[row] for row in rows]
+
+
 @pytest.fixture(scope="module")
 def reader(tokenizer: CLIPTokenizer) -> PromptReader:
-    return PromptReader(tokenizer, {"*": range(10)}, 10)
+    return PromptReader(tokenizer, {"*": single(range(10))}, 10)
 
 
 def body(reader: PromptReader, prompt: str, words: list | None = None, stage: int = 0) -> list[int]:
@@ -141,7 +147,7 @@ def test_one_list_serves_a_batch(reader: PromptReader) -> None:
 
 
 def test_other_numbers_of_stages_and_lengths(tokenizer: CLIPTokenizer) -> None:
-    reader = PromptReader(tokenizer, {"*": [4, 2, 0]}, 3, max_length=8)
+    reader = PromptReader(tokenizer, {"*": single([4, 2, 0])}, 3, max_length=8)
     slots = reader.read(["a *"], [2, None, "dog *"])
     assert slots[:, 0].tolist() == [
         [BOS, A, -1, EOS, EOS, EOS, EOS, EOS],
@@ -196,19 +202,19 @@ def test_the_empty_prompt(reader: PromptReader) -> None:
 
 
 def test_several_placeholders_are_all_replaced(tokenizer: CLIPTokenizer) -> None:
-    rows = {"*": range(10), "<cat>": range(10, 20), "<cat>-2": [20] * 10}
+    rows = {"*": single(range(10)), "<cat>": single(range(10, 20)), "<cat>-2": single([20] * 10)}
     reader = PromptReader(tokenizer, rows, 10)
     assert body(reader, "a * on <cat> on <cat>-2", stage=3) == [A, -4, ON, -14, ON, -21], "the longest name counts"
     assert body(reader, "*", ["<cat> on *"] * 10, stage=3) == [-14, ON, -4]
 
 
 def test_an_entry_speaks_of_the_star_only(tokenizer: CLIPTokenizer) -> None:
-    reader = PromptReader(tokenizer, {"*": range(10), "<cat>": range(10, 20)}, 10)
+    reader = PromptReader(tokenizer, {"*": single(range(10)), "<cat>": single(range(10, 20))}, 10)
     assert body(reader, "* on <cat>", [7] * 10, stage=2) == [-8, ON, -13]
 
 
 def test_a_placeholder_that_is_a_word_stays_out_of_other_words(tokenizer: CLIPTokenizer) -> None:
-    reader = PromptReader(tokenizer, {"dog": range(10), "(.)+": range(10, 20)}, 10)
+    reader = PromptReader(tokenizer, {"dog": single(range(10)), "(.)+": single(range(10, 20))}, 10)
     assert body(reader, "a dog, dog's (.)+") == [A, -1, 267, -1, 6, 338, -11]
     for text in ("dogs", "hotdog", "a hotdog on"):
         assert body(reader, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -301,7 +307,7 @@ ENTRIES = st.none() | st.integers(0, 3) | TEXTS
 @settings(max_examples=150, deadline=None)
 @given(prompt=TEXTS, words=st.none() | st.lists(ENTRIES, min_size=4, max_size=4))
 def test_any_text_gives_a_well_formed_row(tokenizer: CLIPTokenizer, prompt: str, words: list | None) -> None:
-    reader = PromptReader(tokenizer, {"*": [3, 2, 1, 0]}, 4)
+    reader = PromptReader(tokenizer, {"*": single([3, 2, 1, 0])}, 4)
     slots = reader.read([prompt], words)
     assert slots.shape == (4, 1, 77)
     for stage, row in enumerate(slots[:, 0].tolist()):
