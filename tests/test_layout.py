@@ -22,8 +22,8 @@ MOST_PARAMETERS = 8
 MANY_PARAMETERS = {
     "ldm/generate.py: main": "the notebook's calls",
     "ldm/data/personalized.py: PersonalizedBase.__init__": "keys of the reference's YAML files",
-    "ldm/modules/diffusionmodules/model.py: Encoder.__init__": "keys of the reference's YAML files",
-    "ldm/modules/diffusionmodules/model.py: Decoder.__init__": "keys of the reference's YAML files",
+    "ldm/models/diffusion/sampling.py: Sampler.sample": "the notebook's calls",
+    "ldm/modules/diffusionmodules/model.py: _Coder.__init__": "keys of the reference's YAML files",
     "ldm/modules/diffusionmodules/openaimodel.py: UNetModel.__init__": "keys of the reference's YAML files",
 }
 # The stage rule again, in a file that is copied out of the package and used without it.
