@@ -21,7 +21,10 @@ MOST_PARAMETERS = 8
 # More parameters, because something outside this program gives them by name.
 MANY_PARAMETERS = {
     "ldm/generate.py: main": "the notebook's calls",
-    "ldm/export/comfyui.py: workflow": "the settings of ComfyUI's nodes",
+    "ldm/data/personalized.py: PersonalizedBase.__init__": "keys of the reference's YAML files",
+    "ldm/models/diffusion/sampling.py: Sampler.sample": "the notebook's calls",
+    "ldm/modules/diffusionmodules/model.py: _Coder.__init__": "keys of the reference's YAML files",
+    "ldm/modules/diffusionmodules/openaimodel.py: UNetModel.__init__": "keys of the reference's YAML files",
 }
 # The stage rule again, in a file that is copied out of the package and used without it.
 STANDALONE = "ldm/export/diffusers_usage.py"
@@ -40,11 +43,16 @@ EVERYTHING = sources("ldm", "evaluation", "scripts", "main.py")
 
 
 def functions() -> Iterator[tuple[str, Function]]:
-    """`file: name` and syntax tree of every function and method."""
-    for file, text in EVERYTHING.items():
-        for node in ast.walk(ast.parse(text)):
+    """`file: name` and syntax tree of every function, and of every method as `file: Class.name`."""
+
+    def below(tree: ast.AST, name: str) -> Iterator[tuple[str, Function]]:
+        for node in ast.iter_child_nodes(tree):
             if isinstance(node, Function):
-                yield f"{file}: {node.name}", node
+                yield name + node.name, node
+            yield from below(node, f"{name}{node.name}." if isinstance(node, ast.ClassDef) else name)
+
+    for file, text in EVERYTHING.items():
+        yield from below(ast.parse(text), f"{file}: ")
 
 
 def figure(what: str, found: object, limit: object) -> None:

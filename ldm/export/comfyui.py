@@ -11,7 +11,7 @@ ComfyUI_frontend, src/utils/formatUtil.ts (`processDynamicPrompt`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ldm.conditioning.stages import timesteps_of
@@ -39,33 +39,29 @@ def knows(sampler: str) -> bool:
     return plain_name(sampler).partition(" karras")[0] in SAMPLERS
 
 
-def _sampler_names(sampler: str) -> dict[str, str]:
-    """`sampler_name` and `scheduler` of a KSampler node; an unknown sampler becomes ddim."""
+def sampling(sampler: str = "ddim", steps: int = 50, scale: float = 10.0, seed: int = 42) -> dict[str, Any]:
+    """Inputs of a KSampler node; `sampler` is named as in the web UI, and an unknown one becomes ddim."""
     name, karras, _ = plain_name(sampler).partition(" karras")
     own = SAMPLERS.get(name, "ddim")
     schedule = "karras" if karras else "ddim_uniform" if own == "ddim" else "normal"
-    return {"sampler_name": own, "scheduler": schedule}
+    return {"seed": seed, "steps": steps, "cfg": scale, "sampler_name": own, "scheduler": schedule, "denoise": 1.0}
 
 
 def workflow(
     texts: Sequence[str],
     checkpoint: str,
-    *,
-    sampler: str = "ddim",
-    steps: int = 50,
-    scale: float = 10.0,
-    seed: int = 42,
+    sampler: Mapping[str, Any],
     width: int = 512,
     height: int = 512,
     prefix: str = "prospect",
     negative: str = "",
 ) -> dict[str, Any]:
-    """A workflow that reads `texts[stage]` in each stage; entry 0 is the end of sampling.
+    """Return a workflow that reads `texts[stage]` in each stage; entry 0 is the end of sampling.
 
     Args:
         texts: escaped (`escape`), learned tokens as `spell` writes them.
         checkpoint: file in ComfyUI's models/checkpoints.
-        sampler: as the web UI names it; one that is not known becomes ddim.
+        sampler: from `sampling`.
         prefix: of the image's file name.
         negative: what guidance leads away from, in all stages; escaped.
     """
@@ -86,18 +82,8 @@ def workflow(
         if positive:
             part = add("ConditioningCombine", conditioning_1=[positive, 0], conditioning_2=[part, 0])
         positive = part
-    sampled = add(
-        "KSampler",
-        model=[model, 0],
-        positive=[positive, 0],
-        negative=[uncond, 0],
-        latent_image=[latent, 0],
-        seed=seed,
-        steps=steps,
-        cfg=scale,
-        **_sampler_names(sampler),
-        denoise=1.0,
-    )
+    inputs = {"positive": [positive, 0], "negative": [uncond, 0], "latent_image": [latent, 0]}
+    sampled = add("KSampler", model=[model, 0], **inputs, **sampler)
     image = add("VAEDecode", samples=[sampled, 0], vae=[model, 2])
     add("SaveImage", images=[image, 0], filename_prefix=prefix)
     return nodes

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from ldm.conditioning.prompts import foreign_syntax
 from ldm.embeddings import Concept, refuse_mixed_bases, save_stages, stage_paths
@@ -160,9 +159,6 @@ class Export:
     def _negative(self, escape: Escape) -> str:
         return written(self.use.negative_prompt.split(), escape)
 
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self.use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")}
-
     def _concepts(self) -> str:
         return ", ".join(f"{name} {identity}" for name, identity in self.identities.items())
 
@@ -215,7 +211,7 @@ class Export:
             schedule=f" (schedule type: {schedule}, not Automatic)" if schedule else "",
             counting="as documented" if use.documented else "as the program does, from step 0",
             concepts=self._concepts(),
-            **self._settings(),
+            **{name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")},
         )
         notes = [f"Not exact: {warning}\n" for warning in warnings]
         notes += [f"Negative prompt: {negative}\n"] if negative else []
@@ -223,15 +219,17 @@ class Export:
 
     def _comfyui(self) -> tuple[str, list[str]]:
         """The workflow, and what is not exact."""
+        use = self.use
         warnings = self._chunks() + comfyui.misread(self._all_words())
-        if not comfyui.knows(self.use.sampler):
+        if not comfyui.knows(use.sampler):
             warnings.append(
-                f"'{self.use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."
+                f"'{use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."
             )
         bases = (concept.metadata.get("base_model") for _, concept in self.concepts.values())
         checkpoint = next(filter(None, bases), "sd-v1-4.ckpt")
         texts, negative = self._texts(comfyui.escape, comfyui.spell), self._negative(comfyui.escape)
-        nodes = comfyui.workflow(texts, checkpoint, prefix=self.name, negative=negative, **self._settings())
+        sampler = comfyui.sampling(use.sampler, use.steps, use.scale, use.seed)
+        nodes = comfyui.workflow(texts, checkpoint, sampler, use.width, use.height, self.name, negative)
         nodes[max(nodes, key=int)]["_meta"] = {"title": f"Save Image: {self._concepts()}"}
         return json.dumps(nodes, indent=2) + "\n", warnings
 

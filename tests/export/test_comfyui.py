@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from ldm.export.comfyui import escape, spell, stage_range, workflow
+from ldm.export.comfyui import escape, sampling, spell, stage_range, workflow
 from ldm.export.texts import written
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -43,7 +43,7 @@ def active(nodes: dict, level: float, node: str | None = None) -> list[str]:
 @pytest.mark.parametrize("stages", [1, 2, 3, 7, 10, 20, 64])
 @pytest.mark.parametrize("digits", [7, 3])  # a slider of ComfyUI rounds to three
 def test_every_timestep_reads_its_stage(stages: int, digits: int) -> None:
-    nodes = workflow([f"t{stage}" for stage in range(stages)], "model.ckpt")
+    nodes = workflow([f"t{stage}" for stage in range(stages)], "model.ckpt", sampling())
     for node in nodes.values():
         if node["class_type"] == "ConditioningSetTimestepRange":
             node["inputs"] |= {name: round(node["inputs"][name], digits) for name in ("start", "end")}
@@ -53,7 +53,7 @@ def test_every_timestep_reads_its_stage(stages: int, digits: int) -> None:
 
 def test_levels_between_timesteps_read_the_stage_of_the_nearest() -> None:
     """Other schedules use levels that are no timestep's; the U-Net gets the nearest one."""
-    nodes = workflow([f"t{stage}" for stage in range(10)], "model.ckpt")
+    nodes = workflow([f"t{stage}" for stage in range(10)], "model.ckpt", sampling())
     t = torch.cat([torch.rand(2000, generator=torch.Generator().manual_seed(0)) * 999, torch.arange(90, 999, 0.13)])
     t = t[(t.frac() - 0.5).abs() > 0.001]
     for level in sigma(t).tolist():
@@ -62,7 +62,7 @@ def test_levels_between_timesteps_read_the_stage_of_the_nearest() -> None:
 
 
 def test_neighbours_with_one_text_share_a_range() -> None:
-    nodes = workflow(["late"] * 5 + ["early"] * 5, "model.ckpt")
+    nodes = workflow(["late"] * 5 + ["early"] * 5, "model.ckpt", sampling())
     ranges = [node["inputs"] for node in nodes.values() if node["class_type"] == "ConditioningSetTimestepRange"]
     assert [(r["start"], r["end"]) for r in ranges] == [(0.0, 0.5), (0.5, 1.0)]
     assert stage_range(5, 10, 9) == (0.0, 0.5)
@@ -70,9 +70,7 @@ def test_neighbours_with_one_text_share_a_range() -> None:
 
 def test_the_graph_is_whole() -> None:
     """Every link leads to a node, every node but the last is used, and the settings are where they belong."""
-    nodes = workflow(
-        ["a", "b", "b"], "m.ckpt", sampler="DPM++ 2M Karras", steps=7, scale=3.0, seed=5, width=8, height=16
-    )
+    nodes = workflow(["a", "b", "b"], "m.ckpt", sampling("DPM++ 2M Karras", 7, 3.0, 5), width=8, height=16)
     links = [value for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)]
     assert {target for target, _ in links} == set(nodes) - {max(nodes, key=int)}
     assert nodes["1"]["inputs"] == {"ckpt_name": "m.ckpt"}
@@ -94,8 +92,7 @@ def test_the_graph_is_whole() -> None:
     ],
 )
 def test_samplers_have_comfyuis_names(sampler: str, names: tuple[str, str]) -> None:
-    node = next(n for n in workflow(["a"], "m", sampler=sampler).values() if n["class_type"] == "KSampler")
-    assert (node["inputs"]["sampler_name"], node["inputs"]["scheduler"]) == names
+    assert (sampling(sampler)["sampler_name"], sampling(sampler)["scheduler"]) == names
 
 
 def page(text: str) -> str:
