@@ -64,7 +64,7 @@ def test_it_changes_the_image_and_not_what_guidance_leads_away_from(
     assert shown.tobytes() != before.tobytes()
     model.embedding_manager.load(concepts[method])
     assert torch.equal(model.get_unconditional("a thing").at(500).k, plain)
-    model.embedding_manager.loaded.clear()
+    model.embedding_manager.unload()
 
 
 def rows_encoded(model: LatentDiffusion) -> list[int]:
@@ -96,7 +96,7 @@ def test_methods_mix_in_one_prompt(concepts: dict[str, Path], model: LatentDiffu
     }
 
     def context(names: set[str], t: int) -> Tensor:
-        model.embedding_manager.loaded.clear()
+        model.embedding_manager.unload()
         model.embedding_manager.load({name: loaded[name] for name in names})
         words = [None] * 5 + ["a thing"] * 5
         return model.get_learned_conditioning(["a * on <n>"], words).at(t).k
@@ -106,7 +106,7 @@ def test_methods_mix_in_one_prompt(concepts: dict[str, Path], model: LatentDiffu
     for missing in ("*", "<n>", "<c>"):
         without = context({"*", "<n>", "<c>"} - {missing}, 100)
         assert not torch.allclose(everything, without.expand_as(everything), atol=1e-3), missing
-    model.embedding_manager.loaded.clear()
+    model.embedding_manager.unload()
 
 
 @pytest.mark.parametrize(

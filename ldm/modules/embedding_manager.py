@@ -230,6 +230,18 @@ class EmbeddingManager(nn.Module):
         finally:
             self.loaded, self._modules_loaded = kept
 
+    def unload(self, *placeholders: str) -> None:
+        """Remove concepts that were loaded; without a placeholder, all of them.
+
+        Raises:
+            ValueError: nothing is loaded for a placeholder.
+        """
+        for placeholder in placeholders or tuple(self.loaded):
+            if placeholder not in self.loaded:
+                known = ", ".join(self.loaded) or "none"
+                raise ValueError(f"No concept is loaded for '{placeholder}'; loaded: {known}.")
+            del self.loaded[placeholder], self._modules_loaded[placeholder]
+
     def start_from(self, source: str | Path | Concept) -> None:
         """Continue learning where a saved concept ended: without dropout, its vectors are then the learned ones.
 

@@ -196,6 +196,17 @@ def test_a_concept_with_other_stages_is_read_by_time(
     assert manager.rows() == {"*": [[row] for row in rows]}
 
 
+def test_concepts_can_be_unloaded(embedder: FrozenCLIPEmbedder) -> None:
+    manager = EmbeddingManager(embedder)
+    manager.load({"<a>": Concept(torch.randn(2, 128)), "<b>": Concept(torch.randn(1, 128))})
+    manager.unload("<a>")
+    assert list(manager.rows()) == ["<b>"] and len(manager.vectors()) == 1
+    with pytest.raises(ValueError, match="'<a>'; loaded: <b>"):
+        manager.unload("<a>")
+    manager.unload()
+    assert manager.rows() == {} and manager.vectors() is None
+
+
 def test_a_concept_for_another_model_is_refused_whole(embedder: FrozenCLIPEmbedder) -> None:
     manager = EmbeddingManager(embedder, "*", "teddy")
     with pytest.raises(ValueError, match="width 768.*width 128.*another base model"):
