@@ -123,19 +123,28 @@ class UNetModel(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.dropout = dropout
         self.num_attention_layers = 0  # counted below; numbers the layers in order of execution
-        emb = 4 * model_channels
-        groups = norm_num_groups
+        self._make_blocks(widths, num_res_blocks, attention_resolutions, num_heads, transformer_depth, norm_num_groups)
+
+    def _make_blocks(
+        self,
+        widths: Sequence[int],
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        heads: int,
+        depth: int,
+        groups: int,
+    ) -> None:
+        emb, context_dim, dropout = 4 * self.model_channels, self.context_dim, self.dropout
+        in_channels, model_channels = self.in_channels, self.model_channels
 
         def res(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, emb, groups, dropout)
 
         def attention(channels: int) -> SpatialTransformer:
             first = self.num_attention_layers
-            self.num_attention_layers += transformer_depth
-            dim_head = channels // num_heads
-            return SpatialTransformer(
-                channels, num_heads, dim_head, transformer_depth, context_dim, first, groups, dropout
-            )
+            self.num_attention_layers += depth
+            dim_head = channels // heads
+            return SpatialTransformer(channels, heads, dim_head, depth, context_dim, first, groups, dropout)
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.input_blocks = nn.ModuleList([Block([nn.Conv2d(in_channels, model_channels, 3, padding=1)])])
@@ -167,7 +176,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(groups, channels),
             nn.SiLU(),
-            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
+            zero_module(nn.Conv2d(channels, self.out_channels, 3, padding=1)),
         )
 
     @property
