@@ -199,7 +199,7 @@ def test_share_of_empty_captions():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: RenderedWorld(10, drop=1.5), "probability"),
+        (lambda: RenderedWorld(10, drop=1.5), "probabilities"),
         (lambda: RenderedWorld(0), "size"),
         (lambda: RenderedWorld(10).picture(0, flipped=True), "flipped"),
         (lambda: attributes_from_words(["furry"]), "furry"),
