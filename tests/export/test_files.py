@@ -73,7 +73,7 @@ def test_texts_say_what_our_own_reader_reads() -> None:
     """The slots of our prompts are those of the exported texts, when names are looked up in them as tokens."""
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models/demo/tokenizer")
     concepts = {"*": ("star", concept()), "<b>": ("b", concept(1, stages=4))}
-    rows = {"*": concept().rows_for(10), "<b>": [10 + row for row in concepts["<b>"][1].rows_for(10)]}
+    rows = {"*": [[row] for row in range(10)], "<b>": [[10 + row] for row in concepts["<b>"][1].rows_for(10)]}
     words = ["a * on*,<b><b>", 3, None, 0, "", "* *", "a <b>'s *", "(x) [y]: z|*", "   a   heart ", "*"]
     reader = PromptReader(tokenizer, rows, 10, 32)
     for prompt in ("*", "two * and <b> , *!", "a <b> heart"):
