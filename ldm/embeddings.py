@@ -162,7 +162,8 @@ def refuse_mixed_bases(concepts: Mapping[str, Concept]) -> None:
         if same_base(one.metadata, other.metadata) is False:
             raise EmbeddingError(
                 f"the concepts were learned for different base models: {first} for {describe_base(one.metadata)}, "
-                f"{second} for {describe_base(other.metadata)}; use concepts of one, or --any_base for relatives."
+                f"{second} for {describe_base(other.metadata)}; use concepts of one, or any_base=True (--any_base) for "
+                "relatives."
             )
 
 

@@ -5,6 +5,7 @@ Shapes: S stages, D width of the text transformer, R rows of the table of all le
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from ldm.conditioning.learned import Learned, LearnedPrefix, LearnedTokens
 from ldm.conditioning.prompts import check_placeholder
 from ldm.embeddings import Concept, load_concept, save_concept
-from ldm.files.base_model import refuse_other_base
+from ldm.files.base_model import describe_base, refuse_other_base, same_base
 from ldm.methods import find_method
 from ldm.methods.base import LearnedModule, Start
 from ldm.methods.prospect import GeneratorBlock, ProSpect
 from ldm.methods.table import VECTORS, Table, learn_table
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+
+logger = logging.getLogger(__name__)
 
 
 class EmbeddingManager(nn.Module):
@@ -251,6 +254,9 @@ class EmbeddingManager(nn.Module):
             ValueError: the file cannot be used, or has other stages or another width than this model.
         """
         concept = source if isinstance(source, Concept) else load_concept(source, self.placeholder_strings[0])
+        if same_base(concept.metadata, self.base_model) is False:
+            theirs, ours = describe_base(concept.metadata), describe_base(self.base_model)
+            logger.warning("The embedding to start from was learned for the base model %s, not for %s.", theirs, ours)
         if self.learned is None:
             raise ValueError("Nothing is learned here, so nothing can start from a concept; give initializer_words.")
         try:
