@@ -23,7 +23,7 @@ from scripts import benchmark
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-COMPILED = {"compile", "cuda_graph"}  # shown in tests/models/test_acceleration.py
+COMPILED = {"compile", "max_autotune", "cuda_graph"}  # shown in tests/models/test_acceleration.py
 SLOW = {("sample", "float16"), ("vae", "float16")}  # on the CPU
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
 
