@@ -207,7 +207,7 @@ def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:
         WriteError: no room or no right; the folder is as it was.
     """
     shared = {"placeholder": "*"} | _describe(concept) | {_OF: str(concept.num_stages), _CONCEPT: concept.identity}
-    with replacing_set(folder) as staging:
+    with replacing_set(Path(folder).expanduser()) as staging:
         for stage, path in enumerate(stage_paths(concept, staging, name)):
             save_state_dict({path.stem: concept.vectors[stage].cpu()}, path, shared | {_STAGE: str(stage)})
     return stage_paths(concept, folder, name)
@@ -215,7 +215,7 @@ def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:
 
 def stage_paths(concept: Concept, folder: str | Path, name: str) -> list[Path]:
     """Where `save_stages` writes."""
-    return [Path(folder) / f"{name}-{stage}.safetensors" for stage in range(concept.num_stages)]
+    return [Path(folder).expanduser() / f"{name}-{stage}.safetensors" for stage in range(concept.num_stages)]
 
 
 def _describe(concept: Concept) -> dict[str, str]:

@@ -34,8 +34,6 @@ from ldm.cli import sample as commands
 from ldm.config import ConfigError, instantiate_from_config, load_config
 from ldm.embeddings import EmbeddingError, load_concept
 
-SUFFIXES = (".ckpt", ".pt", ".bin")
-
 
 class Call:
     """Pickled, it is a call of `function`."""
@@ -110,13 +108,6 @@ def legacy(code: bytes) -> bytes:
     return head + code + pickled([])
 
 
-def in_storage(code: bytes) -> bytes:
-    """The pickle as the bytes of a tensor's storage, and as the storage's own description."""
-    stream = io.BytesIO()
-    torch.save({"state_dict": {"w": torch.frombuffer(bytearray(code), dtype=torch.uint8)}, "more": None}, stream)
-    return stream.getvalue()
-
-
 WRAPPERS: dict[str, Callable[[bytes], bytes]] = {
     "alone": lambda code: code,
     "zip": zipped,
@@ -169,30 +160,20 @@ def files_in(folder: Path) -> set[Path]:
 def test_pickles(name: str, marker: Path, tmp_path: Path) -> None:
     code = PICKLES[name](marker)
     before = set(sys.modules)
+    path = tmp_path / "evil.ckpt"
     for wrapper, wrap in WRAPPERS.items():
-        for suffix in SUFFIXES:
-            path = tmp_path / f"evil{suffix}"
-            path.write_bytes(wrap(code))
-            here = files_in(tmp_path)
-            for read in (read_state_dict, load_concept):
-                with pytest.raises((CheckpointError, EmbeddingError)) as caught:
-                    read(path)
-                assert "\n" not in str(caught.value) and str(path) in str(caught.value), wrapper
-            assert files_in(tmp_path) == here, wrapper
+        path.write_bytes(wrap(code))
+        here = files_in(tmp_path)
+        for read in (read_state_dict, load_concept):
+            with pytest.raises((CheckpointError, EmbeddingError)) as caught:
+                read(path)
+            assert "\n" not in str(caught.value) and str(path) in str(caught.value), wrapper
+        assert files_in(tmp_path) == here, wrapper
     assert not [module for module in set(sys.modules) - before if module.startswith("evil")]
     # and it would have acted
     (tmp_path / "live.pkl").write_bytes(code)
     subprocess.run([sys.executable, "-c", f"import pickle; pickle.load(open({str(tmp_path / 'live.pkl')!r}, 'rb'))"])
     assert marker.exists()
-
-
-def test_a_pickle_in_a_storage_is_only_numbers(marker: Path, tmp_path: Path) -> None:
-    path = tmp_path / "evil.ckpt"
-    path.write_bytes(in_storage(PICKLES["os.system"](marker)))
-    assert read_state_dict(path)["w"].dtype == torch.uint8
-    with pytest.raises(EmbeddingError):
-        load_concept(path)
-    assert not marker.exists()
 
 
 def test_code_under_the_names_of_modules_becomes_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,17 +242,6 @@ SIZES: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_pathological_sizes(name: str, suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"evil{suffix}"
-    path.write_bytes(SIZES[name])
-    for read in (read_state_dict, load_concept):
-        with pytest.raises((CheckpointError, EmbeddingError)) as caught:
-            read(path)
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-
-
 def header(entries: object, data: bytes = bytes(16), length: int | None = None) -> bytes:
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
@@ -281,75 +251,52 @@ def entry(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str,
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-HEADERS: dict[str, bytes] = {
+HEADERS: dict[str, bytes] = {  # of safetensors files; which other lies there are is the library's matter
     "offsets past the end": header({"w": entry([8], [0, 32])}),
     "overlapping": header({"a": entry([4], [0, 16]), "b": entry([4], [0, 16])}),
-    "overlapping in part": header({"a": entry([3], [0, 12]), "b": entry([2], [8, 16])}),
-    "backwards": header({"w": entry([4], [16, 0])}),
-    "negative": header({"w": entry([4], [-16, 0])}),
-    "a hole": header({"w": entry([2], [8, 16])}),
-    "bytes left over": header({"w": entry([2], [0, 8])}),
-    "huge shape": header({"w": entry([2**40, 2**40], [0, 16])}),
     "shape that overflows": header({"w": entry([2**62, 4], [0, 16])}),
-    "negative shape": header({"w": entry([-4], [0, 16])}),
-    "shape of another size": header({"w": entry([5], [0, 16])}),
     "length 2^60": header({"w": entry([4], [0, 16])}, length=2**60),
-    "length of the file": header({"w": entry([4], [0, 16])}, length=2**20),
-    "length 0": header(b"{" * 8, length=0),
     "unknown type": header({"w": entry([4], [0, 16], dtype="OBJECT")}),
-    "no JSON": header(b"{{{{"),
     "deep": header(b'{"a":' * 5000),
-    "a list": header(b"[1, 2]"),
     "metadata of lists": header({"__metadata__": {"a": [1]}, "w": entry([4], [0, 16])}),
 }
 
 
-@pytest.mark.parametrize("name", HEADERS)
-def test_safetensors_headers_that_lie(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "evil.safetensors"
-    path.write_bytes(HEADERS[name])
+@pytest.mark.parametrize("content", [*SIZES.values(), *HEADERS.values()], ids=[*SIZES, *HEADERS])
+def test_sizes_that_are_not_true(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "evil.pt"
+    path.write_bytes(content)
     for read in (read_state_dict, load_concept):
         with pytest.raises((CheckpointError, EmbeddingError)) as caught:
             read(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 # Configurations
 
 
-TARGETS = {
-    "os.system": "os.system",
-    "subprocess": "subprocess.Popen",
-    "eval": "builtins.eval",
-    "exec": "builtins.exec",
-    "open": "builtins.open",
-    "import": "evil_import.Anything",
-    "importlib": "importlib.import_module",
-    "through ldm": "ldm.config.importlib.import_module",
-    "through torch": "torch.nn.modules.linear.torch.load",
-    "a function": "ldm.embeddings.load_concept",
-    "a class of another package": "ldm.embeddings.Path",
-    "pickle": "pickle.loads",
-    "pathlib": "pathlib.Path",
-    "torch.load": "torch.load",
-    "relative": "..os.system",
-    "empty": "",
-    "a list": ["os.system"],
-}
+TARGETS = [  # more in tests/test_config.py
+    "os.system",
+    "builtins.exec",
+    "evil_import.Anything",
+    "ldm.config.importlib.import_module",
+    "torch.nn.modules.linear.torch.load",
+    "..os.system",
+    "",
+    ["os.system"],
+]
 
 
 @pytest.mark.parametrize("key", ["target", "_target_", "__target__", "class_path"])
-@pytest.mark.parametrize("name", TARGETS)
-def test_targets(name: str, key: str, marker: Path) -> None:
-    config = {key: TARGETS[name], "params": {"command": f"touch {marker}", "args": ["touch", str(marker)]}}
+@pytest.mark.parametrize("target", TARGETS)
+def test_targets(target: object, key: str, marker: Path) -> None:
+    config = {key: target, "params": {"command": f"touch {marker}", "args": ["touch", str(marker)]}}
     with pytest.raises(ConfigError, match="outside the packages|must be a class|cannot be imported|is missing"):
         instantiate_from_config(config)
     assert not marker.exists() and "evil_import" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    "place", ["model", "data", "lightning.callbacks.x", "model.params.unet_config", "data.params.train"]
-)
+@pytest.mark.parametrize("place", ["model", "lightning.callbacks.x", "data.params.train"])
 @pytest.mark.parametrize("allowing", [False, True])
 def test_a_configuration_cannot_run_or_allow_anything(place: str, allowing: bool, marker: Path, tmp_path: Path) -> None:
     evil = tmp_path / "evil.yaml"

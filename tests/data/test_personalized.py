@@ -49,6 +49,8 @@ def test_size_none_and_resizes(folder: Path) -> None:
 
 
 def test_what_is_no_image_is_skipped_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    find_images(folder)
+    assert not caplog.messages
     (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
     noise_image(4, 4).save(folder / ".hidden.png")
     (folder / "clip.mpg").write_bytes(b"\0\0\x01\xb3\x14\0\xf0\x13" + bytes(100))
@@ -84,12 +86,6 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
     os.mkdir(folder)
     with pytest.raises(ValueError, match=r"The name of data_root '.*na\?me' is not UTF-8; rename the folder"):
         find_images(folder)
-
-
-def test_nothing_is_logged_for_a_clean_folder(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        PersonalizedBase(folder, size=8, resize="crop")
-    assert not caplog.records
 
 
 def test_keys_without_a_meaning_are_named_in_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
