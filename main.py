@@ -59,11 +59,11 @@ def train(options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    from ldm.training.messages import quiet_threads, sentence, set_up_logging
+    from ldm.training.messages import quiet_threads, quieten_libraries, sentence
     from ldm.util import usual_torch
 
     log_to_terminal(logging.INFO)
-    set_up_logging()
+    quieten_libraries()
     try:
         with usual_torch(), quiet_threads(options.debug):
             return train(options)

@@ -10,6 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,39 +90,50 @@ def read_yaml_content(path: str | Path, flag: str, what: str, hint: str = "corre
     return yaml.safe_load(read_yaml(path, flag, what, hint))
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses text that loaders read as something else than it says."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE):
+            if key.value in seen:
+                raise MarkedYAMLError(problem=f"the key '{key.value}' is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if node.style == '"' and _WINDOWS_PATH.match(node.value):
+            raise MarkedYAMLError(problem=_BACKSLASH, problem_mark=node.start_mark)
+        try:
+            if node.tag != _MERGE:
+                yaml.SafeLoader("").construct_object(node)
+        except (ValueError, *MISMATCHES) as error:
+            problem = f"'{node.value:.40}' is no value of the type {node.tag.rpartition(':')[2]}"
+            raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+        return node
+
+
 def _check_yaml(text: str) -> None:
     """Raise `YAMLError` for text that no loader reads, or reads as something else than it says."""
-    root = yaml.compose(text, yaml.SafeLoader)
+    root = yaml.compose(text, _Loader)
     if root is None:
         return
     if _count_nodes(root, {}) > MAX_NODES:
         raise ConfigError(f"has aliases that stand for more than {MAX_NODES} entries; write it without them.")
-    for node in _distinct_nodes(root):
-        if isinstance(node, yaml.MappingNode):
-            _check_distinct_keys(node)
-        elif isinstance(node, yaml.ScalarNode) and node.tag != _MERGE:
-            _check_scalar(node)
     yaml.SafeLoader("").construct_document(root)
 
 
-def _check_distinct_keys(mapping: yaml.MappingNode) -> None:
-    keys = set()
-    for key, _ in mapping.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
-            if key.value in keys:
-                raise MarkedYAMLError(problem=f"the key '{key.value}' is there twice", problem_mark=key.start_mark)
-            keys.add(key.value)
-
-
-def _check_scalar(node: yaml.ScalarNode) -> None:
-    if node.style == '"' and _WINDOWS_PATH.match(node.value):
-        raise MarkedYAMLError(problem=_BACKSLASH, problem_mark=node.start_mark)
+@contextmanager
+def _in_one_sentence(what: str) -> Iterator[None]:
+    """Turn any error of YAML or OmegaConf into a `ConfigError` that begins with `what`."""
     try:
-        yaml.SafeLoader("").construct_object(node)
-    except (ValueError, *MISMATCHES) as error:
-        kind = node.tag.rpartition(":")[2]
-        problem = f"'{node.value:.40}' is no value of the type {kind}"
-        raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+        yield
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, AssertionError, ValueError, *MISMATCHES) as error:
+        raise ConfigError(f"{what} ({_yaml_problem(error)}).") from error
 
 
 def _yaml_problem(error: Exception) -> str:
@@ -132,7 +144,7 @@ def _yaml_problem(error: Exception) -> str:
     if isinstance(error, ReaderError):
         return f"character {error.position + 1} is #x{error.character:04x}, which YAML does not allow"
     if not isinstance(error, MarkedYAMLError) or error.problem is None:
-        return str(error).splitlines()[0]
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     problem = " ".join(error.problem.split())
     if "escape" in problem:
         problem += f"; {_BACKSLASH}" if problem != _BACKSLASH else ""
@@ -142,31 +154,15 @@ def _yaml_problem(error: Exception) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
 
 
-def _distinct_nodes(root: yaml.Node) -> Iterator[yaml.Node]:
-    """Every node of a YAML tree once, aliased or not."""
-    waiting, seen = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        yield node
-        waiting += reversed(_children(node))
-
-
-def _children(node: yaml.Node) -> list[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        return [child for pair in node.value for child in pair]
-    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
-
-
 def _count_nodes(node: yaml.Node | None, counts: dict[int, float]) -> float:
     """Entries of a YAML tree with its aliases written out; infinite for one that contains itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in counts:
         counts[id(node)] = math.inf  # until it is known
-        counts[id(node)] = 1 + sum(_count_nodes(child, counts) for child in _children(node))
+        pairs = isinstance(node, yaml.MappingNode)
+        children = [child for pair in node.value for child in pair] if pairs else node.value
+        counts[id(node)] = 1 + sum(_count_nodes(child, counts) for child in children)
     return counts[id(node)]
 
 
@@ -201,20 +197,16 @@ def merge(first: DictConfig | dict[str, Any], second: DictConfig) -> DictConfig:
     Raises:
         ConfigError: one has a list or a section where the other has something else.
     """
-    try:
+    with _in_one_sentence("The configuration cannot be merged"):
         merged = OmegaConf.merge(first, second)
-    except (OmegaConfBaseException, AssertionError, *MISMATCHES) as error:
-        raise ConfigError(f"The configuration cannot be merged: {str(error).splitlines()[0]}.") from error
-    assert isinstance(merged, DictConfig)
-    return merged
+        assert isinstance(merged, DictConfig)
+        return merged
 
 
 def _parse_file(path: str | Path, flag: str) -> DictConfig:
     text = read_yaml(path, flag)
-    try:
+    with _in_one_sentence(f"'{path}' is not a readable YAML file"):
         config = OmegaConf.create(text) if text.strip() else OmegaConf.create()
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, *MISMATCHES) as error:
-        raise ConfigError(f"'{path}' is not a readable YAML file ({_yaml_problem(error)}).") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"'{path}' must hold a YAML mapping with the sections {', '.join(TOP_LEVEL_KEYS)}.")
     return config
@@ -223,10 +215,8 @@ def _parse_file(path: str | Path, flag: str) -> DictConfig:
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     parsed = OmegaConf.create()
     for text in overrides:
-        try:
+        with _in_one_sentence(f"{text!r:.80} cannot be read as key=value"):
             parsed.merge_with_dotlist([text])
-        except (yaml.YAMLError, OmegaConfBaseException, AssertionError, ValueError, *MISMATCHES) as error:
-            raise ConfigError(f"{text!r:.80} cannot be read as key=value ({_yaml_problem(error)}).") from error
     return parsed
 
 
@@ -278,12 +268,10 @@ def as_config(config: Mapping[str, Any] | DictConfig) -> DictConfig:
     """
     if not isinstance(config, Mapping | DictConfig):
         raise ConfigError(f"A configuration must be a mapping, not {config!r:.80}.")
-    try:
+    with _in_one_sentence("The configuration cannot be used"):
         copy = OmegaConf.create(OmegaConf.to_container(config) if OmegaConf.is_config(config) else dict(config))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"The configuration cannot be used: {str(error).splitlines()[0]}.") from error
-    assert isinstance(copy, DictConfig)
-    return copy
+        assert isinstance(copy, DictConfig)
+        return copy
 
 
 def resolved(section: Mapping[str, Any] | DictConfig, what: str) -> dict[str, Any]:
@@ -294,10 +282,8 @@ def resolved(section: Mapping[str, Any] | DictConfig, what: str) -> dict[str, An
     """
     if not isinstance(section, DictConfig):
         return dict(section)
-    try:
+    with _in_one_sentence(f"{what} cannot be filled in"):
         values = OmegaConf.to_container(section, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{what}: {str(error).splitlines()[0]}.") from error
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 

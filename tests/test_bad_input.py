@@ -125,7 +125,7 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} model.params.scheduler_config.target=x", "the rate is constant for embeddings"),
         (f"{LEARN} model.params.num_timesteps_cond=2", "num_timesteps_cond: 2 is not supported"),
         (f"{LEARN} model.params.conditioning_key=concat", "conditioning is always cross-attention"),
-        (f"{LEARN} {MANAGER}.num_vectors_per_token=6", "one vector for each of its 10 stages"),
+        (f"{LEARN} {MANAGER}.num_vectors_per_token=6", "one vector for each of its prospect_stages"),
         (f"{LEARN} {MANAGER}.per_image_tokens=true", "one placeholder is learned from all images"),
         (f"{LEARN} model.params.use_ema=true {MANAGER}=null {MANAGER[:-7]}=null", "AveragedWeights"),
         ("-t --base configs/demo/autoencoder.yaml model.params.lossconfig.target=x", "the loss is kl_weight"),

@@ -57,15 +57,22 @@ class SaveLast(pl.Callback):
     `embeddings.safetensors`, which the end of a run writes in any case, comes after it: where it is, there was a
     checkpoint.
 
-    Args:
+    The YAML's `lightning.modelcheckpoint` gives its parameters.
+
+    Attributes:
         guard: is asked before anything is saved.
+        stopped_by: number of the signal that ended the run.
     """
 
-    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500, guard: FiniteGuard | None = None) -> None:
+    ignored_keys = dict.fromkeys(("monitor", "save_top_k", "save_last", "filename", "verbose"), "last.ckpt is kept")
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
+        if type(every_n_train_steps) is not int or every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps must be a number of at least 1, not {every_n_train_steps!r}.")
         self.path = Path(dirpath) / LAST
         self.every_n_train_steps = every_n_train_steps
-        self.guard = guard
-        self.stopped_by: int | None = None  # number of the signal that ended the run
+        self.guard: FiniteGuard | None = None
+        self.stopped_by: int | None = None
         self._requested = False
         self._saved_step = -1
         self._old_handlers: dict[int, Any] = {}

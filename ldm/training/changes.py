@@ -31,6 +31,8 @@ FIXED = {
     f"{_MANAGER}.initializer_words": "--init_word",
     f"{_MANAGER}.initial_spread": f"{_MANAGER}.initial_spread",
     f"{_MANAGER}.generator": f"{_MANAGER}.generator",
+    f"{_MANAGER}.method": f"{_MANAGER}.method",
+    f"{_MANAGER}.method_params": f"{_MANAGER}.method_params",
 }
 LISTED = 8
 

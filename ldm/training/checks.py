@@ -20,10 +20,9 @@ from ldm.request import MAX_SCALE
 from ldm.training.callbacks import ImageLogger
 
 CASTS_ALL = {"bf16-true": "bfloat16", "16-true": "float16"}  # Lightning casts the whole module, buffers too
-
-
 # Keys of the reference's YAML files that no code stands behind -> the values that ask for what is done anyway, and
 # what to do instead of any other. (When generating, they make no difference.)
+MANAGER = "personalization_config.params"
 UNMET: dict[str, tuple[tuple[object, ...], str]] = {
     "unfreeze_model": ((False,), "only the embedding is trained"),
     "scheduler_config": ((), "the rate is constant for embeddings, and falls to zero for training from scratch"),
@@ -31,26 +30,21 @@ UNMET: dict[str, tuple[tuple[object, ...], str]] = {
     "conditioning_key": (("crossattn",), "conditioning is always cross-attention"),
     "use_ema": ((False,), "use the callback ldm.training.callbacks.AveragedWeights"),
     "lossconfig": (({"target": "torch.nn.Identity"},), "the loss is kl_weight and mse_weight"),
-    "personalization_config.params.per_image_tokens": ((False,), "one placeholder is learned from all images"),
+    f"{MANAGER}.per_image_tokens": ((False,), "one placeholder is learned from all images"),
+    f"{MANAGER}.num_vectors_per_token": ((1,), "a token has one vector for each of its prospect_stages"),
 }
 
 
 def check_asked_for(config: DictConfig) -> None:
     """Raise `ConfigError` for a setting that would be accepted and not done, though it decides the result."""
     params = OmegaConf.select(config, "model.params") or OmegaConf.create()
-    learns = params.get("personalization_config") is not None
+    done = {f"{MANAGER}.num_vectors_per_token": params.get("prospect_stages", 10)}
+    if params.get("personalization_config") is not None:
+        done["use_ema"] = True  # the average of frozen weights is they
     for key, (harmless, instead) in UNMET.items():
         value = OmegaConf.select(params, key)
-        if value is None or value in harmless or (learns and key == "use_ema"):  # the average of frozen weights is they
-            continue
-        raise ConfigError(f"model.params.{key}: {value!s:.40} is not supported: {instead}; omit it.")
-    vectors = OmegaConf.select(params, "personalization_config.params.num_vectors_per_token")
-    stages = params.get("prospect_stages", 10)
-    if vectors not in (None, 1, stages):
-        raise ConfigError(
-            f"num_vectors_per_token: {vectors!s:.40} is not supported: a token has one vector for each of its {stages} "
-            f"stages; omit it, or set model.params.prospect_stages."
-        )
+        if value is not None and value not in (*harmless, done.get(key)):
+            raise ConfigError(f"model.params.{key}: {value!s:.40} is not supported: {instead}; omit it.")
 
 
 def check_images(callbacks: Sequence[pl.Callback], module: Any) -> None:
@@ -93,18 +87,15 @@ def check_resumable(module: pl.LightningModule, checkpoint: Path | None) -> None
     """Raise `ValueError` unless the checkpoint to resume from holds what `module` trains."""
     if checkpoint is None:
         return
-    saved, own = read_state_dict(checkpoint), module.state_dict()
-    for key, tensor in saved.items():
-        if key in own and own[key].shape != tensor.shape:
+    saved = {key: x.shape for key, x in read_state_dict(checkpoint).items()}
+    trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
+    for key, own in module.state_dict().items():
+        if saved.get(key, None if key in trained else own.shape) != own.shape:
+            found = tuple(saved[key]) if key in saved else "missing"
             raise ValueError(
-                f"'{checkpoint}' does not fit the configuration ({key} is {tuple(tensor.shape)}, not "
-                f"{tuple(own[key].shape)}); resume with the run's own configuration, or start a new run."
+                f"'{checkpoint}' does not fit the configuration ({key} is {found}, not {tuple(own.shape)}); resume with "
+                "the run's own configuration, or start a new run."
             )
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if not trained <= saved.keys():
-        raise ValueError(
-            f"'{checkpoint}' lacks what this configuration trains; resume with the run's own, or start a new run."
-        )
 
 
 def check_sizes(module: Any, data: DataModuleFromConfig) -> None:

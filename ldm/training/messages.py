@@ -29,8 +29,8 @@ LESS_MEMORY = (
 )
 
 
-def set_up_logging() -> None:
-    """Quieten libraries that talk about themselves."""
+def quieten_libraries() -> None:
+    """Show no messages of libraries about themselves."""
     for noisy in ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     for message in (

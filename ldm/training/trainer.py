@@ -22,7 +22,6 @@ from ldm.config import (
     check_parameters,
     get_class,
     instantiate_from_config,
-    nearest,
     resolved,
 )
 from ldm.data.datamodule import DataModuleFromConfig
@@ -33,8 +32,6 @@ from ldm.training.runs import Run
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SAVE_EVERY = 500
-CHECKPOINT_KEYS = ("every_n_train_steps", "monitor", "save_top_k", "save_last", "dirpath", "filename", "verbose")
 OWN = ("logger", "callbacks", "enable_checkpointing", "default_root_dir", "plugins", "use_distributed_sampler")
 # Numbers that Lightning takes and then fails with, or silently does nothing.
 LEAST = {
@@ -90,13 +87,14 @@ def build_trainer(
 
 
 def _callbacks(lightning: dict[str, Any], run: Run, module: pl.LightningModule, bar: bool) -> list[pl.Callback]:
-    save_every = saving_interval(lightning.get("modelcheckpoint") or {})
-    guard = FiniteGuard(save_every)
-    callbacks: list[pl.Callback] = [guard, ConfiguredRate()]
+    saving = (lightning.get("modelcheckpoint") or {}) | {"target": "ldm.training.callbacks.SaveLast"}
+    saver: SaveLast = instantiate_from_config(saving, dirpath=run.checkpoints)
+    saver.guard = FiniteGuard(saver.every_n_train_steps)
+    callbacks: list[pl.Callback] = [saver.guard, ConfiguredRate()]
     if bar:
         callbacks.append(StepBar())
     if getattr(module, "embedding_manager", None) is not None:
-        callbacks.append(EmbeddingSaver(run.checkpoints, save_every))
+        callbacks.append(EmbeddingSaver(run.checkpoints, saver.every_n_train_steps))
     for name, section in (lightning.get("callbacks") or {}).items():
         if section is None:  # switched off, by lightning.callbacks.NAME=null
             continue
@@ -107,7 +105,7 @@ def _callbacks(lightning: dict[str, Any], run: Run, module: pl.LightningModule, 
             raise ConfigError(f"lightning.callbacks.{name}: {section['target']} is no Lightning callback.")
         callbacks.append(callback)
     check_images(callbacks, module)
-    return [*callbacks, SaveLast(run.checkpoints, save_every, guard)]
+    return [*callbacks, saver]
 
 
 def trainer_arguments(section: Mapping[str, Any], run: Run) -> dict[str, Any]:
@@ -124,7 +122,8 @@ def trainer_arguments(section: Mapping[str, Any], run: Run) -> dict[str, Any]:
     hints = get_type_hints(pl.Trainer.__init__)
     for name, value in arguments.items():
         if not fits(value, hints[name]):
-            raise ConfigError(f"lightning.trainer.{name} must be {_kinds(hints[name])}, not {value!r:.40}.")
+            kind = inspect.formatannotation(hints[name])
+            raise ConfigError(f"lightning.trainer.{name} must be of the type {kind}, not {value!r:.40}.")
         if isinstance(value, int | float) and not LEAST.get(name, -math.inf) <= value < math.inf:
             raise ConfigError(f"lightning.trainer.{name} must be a number of at least {LEAST.get(name)}, not {value}.")
     if str(arguments.get("devices", "")).isdigit():
@@ -147,18 +146,6 @@ def fits(value: object, hint: Any) -> bool:
     if kind is float:
         return isinstance(value, int | float)
     return isinstance(value, kind) if isinstance(kind, type) else False
-
-
-def _kinds(hint: Any) -> str:
-    """The types of an annotation that a YAML file can hold, in words."""
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
-    names |= {list: "a list", type(None): "null"}
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    found = []
-    for option in options:
-        kind = get_origin(option) or option
-        found += [repr(value) for value in get_args(option)] if kind is Literal else [names.get(kind, "")]
-    return " or ".join(dict.fromkeys(filter(None, found)))
 
 
 def translate_gpus(gpus: str | None) -> list[int] | int | None:
@@ -246,27 +233,6 @@ def own_loggers(section: Mapping[str, Any] | None, run: Run) -> list[Logger]:
     if not isinstance(found, Logger):
         raise ConfigError(f"lightning.logger: {section['target']} is no logger; see pytorch_lightning.loggers.")
     return [found]
-
-
-def saving_interval(modelcheckpoint: Mapping[str, Any]) -> int:
-    """How many steps lie between two savings, from the YAML's `lightning.modelcheckpoint`.
-
-    Only `params.every_n_train_steps` means something here: what is saved, and where, is always the same.
-    """
-    params = modelcheckpoint.get("params") or {}
-    for key in modelcheckpoint:
-        if key not in ("target", "params"):
-            raise ConfigError(f"Unknown key 'lightning.modelcheckpoint.{key}'{nearest(str(key), ('target', 'params'))}")
-    for key in params:
-        if key not in CHECKPOINT_KEYS:
-            where = f"lightning.modelcheckpoint.params.{key}"
-            raise ConfigError(f"Unknown key '{where}'{nearest(str(key), CHECKPOINT_KEYS)}")
-        if key != CHECKPOINT_KEYS[0]:
-            logger.info("modelcheckpoint: '%s' is accepted and not used: last.ckpt is always kept", key)
-    interval = params.get(CHECKPOINT_KEYS[0], DEFAULT_SAVE_EVERY)
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ConfigError(f"{CHECKPOINT_KEYS[0]} must be a number of steps, at least 1, not '{interval}'.")
-    return interval
 
 
 def set_learning_rate(config: DictConfig, module: Any, data: DataModuleFromConfig, trainer: pl.Trainer) -> None:
