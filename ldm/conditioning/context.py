@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.conditioning.stages import stage_of
+from ldm.conditioning.stages import Timestep, stage_of
 
 
 class Context(NamedTuple):
@@ -37,6 +37,10 @@ class Context(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> Context:
         k = function(self.k)
         return Context(k, k if self.v is self.k else function(self.v))
+
+    def sample(self, i: int) -> Context:
+        """Return the context of sample i of the batch alone."""
+        return self.map(lambda x: x[..., i : i + 1, :, :])
 
     @staticmethod
     def cat(*parts: Context) -> Context:
@@ -105,10 +109,10 @@ class Conditioning:
         self._memo: dict[int, Context] = {}
 
     def _encode(self, bucket: int) -> Context:
-        return self._given_encode(bucket)
+        return self._given_encode(bucket)  # type: ignore[misc]  # a subclass without one has its own `_encode`
 
-    def bucket(self, t: int | Tensor) -> int | Tensor:
-        """The part of time that raw DDPM timestep t (int or (B,)) lies in; equal bucket, equal context."""
+    def bucket(self, t: Timestep) -> Timestep:
+        """Return the part of time that raw DDPM timestep t (int or (B,)) lies in; equal bucket, equal context."""
         return stage_of(t, self.num_buckets, self.num_timesteps)
 
     def of_bucket(self, bucket: int) -> Context:
@@ -126,8 +130,7 @@ class Conditioning:
         buckets = self.bucket(t).tolist()
         if len(set(buckets)) == 1:
             return self.of_bucket(buckets[0])
-        samples = [self.of_bucket(b).map(lambda x, i=i: x[..., i : i + 1, :, :]) for i, b in enumerate(buckets)]
-        return Context.cat(*samples)
+        return Context.cat(*(self.of_bucket(bucket).sample(i) for i, bucket in enumerate(buckets)))
 
     def _check_batch(self, t: Tensor) -> None:
         if len(t) != self.batch_size:

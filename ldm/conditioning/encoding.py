@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.context import Conditioning, Context
-from ldm.conditioning.learned import Learned
+from ldm.conditioning.learned import NOTHING_LEARNED, Learned
 from ldm.conditioning.stages import timesteps_of
 from ldm.util import to_device
 
@@ -98,13 +98,14 @@ class PromptConditioning(Conditioning):
             return self._encoder(self.slots[stage], self._timesteps(t))
         if self._distinct is None:
             encode_together(self)
-        contexts, place = self._distinct
+        contexts, place = self._distinct  # type: ignore[misc]  # which has been filled
         return contexts.map(lambda x: x[..., place[stage], :, :])
 
     def _of_timestep(self, t: int) -> Context:
         """The context of a timestep that has one of its own; prompts that are equal are encoded once."""
         stage = self.bucket(t)
-        key = stage, *self._encoder.learned.bucket(t)
+        learned = self._encoder.learned or NOTHING_LEARNED
+        key = stage, *learned.bucket(t)
         if self._latest is None or self._latest[0] != key:
             distinct, place = torch.unique(self._host_slots[stage], dim=0, return_inverse=True)
             context = self._encoder(to_device(distinct, self.slots.device), self._timesteps(t))

@@ -44,8 +44,13 @@ class TokenVectors(NamedTuple):
 class LearnedTokens(Protocol):
     """Vectors for a placeholder: Textual Inversion, P+, ProSpect, NeTI."""
 
-    num_layers: int  # 1, or as many as the U-Net has cross-attention layers
-    num_rows: int  # R
+    @property
+    def num_layers(self) -> int:
+        """1, or as many as the U-Net has cross-attention layers."""
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
 
     def rows_at(self, stage: int, num_stages: int) -> list[int]:
         """Return the rows that stand at the placeholder in a stage, one for each consecutive token."""

@@ -67,6 +67,7 @@ class NeTIMapper(LearnedModule):
 
     method = "neti"
     num_rows = 1
+    w: Tensor
 
     def __init__(self, settings: NeTISettings, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -184,9 +185,9 @@ def learn_mapper(start: Start, normalize: str | None = "joint", **settings: Any)
     """
     if start.num_word_tokens != 1:
         raise ValueError(f"NeTI's super-category must be a word of one token, not of {start.num_word_tokens}.")
-    sizes = {"num_layers": start.num_layers, "width": start.word.shape[-1]}
-    norm = None if normalize is None else float(start.word.norm())
-    return NeTIMapper(NeTISettings(**sizes, **settings, target_norm=norm, normalize=normalize or "joint"))
+    width, norm = start.word.shape[-1], None if normalize is None else float(start.word.norm())
+    norms = {"target_norm": norm, "normalize": normalize or "joint"}
+    return NeTIMapper(NeTISettings(start.num_layers, width, **norms, **settings))  # type: ignore[arg-type]
 
 
 def check_mapper(tensors: Tensors) -> None:

@@ -49,6 +49,7 @@ class ProSpect(GeneratorBlock):
 
     method = "prospect"
     num_layers = 1
+    word: Tensor
 
     def __init__(self, start: Start, dropout: float = 0.1, norm: str = "free") -> None:
         super().__init__(start.word.shape[-1], start.num_stages, dropout=dropout)
@@ -91,7 +92,7 @@ class ProSpect(GeneratorBlock):
         was_training = self.training
         self.eval()
         difference = vectors.to(self.word.device) - self(self.word)
-        self.ff.net[2].bias.add_(difference.flatten())
+        self.ff.net[2].get_parameter("bias").add_(difference.flatten())
         self.train(was_training)
 
 

@@ -26,6 +26,8 @@ class Table(LearnedModule):
         norm: if it is given, every vector is brought to this length.
     """
 
+    norm: Tensor | None
+
     def __init__(self, values: Tensor, norm: Tensor | None = None) -> None:
         super().__init__()
         self.num_stages, self.num_layers, self.num_tokens, self.width = values.shape

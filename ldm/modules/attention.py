@@ -80,7 +80,7 @@ def set_attention(module: nn.Module, backend: str) -> None:
         raise ValueError(f"Attention is 'auto', 'plain' or 'fused', not '{backend}'.")
     for part in module.modules():
         if hasattr(type(part), "attention_backend"):
-            part.attention_backend = backend
+            part.attention_backend = backend  # type: ignore[assignment]
 
 
 class GEGLU(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class FixedUNet:
         # autocast may free, after a capture, the copies of weights that the graph reads
         capture = self.captured and x.is_cuda and not torch.is_autocast_enabled("cuda")
         # the address of a weight: a model that was moved or loaded anew must be captured anew
-        key = x.shape, x.device, k.shape, k.dtype, self.unet.dtype, self.unet.out[2].weight.data_ptr(), capture
+        key = x.shape, x.device, k.shape, k.dtype, self.unet.dtype, next(self.unet.out.parameters()).data_ptr(), capture
         with self._lock:
             if key not in self._buffers:
                 self._buffers[key] = _Buffers(self.call, x, timesteps, context, capture)
@@ -150,4 +150,5 @@ class TensorStep(nn.Module):
         """
         inputs = tuple(x.detach().clone() for x in examples)
         with torch.cuda.device(inputs[0].device):
-            return torch.cuda.make_graphed_callables(self, inputs, num_warmup_iters=WARM_UP, allow_unused_input=True)
+            captured: Any = torch.cuda.make_graphed_callables
+            return captured(self, inputs, num_warmup_iters=WARM_UP, allow_unused_input=True)

@@ -12,6 +12,8 @@ class LossBalance(nn.Module):
     Without it the large errors at low noise drown what is decided at high noise: position and shape.
     """
 
+    mean: Tensor
+
     def __init__(self, bins: int = 20, decay: float = 0.98) -> None:
         super().__init__()
         self.decay = decay

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.sampling import Callback, Denoiser, NoiseSource, Sampler
+from ldm.models.diffusion.sampling import Callback, Denoiser, NoiseSource, Sampler, Schedule
 
 
 @torch.no_grad()
 def ddim(
     denoise: Denoiser,
     x: Tensor,
-    timesteps: Sequence[int],
-    alphas: Sequence[float],
-    alphas_prev: Sequence[float],
-    sigmas: Sequence[float],
+    timesteps: Schedule,
+    alphas: Schedule,
+    alphas_prev: Schedule,
+    sigmas: Schedule,
     noise: NoiseSource | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -33,7 +31,7 @@ def ddim(
         eps = denoise(x, t)
         x_0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
         x = a_prev**0.5 * x_0 + (1 - a_prev - sigma**2) ** 0.5 * eps
-        if sigma > 0:
+        if sigma > 0 and noise is not None:
             x = x + sigma * noise()
         if callback is not None and (changed := callback(step, t, x, x_0)) is not None:
             x = changed
@@ -44,5 +42,6 @@ class DDIMSampler(Sampler):
     """LDM's door to `ddim`."""
 
     def run(self, denoise: Denoiser, x: Tensor, steps: int, noise: NoiseSource, callback: Callback | None) -> Tensor:
-        schedule = (self.ddim_timesteps, self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas)
-        return ddim(denoise, x, *(values[:steps] for values in schedule), noise, callback)
+        timesteps, alphas = self.ddim_timesteps[:steps], self.ddim_alphas[:steps]
+        alphas_prev, sigmas = self.ddim_alphas_prev[:steps], self.ddim_sigmas[:steps]
+        return ddim(denoise, x, timesteps, alphas, alphas_prev, sigmas, noise, callback)

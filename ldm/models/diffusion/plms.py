@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.sampling import Callback, Denoiser, NoiseSource, Sampler
+from ldm.models.diffusion.sampling import Callback, Denoiser, NoiseSource, Sampler, Schedule
 
 
 @torch.no_grad()
 def plms(
     denoise: Denoiser,
     x: Tensor,
-    timesteps: Sequence[int],
-    alphas: Sequence[float],
-    alphas_prev: Sequence[float],
+    timesteps: Schedule,
+    alphas: Schedule,
+    alphas_prev: Schedule,
     callback: Callback | None = None,
 ) -> Tensor:
     """Denoise x (B, C, H, W) from the last entry of the schedule to the first; S + 1 calls of the denoiser.
@@ -62,5 +60,5 @@ class PLMSSampler(Sampler):
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
     def run(self, denoise: Denoiser, x: Tensor, steps: int, noise: NoiseSource, callback: Callback | None) -> Tensor:
-        schedule = (self.ddim_timesteps, self.ddim_alphas, self.ddim_alphas_prev)
-        return plms(denoise, x, *(values[:steps] for values in schedule), callback)
+        timesteps, alphas, alphas_prev = self.ddim_timesteps, self.ddim_alphas, self.ddim_alphas_prev
+        return plms(denoise, x, timesteps[:steps], alphas[:steps], alphas_prev[:steps], callback)

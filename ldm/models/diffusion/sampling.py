@@ -23,6 +23,7 @@ from ldm.modules.attention import AttentionHook
 from ldm.util import mix_seed
 
 Denoiser = Callable[[Tensor, int], Tensor]  # latents (B, C, H, W), raw timestep -> predicted noise (B, C, H, W)
+Schedule = Sequence[float] | np.ndarray  # S entries, increasing in time
 NoiseSource = Callable[[], Tensor]  # the next standard normal (B, C, H, W)
 # step, timestep, x (after the step), predicted x_0; a tensor that is returned takes the place of x
 Callback = Callable[[int, int, Tensor, Tensor], "Tensor | None"]

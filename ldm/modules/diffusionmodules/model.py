@@ -179,7 +179,7 @@ class Decoder(_Coder):
         previous = widths[-1]
         self.conv_in = nn.Conv2d(z_channels, previous, 3, padding=1)
         self.mid = Middle(previous, groups, dropout)
-        levels = []
+        levels: list[Level] = []
         for i in reversed(range(len(widths))):
             level = Level([previous] + [widths[i]] * (blocks + 1), attention[i], groups, dropout)
             if i > 0:

@@ -153,9 +153,9 @@ class UNetModel(nn.Module):
         for level, width in enumerate(widths):
             attends = 2**level in attention_resolutions
             for _ in range(num_res_blocks):
-                layers = [res(channels, width)] + ([attention(width)] if attends else [])
+                block = Block([res(channels, width)] + ([attention(width)] if attends else []))
                 channels = width
-                self.input_blocks.append(Block(layers))
+                self.input_blocks.append(block)
                 skips.append(channels)
             if level < len(widths) - 1:
                 self.input_blocks.append(Block([Downsample(channels)]))
@@ -167,7 +167,8 @@ class UNetModel(nn.Module):
         for level, width in reversed(list(enumerate(widths))):
             attends = 2**level in attention_resolutions
             for i in range(num_res_blocks + 1):
-                layers = [res(channels + skips.pop(), width)] + ([attention(width)] if attends else [])
+                layers: list[nn.Module] = [res(channels + skips.pop(), width)]
+                layers += [attention(width)] if attends else []
                 channels = width
                 if level and i == num_res_blocks:
                     layers.append(Upsample(channels))
@@ -181,7 +182,7 @@ class UNetModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.out[2].weight.dtype
+        return next(self.out.parameters()).dtype
 
     def project(self, context: Context) -> Projected:
         """The keys and values that all cross-attention layers make of a context; they do not depend on x or t."""
@@ -214,7 +215,7 @@ class UNetModel(nn.Module):
         return leave(self.out(h), dtype)
 
     def _run(
-        self, block: Block, h: Tensor, emb: Tensor, context: Context | Projected, hook: AttentionHook | None
+        self, block: nn.Module, h: Tensor, emb: Tensor, context: Context | Projected, hook: AttentionHook | None
     ) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             # the state of the generators may not be read while a CUDA graph is captured
