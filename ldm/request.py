@@ -339,7 +339,8 @@ def _number(name: str, value: Any) -> int | float | None:
     if value is None and field.default is None:
         return None
     whole = str(field.type).startswith("int")
-    if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number:
         raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {shown(value)}.")
     low, high, remark = RANGES[name]
     if not low <= value <= high:
