@@ -19,13 +19,28 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "*"
 SAMPLERS = ("ddim", "plms")
-RESIZES = ("crop", "pad", "squash")
 PRESETS = ("content", "layout", "material", "style")
-MAX_STEPS = 1000
+CHOICES: dict[str, tuple[object, ...]] = {
+    "sampler": SAMPLERS,
+    "resize": ("crop", "pad", "squash"),
+    "preset": (None, *PRESETS),
+}
+CHOICES |= {"any_base": (False, True), "legacy_word_tokens": (False, True)}
 MAX_SCALE = 1000  # guidance beyond it leaves nothing of an image; useful scales are below 30
 MAX_SIDE = 1 << 14  # pixels
-MAX_IMAGES = 1_000_000
-MAX_SAMPLES = 4096  # images in a batch
+# Least and greatest value of each number, and what may be added to the sentence that says so.
+RANGES: dict[str, tuple[int, int, str]] = {
+    "strength": (0, 1, ": 0 keeps the content image, 1 keeps none of it"),
+    "ddim_steps": (1, 1000, ""),
+    "ddim_eta": (0, 1, ": 0 is deterministic, 1 is as random as DDPM"),
+    "scale": (0, MAX_SCALE, "; 1 means no guidance, 5 to 10 are usual"),
+    "seed": (0, 2**63 - 1, ""),
+    "n_samples": (1, 4096, "; n_iter makes more"),
+    "n_iter": (1, 1_000_000, ""),
+    "n_rows": (0, 1_000_000, ": 0 is as square as possible"),
+    "height": (1, MAX_SIDE, ""),
+    "width": (1, MAX_SIDE, ""),
+}
 MAX_CONCEPTS = 100  # a prompt has room for 75 tokens
 
 Words = Sequence["str | int | None"]
@@ -112,76 +127,26 @@ class Request:
     legacy_word_tokens: bool = False
 
     def __post_init__(self) -> None:
-        self._check_texts()
-        self._check_choices()
-        self._check_numbers()
+        check_prompt(self.prompt)
+        if self.prospect_words is not None:
+            self._set("prospect_words", tuple(check_words(self.prospect_words)))
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if not any(isinstance(value, type(choice)) and value == choice for choice in known):
+                listed = ", ".join(str(choice) for choice in known if choice is not None)
+                raise ValueError(f"Unknown {name} {shown(value)}; there are {listed}.")
+        for name in RANGES:
+            self._set(name, _number(name, getattr(self, name)))
         self._set("content_dir", _content(self.content_dir))
         self._set("concepts", _concepts(self.concepts or {}))
         check_negative_prompt(self.negative_prompt, self.concepts or {})
+        if self.preset is not None and self.prospect_words is not None:
+            raise ValueError("preset makes prospect_words itself; give one of them.")
+        if self.sampler == "plms" and self.ddim_eta != 0:
+            raise ValueError(f"PLMS is deterministic: ddim_eta must be 0, not {self.ddim_eta}; use DDIM for eta > 0.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-
-    def _check_texts(self) -> None:
-        check_prompt(self.prompt)
-        if self.prospect_words is not None:
-            if self.preset is not None:
-                raise ValueError("preset makes prospect_words itself; give one of them.")
-            self._set("prospect_words", tuple(check_words(self.prospect_words)))
-
-    def _check_choices(self) -> None:
-        choices = {"sampler": SAMPLERS, "resize": RESIZES, "preset": PRESETS}
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if not (isinstance(value, str) and value in known) and not (name == "preset" and value is None):
-                raise ValueError(f"Unknown {name} {shown(value)}; there are {', '.join(known)}.")
-        for name in ("any_base", "legacy_word_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {shown(getattr(self, name))}.")
-
-    def _check_numbers(self) -> None:
-        for name in ("ddim_steps", "seed", "n_samples", "n_iter", "n_rows", "height", "width"):
-            if getattr(self, name) is not None or name not in ("height", "width"):
-                self._set(name, _whole(name, getattr(self, name)))
-        for name in ("strength", "ddim_eta", "scale"):
-            if getattr(self, name) is not None or name != "scale":
-                self._set(name, _real(name, getattr(self, name)))
-        if not 1 <= self.ddim_steps <= MAX_STEPS:
-            raise ValueError(f"ddim_steps must be in 1..{MAX_STEPS}, not {shown(self.ddim_steps)}.")
-        if not 0.0 <= self.strength <= 1.0:
-            raise ValueError(f"strength must be in 0..1, not {self.strength}: 0 keeps the content image, 1 none of it.")
-        self._check_sampling()
-        self._check_counts()
-
-    def _check_sampling(self) -> None:
-        if self.scale is not None and not 0 <= self.scale <= MAX_SCALE:
-            raise ValueError(
-                f"scale must be in 0..{MAX_SCALE}, not {self.scale}; 1 means no guidance, 5 to 10 are usual."
-            )
-        if self.sampler == "plms" and self.ddim_eta != 0:
-            raise ValueError(f"PLMS is deterministic: ddim_eta must be 0, not {self.ddim_eta}; use DDIM for eta > 0.")
-        if not self.ddim_eta >= 0:
-            raise ValueError(f"ddim_eta must not be negative, but is {self.ddim_eta}.")
-        if self.ddim_eta > 1:  # a step would have to add more noise than is left after it
-            raise ValueError(f"ddim_eta must be at most 1 (as random as DDPM), not {self.ddim_eta}.")
-
-    def _check_counts(self) -> None:
-        count = self.n_iter * self.n_samples
-        if self.n_iter < 1 or self.n_samples < 1:
-            raise ValueError(
-                f"n_iter and n_samples must be at least 1, not {shown(self.n_iter)} and {shown(self.n_samples)}."
-            )
-        if self.n_samples > MAX_SAMPLES:
-            raise ValueError(f"n_samples must be at most {MAX_SAMPLES}, not {shown(self.n_samples)}; use n_iter.")
-        if count > MAX_IMAGES:
-            raise ValueError(f"n_iter · n_samples must be at most {MAX_IMAGES}, not {shown(count)}; use fewer.")
-        if self.n_rows < 0:
-            raise ValueError(f"n_rows must be at least 1, or 0 for as square as possible, not {shown(self.n_rows)}.")
-        if not 0 <= self.seed <= 2**63 - count:
-            raise ValueError(f"seed must be in 0..{2**63 - count}, not {shown(self.seed)}; image i has seed + i.")
-        for name in ("height", "width"):
-            if (getattr(self, name) or 0) > MAX_SIDE:
-                raise ValueError(f"{name} must be at most {MAX_SIDE} pixels, not {shown(getattr(self, name))}.")
 
     def for_model(self, facts: ModelFacts) -> Request:
         """Return the request with the model's own size and guidance scale where it gives none.
@@ -193,8 +158,11 @@ class Request:
         request = replace(self, **own) if own else self
         if request.ddim_steps > facts.num_timesteps:
             raise ValueError(f"ddim_steps must be in 1..{facts.num_timesteps}, not {request.ddim_steps}.")
-        for name in ("height", "width"):
-            _check_size(name, getattr(request, name), facts.size_unit)
+        for name, size in zip(("height", "width"), request.size, strict=True):
+            if size % facts.size_unit:
+                nearest = max(facts.size_unit, round(size / facts.size_unit) * facts.size_unit)
+                multiple = f"a multiple of {facts.size_unit} for this model"
+                raise ValueError(f"{name} must be {multiple}, not {size}; nearest: {nearest}.")
         if request.prospect_words is not None:
             check_words(request.prospect_words, facts.num_stages)
         if request.concepts and facts.placeholder is None:
@@ -204,15 +172,13 @@ class Request:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels, of a request that `for_model` returned."""
-        if self.height is None or self.width is None:
-            raise ValueError("The size depends on the model; call for_model first.")
+        assert self.height is not None and self.width is not None, "call for_model first"
         return self.height, self.width
 
     @property
     def guidance_scale(self) -> float:
         """`scale`, of a request that `for_model` returned."""
-        if self.scale is None:
-            raise ValueError("The guidance scale depends on the model; call for_model first.")
+        assert self.scale is not None, "call for_model first"
         return self.scale
 
     @property
@@ -359,34 +325,28 @@ def mentions(text: str, placeholder: str) -> bool:
 
 def shown(value: object) -> str:
     """Return a value for a message: in short, and of arrays, lists and bytes only what they are."""
-    if isinstance(value, int) and abs(value) >= 10**20:  # thousands of digits cannot even be written
+    if isinstance(value, Integral) and abs(int(value)) >= 10**20:  # thousands of digits cannot even be written
         return "a number of more than 20 digits"
-    if value is None or isinstance(value, (str, int, float)):
-        text = repr(value)
-        return text if len(text) <= 60 else f"{text[:60]}…"
-    return f"a {type(value).__name__}"
+    if value is not None and not isinstance(value, (str, Real)):
+        return f"a {type(value).__name__}"
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _whole(name: str, value: object) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, not {shown(value)}.")
-    return int(value)
-
-
-def _real(name: str, value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number, not {shown(value)}.")
-    try:
-        # NumPy's float32(0.7) was written as 0.7; its double is 0.699999988
-        return float(str(value) if hasattr(value, "dtype") else value)
-    except OverflowError:
-        raise ValueError(f"{name} must be a number that fits, not {shown(value)}.") from None
-
-
-def _check_size(name: str, size: int, unit: int) -> None:
-    if size < unit or size % unit:
-        nearest = max(unit, round(size / unit) * unit)
-        raise ValueError(f"{name} must be a multiple of {unit} for this model, not {shown(size)}; nearest: {nearest}.")
+def _number(name: str, value: Any) -> int | float | None:
+    """A value as Python's int or float, as its field wants it, within its range; None where that is the default."""
+    field = Request.__dataclass_fields__[name]
+    if value is None and field.default is None:
+        return None
+    whole = str(field.type).startswith("int")
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number:
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {shown(value)}.")
+    low, high, remark = RANGES[name]
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low}..{high}, not {shown(value)}{remark}.")
+    # NumPy's float32(0.7) was written as 0.7; its double is 0.699999988
+    return int(value) if whole else float(str(value) if hasattr(value, "dtype") else value)
 
 
 def _content(content: Any) -> Any:
@@ -415,9 +375,6 @@ def _concept(name: object, source: Any) -> Any:
         raise ValueError(f"The concept '{name}' has no file here; give it with --concept '{name}=FILE'.")
     if isinstance(source, (str, os.PathLike)):
         return os.path.expanduser(source)
-    if hasattr(source, "metadata"):  # a loaded one
-        return source
-    raise ValueError(
-        f"concepts must be {{name: file}}, and '{name}' has {shown(source)} instead of a file's path; give it with "
-        f"--concept '{name}=FILE'."
-    )
+    if not hasattr(source, "metadata"):  # it is no loaded one
+        raise ValueError(f"concepts must be {{name: file}}, but '{name}' has {shown(source)} and no file's path.")
+    return source

@@ -88,6 +88,6 @@ def test_a_missing_concept_is_said_in_one_sentence(
     nbformat.write(notebook, tmp_path / "short.ipynb")
     with pytest.raises(CellExecutionError) as failed:
         execute(tmp_path / "short.ipynb", outputs / "short.ipynb")
-    assert failed.value.ename == "EmbeddingError"
-    assert failed.value.evalue.startswith("'nowhere.safetensors': there is no such file")
+    assert failed.value.ename == "TensorFileError"
+    assert failed.value.evalue.startswith("There is no file 'nowhere.safetensors'")
     assert nbformat.read(outputs / "short.ipynb", as_version=4).cells[-1].outputs  # written though it failed

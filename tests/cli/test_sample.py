@@ -570,7 +570,7 @@ GENERATING: dict[str, Cases] = {
             "record-config-typed": "has no readable config (a dict); give it with --config",
             "record-steps-typed": "ddim_steps must be a whole number, not 'many'",
             "record-scale-nan": "scale must be in 0..1000",
-            "record-endless": "n_iter · n_samples must be at most 1000000",
+            "record-endless": "n_iter must be in 1..1000000",
         }.items()
     ],
 }
