@@ -93,8 +93,8 @@ def check_resumable(module: pl.LightningModule, checkpoint: Path | None) -> None
         if saved.get(key, None if key in trained else own.shape) != own.shape:
             found = tuple(saved[key]) if key in saved else "missing"
             raise ValueError(
-                f"'{checkpoint}' does not fit the configuration ({key} is {found}, not {tuple(own.shape)}); resume with "
-                "the run's own configuration, or start a new run."
+                f"'{checkpoint}' does not fit the configuration ({key} is {found}, not {tuple(own.shape)}); resume "
+                "with the run's own configuration, or start a new run."
             )
 
 
