@@ -38,15 +38,18 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
 
 
 @contextmanager
-def usual_torch() -> Iterator[None]:
+def usual_torch(keep_meta: bool = False) -> Iterator[None]:
     """PyTorch's global state as a fresh process has it: it decides which random numbers are drawn, and what is learned.
 
-    New tensors are float32, on the CPU (`meta`, which holds no numbers, may stay), and fit for autograd.
+    New tensors are float32, on the CPU and fit for autograd.
+
+    Args:
+        keep_meta: stay on the `meta` device, which holds no numbers, where that is the default.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     try:
-        place = device if device.type == "meta" else torch.device("cpu")
+        place = device if keep_meta and device.type == "meta" else torch.device("cpu")
         with place, torch.inference_mode(False), torch.enable_grad():
             yield
     finally:

@@ -97,7 +97,7 @@ class LatentDiffusion(pl.LightningModule):
     first_stage_model: FirstStage
     cond_stage_model: FrozenCLIPEmbedder
 
-    @usual_torch()
+    @usual_torch(keep_meta=True)
     def __init__(
         self,
         unet_config: Mapping[str, Any],
