@@ -44,7 +44,10 @@ def test_import_as_a_program_and_its_mistakes(tmp_path: Path, concept_file: Path
     back, original = load_concept(out), load_concept(concept_file)
     assert torch.equal(back.vectors, original.vectors) and back.metadata == original.metadata
     result = program("import_embedding", str(paths[0]), "--out", str(out))
-    assert result.returncode == 2 and "is there already; name another file, or say --force" in result.stderr
+    assert (
+        result.returncode == 2
+        and "is there already; use --force to overwrite it, or name another file" in result.stderr
+    )
     save_file({"<a>": torch.zeros(2, 4), "<b>": torch.ones(2, 4)}, tmp_path / "two.safetensors")
     flags = ["import_embedding", str(tmp_path / "two.safetensors"), "--out", str(out), "--force", "--rows_are_stages"]
     result = program(*flags)
