@@ -60,7 +60,7 @@ def picture_sides(
         ValueError: the first sample has no image and caption to learn from.
     """
     if not isinstance(dataset, Repeated):
-        size = getattr(dataset, "size", getattr(dataset, "resolution", None))
+        size = getattr(dataset, "resolution", getattr(dataset, "size", None))  # a world's `size` counts images
         return None if size is None else (size, size)
     sample = dataset[0]
     for key in (image_key, caption_key):

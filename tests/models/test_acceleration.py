@@ -457,7 +457,7 @@ def test_gradients_under_autocast_are_not_enlarged() -> None:
 
 
 def test_fused_adamw_is_adamw() -> None:
-    """To the last digit of float32 after five steps."""
+    """To a hundredth of the rate after five steps; where a gradient is nearly 0, its direction is rounding."""
     batch = batch_of(PersonalizedBase(PICTURES, size=128), [0, 1])
     learned = []
     for fused in (True, False):
@@ -472,7 +472,7 @@ def test_fused_adamw_is_adamw() -> None:
             optimizer.zero_grad()
         learned.append(torch.cat([p.detach().flatten() for p in model.trainable_parameters()]))
     assert (learned[0] - start).abs().max() > 1e-3
-    torch.testing.assert_close(*learned, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*learned, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_can_be_clipped_in_mixed_precision(tmp_path: Path) -> None:
