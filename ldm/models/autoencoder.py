@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -16,6 +16,8 @@ from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.util import seed_step
 
 logger = logging.getLogger(__name__)
+
+Encoded = TypeVar("Encoded")  # a tensor, or a distribution
 
 
 class DiagonalGaussianDistribution:
@@ -66,20 +68,22 @@ class FirstStage(pl.LightningModule, ABC):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
 
-    def in_range(
-        self, function: Callable[[Tensor], Tensor | DiagonalGaussianDistribution], x: Tensor
-    ) -> Tensor | DiagonalGaussianDistribution:
+    def in_range(self, function: Callable[[Tensor], Encoded], x: Tensor) -> Encoded:
         """`encode` or `decode` of x, which may be of any dtype, in this network's own.
 
         Where float16 is too narrow for a finite x, the network becomes float32, once, and says so in the log.
         """
         dtype = next(self.parameters()).dtype
         result = function(x.to(dtype))
-        values = result.parameters if isinstance(result, DiagonalGaussianDistribution) else result
+        values: Any = result.parameters if isinstance(result, DiagonalGaussianDistribution) else result
         if dtype != torch.float16 or values.isfinite().all() or not x.isfinite().all():
             return result
         logger.warning("The first stage (VAE) overflows in float16; from now on it works in float32.")
         return function(x.to(next(self.float().parameters()).dtype))
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor | DiagonalGaussianDistribution:
+        """Images -> latents, or their posterior."""
 
     @abstractmethod
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +107,7 @@ class FirstStage(pl.LightningModule, ABC):
     def validation_step(self, batch: Mapping[str, Any], _: int) -> None:
         self._loss(batch, "val")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.99))
         return {"optimizer": optimizer, "lr_scheduler": cosine_to_zero(optimizer, self.trainer)}
 

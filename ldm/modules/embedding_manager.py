@@ -138,7 +138,7 @@ class EmbeddingManager(nn.Module):
 
     def _tokens(self) -> dict[str, LearnedTokens]:
         """Placeholder -> its tokens, in the order of their rows; several placeholders may share one."""
-        tokens = {p: self.learned for p in self._trained_placeholders() if not is_prefix(self.learned)}
+        tokens: dict[str, Any] = {p: self.learned for p in self._trained_placeholders() if not is_prefix(self.learned)}
         return tokens | {p: module for p, module in self._modules_loaded.items() if not is_prefix(module)}
 
     def rows(self) -> dict[str, list[list[int]]]:
@@ -160,8 +160,8 @@ class EmbeddingManager(nn.Module):
 
     def learned_now(self) -> Learned:
         """Return what prompts read at this moment; concepts that are loaded later do not change it."""
-        tokens = tuple({id(module): module for module in self._tokens().values()}.values())
-        prefixes = [self.learned] if self._trained_placeholders() and is_prefix(self.learned) else []
+        tokens: tuple[Any, ...] = tuple({id(module): module for module in self._tokens().values()}.values())
+        prefixes: list[Any] = [self.learned] if self._trained_placeholders() and is_prefix(self.learned) else []
         prefixes += [module for module in self._modules_loaded.values() if is_prefix(module)]
         for module in (*tokens, *prefixes):
             module.to(self.initial_embeddings.device)

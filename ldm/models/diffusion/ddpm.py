@@ -170,8 +170,8 @@ class LatentDiffusion(pl.LightningModule):
             if stays:
                 part.eval().requires_grad_(False).to(self.options.dtype)
         if self.options.channels_last:
-            self.model.to(memory_format=torch.channels_last)
-            self.first_stage_model.to(memory_format=torch.channels_last)
+            for part in (self.model, self.first_stage_model):
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _make_manager(self, config: Mapping[str, Any] | None) -> EmbeddingManager | None:
         if config is None:
@@ -333,11 +333,14 @@ class LatentDiffusion(pl.LightningModule):
             with self.trainer.precision_plugin.forward_context():
                 captures = self._captures("train")
             logger.info(CAPTURED if captures else NOT_CAPTURED)
-        datasets = getattr(self.trainer.datamodule, "datasets", {})
+        datasets = self._datasets()
         if self.options.cache_latents and "train" in datasets and hasattr(datasets["train"], "num_pictures"):
             self._latents = LatentCache(self.encode_first_stage, datasets["train"])
             if self.options.standardize_latents and self.trainer.ckpt_path is None:
-                self._latents.standardize(self.first_stage_model)
+                self._latents.standardize(self.first_stage_model)  # type: ignore[arg-type]  # KL only
+
+    def _datasets(self) -> Mapping[str, Any]:
+        return getattr(getattr(self.trainer, "datamodule", None), "datasets", {})
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Draw on the host while the device works on the step before; the step itself never waits for the device."""
@@ -474,7 +477,7 @@ class LatentDiffusion(pl.LightningModule):
         """Write the learned embeddings as a concept file, with where they came from."""
         if self.embedding_manager is None:
             return
-        captions = getattr(self.trainer.datamodule.datasets["train"], "templates", ["{}"])
+        captions = getattr(self._datasets().get("train"), "templates", ["{}"])
         said = {} if captions == ["{}"] else {"captions": "\n".join(captions)}
         self.embedding_manager.save(path, step=str(self.trainer.global_step), **said, **self.base_model)
 

@@ -107,10 +107,11 @@ class LatentCache:
         )
         encode, decode = first_stage.quant_conv, first_stage.post_quant_conv
         channels = len(shift)
-        encode.bias[:channels].sub_(shift).mul_(scale)
+        bias = encode.get_parameter("bias")
+        bias[:channels].sub_(shift).mul_(scale)
         encode.weight[:channels].mul_(scale.view(-1, 1, 1, 1))
-        encode.bias[channels:].add_(2 * scale.log())
-        decode.bias.add_(decode.weight[:, :, 0, 0].float() @ shift)
+        bias[channels:].add_(2 * scale.log())
+        decode.get_parameter("bias").add_(decode.weight[:, :, 0, 0].float() @ shift)
         decode.weight.div_(scale.view(1, -1, 1, 1))
 
 

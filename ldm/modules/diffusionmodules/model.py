@@ -111,6 +111,8 @@ class Level(nn.Module):
 class _Coder(nn.Module):
     """What encoder and decoder share: the `ddconfig` of the YAML files."""
 
+    _build: Callable[..., None]  # makes the layers
+
     # part of the reference's ddconfig; `out_ch` belongs to the decoder, `double_z` to the encoder
     def __init__(
         self,
@@ -168,7 +170,7 @@ class Encoder(_Coder):
         for level in self.down:
             h = level(h)
             if hasattr(level, "downsample"):
-                h = level.downsample(h)
+                h = level.get_submodule("downsample")(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -195,5 +197,5 @@ class Decoder(_Coder):
         for level in reversed(self.up):
             h = level(h)
             if hasattr(level, "upsample"):
-                h = level.upsample(h)
+                h = level.get_submodule("upsample")(h)
         return self.conv_out(F.silu(self.norm_out(h)))
