@@ -5,7 +5,7 @@ Shapes: pictures (B, 3, H, W) in [-1, 1]; latents (B, z, H/f, W/f) with f = 2^(l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from einops import rearrange
