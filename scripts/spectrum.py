@@ -133,7 +133,10 @@ def check_presets_file(file: Path) -> None:
         raise ValueError(f"--write-presets takes a file, not the folder '{file}'.")
     check_writable(file.parent, "--write-presets")
     if file.exists():
-        load_presets(file)
+        try:
+            load_presets(file)
+        except ValueError as error:
+            raise ValueError(f"'{file}' does not hold presets, and would be lost; name another file.") from error
 
 
 def write_presets(file: Path, found: Spectrum, ckpt: str) -> None:

@@ -198,7 +198,7 @@ NUMBERS = {"0": ("--count", "--steps", "--workers"), "-1": ("--count", "--steps"
         (command, [*OWN, "--concept", "none.safetensors=a *"], "There is no file 'none.safetensors'"),
         (command, [*OWN, "--concept", "README.md=a *"], "'README.md' is a text file"),
         (command, [PRESETS, "README.md/presets.yaml"], "'README.md'"),
-        (command, [PRESETS, MODEL], "is not a readable YAML file"),
+        (command, [PRESETS, MODEL], "does not hold presets, and would be lost"),
         (command, [PRESETS, "docs"], "takes a file, not the folder 'docs'"),
         (command, [PRESETS, "p.yaml", "--concepts", 0], "needs concepts of the rendered world"),
         (command, [PRESETS, "p.yaml", "--prompt", ""], "needs concepts of the rendered world"),
