@@ -65,6 +65,8 @@ def build_parser(docstring: str | None, editing: bool) -> Parser:
     add_flag(model, "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
     help_allow = "packages of your own whose classes the configuration may name"
     add_flag(model, "--allow_targets", nargs="+", default=[], metavar="PACKAGE", help=help_allow)
+    help_resolvers = "let the configuration use resolvers, such as ${oc.env:HOME}"
+    add_flag(model, "--allow_resolvers", action="store_true", help=help_resolvers)
     add_flag(model, "--outdir", type=path, default=Path("outputs"), metavar="DIR", help="for the images (outputs)")
     add_flag(model, "--debug", action="store_true", help="show the whole trace of an error")
     return parser
@@ -118,7 +120,7 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     from ldm.config import allow_targets, check_generates, load_config
 
     allow_targets(*options.allow_targets)
-    config = load_config(setup["config"], flag="--config")
+    config = load_config(setup["config"], flag="--config", resolvers=options.allow_resolvers)
     check_generates(config)
     facts = model_facts(config)
     request = build_request(options, recorded, facts.placeholder or PLACEHOLDER)

@@ -22,6 +22,7 @@ from bad_files import ROOT, STAR, Cases, cases, refused, words
 from PIL import Image
 
 import ldm.generate
+from ldm import checkpoint
 from ldm.cli.export import run as export
 from ldm.cli.sample import build_parser, run
 from ldm.conditioning.presets import load_presets, preset, presets_beside
@@ -180,6 +181,9 @@ def test_one_run_builds_one_model_and_reads_each_file_once(
         build(self, *arguments, **options)
 
     monkeypatch.setattr(LatentDiffusion, "__init__", counted)
+    hashed: list[object] = []
+    fingerprint = checkpoint.fingerprint
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda state: hashed.append(state) or fingerprint(state))
     read: list[str] = []
     safe_open = tensors.safe_open
     monkeypatch.setattr(
@@ -188,7 +192,7 @@ def test_one_run_builds_one_model_and_reads_each_file_once(
     flags = ("--content", content, "--concept", concept_file, "--config", config, "--ckpt", model, "--outdir", tmp_path)
     with opened_files() as opened:
         img2img(*flags, "--prompt", "a *", "--preset", "material")
-    assert len(built) == 1
+    assert (len(built), len(hashed)) == (1, 1)
     assert sorted(read) == sorted([str(model), str(concept_file)])
     inputs = [content, model, concept_file, config, tmp_path / "presets.yaml"]
     assert [opened.count(str(path)) for path in inputs] == [1] * 5
@@ -659,6 +663,6 @@ def test_a_concept_that_no_text_names(
 def test_every_flag_of_a_request_is_a_field_of_it() -> None:
     """A flag whose `dest` is none would silently do nothing; and each field has a flag."""
     own = {"help", "words", "concept", "source", "config", "ckpt", "dtype", "device", "outdir", "debug"}
-    own |= {"allow_targets"}
+    own |= {"allow_targets", "allow_resolvers"}
     dests = {action.dest for action in build_parser("", editing=True)._actions}
     assert dests - own == {field.name for field in fields(Request)} - {"concepts"}
