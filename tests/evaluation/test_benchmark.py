@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evaluation.benchmark import models, sample, train
+from evaluation.benchmark import measure, models, sample, train
 from evaluation.benchmark.load import alternate_loads
 from evaluation.benchmark.measure import Contender, alternate, count_flop, deviations, matmul_ceiling
 from evaluation.benchmark.peer import peer_contender
-from evaluation.benchmark.report import make_row, table
+from evaluation.benchmark.report import make_row
 from evaluation.benchmark.switches import DEFAULTS, REFERENCE, SWITCHES
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from scripts import benchmark
@@ -145,18 +145,14 @@ def test_the_command_writes_table_and_json(tmp_path: Path, capsys: pytest.Captur
     first, ours, without = content["rows"]
     assert ours["gflop"] < without["gflop"] < first["gflop"], "less arithmetic for the same result"
     assert all(row["deviation"] < 1e-4 and row["ms"] > 0 and row["peak_mb"] > 1 for row in content["rows"])
-    assert "ours without stages" in text and "times first" in text
+    lines = text.splitlines()[-4:]
+    assert "times first" in lines[0] and len({len(line) for line in lines}) == 1, "aligned"
 
 
-def test_a_wrong_result_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.TrainingStep, "result", lambda step: torch.tensor([float(len(step.switches))]))
-    assert not benchmark.main(["--mode", "reference", "--repeats", "1", "--device", "cpu"])
-
-
-@pytest.mark.parametrize(("deviating", "agree"), [({"bfloat16"}, True), ({"bfloat16", "float32"}, False)])
-def test_a_half_precision_row_excuses_no_other(
-    deviating: set[str], agree: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("deviating", "agree"), [({"bfloat16"}, True), ({"bfloat16", "float32"}, False), ({"float32"}, False)]
+)
+def test_a_wrong_result_is_no_result(deviating: set[str], agree: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that are 5 % off are near enough in bfloat16, and in nothing else beside it."""
 
     def result(step: train.TrainingStep) -> torch.Tensor:
@@ -164,6 +160,8 @@ def test_a_half_precision_row_excuses_no_other(
         return torch.tensor([1.05 if dtype in deviating else 1.0])
 
     monkeypatch.setattr(train.TrainingStep, "result", result)
+    monkeypatch.setattr(train.TrainingStep, "run", lambda step: step.model.zero_grad())
+    monkeypatch.setattr(measure, "matmul_ceiling", lambda *_: 1.0)
     arguments = "--mode reference --on bfloat16 --off bfloat16 --repeats 1 --device cpu"
     assert benchmark.main(arguments.split()) is agree
 
@@ -211,10 +209,3 @@ def test_help_is_quick() -> None:
     ).stdout
     assert time.perf_counter() - begin < 2  # 0.2 s on a free machine
     assert all(name in out for name in SWITCHES)
-
-
-def test_the_table_is_aligned() -> None:
-    measured = alternate([Contender("a long name", lambda: None, lambda: torch.zeros(1))], CPU, 1)["a long name"]
-    rows = [make_row(name, measured, measured, "wall") for name in ("a", "a long name")]
-    lines = table(rows).splitlines()
-    assert len(lines) == 3 and len({len(line) for line in lines}) == 1
