@@ -10,14 +10,18 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
-import joblib
 import numpy as np
 import torch
-from joblib._store_backends import FileSystemStoreBackend
 from tqdm import tqdm
 
 from ldm.checkpoint import file_hash
 from ldm.files.writing import replacing
+
+try:
+    import joblib
+    from joblib._store_backends import FileSystemStoreBackend
+except ImportError as error:
+    raise ImportError("Measuring needs joblib, scipy and matplotlib: pip install -e '.[metrics]'") from error
 
 Result = dict[str, np.ndarray]
 Name = TypeVar("Name", bound=Hashable)

@@ -6,19 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 
-try:
-    import matplotlib
-except ImportError as error:
-    raise ImportError("Figures need matplotlib; install it with: pip install -e '.[metrics]'") from error
+from evaluation.judges import Judge
+from evaluation.spectrum import Experiment, Spectrum, all_windows, matrix
+from evaluation.statistics import mean_interval, share_interval
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-from evaluation.judges import Judge  # noqa: E402
-from evaluation.spectrum import Experiment, Spectrum, all_windows, matrix  # noqa: E402
-from evaluation.statistics import mean_interval, share_interval  # noqa: E402
+plt.switch_backend("Agg")  # no window, no display
 
 COLUMNS = 12  # conditions in a strip of images
 TITLES = {
@@ -125,9 +120,8 @@ def strip(examples: Mapping[str, np.ndarray], name: str, path: Path) -> None:
     """Draw the images of conditions side by side, each condition's stages above."""
     shown = dict(list(examples.items())[:COLUMNS])
     rows = len(next(iter(shown.values())))
-    figure, axes = plt.subplots(
-        rows, len(shown), figsize=(0.9 * len(shown), 0.95 * rows), squeeze=False, layout="constrained"
-    )
+    size = (0.9 * len(shown), 0.95 * rows)
+    figure, axes = plt.subplots(rows, len(shown), figsize=size, squeeze=False, layout="constrained")
     for x, (condition, images) in enumerate(shown.items()):
         axes[0, x].set_title(condition, fontsize=8)
         for y, image in enumerate(images):

@@ -113,6 +113,4 @@ def sentence(words: Mapping[str, str]) -> str:
 def world_vocabulary() -> list[str]:
     """Return every word a caption can contain, and a few more that prompts for this world may use; sorted."""
     words = {word for values in FACTORS.values() for word in values}
-    for phrase in (*PREPOSITIONS.values(), EXTRA_WORDS):
-        words.update(phrase.split())
-    return sorted(words)
+    return sorted(words.union(*map(str.split, (*PREPOSITIONS.values(), EXTRA_WORDS))))

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from evaluation.world.attributes import (
     world_vocabulary,
 )
 from evaluation.world.rendered import RenderedWorld, render
-from scripts import render_world
+from scripts import make_demo_tokenizer, render_world
 
 STAR = attributes_from_words(["large", "striped", "red", "star", "left", "navy"])
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_demo_tokenizer.py"
 
 # Images
 
@@ -211,7 +209,7 @@ def tokenizer(tmp_path_factory):
     from transformers import CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    runpy.run_path(str(SCRIPT))["write_tokenizer"](folder, max_length=32)
+    make_demo_tokenizer.write_tokenizer(folder, max_length=32)
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -233,6 +231,17 @@ def test_special_tokens_and_length(tokenizer):
     assert len(ids) == tokenizer.model_max_length == 32
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert tokenizer("", padding="max_length").input_ids == [ids[0], *[ids[-1]] * 31]
+
+
+def test_a_tokenizer_is_replaced_with_force_only(tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "vocab.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        make_demo_tokenizer.main()
+    assert "use --force" in capsys.readouterr().err and (tmp_path / "vocab.json").read_text() == "{}"
+    monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path), "--force"])
+    make_demo_tokenizer.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"vocab.json", "merges.txt", "tokenizer_config.json"}
 
 
 # Sets
