@@ -1,4 +1,4 @@
-"""The lab: what the stages decide and what a learned concept is worth, measured. Not part of the installed package.
+"""The lab: what the stages decide and what a learned concept is worth, measured. Not installed; `ldm` never imports it.
 
 * world: a rendered world of captioned images whose attributes are known; networks: the small networks trained on it.
 * images: batches of images for experiments; judges: what an image shows, or which of two references it is closer to.
@@ -7,6 +7,4 @@
 * concepts, ablation, comparison: does a concept transfer the wanted attribute and no other? (scripts/ablate.py)
 * jobs: measurements in parallel, each kept on disk; statistics: confidence intervals; plots: figures.
 * benchmark: time, memory and arithmetic of every optimisation (scripts/benchmark.py).
-
-It imports `ldm`; `ldm` never imports it.
 """

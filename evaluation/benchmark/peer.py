@@ -129,8 +129,7 @@ class PeerTraining:
 
 
 class PeerSampling:
-    """The loop of diffusers' pipeline; its contexts are made by our text transformer, as ours are and in the same
-    precision, and change with the stage."""
+    """The loop of diffusers' pipeline; its contexts are made as ours are, and change with the stage."""
 
     def __init__(self, peer: Peer, batch: int, resolution: int, steps: int) -> None:
         self.peer, self.batch, self.steps = peer, batch, steps
