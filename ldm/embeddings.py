@@ -18,11 +18,20 @@ from ldm.checkpoint import save_state_dict
 from ldm.conditioning.prompts import check_placeholder
 from ldm.conditioning.stages import matching_stage
 from ldm.files.base_model import describe_base, same_base
-from ldm.files.embedding_formats import PickledBlock, in_order, read_embeddings, refuse_run, series, series_of
+from ldm.files.embedding_formats import (
+    PickledBlock,
+    PickledMapper,
+    check_beside_mapper,
+    in_order,
+    read_embeddings,
+    refuse_run,
+    series,
+    series_of,
+)
 from ldm.files.tensors import TensorFileError as EmbeddingError
 from ldm.files.tensors import naming
 from ldm.files.writing import check_new_file, replacing_set, writing_to
-from ldm.methods import find_method
+from ldm.methods import find_method, neti
 from ldm.methods.prospect import generate_vectors
 from ldm.methods.table import VECTORS
 
@@ -96,6 +105,11 @@ class Concept:
         if VECTORS not in self.tensors:
             raise EmbeddingError(f"a concept of the method '{self.method}' has no stage vectors; use one that has.")
         return self.tensors[VECTORS]
+
+    def __str__(self) -> str:
+        if VECTORS in self.tensors:
+            return f"{self.num_stages} stages of width {self.width}"
+        return f"{self.method}, {', '.join(f'{name} {tuple(x.shape)}' for name, x in list(self.tensors.items())[:2])}"
 
     @property
     def num_stages(self) -> int:
@@ -231,6 +245,7 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
     * this program's, of every method in `ldm.methods.METHODS`;
     * the reference's `.pt`, a pickled generator block: evaluated without dropout. (The reference samples with
       its dropout on when the file was saved during training.)
+    * NeTI's `mapper-*.pt`, alone or listed with its `learned_embeds-*.bin`;
     * Textual Inversion of one vector, S = 1: diffusers (`.safetensors`, `.bin`), A1111 and rinongal (`.pt`), and
       A1111's images with an embedding in them;
     * S files of one vector each (`name-0.safetensors`, …): a list of them, their folder, or any one of those
@@ -258,15 +273,29 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
         raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
     paths = [Path(path).expanduser() for path in listed]
     if listed is source:
-        concept, place = _join(paths[0].parent, in_order(paths)), paths[0].parent
+        concept, place = _read_list(paths), paths[0].parent
     else:
         concept, place = _read_path(paths[0], key, rows_are_stages), paths[0]
     object.__setattr__(concept, "source", str(place))
     return concept
 
 
+def _read_list(paths: Sequence[Path]) -> Concept:
+    """The concept in its stage files, or in the two files of NeTI: mapper, and word with the placeholder's name."""
+    words = [path for path in paths if path.name.startswith("learned_embeds-")]
+    if len(paths) != 2 or len(words) != 1:
+        return _join(paths[0].parent, in_order(paths))
+    concept = _read(next(path for path in paths if path not in words))
+    names, own = read_embeddings(words[0])[0], concept.metadata.get("placeholder")
+    with naming(words[0]):
+        if concept.method != "neti" or own not in names:
+            raise EmbeddingError(f"it names {', '.join(map(str, names))}, but the mapper was learned as {own}.")
+    return concept
+
+
 def _read_path(path: Path, key: str | None, rows_are_stages: bool) -> Concept:
     refuse_run(path)
+    check_beside_mapper(path)
     if path.is_dir():
         return _join(path, series(path, key))
     concept = _read(path, key, rows_are_stages)
@@ -283,8 +312,12 @@ def _read(path: Path, key: str | None = None, rows_are_stages: bool = False) -> 
         if isinstance(content, PickledBlock):
             vectors = generate_vectors(*content)
             return Concept(vectors, {_STAGES: str(len(vectors))})
-        if metadata.get(_METHOD, "prospect") not in ("prospect", "textual-inversion"):
-            return Concept(content, metadata, metadata[_METHOD])
+        if isinstance(content, PickledMapper):
+            return Concept(*neti.from_reference(*content), "neti")
+        if (method := metadata.get(_METHOD, "prospect")) not in ("prospect", "textual-inversion"):
+            concept = Concept(content, metadata, method)
+            find_method(method).load(concept.tensors, metadata)  # refuses what does not fit
+            return concept
         vectors = content[_choose(list(content), key)]
         vectors = vectors.unsqueeze(0) if vectors.ndim == 1 else vectors
         concept = Concept(vectors, metadata)

@@ -2,6 +2,7 @@
 
 python scripts/import_embedding.py outputs/star/star-*.safetensors --out star.safetensors
 python scripts/import_embedding.py embeddings_gs-599.pt --out teddy.safetensors
+python scripts/import_embedding.py mapper-steps-500.pt learned_embeds-steps-500.bin --out teapot.safetensors
 python scripts/import_embedding.py learned_embeds.bin --key '<cat-toy>' --out cat-toy.safetensors
 """
 
@@ -32,7 +33,7 @@ def main() -> None:
         source = options.source[0] if len(options.source) == 1 else options.source
         concept = load_concept(source, options.key, options.rows_are_stages)
         save_new_concept(concept, options.out, options.placeholder, options.force, options.source)
-    say(f"{options.out}: {concept.num_stages} stages of width {concept.width}")
+    say(f"{options.out}: {concept}")
 
 
 if __name__ == "__main__":

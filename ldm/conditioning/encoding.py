@@ -11,35 +11,33 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.context import Conditioning, Context
-from ldm.conditioning.learned import NOTHING_LEARNED, Learned
+from ldm.conditioning.learned import Learned
 from ldm.conditioning.stages import timesteps_of
 from ldm.util import to_device
 
 
 class SlotEncoder:
-    """Encodes token slots with what was learned at one moment; None, and with gradients: with that of each call.
+    """Encodes token slots with what was learned or loaded at one moment.
 
     Args:
-        encode: slots (N, L), timesteps (1 or N,), learned or None -> context.
+        encode: slots (N, L), timesteps (1 or N,), learned -> context.
     """
 
-    def __init__(self, encode: Callable[[Tensor, Tensor, Learned | None], Context], learned: Learned | None) -> None:
+    def __init__(self, encode: Callable[[Tensor, Tensor, Learned], Context], learned: Learned) -> None:
         self._encode, self.learned = encode, learned
 
     def __call__(self, slots: Tensor, t: Tensor) -> Context:
-        return self._encode(slots, t, None if torch.is_grad_enabled() else self.learned)
+        return self._encode(slots, t, self.learned)
 
     def joins(self, other: SlotEncoder) -> bool:
         """Whether the rows of both can be encoded in one batch: prompts of `other` read nothing else."""
         if self._encode != other._encode:
             return False
-        if self.learned is None or other.learned is None:
-            return self.learned is other.learned
         if self.learned.prefixes != other.learned.prefixes:
             return False
         if not other.learned.tokens:  # plain prompts, which need no contexts of their own for the layers
             return self.learned.num_layers == 1
-        return self.learned.tokens == other.learned.tokens
+        return (self.learned.tokens, self.learned.truncation) == (other.learned.tokens, other.learned.truncation)
 
 
 class PromptConditioning(Conditioning):
@@ -65,7 +63,7 @@ class PromptConditioning(Conditioning):
         self.slots = to_device(self._host_slots, device)
         super().__init__(None, slots.shape[1], len(self.slots), num_timesteps)
         self._encoder = encoder
-        self._changes = encoder.learned is not None and encoder.learned.changes_with_time and bool((slots < 0).any())
+        self._changes = encoder.learned.changes_with_time and bool((slots < 0).any())
         self._distinct: tuple[Context, Tensor] | None = None  # contexts of the distinct rows; (S, B) where they stand
         self._latest: tuple[tuple[int, ...], Context] | None = None
 
@@ -104,8 +102,7 @@ class PromptConditioning(Conditioning):
     def _of_timestep(self, t: int) -> Context:
         """The context of a timestep that has one of its own; prompts that are equal are encoded once."""
         stage = self.bucket(t)
-        learned = self._encoder.learned or NOTHING_LEARNED
-        key = stage, *learned.bucket(t)
+        key = stage, *self._encoder.learned.bucket(t)
         if self._latest is None or self._latest[0] != key:
             distinct, place = torch.unique(self._host_slots[stage], dim=0, return_inverse=True)
             context = self._encoder(to_device(distinct, self.slots.device), self._timesteps(t))
@@ -122,7 +119,7 @@ def encode_together(*conditionings: Conditioning) -> None:
     prompts = [c for c in conditionings if isinstance(c, PromptConditioning) and c._distinct is None and not c._changes]
     if torch.is_grad_enabled() or not prompts:
         return
-    prompts.sort(key=lambda c: c._encoder.learned is not None and not c._encoder.learned.tokens)  # plain prompts last
+    prompts.sort(key=lambda c: not c._encoder.learned.tokens)  # plain prompts last
     first = prompts[0]
     prompts = [c for c in prompts if first._encoder.joins(c._encoder) and c.slots.shape[-1] == first.slots.shape[-1]]
     rows = torch.cat([c._host_slots.flatten(0, 1) for c in prompts])

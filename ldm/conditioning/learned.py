@@ -87,10 +87,12 @@ class Learned:
     Args:
         tokens: in the order of their rows in the table of all learned vectors.
         prefixes: stacked in this order.
+        truncation: hidden values that a token which `truncates` keeps (NeTI); None keeps all.
     """
 
     tokens: tuple[LearnedTokens, ...] = ()
     prefixes: tuple[LearnedPrefix, ...] = ()
+    truncation: int | None = None
 
     def bucket(self, t: int) -> tuple[int, ...]:
         """Return what tells timesteps apart: equal buckets, equal vectors."""
@@ -107,7 +109,12 @@ class Learned:
 
     def vectors(self, t: Tensor) -> TokenVectors | None:
         """Return the table of all learned vectors at timesteps t (B,); None where there is none."""
-        return TokenVectors.cat([tokens.vectors(t) for tokens in self.tokens]) if self.tokens else None
+        return TokenVectors.cat([self._vectors(tokens, t) for tokens in self.tokens]) if self.tokens else None
+
+    def _vectors(self, tokens: LearnedTokens, t: Tensor) -> TokenVectors:
+        if self.truncation is None or not truncates(tokens):
+            return tokens.vectors(t)
+        return tokens.vectors(t, self.truncation)  # type: ignore[call-arg]
 
     @property
     def prefix(self) -> Mapping[int, tuple[Tensor, Tensor]]:
@@ -122,6 +129,11 @@ class Learned:
     @property
     def logit_bias(self) -> float:
         return self.prefixes[0].logit_bias if self.prefixes else 0.0
+
+
+def truncates(tokens: object) -> bool:
+    """Return whether the vectors of a token have a tail that can be left out: `vectors(t, truncation)`."""
+    return getattr(tokens, "truncates", False)
 
 
 NOTHING_LEARNED = Learned()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from ldm.files.kinds import identify, is_image
 from ldm.files.tensors import StandIn, TensorFileError, named_tensors, naming, read_file, read_head
 
+logger = logging.getLogger(__name__)
+
 _NUMBERED = re.compile(r"(.+)-(\d+)\.(?:safetensors|pt|bin)")
 _A1111_CHUNK = "sd-ti-embedding"  # of a PNG: base64 of JSON, tensors as {"TORCHTENSOR": lists of numbers}
 
@@ -28,7 +31,15 @@ class PickledBlock(NamedTuple):
     initial: Tensor | None
 
 
-def read_embeddings(path: Path) -> tuple[dict[str, Tensor] | PickledBlock, dict[str, str]]:
+class PickledMapper(NamedTuple):
+    """NeTI's `mapper-*.pt`: its state dict, the tensors of its positional encoding, and its configuration."""
+
+    parameters: dict[str, Tensor]
+    encoding: dict[str, Tensor]
+    config: object
+
+
+def read_embeddings(path: Path) -> tuple[dict[str, Tensor] | PickledBlock | PickledMapper, dict[str, str]]:
     """The embeddings of a file by name, and its metadata.
 
     Raises:
@@ -42,6 +53,11 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor] | PickledBlock, dict[
         parameters = named_tensors(path, _parameters(path, content["attention"]))
         initial = named_tensors(path, {"initial_embeddings": content.get("initial_embeddings")})
         return PickledBlock(parameters, initial.get("initial_embeddings")), metadata
+    if isinstance(content, Mapping) and content.keys() >= {"state_dict", "cfg", "encoder"}:
+        parameters = named_tensors(path, content["state_dict"])
+        # after a warm start the encoding's tensor is a parameter, else an attribute of the pickled module
+        encoding = named_tensors(path, getattr(content["encoder"], "state", None))
+        return PickledMapper(parameters, encoding, content["cfg"]), metadata
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     tensors = named_tensors(path, _string_to_param(content) if state is None else state)
     kind = identify(tensors) if "prospect.version" not in metadata else "unknown"
@@ -97,6 +113,20 @@ def refuse_run(path: Path) -> None:
     concept = folder / "embeddings.safetensors"
     if (path.is_dir() or path.name in ("last.ckpt", "previous.ckpt")) and concept.is_file():
         raise TensorFileError(f"'{path}' {what}; its concept is '{concept}'.")
+
+
+def check_beside_mapper(path: Path) -> None:
+    """Refuse a folder of NeTI's mappers, and warn of the word beside a mapper.
+
+    Raises:
+        TensorFileError: it is such a folder.
+    """
+    mappers = sorted(path.glob("mapper-*.pt"), key=lambda file: file.stat().st_mtime) if path.is_dir() else []
+    if mappers:
+        raise TensorFileError(f"'{path}' is the folder of a NeTI run; give one mapper of it, such as '{mappers[-1]}'.")
+    mapper = path.with_name(path.name.replace("learned_embeds-", "mapper-")).with_suffix(".pt")
+    if path.name.startswith("learned_embeds-") and mapper.is_file():
+        logger.warning("'%s' is only the word that NeTI begins with; what it learned is in '%s'.", path, mapper)
 
 
 def short_hash(path: str | Path) -> str | None:

@@ -32,7 +32,8 @@ _STAND_INS = (
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
 )
-_MODULES = ("ldm.", "torch.nn.modules.")  # the reference's embedding files pickle whole modules
+# Embedding files of ProSpect, and NeTI's, pickle whole modules.
+_MODULES = ("ldm.", "torch.nn.modules.", "models.positional_encoding.")
 _UNPACKED, _RATIO = 2**30, 20  # a compressed file may become 1 GB, or 20 times as large
 _READING = threading.Lock()
 

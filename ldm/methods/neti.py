@@ -7,7 +7,7 @@ Shapes: B timesteps, layers of cross-attention in order of execution, D width of
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class NeTIMapper(LearnedModule):
     """The mapper M(t, l); parameter names are those of the released `mapper-*.pt` files."""
 
     method = "neti"
+    truncates = True
     num_rows = 1
     w: Tensor
 
@@ -196,6 +197,51 @@ def check_mapper(tensors: Tensors) -> None:
         raise ValueError(f"its tensors ({', '.join(list(tensors)[:4])}) are no NeTI mapper.")
 
 
+def from_reference(parameters: Tensors, encoding: Tensors, config: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a concept for what the reference saves; its norm is of both halves.
+
+    Args:
+        parameters: the mapper's state dict; one that was saved after a warm start has the frequencies, too.
+        encoding: tensors of its positional encoding.
+        config: of its run, nested dicts.
+
+    Raises:
+        ValueError: the configuration is incomplete or does not fit the tensors.
+    """
+    try:
+        model, output = config["model"], parameters["output_layer.0.weight"]
+        positional, bypass = bool(model["use_positional_encoding"]), bool(model["output_bypass"])
+        if model["normalize_mapper_output"] and not model["target_norm"]:
+            raise ValueError("it is normalised, but has no target_norm")
+        anchors = int(model["num_pe_time_anchors"])
+        settings = NeTISettings(
+            num_layers=len(parameters["input_layer.weight"]) // anchors if positional else 16,
+            width=len(output) // (1 + bypass),
+            target_norm=float(model["target_norm"]) if model["target_norm"] else None,
+            output_bypass=bypass,
+            positional_encoding=positional,
+            sigma_t=float(model["pe_sigmas"]["sigma_t"]),
+            sigma_l=float(model["pe_sigmas"]["sigma_l"]),
+            num_anchors=anchors,
+            nested_dropout=float(model["nested_dropout_prob"]) if model["use_nested_dropout"] else None,
+        )
+        tensors = {name: x for name, x in parameters.items() if not name.startswith(("net.0.", "encoder."))}
+        if positional:
+            tensors["w"] = next(encoding[name] for name in ("w", "_parameters.w") if name in encoding)
+        metadata = {
+            SETTINGS: json.dumps(asdict(settings)),
+            "placeholder": str(config["data"]["placeholder_token"]),
+            "init_word": str(config["data"]["super_category_token"]),
+        }
+    except (KeyError, TypeError, ValueError, StopIteration, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__} {error}" if not isinstance(error, ValueError) else error
+        raise ValueError(
+            f"it is no mapper of NeTI that can be read ({reason}); use another copy of the file."
+        ) from error
+    load_mapper(tensors, metadata)
+    return tensors, metadata
+
+
 def load_mapper(tensors: Tensors, metadata: Metadata) -> NeTIMapper:
     """Return the frozen mapper of a concept.
 
@@ -203,11 +249,14 @@ def load_mapper(tensors: Tensors, metadata: Metadata) -> NeTIMapper:
         ValueError: the settings are missing or do not fit the tensors.
     """
     try:
-        settings = NeTISettings(**json.loads(metadata[SETTINGS]))
+        said = json.loads(metadata[SETTINGS])
+        if lacking := ", ".join(field.name for field in fields(NeTISettings) if field.name not in said):
+            raise ValueError(f"its settings lack {lacking}")
+        settings = NeTISettings(**said)
         mapper = NeTIMapper(settings)
         names = ("weight", "bias") if settings.positional_encoding else ()
         mapper.load_state_dict({**tensors, **{f"net.0.{name}": tensors[f"input_layer.{name}"] for name in names}})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(f"its mapper cannot be read ({reason}); use another copy of the file.") from error
     return mapper.eval().requires_grad_(False)

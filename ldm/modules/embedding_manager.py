@@ -158,14 +158,14 @@ class EmbeddingManager(nn.Module):
             rows[placeholder] = [[first + row for row in tokens.rows_at(s, self.num_stages)] for s in stages]
         return rows
 
-    def learned_now(self) -> Learned:
+    def learned_now(self, truncation: int | None = None) -> Learned:
         """Return what prompts read at this moment; concepts that are loaded later do not change it."""
         tokens: tuple[Any, ...] = tuple({id(module): module for module in self._tokens().values()}.values())
         prefixes: list[Any] = [self.learned] if self._trained_placeholders() and is_prefix(self.learned) else []
         prefixes += [module for module in self._modules_loaded.values() if is_prefix(module)]
         for module in (*tokens, *prefixes):
             module.to(self.initial_embeddings.device)
-        return Learned(tokens, tuple(prefixes))
+        return Learned(tokens, tuple(prefixes), truncation)
 
     def vectors(self) -> Tensor | None:
         """Return the table of all vectors (R, D) where none changes with time or layer; None when there are none."""

@@ -232,8 +232,12 @@ class LatentDiffusion(pl.LightningModule):
         prompts: str | Sequence[str],
         prospect_words: Words | None = None,
         legacy_word_tokens: bool = False,
+        truncation: int | None = None,
     ) -> PromptConditioning:
         """Return a batch of prompts, each with the same `prospect_words` (S entries; see `ldm.conditioning.prompts`).
+
+        Args:
+            truncation: hidden values of NeTI's mapper that are kept, as a slice `[:truncation]`; None keeps all 128.
 
         Raises:
             ValueError: `prospect_words` of the wrong length or with a wrong entry.
@@ -243,8 +247,8 @@ class LatentDiffusion(pl.LightningModule):
         rows = manager.rows() if manager is not None else {}
         reader = PromptReader(encoder.tokenizer, rows, self.num_stages, encoder.max_length)
         slots = reader.read(prompts, prospect_words, legacy_word_tokens)
-        # outside learning, the vectors are those of now, as `rows` is, whatever another thread loads meanwhile
-        learned = NOTHING_LEARNED if manager is None else None if torch.is_grad_enabled() else manager.learned_now()
+        # what is loaded now, as `rows` is, whatever another thread loads meanwhile
+        learned = NOTHING_LEARNED if manager is None else manager.learned_now(truncation)
         return PromptConditioning(slots, SlotEncoder(self.encode_slots, learned), self.num_timesteps, self.device)
 
     def get_unconditional(self, negative: str = "", count: int = 1) -> PromptConditioning:
@@ -391,7 +395,9 @@ class LatentDiffusion(pl.LightningModule):
 
     def _prompts_to_learn(self, captions: tuple[str, ...]) -> PromptConditioning:
         """Return the prompts of a step, read anew only where they differ from those of the step before."""
-        key = captions, None if self.embedding_manager is None else self.embedding_manager.rows()
+        manager = self.embedding_manager
+        learned = NOTHING_LEARNED if manager is None else manager.learned_now()
+        key = captions, None if manager is None else manager.rows(), learned.tokens, learned.prefixes
         if self._prompts is None or self._prompts[0] != key or self._prompts[1].slots.device != self.device:
             self._prompts = key, self.get_learned_conditioning(captions)
         return self._prompts[1]
