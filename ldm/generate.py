@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.conditioning.context import Conditioning
+from ldm.conditioning.learned import truncates
 from ldm.conditioning.presets import Windows, preset_words, presets_beside
 from ldm.conditioning.prompts import PromptReader, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
@@ -144,6 +145,7 @@ def main(
     progress: bool = True,
     negative_prompt: str = "",
     preset: str | None = None,
+    truncation: int | None = None,
 ) -> Image.Image:
     """Generate an image, or edit one. Several images come as a grid.
 
@@ -293,7 +295,10 @@ def _conditionings(
     """The prompt and what guidance leads away from, with the learned vectors of this moment."""
     manager = model.embedding_manager
     check_negative_prompt(request.negative_prompt, manager.rows() if manager is not None else ())
-    cond = model.get_learned_conditioning([prompt] * request.n_samples, words, request.legacy_word_tokens)
+    prompts = [prompt] * request.n_samples
+    cond = model.get_learned_conditioning(prompts, words, request.legacy_word_tokens, request.truncation)
+    if request.truncation is not None and (manager is None or not any(map(truncates, manager.learned_now().tokens))):
+        logger.warning("truncation has no effect: no concept of NeTI is loaded that was learned with nested dropout.")
     uncond = None
     if request.guidance_scale != 1.0:
         uncond = model.get_unconditional(request.negative_prompt, request.n_samples)

@@ -38,6 +38,7 @@ RANGES: dict[str, tuple[int, int, str]] = {
     "n_samples": (1, 4096, "; n_iter makes more"),
     "n_iter": (1, 1_000_000, ""),
     "n_rows": (0, 1_000_000, ": 0 is as square as possible"),
+    "truncation": (0, 128, ": hidden values of NeTI that are kept; few are easier to edit, many closer to the images"),
     "height": (1, MAX_SIDE, ""),
     "width": (1, MAX_SIDE, ""),
 }
@@ -95,6 +96,8 @@ class Request:
         n_samples: images in a batch
         n_iter: batches
         n_rows: images in a row of the grid; 0 for as square as possible
+        truncation: of a NeTI concept: hidden values that are kept, 0 to 128; few are easier to edit, many closer to
+            the images; by default all
         height: pixels; by default the model's own (Stable Diffusion: 512)
         width: pixels; by default the model's own (Stable Diffusion: 512)
         concepts: learned embeddings, {placeholder: file}, for this request only
@@ -120,6 +123,7 @@ class Request:
     n_samples: int = 1
     n_iter: int = 1
     n_rows: int = 0
+    truncation: int | None = None
     height: int | None = None
     width: int | None = None
     concepts: Mapping[str, Any] | None = None

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ def build_parser(docstring: str | None, editing: bool) -> Parser:
         add_field_flag(what, Request, "strength")
         add_field_flag(what, Request, "resize", metavar="HOW")
     add_field_flag(what, Request, "prompt", action=Once, instead=ONE_PROMPT)
+    help_prompts = "prompts, one a line, for an image each; {} stands for the concept"
+    add_flag(what, "--prompts", type=path, metavar="FILE", help=help_prompts)
     add_field_flag(what, Request, "negative_prompt")
     add_word_flags(what)
     help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
@@ -54,7 +57,9 @@ def build_parser(docstring: str | None, editing: bool) -> Parser:
     how = parser.add_argument_group("how")
     add_field_flag(how, Request, "ddim_steps", "--steps")
     add_field_flag(how, Request, "ddim_eta", "--eta")
-    for name in ("scale", "seed", "sampler", "n_samples", "n_iter", "n_rows", "height", "width", "legacy_word_tokens"):
+    for name in ("seed", "truncation"):
+        add_field_flag(how, Request, name, nargs="+", metavar="N")
+    for name in ("scale", "sampler", "n_samples", "n_iter", "n_rows", "height", "width", "legacy_word_tokens"):
         add_field_flag(how, Request, name)
 
     model = parser.add_argument_group("model and files")
@@ -123,25 +128,29 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     config = load_config(setup["config"], flag="--config", resolvers=options.allow_resolvers)
     check_generates(config)
     facts = model_facts(config)
-    request = build_request(options, recorded, facts.placeholder or PLACEHOLDER)
-    _check_purpose(request, editing)
-    request = request.for_model(facts)
-    _check_files(request, setup["ckpt"])
+    requests = build_requests(options, recorded, facts.placeholder or PLACEHOLDER)
+    for request in requests:
+        _check_purpose(request, editing)
+    requests = [request.for_model(facts) for request in requests]
+    _check_files(requests[0], setup["ckpt"])
     check_writable(options.outdir, "--outdir")
 
     from ldm.embeddings import load_concept
     from ldm.generate import Interrupted, generate_image, load_model_from_config
 
-    concepts = {name: load_concept(file, name) for name, file in (request.concepts or {}).items()}
-    request = replace(request, concepts=concepts)  # a file that is no concept ends here, before the weights are read
+    # a file that is no concept ends here, before the weights are read
+    concepts = {name: load_concept(file, name) for name, file in (requests[0].concepts or {}).items()}
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
-    try:
-        image = generate_image(request, model)
-    except Interrupted as stop:
-        paths = _save(stop.picture, recorded, setup, options.outdir)
-        kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} images in it are kept"
-        raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
-    return _save(image, recorded, setup, options.outdir)
+    written: list[Path] = []
+    for request in requests:
+        try:
+            image = generate_image(replace(request, concepts=concepts), model)
+        except Interrupted as stop:
+            paths = _save(stop.picture, recorded, setup, options.outdir)
+            kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} images in it are kept"
+            raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
+        written += _save(image, recorded, setup, options.outdir)
+    return written
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
@@ -179,6 +188,42 @@ def _setup(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str
 def shipped(name: str) -> str:
     """The path of a file that ships: from the current folder, or else from this one's."""
     return name if not (_ROOT / name).exists() or Path(name).exists() else str(_ROOT / name)
+
+
+def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], placeholder: str) -> list[Request]:
+    """Return a request for each line of `--prompts`, each `--truncation` and each `--seed`; see `build_request`."""
+    prompts: Sequence[str | None] = [options.prompt]
+    if options.prompts is not None:
+        if options.prompt is not None or options.prospect_words is not None or options.words is not None:
+            raise ValueError("--prompts FILE takes the place of --prompt, --word and --words; give one of them.")
+        name = next(iter(concept_files(options.concept or [], placeholder)), placeholder)
+        prompts = [line.replace("{}", name) for line in read_prompts(options.prompts)]
+    several = product(prompts, options.truncation or [None], options.seed or [None])
+    return [
+        build_request(
+            argparse.Namespace(**vars(options) | {"prompt": prompt, "truncation": truncation, "seed": seed}),
+            recorded,
+            placeholder,
+        )
+        for prompt, truncation, seed in several
+    ]
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Return the prompts of a text file, one a line.
+
+    Raises:
+        ValueError: it cannot be read, or holds none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"'{file}' cannot be read ({reason}); give a text file with --prompts.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"'{file}' has no prompt; write one into each line.")
+    return prompts
 
 
 def build_request(options: argparse.Namespace, recorded: Mapping[str, Any], placeholder: str) -> Request:
@@ -299,11 +344,12 @@ def _warn_of_changes(repeated: Mapping[str, Any], record: Mapping[str, Any]) -> 
 
 
 def _stem(record: Mapping[str, Any]) -> str:
-    """A file name for an image: of its prompt and its preset."""
+    """A file name for an image: of its prompt, its preset and its truncation."""
     words = next((word for word in record["prospect_words"] or [] if isinstance(word, str)), "")
     name = re.sub(r"\W+", "-", record["prompt"].replace(PLACEHOLDER, words))[:40].strip("-") or "image"
-    preset = record.get("preset")
-    return f"{name}-{re.sub(r'[^a-z]+', '-', preset)}" if isinstance(preset, str) else name
+    if (preset := record.get("preset")) and isinstance(preset, str):
+        name = f"{name}-{re.sub(r'[^a-z]+', '-', preset)}"
+    return name if record.get("truncation") is None else f"{name}-truncation-{record['truncation']}"
 
 
 def _write(image: Image.Image, folder: Path, stem: str, record: Mapping[str, Any]) -> Path:

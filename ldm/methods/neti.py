@@ -66,7 +66,6 @@ class NeTIMapper(LearnedModule):
     """The mapper M(t, l); parameter names are those of the released `mapper-*.pt` files."""
 
     method = "neti"
-    truncates = True
     num_rows = 1
     w: Tensor
 
@@ -74,6 +73,7 @@ class NeTIMapper(LearnedModule):
         super().__init__()
         self.settings = settings
         self.num_layers, self.width = settings.num_layers, settings.width
+        self.truncates = settings.nested_dropout is not None
         anchors = settings.num_anchors * settings.num_layers
         self.input_layer: nn.Module = nn.Identity()
         if settings.positional_encoding:
@@ -167,7 +167,7 @@ class NeTIMapper(LearnedModule):
         kept: Tensor | None = None
         if self.training and self.settings.nested_dropout:
             kept = self.draw_kept(batch).flatten().to(t.device)
-        elif truncation is not None and self.settings.nested_dropout is not None:
+        elif truncation is not None and self.truncates:
             kept = torch.full_like(layer, len(range(HIDDEN)[:truncation]))
         y = self(t.repeat(self.num_layers), layer, kept).view(self.num_layers, batch, 1, -1)
         e, r = y.split([self.settings.width, y.shape[-1] - self.settings.width], dim=-1)

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from ldm.conditioning.presets import load_presets, preset, presets_beside
 from ldm.embeddings import Concept, load_concept, save_concept, save_stages
 from ldm.files import tensors
 from ldm.generate import load_model_from_config, main, read_parameters
+from ldm.methods.neti import NeTIMapper, NeTISettings
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.request import Request
 
@@ -489,6 +491,12 @@ GENERATING: dict[str, Cases] = {
         (f"{MAKE} --seed 9223372036854775808", "seed must be in 0.."),
         (f"{MAKE} --word a --word b", "prospect_words has 2 entries, but this model has 10 stages"),
         (MAKE + " --word 10" * 10, "a stage number must be in 0..9"),
+        (f"{MAKE} --truncation 129", "truncation must be in 0..128, not 129: hidden values of NeTI that are kept"),
+        (f"{MAKE} --truncation 8 half", "invalid int value: 'half'"),
+        (f"{MAKE} --prompts {{bad}}/nowhere.txt", "--prompts FILE takes the place of --prompt"),
+        ("--prompts {bad}/nowhere.txt", "cannot be read (No such file or directory); give a text file"),
+        ("--prompts {bad}/binary.yaml", "cannot be read (it is not UTF-8)"),
+        ("--prompts {bad}/empty.yaml", "has no prompt; write one into each line"),
         (f"{MAKE} --device tpu", "'tpu' is none of cpu, mps, cuda"),
         (f"{MAKE} --device cuda:7", "is not usable here; usable:"),
         (f"{MAKE} --outdir {{bad}}/text.png/below", "is a file; give a folder with --outdir"),
@@ -635,9 +643,36 @@ def test_a_concept_that_no_text_names(
     assert [message.startswith("The concept '*' has no effect") for message in caplog.messages] == [True] * warned
 
 
+@pytest.fixture
+def mapper_file(tmp_path: Path) -> Path:
+    """A NeTI concept of the small model."""
+    torch.manual_seed(0)
+    tensors, metadata = NeTIMapper(NeTISettings(num_layers=7, width=128, target_norm=1.0, num_anchors=2)).to_concept()
+    save_concept(Concept(tensors, metadata, "neti"), tmp_path / "mapper.safetensors", "<thing>")
+    return tmp_path / "mapper.safetensors"
+
+
+def test_an_image_for_each_prompt_truncation_and_seed(
+    tmp_path: Path, mapper_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a {} on black\n\n{}\n", encoding="utf-8")
+    flags = ("--prompts", tmp_path / "prompts.txt", "--concept", f"<thing>={mapper_file}", "--outdir", tmp_path)
+    paths = txt2img(*flags, "--truncation", 2, 64, "--seed", 5, 9)
+    records = [read_parameters(path) for path in paths]
+    assert [tuple(record[name] for name in ("prompt", "truncation", "seed")) for record in records] == list(
+        itertools.product(["a <thing> on black", "<thing>"], [2, 64], [5, 9])
+    )
+    assert paths[0].name == "a-thing-on-black-truncation-2-5.png" and len(set(paths)) == 8
+    assert len({Image.open(path).tobytes() for path in paths}) == 8
+    again = run("", argv=["--from", str(paths[2]), "--outdir", str(tmp_path / "again")])[0]
+    assert Image.open(again).tobytes() == Image.open(paths[2]).tobytes() and not caplog.records
+    txt2img("--prompt", "a star", "--truncation", 3, "--outdir", tmp_path)
+    assert "truncation has no effect: no concept of NeTI" in caplog.text
+
+
 def test_every_flag_of_a_request_is_a_field_of_it() -> None:
     """A flag whose `dest` is none would silently do nothing; and each field has a flag."""
     own = {"help", "words", "concept", "source", "config", "ckpt", "dtype", "device", "outdir", "debug"}
-    own |= {"allow_targets", "allow_resolvers"}
+    own |= {"allow_targets", "allow_resolvers", "prompts"}
     dests = {action.dest for action in build_parser("", editing=True)._actions}
     assert dests - own == {field.name for field in fields(Request)} - {"concepts"}
