@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 import main
+from ldm.config import load_config
+from ldm.data.templates import TEMPLATES
 from ldm.embeddings import load_concept
 from ldm.generate import load_model_from_config
 from ldm.generate import main as generate
+from ldm.methods import find_method
+from ldm.methods.base import Start
+from ldm.methods.neti import NeTISettings
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
 CONFIG, CKPT = "configs/demo/finetune.yaml", "models/demo/model.safetensors"
@@ -40,6 +45,28 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusion:
     return load_model_from_config(CONFIG, CKPT, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "batch", "steps", "captions"),
+    [("ti", 1e-2, 2, 6100, 81), ("xti", 5e-3, 8, 500, 27), ("neti", 8e-3, 8, 1000, 27)],
+)
+def test_published_settings(method: str, rate: float, batch: int, steps: int, captions: int) -> None:
+    """The rate and the batch of an optimizer step, with what a run on one device multiplies them by."""
+    config = load_config("configs/stable-diffusion/v1-finetune.yaml", f"configs/stable-diffusion/{method}.yaml")
+    params, trainer = config.model.params.personalization_config.params, config.lightning.trainer
+    together = config.data.params.batch_size * trainer.get("accumulate_grad_batches", 1)
+    assert together == batch and trainer.max_steps == steps
+    assert config.model.base_learning_rate * together == pytest.approx(rate)
+    for split in ("train", "validation"):
+        assert len(TEMPLATES[config.data.params[split].params.templates]) == captions
+    learned = find_method(params.method).learn(Start(torch.ones(1, 768), 1, 10, 16), **params.method_params)
+    sizes = {"ti": 768, "xti": 16 * 768, "neti": 563_616}
+    assert sum(p.numel() for p in learned.parameters()) == sizes[method]
+    if method == "neti":
+        assert learned.settings == NeTISettings(target_norm=pytest.approx(768**0.5))
+    elif method == "xti":
+        assert (learned.table == 1).all()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""The user's few images of one concept, as training samples whose caption is the placeholder."""
+"""The user's few images of one concept, as training samples with captions that hold the placeholder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.data.templates import TEMPLATES
 from ldm.files.images import bytes_to_tensor, check_fit, fit, is_heic_file, is_image_file, open_image
 from ldm.files.kinds import is_utf8
 from ldm.util import mix_seed
@@ -46,7 +47,8 @@ class PersonalizedBase(Dataset):
         set: "train", or "validation", "val", "test".
         placeholder_token: what is learned is called this.
         templates: captions, in which `{}` stands for the placeholder; each sample draws one. The default is the
-            placeholder alone (ProSpect). A caption that names everything but the wanted attribute leaves only that
+            placeholder alone (ProSpect); `object`, `style` and `textual-inversion` are published sets
+            (`ldm.data.templates`). A caption that names everything but the wanted attribute leaves only that
             to be learned. CatVersion's caption is the class word, without a placeholder.
         center_crop: the reference's way to say `resize="crop"`.
         resize: "squash", "crop" or "pad", see `ldm.files.images.fit`.
@@ -95,7 +97,7 @@ class PersonalizedBase(Dataset):
         self.is_training = set == "train"
         self.flip_p = flip_p if self.is_training else 0.0
         self.placeholder_token, self.seed = placeholder_token, seed
-        self.templates = [templates] if isinstance(templates, str) else list(templates)
+        self.templates = TEMPLATES.get(templates, [templates]) if isinstance(templates, str) else list(templates)
         if not self.templates or not all(isinstance(text, str) for text in self.templates):
             raise ValueError(f"templates must be texts such as 'a photo of a {{}}', not {templates!r}.")
         self.with_images = True

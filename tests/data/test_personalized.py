@@ -140,6 +140,21 @@ def test_settings_out_of_range(folder: Path, setting: dict, message: str) -> Non
         PersonalizedBase(folder, **{"size": 8, **setting})
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "some"),
+    [
+        ("object", 27, {"a photo of my *", "the photo of a *", "a cropped photo of the *", "a rendition of a *"}),
+        ("style", 19, {"a picture in the style of *", "a close-up painting in the style of *"}),
+        ("textual-inversion", 81, {"an illustration of the weird *", "a depiction of one *", "a rendering of a *"}),
+        ("a * style", 1, {"a * style"}),
+    ],
+)
+def test_captions_are_drawn_from_a_set(folder: Path, name: str, count: int, some: set[str]) -> None:
+    data = PersonalizedBase(folder, templates=name.replace("*", "{}"))
+    drawn = {data.caption(n) for n in range(40 * count)}
+    assert len(data.templates) == count and some <= drawn == {text.replace("{}", "*") for text in data.templates}
+
+
 def test_a_sample(folder: Path) -> None:
     data = PersonalizedBase(folder, size=8, placeholder_token="<toy>")
     sample = data[12]
