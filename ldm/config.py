@@ -8,6 +8,7 @@ import importlib
 import inspect
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,12 +28,18 @@ logger = logging.getLogger(__name__)
 ALLOWED_TARGETS = (
     "ldm",
     "evaluation",
-    "main",
     "torch.nn.modules.linear.Identity",
     "pytorch_lightning.callbacks",
     "pytorch_lightning.loggers",
     "taming.modules.vqvae",
 )
+# Targets of the reference's configurations, whose main.py defines these classes.
+ALIASES = {
+    "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
+    "main.ImageLogger": "ldm.training.callbacks.ImageLogger",
+}
+# Values that are paths, where they stand in a file: relative to it, if they lead somewhere from there.
+PATH_KEYS = ("tokenizer", "data_root", "ckpt_path", "first_stage_ckpt", "cond_stage_ckpt", "embedding_manager_ckpt")
 CONFIG_KEYS = ("target", "params", "base_learning_rate")  # of a section that names a class
 TOP_LEVEL_KEYS = ("model", "data", "lightning")
 SECTIONS = (
@@ -209,7 +216,17 @@ def _parse_file(path: str | Path, flag: str) -> DictConfig:
         config = OmegaConf.create(text) if text.strip() else OmegaConf.create()
     if not isinstance(config, DictConfig):
         raise ConfigError(f"'{path}' must hold a YAML mapping with the sections {', '.join(TOP_LEVEL_KEYS)}.")
+    _find_beside(config, Path(path).expanduser().parent)
     return config
+
+
+def _find_beside(config: DictConfig, folder: Path) -> None:
+    """Let relative paths that lead somewhere from the file's folder say so from the current one."""
+    for key, value in flatten(config).items():
+        if key.rpartition(".")[2] in PATH_KEYS and isinstance(value, str) and value and "${" not in value:
+            place = Path(os.path.normpath(folder / value))
+            if not os.path.isabs(value) and place.exists():
+                OmegaConf.update(config, key, literal(str(place)))
 
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
@@ -317,10 +334,11 @@ def get_class(target: str) -> type:
     Raises:
         ConfigError: the path is outside the allow-list, does not exist, or is not a class.
     """
-    module_name, _, name = str(target).rpartition(".")
+    target = ALIASES.get(str(target), str(target))
+    module_name, _, name = target.rpartition(".")
     allow_list = (*ALLOWED_TARGETS, *sorted(_allowed))
     is_alias = target == "torch.nn.Identity"  # public name of an allowed class
-    if not is_alias and not _is_below(str(target), allow_list):
+    if not is_alias and not _is_below(target, allow_list):
         raise ConfigError(
             f"target '{target}' is outside the packages a configuration may name ({', '.join(allow_list)}); "
             "if you trust it, allow its package with --allow_targets."

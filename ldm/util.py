@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,11 +22,14 @@ def to_device(tensor: Tensor, device: torch.device | str | None) -> Tensor:
 
 
 def pick_device(wanted: str | torch.device | None = None) -> torch.device:
-    """`wanted` if it is given and usable, else CUDA, else Apple's MPS, else the CPU.
+    """`wanted` if it is given and usable, else `PROSPECT_DEVICE`, else CUDA, else Apple's MPS, else the CPU.
+
+    The environment variable is for machines whose GPU is there and does not work.
 
     Raises:
         ValueError: a device was asked for that this machine does not have.
     """
+    wanted = wanted or os.environ.get("PROSPECT_DEVICE")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if wanted is None:

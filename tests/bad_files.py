@@ -177,16 +177,9 @@ def configurations(folder: Path) -> None:
         "words-unknown": "sead: 3\n",
         "words-typed": "{prompt: a, ddim_steps: few}\n",
         "words-prompt": "prompt: 3\n",
-        "words-concepts": "{prompt: a, concepts: [x]}\n",
         "words-concept-types": "{prompt: a, concepts: {'*': 3}}\n",
-        "words-flags": "{prompt: a, progress: maybe, C: x}\n",
         "words-laughs": laughs("concepts"),
-        "words-nine": "[a, a, a, a, a, a, a, a, a]\n",
-        "words-bool": "[yes, a, a, a, a, a, a, a, a, a]\n",
-        "words-float": "[1.5, a, a, a, a, a, a, a, a, a]\n",
-        "words-out": "[10, a, a, a, a, a, a, a, a, a]\n",
-        "words-list": "[[a], a, a, a, a, a, a, a, a, a]\n",
-        "words-bytes": "[!!binary YQ==, a, a, a, a, a, a, a, a, a]\n",
+        "words-nine": "prospect_words: [a, a, a, a, a, a, a, a, a]\n",
     }
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")

@@ -8,10 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.flags import Once, Parser, add_field_flag, add_flag, log_to_terminal, path, printable, script_parser
-from ldm.cli.sample import MODEL_DEFAULTS, ONE_PROMPT, add_word_flags, concept_files, read_words, shipped
+from ldm.cli.flags import (
+    Once,
+    Parser,
+    add_field_flag,
+    add_flag,
+    check_paths,
+    log_to_terminal,
+    path,
+    printable,
+    script_parser,
+)
+from ldm.cli.prompts import concept_files, read_stages
+from ldm.cli.sample import MODEL_DEFAULTS, add_stage_flags
+from ldm.files.shipped import MODELS, shipped
 from ldm.files.writing import check_writable
-from ldm.request import PLACEHOLDER, ModelFacts, Request, Words, check_prompt, model_facts
+from ldm.request import PLACEHOLDER, ModelFacts, Request, check_prompt, model_facts
 
 if TYPE_CHECKING:
     from ldm.conditioning.presets import Windows
@@ -22,8 +34,8 @@ PROGRAMS = ("diffusers", "a1111", "comfyui")
 MAX_SEED = 2**32 - 1  # other programs do not tell longer ones apart, or lose their digits
 
 
-def build_parser(docstring: str | None) -> Parser:
-    parser = script_parser(docstring)
+def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
+    parser = script_parser(docstring, prog)
     parser.add_argument("concepts", nargs="+", metavar="[PLACEHOLDER=]CONCEPT", help="embedding file ('*=…')")
     add_flag(parser, "--name", nargs="+", required=True, help="what each is called there: files NAME-0.safetensors, …")
     add_flag(parser, "--to", nargs="+", choices=PROGRAMS, default=[], metavar="PROGRAM", help=", ".join(PROGRAMS))
@@ -33,14 +45,14 @@ def build_parser(docstring: str | None) -> Parser:
 
     what = parser.add_argument_group("how they are used")
     help_prompt = "in it, * stands for the concept or for the words ('*')"
-    add_flag(what, "--prompt", action=Once, instead=ONE_PROMPT, metavar="TEXT", help=help_prompt)
+    add_flag(what, "--prompt", action=Once, instead="an export has one prompt.", metavar="TEXT", help=help_prompt)
     add_field_flag(what, Request, "negative_prompt", default="")
-    add_word_flags(what)
+    add_stage_flags(what)
     help_presets = "the presets' stages (presets.yaml beside the base model, or the paper's)"
     add_flag(what, "--presets", type=path, metavar="YAML", help=help_presets)
     help_ckpt = "the base model, for its presets (the small model, if the concept was learned for it)"
     add_flag(what, "--ckpt", type=path, metavar="FILE", help=help_ckpt)
-    add_flag(what, "--config", type=path, metavar="YAML", help="its configuration, for its size and guidance")
+    add_flag(what, "--config", metavar="NAME|YAML", help="demo, sd or its configuration, for its size and guidance")
     help_sampler = "as AUTOMATIC1111 names it: ddim, plms, 'Euler a', 'DPM++ 2M Karras', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)
     add_flag(what, "--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
@@ -61,17 +73,18 @@ def build_parser(docstring: str | None) -> Parser:
     return parser
 
 
-def run(docstring: str | None, argv: Sequence[str] | None = None) -> list[Path]:
+def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | None = None) -> list[Path]:
     """Write what the flags ask for, and warnings to standard error; ends with exit code 2 where that cannot be.
 
     Args:
         docstring: the script's; its first line, then examples.
         argv: the flags, by default the program's own.
+        prog: what the command is called, by default like its file.
 
     Returns:
         The files written.
     """
-    parser = build_parser(docstring)
+    parser = build_parser(docstring, prog)
     options = parser.parse_strictly(argv)
     log_to_terminal(talkative=["ldm.conditioning.presets"])
     with parser.sentences():
@@ -82,11 +95,15 @@ def run(docstring: str | None, argv: Sequence[str] | None = None) -> list[Path]:
 
 
 def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    files = concept_files(options.concepts, PLACEHOLDER, options.prompt or PLACEHOLDER)
+    config = MODELS[options.config].config if options.config in MODELS else options.config
+    options.config = None if config is None else path(shipped(config))
+    check_paths({"CONCEPT": files.values(), "--ckpt": [options.ckpt], "--config": [options.config]})
+    check_paths({"--presets": [options.presets]})
     from ldm.embeddings import load_concept
     from ldm.export.card import Card
     from ldm.export.files import Export
 
-    files = concept_files(options.concepts, "*")
     if len(files) != len(options.name):
         raise ValueError(f"There are {len(files)} concepts and {len(options.name)} names; give each one with --name.")
     named = zip(options.name, (load_concept(file, placeholder) for placeholder, file in files.items()), strict=True)
@@ -121,33 +138,21 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
     if not 0 <= options.seed <= MAX_SEED:
         raise ValueError(f"seed must be in 0..{MAX_SEED}, which other programs tell apart, not {options.seed}.")
     facts, windows = _base_model(options, concepts)
-    prompt, words = _texts(options)
-    if options.preset is not None:
+    prompt = options.prompt
+    check_prompt(prompt or "")
+    stages = most_stages(concept for _, concept in concepts.values())
+    given = read_stages(options.stages, stages) if options.stages else {"preset": options.preset}
+    words = given.get("prospect_words")
+    if given.get("preset") is not None:
         if options.presets is not None:
             windows = load_presets(options.presets)
-        stages = most_stages(concept for _, concept in concepts.values())
-        words = preset_words(options.preset, prompt or "", tuple(concepts), stages, windows)
+        words = preset_words(given["preset"], prompt or "", tuple(concepts), stages, windows)
         prompt = PLACEHOLDER
     own = {name: getattr(options, name) for name in ("scale", "width", "height")}
     settings = {name: getattr(facts, name) if value is None else value for name, value in own.items()}
     settings |= {"sampler": options.sampler, "steps": options.steps, "seed": options.seed}
     others = {"documented": options.documented_counting, "negative_prompt": options.negative_prompt}
     return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, **others)
-
-
-def _texts(options: argparse.Namespace) -> tuple[str | None, Words | None]:
-    """Prompt and words of the flags, or of the file of --words."""
-    prompt, words = options.prompt, options.prospect_words
-    if options.words is not None:
-        given = read_words(options.words)
-        unknown = sorted(map(str, set(given) - {"prompt", "prospect_words"}))
-        if unknown:
-            raise ValueError(
-                f"'{options.words}' has {', '.join(unknown)}; here it gives prospect_words and prompt only."
-            )
-        words, prompt = given.get("prospect_words"), given.get("prompt") if prompt is None else prompt
-    check_prompt(prompt or "")
-    return prompt, words
 
 
 def _base_model(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]]) -> tuple[ModelFacts, Windows]:
@@ -161,7 +166,7 @@ def _base_model(options: argparse.Namespace, concepts: Mapping[str, tuple[str, C
 
     ckpt, config = options.ckpt, options.config
     if ckpt is None and _learned_for(concepts, small := Path(shipped(MODEL_DEFAULTS["ckpt"]))):
-        ckpt, config = small, config or shipped(MODEL_DEFAULTS["config"])
+        ckpt, config = small, config or Path(shipped(MODEL_DEFAULTS["config"]))
     facts = ModelFacts() if config is None else model_facts(load_config(config, flag="--config"))
     if ckpt is None:
         return facts, Windows()

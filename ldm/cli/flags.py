@@ -11,13 +11,16 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 # `name: what it is`, with the lines that continue it, in the Args of a docstring
 _ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+# Flags of earlier versions, and what says the same.
+REPLACED = {"--word": "--stages '0=TEXT'", "--words": "--stages '0=TEXT', or --prompts FILE"}
 # Metavar and type of a field's flag, by the field's annotation.
 _KINDS: dict[str, tuple[str, Any]] = {"int": ("N", int), "float": ("X", float), "str": ("TEXT", str)}
 
@@ -33,6 +36,12 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         close = [instead] if instead else difflib.get_close_matches(text.split("=")[0], known, n=1)
         self.error(f"unknown argument '{text}'; {f'did you mean {close[0]}?' if close else otherwise}")
+
+    def refuse_command(self, text: str, commands: Sequence[str]) -> NoReturn:
+        """End because of an unknown subcommand."""
+        close = difflib.get_close_matches(text, commands, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}."
+        self.error(f"unknown command '{text}'; {hint}")
 
     @contextlib.contextmanager
     def sentences(self, debug: bool = False) -> Iterator[None]:
@@ -51,7 +60,18 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         talk_safely()  # before --help
+        args = self.underscored(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
+
+    def underscored(self, args: Sequence[str]) -> list[str]:
+        """Write the hyphens in flags' names as underscores where such a flag is known."""
+        known = {name for action in self._actions for name in action.option_strings}
+        parts = [text.partition("=") for text in args]
+        names = ["--" + name[2:].replace("-", "_") for name, _, _ in parts]
+        return [
+            name + sign + value if text not in known and name in known else text + sign + value
+            for name, (text, sign, value) in zip(names, parts, strict=True)
+        ]
 
     def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Return the options, and refuse unknown ones."""
@@ -62,7 +82,7 @@ class Parser(argparse.ArgumentParser):
                 "names of files for a *."
             )
         if unknown:
-            self.refuse(unknown[0])
+            self.refuse(unknown[0], instead=REPLACED.get(unknown[0].split("=")[0]))
         return options
 
 
@@ -95,21 +115,21 @@ class Once(argparse.Action):
         setattr(options, self.dest, value)
 
 
-def script_parser(docstring: str | None) -> Parser:
+def script_parser(docstring: str | None, prog: str | None = None) -> Parser:
     """Return the parser of a script: the first line of its docstring describes it, the others are examples."""
-    summary, _, examples = (docstring or "").partition("\n")
+    summary, _, examples = inspect.cleandoc(docstring or "").partition("\n")
     return Parser(
+        prog=prog,
         description=summary,
-        epilog="examples:\n" + examples.strip("\n"),
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples.strip("\n")), "  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
 
 
 def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
-    """Add a flag whose long name, the last one, is taken with underscores and with hyphens."""
-    long = names[-1]
-    group.add_argument(*names[:-1], *dict.fromkeys((long, "--" + long[2:].replace("_", "-"))), **options)
+    """Add a flag of a `Parser`, which takes its name with underscores and with hyphens."""
+    group.add_argument(*names, **options)
 
 
 def add_field_flag(group: argparse._ActionsContainer, kind: type, name: str, flag: str = "", **options: Any) -> None:
@@ -138,6 +158,20 @@ def add_field_flag(group: argparse._ActionsContainer, kind: type, name: str, fla
 def arguments_of(kind: type) -> dict[str, str]:
     """Return what the `Args` of a docstring say: {name: text}."""
     return dict(_ARGUMENT.findall(inspect.cleandoc(kind.__doc__ or "")))
+
+
+def check_paths(paths: Mapping[str, Iterable[str | Path | None]]) -> None:
+    """Raise `ValueError` for a path that leads nowhere, before the time is spent to load PyTorch; {flag: paths}."""
+    for flag, given in paths.items():
+        for file in given:
+            if file is not None and not os.path.exists(os.path.expanduser(file)):
+                near = difflib.get_close_matches(Path(file).name, _siblings(Path(file)), n=1)
+                hint = f"did you mean '{Path(file).with_name(near[0])}'?" if near else "check the path."
+                raise ValueError(f"There is no file '{file}', given with {flag}; {hint}")
+
+
+def _siblings(file: Path) -> list[str]:
+    return os.listdir(file.parent) if file.parent.is_dir() else []
 
 
 def path(text: str) -> Path:

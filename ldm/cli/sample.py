@@ -11,44 +11,51 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from itertools import product
+from dataclasses import dataclass, fields, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.flags import Once, Parser, add_field_flag, add_flag, log_to_terminal, path, script_parser
+from ldm.cli.flags import Parser, add_field_flag, add_flag, check_paths, log_to_terminal, path, script_parser
+from ldm.cli.prompts import concept_files, read_prompts, read_stages, seeds
+from ldm.files.shipped import MODELS, name_of, shipped
 from ldm.files.writing import check_writable, writing_to
-from ldm.request import PLACEHOLDER, Request, model_facts, shown
+from ldm.request import PLACEHOLDER, ModelFacts, Request, model_facts, shown
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
 logger = logging.getLogger(__name__)
 
 # What makes the model, recorded in an image beside the request.
-MODEL_DEFAULTS = {"config": "configs/demo/finetune.yaml", "ckpt": "models/demo/model.safetensors", "dtype": "float32"}
+MODEL_DEFAULTS = {"config": MODELS["demo"].config, "ckpt": MODELS["demo"].ckpt, "dtype": "float32"}
 DTYPES = ("float32", "float16", "bfloat16")
-ONE_PROMPT = "for other images run the command again, for a text of its own in each stage give --word for each."
 TEXTS = ("prompt", "prospect_words", "preset")
-_ROOT = Path(__file__).parents[2]
+MAX_IMAGES = 1000  # of one command with several prompts and seeds
 
 
 # --- flags -----------------------------------------------------------------------------------------------------
 
 
-def build_parser(docstring: str | None, editing: bool) -> Parser:
+def build_parser(docstring: str | None, editing: bool | None, prog: str | None = None) -> Parser:
     """Return the flags; those of a `Request` have its field's name as `dest`."""
-    parser = script_parser(docstring)
+    parser = script_parser(docstring, prog)
     what = parser.add_argument_group("what to show")
-    if editing:
+    if editing is not False:
         add_field_flag(what, Request, "content_dir", "--content", metavar="FILE")
         add_field_flag(what, Request, "strength")
         add_field_flag(what, Request, "resize", metavar="HOW")
-    add_field_flag(what, Request, "prompt", action=Once, instead=ONE_PROMPT)
-    help_prompts = "prompts, one a line, for an image each; {} stands for the concept"
+    help_prompt = "what to show, * standing for the concept; given several times, an image of each and a grid"
+    add_field_flag(what, Request, "prompt", action="append", help=help_prompt)
+    help_prompts = (
+        "text with a prompt in each line, {} standing for the concept; or YAML: a list of prompts or of {argument: "
+        "value, …}"
+    )
     add_flag(what, "--prompts", type=path, metavar="FILE", help=help_prompts)
     add_field_flag(what, Request, "negative_prompt")
-    add_word_flags(what)
+    add_stage_flags(what)
     help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
     add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     add_field_flag(what, Request, "any_base")
@@ -57,34 +64,43 @@ def build_parser(docstring: str | None, editing: bool) -> Parser:
     how = parser.add_argument_group("how")
     add_field_flag(how, Request, "ddim_steps", "--steps")
     add_field_flag(how, Request, "ddim_eta", "--eta")
-    for name in ("seed", "truncation"):
-        add_field_flag(how, Request, name, nargs="+", metavar="N")
+    help_seeds = "one or several, also ranges (10-13); several give an image of each and a grid (42)"
+    add_field_flag(how, Request, "seed", nargs="+", type=seeds, help=help_seeds)
+    add_field_flag(how, Request, "truncation", nargs="+", metavar="N")
     for name in ("scale", "sampler", "n_samples", "n_iter", "n_rows", "height", "width", "legacy_word_tokens"):
         add_field_flag(how, Request, name)
 
     model = parser.add_argument_group("model and files")
-    add_flag(model, "--config", type=path, metavar="YAML", help=f"({MODEL_DEFAULTS['config']})")
-    help_ckpt = f".ckpt, .safetensors or diffusers folder ({MODEL_DEFAULTS['ckpt']})"
-    add_flag(model, "--ckpt", type=path, metavar="FILE", help=help_ckpt)
-    add_flag(model, "--dtype", metavar="TYPE", help="of the weights: float32, float16 or bfloat16 (float32)")
-    add_flag(model, "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
-    help_allow = "packages of your own whose classes the configuration may name"
-    add_flag(model, "--allow_targets", nargs="+", default=[], metavar="PACKAGE", help=help_allow)
-    help_resolvers = "let the configuration use resolvers, such as ${oc.env:HOME}"
-    add_flag(model, "--allow_resolvers", action="store_true", help=help_resolvers)
+    add_model_flags(model)
     add_flag(model, "--outdir", type=path, default=Path("outputs"), metavar="DIR", help="for the images (outputs)")
     add_flag(model, "--debug", action="store_true", help="show the whole trace of an error")
     return parser
 
 
-def add_word_flags(group: argparse._ArgumentGroup) -> None:
-    """Add --words, --word and --preset, of which one can be given."""
-    words = group.add_mutually_exclusive_group()
-    help_words = "YAML: a list of one entry for each stage, the end of sampling first; or {argument: value, …}"
-    add_flag(words, "--words", type=path, metavar="FILE", help=help_words)
-    help_word = "one entry of that list, given once for each stage; a number is the learned token of that stage"
-    add_flag(words, "--word", dest="prospect_words", action="append", type=word, metavar="TEXT", help=help_word)
-    add_field_flag(words, Request, "preset", metavar="ATTRIBUTE")
+def add_model_flags(group: argparse._ActionsContainer) -> None:
+    """Add what says which model generates; by default the small one that ships."""
+    help_config = "of the base model: demo (the small model), sd (Stable Diffusion v1) or a file (demo)"
+    add_flag(group, "--config", metavar="NAME|YAML", help=help_config)
+    help_ckpt = f".ckpt, .safetensors or diffusers folder (demo: {MODELS['demo'].ckpt}, sd: {MODELS['sd'].ckpt})"
+    add_flag(group, "--ckpt", type=path, metavar="FILE", help=help_ckpt)
+    add_flag(group, "--dtype", metavar="TYPE", help="of the weights: float32, float16 or bfloat16 (float32)")
+    help_device = "cpu, cuda, cuda:1 or mps (PROSPECT_DEVICE, or the fastest there is)"
+    add_flag(group, "--device", type=device, metavar="NAME", help=help_device)
+    help_allow = "packages of your own whose classes the configuration may name"
+    add_flag(group, "--allow_targets", nargs="+", default=[], metavar="PACKAGE", help=help_allow)
+    help_resolvers = "let the configuration use resolvers, such as ${oc.env:HOME}"
+    add_flag(group, "--allow_resolvers", action="store_true", help=help_resolvers)
+
+
+def add_stage_flags(group: argparse._ArgumentGroup) -> None:
+    """Add --stages and --preset, of which one can be given."""
+    stages = group.add_mutually_exclusive_group()
+    help_stages = (
+        "texts that replace * by stage, 0 being the end of sampling: '7-9=a mug' '0-6=a blue mug', open ranges (5-), "
+        "numbers for learned tokens (0-4=3); or preset:ATTRIBUTE"
+    )
+    add_flag(stages, "--stages", nargs="+", action="extend", metavar="RANGE=TEXT", help=help_stages)
+    add_field_flag(stages, Request, "preset", metavar="ATTRIBUTE")
 
 
 def device(text: str) -> str:
@@ -94,63 +110,128 @@ def device(text: str) -> str:
     return text
 
 
-def word(text: str) -> str | int:
-    """An entry of `prospect_words`: a number is the learned token of that stage, anything else a text."""
-    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
-
-
 # --- from flags and files to a request -------------------------------------------------------------------------
 
 
-def run(docstring: str | None, editing: bool = False, argv: Sequence[str] | None = None) -> list[Path]:
+def run(
+    docstring: str | None, editing: bool | None = False, argv: Sequence[str] | None = None, prog: str | None = None
+) -> list[Path]:
     """Generate (or edit, with `editing`) what the flags ask for.
 
     Args:
-        docstring: the script's; its first line, then examples.
+        docstring: the command's; its first line, then examples.
+        editing: whether an image is edited; None leaves that to --content.
         argv: the flags, by default the program's own.
+        prog: what the command is called, by default like its file.
 
     Returns:
         The files written: the image, or the grid followed by its single images.
     """
-    parser = build_parser(docstring, editing)
+    parser = build_parser(docstring, editing, prog)
     options = parser.parse_strictly(argv)
     log_to_terminal(talkative=["ldm.conditioning.presets"])
     with parser.sentences(options.debug):
         return _generate(options, editing)
 
 
-def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
+def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
     recorded = _recorded(options)
-    setup = _setup(options, recorded)
+    setup = model_setup(options, recorded)
     from ldm.config import allow_targets, check_generates, load_config
 
     allow_targets(*options.allow_targets)
     config = load_config(setup["config"], flag="--config", resolvers=options.allow_resolvers)
     check_generates(config)
     facts = model_facts(config)
-    requests = build_requests(options, recorded, facts.placeholder or PLACEHOLDER)
-    for request in requests:
+    rows = build_requests(options, recorded, facts)
+    for request in rows:
         _check_purpose(request, editing)
-    requests = [request.for_model(facts) for request in requests]
-    _check_files(requests[0], setup["ckpt"])
+        _check_files(request, setup["ckpt"])
     check_writable(options.outdir, "--outdir")
 
     from ldm.embeddings import load_concept
-    from ldm.generate import Interrupted, generate_image, load_model_from_config
+    from ldm.generate import load_model_from_config
 
     # a file that is no concept ends here, before the weights are read
-    concepts = {name: load_concept(file, name) for name, file in (requests[0].concepts or {}).items()}
+    named = {(name, file) for request in rows for name, file in (request.concepts or {}).items()}
+    loaded = {(name, file): load_concept(file, name) for name, file in sorted(named)}
+    rows = [
+        replace(row, concepts={name: loaded[name, file] for name, file in (row.concepts or {}).items()}) for row in rows
+    ]
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
-    written: list[Path] = []
-    for request in requests:
+    columns = _columns(options)
+    if len(rows) * len(columns) > 1:
+        return Sheet(model, recorded, setup, options.outdir).draw(rows, columns)
+    return draw(replace(rows[0], **columns[0]), model, recorded, setup, options.outdir)
+
+
+def _columns(options: argparse.Namespace) -> list[dict[str, int]]:
+    """What differs from image to image of a prompt: truncations and seeds, where flags give them."""
+    given = {"truncation": options.truncation, "seed": options.seed and list(chain.from_iterable(options.seed))}
+    several = {name: values for name, values in given.items() if values}
+    return [dict(zip(several, values, strict=True)) for values in product(*several.values())]
+
+
+def draw(
+    request: Request, model: LatentDiffusion, recorded: Mapping[str, Any], setup: Mapping[str, str], folder: Path
+) -> list[Path]:
+    """Generate what a request asks for and write it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, with a sentence where some batches are finished; these are written.
+    """
+    from ldm.generate import Interrupted, generate_image
+
+    try:
+        image = generate_image(request, model)
+    except Interrupted as stop:
+        paths = save_images(stop.picture, recorded, setup, folder)
+        kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} images in it are kept"
+        raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
+    return save_images(image, recorded, setup, folder)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Several prompts, truncations and seeds: an image of each, and a labelled grid with a row for each prompt.
+
+    Args:
+        model, recorded, setup, folder: as for `draw`.
+    """
+
+    model: LatentDiffusion
+    recorded: Mapping[str, Any]
+    setup: Mapping[str, str]
+    folder: Path
+
+    def draw(self, rows: Sequence[Request], columns: Sequence[Mapping[str, Any]]) -> list[Path]:
+        """Write all images, and the grid, which is the first of the files returned."""
+        from PIL import Image
+
+        from ldm.files.images import label_grid
+        from ldm.files.records import PNG_KEY
+
+        written: list[list[list[Path]]] = []
+        for row in rows:
+            written.append([])
+            for column in columns:
+                written[-1].append(self._cell(replace(row, **column), sum(map(len, written))))
+        cells = [[paths[0] for paths in row] for row in written]
+        images = [[Image.open(path) for path in row] for row in cells]
+        names = [f"{row.prompt} ({row.preset})" if row.preset else row.prompt or "no prompt" for row in rows]
+        heads = [", ".join(f"{name} {value}" for name, value in column.items()) for column in columns]
+        grid = label_grid(images, names, heads if any(heads) else [])
+        stem = f"{_stem(json.loads(images[0][0].info[PNG_KEY]))}-{'prompts' if len(rows) > 1 else 'seeds'}"
+        record = {"cells": [[path.name for path in row] for row in cells]}
+        return [_write(grid, self.folder, stem, record), *chain.from_iterable(chain.from_iterable(written))]
+
+    def _cell(self, request: Request, done: int) -> list[Path]:
         try:
-            image = generate_image(replace(request, concepts=concepts), model)
-        except Interrupted as stop:
-            paths = _save(stop.picture, recorded, setup, options.outdir)
-            kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} images in it are kept"
-            raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
-        written += _save(image, recorded, setup, options.outdir)
-    return written
+            return draw(request, self.model, self.recorded, self.setup, self.folder)
+        except KeyboardInterrupt as stop:
+            if not done or str(stop):
+                raise
+            raise KeyboardInterrupt(f"stopped by Ctrl-C; {done} images in '{self.folder}' are kept") from stop
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
@@ -166,148 +247,104 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     from ldm.files.records import read_parameters
 
     recorded = read_parameters(options.source)
+    if "cells" in recorded:
+        raise ValueError(f"'{options.source}' shows images of several commands; repeat one of its single images.")
     name = recorded.get("base_model")
     if "ckpt" not in recorded and options.ckpt is None and name != Path(MODEL_DEFAULTS["ckpt"]).name:
         raise ValueError(f"'{options.source}' was made with the model {shown(name)}; give it with --ckpt and --config.")
     return recorded
 
 
-def _setup(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, str]:
-    """Configuration, checkpoint and precision: of the flags, else of the record, else the small model's."""
+def model_setup(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, str]:
+    """Return configuration, checkpoint and precision: of the flags, else of the record, else the small model's."""
+    given: dict[str, Any] = {}
+    if options.config in MODELS:
+        known = MODELS[options.config]
+        given = {"config": known.config, "ckpt": known.ckpt}
+    elif options.config is not None:
+        given = {"config": os.path.expanduser(options.config)}
+    given |= {name: value for name in ("ckpt", "dtype") if (value := getattr(options, name)) is not None}
     setup = {}
     for name, default in MODEL_DEFAULTS.items():
-        value = getattr(options, name) or recorded.get(name) or shipped(default)
+        value = given.get(name) or recorded.get(name) or default
         if not isinstance(value, (str, Path)):
             raise ValueError(f"'{options.source}' has no readable {name} ({shown(value)}); give it with --{name}.")
-        setup[name] = str(value)
+        setup[name] = shipped(value)
     if setup["dtype"] not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(setup['dtype'])}.")
     return setup
 
 
-def shipped(name: str) -> str:
-    """The path of a file that ships: from the current folder, or else from this one's."""
-    return name if not (_ROOT / name).exists() or Path(name).exists() else str(_ROOT / name)
-
-
-def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], placeholder: str) -> list[Request]:
-    """Return a request for each line of `--prompts`, each `--truncation` and each `--seed`; see `build_request`."""
-    prompts: Sequence[str | None] = [options.prompt]
-    if options.prompts is not None:
-        if options.prompt is not None or options.prospect_words is not None or options.words is not None:
-            raise ValueError("--prompts FILE takes the place of --prompt, --word and --words; give one of them.")
-        name = next(iter(concept_files(options.concept or [], placeholder)), placeholder)
-        prompts = [line.replace("{}", name) for line in read_prompts(options.prompts)]
-    several = product(prompts, options.truncation or [None], options.seed or [None])
-    return [
-        build_request(
-            argparse.Namespace(**vars(options) | {"prompt": prompt, "truncation": truncation, "seed": seed}),
-            recorded,
-            placeholder,
-        )
-        for prompt, truncation, seed in several
-    ]
-
-
-def read_prompts(file: Path) -> list[str]:
-    """Return the prompts of a text file, one a line.
-
-    Raises:
-        ValueError: it cannot be read, or holds none.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ValueError(f"'{file}' cannot be read ({reason}); give a text file with --prompts.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"'{file}' has no prompt; write one into each line.")
-    return prompts
-
-
-def build_request(options: argparse.Namespace, recorded: Mapping[str, Any], placeholder: str) -> Request:
-    """Return the request. Precedence, lowest first: the record of `--from`, the YAML file of `--words`, flags.
-
-    Args:
-        placeholder: of a concept that is given without a name.
+def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], facts: ModelFacts) -> list[Request]:
+    """Return a request for each prompt. Precedence, lowest first: the record of `--from`, the file of prompts, flags.
 
     Raises:
         ValueError: an unknown argument, or a value that cannot be used; with the remedy.
     """
     names = [field.name for field in fields(Request)]
-    given = read_words(options.words) if options.words is not None else {}
-    for name in given:
-        if name not in names:
-            from ldm.config import nearest
-
-            raise ValueError(f"'{options.words}': main has no argument '{name}'{nearest(str(name), names)}.")
-    given |= {name: value for name in names if (value := getattr(options, name, None)) is not None}
-    if options.concept:
-        given["concepts"] = concept_files(options.concept, placeholder)
+    flags = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    prompts = flags.pop("prompt", None)
+    columns = _columns(options)
+    flags |= columns[0]
+    if options.stages is not None:
+        flags |= read_stages(options.stages, facts.num_stages)
+    rows = [{"prompt": prompt} for prompt in prompts] if prompts else [{}]
+    if options.prompts is not None:
+        if prompts:
+            raise ValueError("--prompts FILE takes the place of --prompt; give one of them.")
+        rows = read_prompts(options.prompts, names, facts.num_stages)
+    if (count := len(rows) * len(columns)) > MAX_IMAGES:
+        raise ValueError(f"{count} images are too many for one command, which makes at most {MAX_IMAGES}; give fewer.")
     repeated = {name: recorded[name] for name in names if name in recorded and name != "preset"}
+    texts = " ".join(str(given["prompt"]) for given in [*rows, repeated] if "prompt" in given)
+    if "content_dir" in flags:
+        flags["content_dir"] = shipped(flags["content_dir"])
+    if options.concept:
+        flags["concepts"] = concept_files(options.concept, facts.placeholder or PLACEHOLDER, texts)
+    if options.prompts is not None:
+        name = next(iter(flags.get("concepts", ())), facts.placeholder or PLACEHOLDER)
+        rows = [row | {"prompt": row["prompt"].replace("{}", name)} if _is_text(row) else row for row in rows]
+    return [_request(options.source, recorded, repeated, given | flags).for_model(facts) for given in rows]
+
+
+def _is_text(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("prompt"), str)
+
+
+def _request(
+    source: Path | None, recorded: Mapping[str, Any], repeated: Mapping[str, Any], given: Mapping[str, Any]
+) -> Request:
     if "preset" in recorded and "prospect_words" not in given and len({"prompt", "preset"} & given.keys()) == 1:
         raise ValueError(
-            f"'{options.source}' was made with a preset; to show something else, give both --prompt and --preset, or "
-            "--word for each stage."
+            f"'{source}' was made with a preset; to show something else, give both --prompt and --preset, or --stages."
         )
     if given.get("preset") is not None:
-        repeated.pop("prospect_words", None)
-    arguments = repeated | given
+        repeated = {name: value for name, value in repeated.items() if name != "prospect_words"}
+    arguments = {**repeated, **given}
     if arguments.get("prospect_words") is not None:
         arguments.setdefault("prompt", PLACEHOLDER)
     if "prompt" not in arguments and not arguments.get("content_dir"):
-        raise ValueError("Say what to show: --prompt TEXT, or --words FILE.")
+        raise ValueError("Say what to show: --prompt TEXT, or --prompts FILE.")
     return Request(**arguments)
 
 
-def read_words(file: str | Path) -> dict[str, Any]:
-    """Return the YAML file of `--words` as arguments of `main`; a list is `prospect_words`."""
-    from ldm.config import read_yaml_content
-
-    content = read_yaml_content(file, "--words", "file", "an entry that begins with * needs quotes")
-    if isinstance(content, list):
-        return {"prospect_words": content}
-    if not isinstance(content, dict):
-        raise ValueError(f"'{file}' must hold a YAML list with one entry for each stage, or a mapping of arguments.")
-    return content
-
-
-def concept_files(texts: Sequence[str], own: str) -> dict[str, str]:
-    """Return `FILE` or `NAME=FILE`, several times, as {placeholder: file}; `own` is the placeholder of a bare file."""
-    concepts: dict[str, str] = {}
-    for text in texts:
-        name, sign, file = text.partition("=")
-        if not sign or Path(text).is_file():
-            name, file = own, text
-        if not name or name in concepts:
-            raise ValueError(
-                f"--concept {text}: give every concept a name of its own, as in --concept '<vase>={file}'."
-            )
-        concepts[name] = os.path.expanduser(file)  # behind a =, the shell does not
-    return concepts
-
-
-def _check_purpose(request: Request, editing: bool) -> None:
+def _check_purpose(request: Request, editing: bool | None) -> None:
     if editing and request.content_dir is None:
         raise ValueError("Give the image to edit with --content FILE; without one, use scripts/txt2img.py.")
-    if not editing and request.content_dir is not None:
+    if editing is False and request.content_dir is not None:
         raise ValueError("Here images come from noise; to edit one (content_dir), use scripts/img2img.py.")
 
 
 def _check_files(request: Request, ckpt: str) -> None:
-    """Raise `ValueError` for a path that leads nowhere, before the time is spent to load PyTorch and the model."""
-    files = {"--ckpt": [ckpt], "--concept": [*(request.concepts or {}).values()], "--content": [request.content_dir]}
-    for flag, paths in files.items():
-        for file in paths:
-            if file is not None and not os.path.exists(file):
-                raise ValueError(f"There is no file '{file}'; check the path given with {flag}.")
+    if ckpt == MODELS["sd"].ckpt and not os.path.exists(ckpt):
+        raise ValueError(f"Stable Diffusion's weights, '{ckpt}', are not there; put them there, or give --ckpt FILE.")
+    check_paths({"--ckpt": [ckpt], "--concept": (request.concepts or {}).values(), "--content": [request.content_dir]})
 
 
 # --- from images to files --------------------------------------------------------------------------------------
 
 
-def _save(image: Image.Image, repeated: Mapping[str, Any], setup: Mapping[str, str], folder: Path) -> list[Path]:
+def save_images(image: Image.Image, repeated: Mapping[str, Any], setup: Mapping[str, str], folder: Path) -> list[Path]:
     """Write the image, or a grid and its single images, each with what repeats it."""
     from ldm.files.records import PNG_KEY
 
@@ -315,7 +352,7 @@ def _save(image: Image.Image, repeated: Mapping[str, Any], setup: Mapping[str, s
     _warn_of_changes(repeated, record)
     if repeated.get("preset") and "preset" not in record and all(record[n] == repeated.get(n) for n in TEXTS[:2]):
         record |= {key: value for key, value in repeated.items() if key.startswith("preset")}
-    record |= setup
+    record |= {name: name_of(value) for name, value in setup.items()}
     name, height, width, seed = _stem(record), record["height"], record["width"], record["seed"]
     count = record["n_iter"] * record["n_samples"]
     if count == 1:
@@ -356,7 +393,7 @@ def _write(image: Image.Image, folder: Path, stem: str, record: Mapping[str, Any
     from ldm.generate import PNG_KEY, save_picture
 
     image.info[PNG_KEY] = json.dumps(record)
-    file = _new_file(folder, stem)
+    file = new_file(folder, stem)
     try:
         save_picture(image, file)
     except BaseException:  # Ctrl-C, too
@@ -365,8 +402,8 @@ def _write(image: Image.Image, folder: Path, stem: str, record: Mapping[str, Any
     return file
 
 
-def _new_file(folder: Path, stem: str) -> Path:
-    """An empty file made at `folder/stem.png`, or with the first free number behind it."""
+def new_file(folder: Path, stem: str) -> Path:
+    """Return an empty file made at `folder/stem.png`, or with the first free number behind it."""
     number = 1
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)

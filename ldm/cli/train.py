@@ -1,24 +1,30 @@
-"""The flags of `main.py`. Imports nothing heavy, so that `--help` answers at once; values are checked in training."""
+"""`main.py` and `prospect learn`. Imports nothing heavy before the flags are read; values are checked in training."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 
-from ldm.cli.flags import Parser, add_flag
+from ldm.cli.flags import Parser, add_flag, check_paths, log_to_terminal, one_line
+from ldm.files.shipped import MODELS, shipped
+
+logger = logging.getLogger("main")
 
 EPILOG = """\
 examples:
-  learn from the images of a folder, on Stable Diffusion v1.4:
-    python main.py --base configs/stable-diffusion/v1-finetune.yaml -t \\
-        --actual_resume models/sd/sd-v1-4.ckpt -n my_run --gpus 0, --data_root path/to/images
+  learn from the images of a folder, with the small model that ships:
+    python main.py --base demo -t -n my_run --data_root path/to/images
+  on Stable Diffusion v1.4, whose weights are models/sd/sd-v1-4.ckpt:
+    python main.py --base sd -t -n my_run --gpus 0, --data_root path/to/images
   resume an interrupted run:
     python main.py -r logs/images2026-01-01T12-00-00_my_run -t
-  change any value of the configuration:
-    python main.py --base CFG -t ... model.params.prospect_stages=4
+  with files of your own, and any value of the configuration changed:
+    python main.py --base FILE.yaml -t --actual_resume FILE.ckpt --data_root DIR model.params.prospect_stages=4
 """
 
 OVERRIDE = re.compile(r"^[A-Za-z_][\w.\[\]-]*=")
@@ -68,11 +74,11 @@ TRAINER_FLAGS: dict[str, Callable[[str], object]] = {
 }
 
 
-def build_parser() -> Parser:
+def build_parser(prog: str = "main.py") -> Parser:
     parser = Parser(
-        prog="main.py",
+        prog=prog,
         description="Learn stage embeddings from images, or train the parts of a latent diffusion model.",
-        epilog=EPILOG,
+        epilog=EPILOG if prog == "main.py" else EPILOG.replace("python main.py", prog).replace(" -t", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -96,7 +102,8 @@ def _add_path(group: argparse._ActionsContainer, *names: str, help: str, metavar
 def _add_run(parser: Parser) -> None:
     group = parser.add_argument_group("what to run")
     several = {"nargs": "*", "action": "extend", "default": []}
-    _add_path(group, "-b", "--base", metavar="YAML", help="configurations, merged left to right", **several)
+    help_base = "configurations, merged left to right; demo (the small model) and sd are short names"
+    _add_path(group, "-b", "--base", metavar="NAME|YAML", help=help_base, **several)
     _add_switch(group, "-t", "--train", help="train (without it, only the set-up is checked)")
     _add_path(group, "-r", "--resume", metavar="DIR|CKPT", help="resume the run in this log folder")
     add_flag(group, "-s", "--seed", type=int, help="seed of everything random (23)")
@@ -140,13 +147,13 @@ def _add_trainer(parser: Parser) -> None:
             add_flag(group, f"--{name}", type=kind, metavar=kind.__name__.upper())
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None, parser: Parser | None = None) -> argparse.Namespace:
     """The options; `options.overrides` holds the dot-list, `options.trainer` the trainer flags that were given.
 
     Exits with code 2 and one sentence on an unknown flag or a value of another type.
     """
-    parser = build_parser()
-    overrides, flags = split_overrides(parser, sys.argv[1:] if argv is None else argv)
+    parser = parser or build_parser()
+    overrides, flags = split_overrides(parser, parser.underscored(sys.argv[1:] if argv is None else argv))
     options, unknown = parser.parse_known_args(flags)
     if unknown:
         parser.refuse(unknown[0], "see --help; values of the configuration are key=value")
@@ -167,3 +174,88 @@ def split_overrides(parser: Parser, argv: Sequence[str]) -> tuple[list[str], lis
     for before, text in zip(("", *argv), argv, strict=False):
         (overrides if OVERRIDE.match(text) and before not in single else flags).append(text)
     return overrides, flags
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Put files in place of short names, and refuse paths that lead nowhere.
+
+    Raises:
+        ValueError: with the flag that gave it.
+    """
+    known = next((MODELS[name] for name in options.base if name in MODELS), None)
+    has_weights = any(text.startswith("model.params.ckpt_path=") for text in options.overrides)
+    if known and not options.actual_resume and not options.resume and not has_weights:
+        options.actual_resume = known.ckpt
+    options.base = [_configuration(name) for name in options.base]
+    for name in ("actual_resume", "data_root"):
+        if (path := getattr(options, name)) is not None:
+            setattr(options, name, shipped(path))
+    if options.resume and not os.path.exists(options.resume):
+        raise ValueError(f"Nothing to resume: there is no '{options.resume}'; -r takes a log folder of main.py.")
+    flags = ("--actual_resume", "--data_root", "--embedding_manager_ckpt")
+    check_paths({"--base": options.base} | {flag: [getattr(options, flag[2:])] for flag in flags})
+
+
+def _configuration(name: str) -> str:
+    """The file of a configuration that is given by its path, or by a short name: demo, sd, demo/neti."""
+    if name in MODELS:
+        return shipped(MODELS[name].learning)
+    short = shipped(f"configs/{name}.yaml")
+    return short if not os.path.exists(name) and os.path.exists(short) else shipped(name)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Run what the options say; returns the exit code."""
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+    from ldm.config import allow_targets
+    from ldm.files.writing import writing_to
+    from ldm.training.messages import report
+    from ldm.training.runs import open_run
+    from ldm.training.setup import build, build_config, save_configs
+    from ldm.training.trainer import build_trainer
+
+    allow_targets(*options.allow_targets)
+    run = open_run(options)
+    config = build_config(options, run)
+    data, module = build(config, run)
+    with run.opened() if options.train else contextlib.nullcontext():
+        trainer = build_trainer(config, run, module, data, outside=options.allow_outside)
+        if not options.train:
+            logger.info("Everything is in place; add -t to train.")
+            return 0
+        if trainer.is_global_zero:
+            save_configs(config, data, module, run, options.allow_resolvers)
+            logger.info("Logging to %s%s", run.folder, f", resuming at step {run.step}" if run.step else "")
+        with contextlib.suppress(SIGTERMException), writing_to(run.folder):  # the first is how Lightning stops
+            trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)
+        return report(run, trainer, config)
+
+
+def run(argv: Sequence[str] | None = None, prog: str = "main.py") -> int:
+    """Learn or train what the flags ask for; returns the exit code.
+
+    Args:
+        argv: the flags, by default the program's own.
+        prog: what the command is called.
+    """
+    parser = build_parser(prog)
+    options = parse(argv, parser)
+    with parser.sentences(options.debug):
+        check_options(options)
+    from ldm.training.messages import quiet_threads, quieten_libraries, sentence
+    from ldm.util import usual_torch
+
+    log_to_terminal(logging.INFO)
+    quieten_libraries()
+    try:
+        with usual_torch(), quiet_threads(options.debug):
+            return train(options)
+    except KeyboardInterrupt:  # Ctrl-C before the first step; later ones save, see `SaveLast`
+        return 130
+    except Exception as error:
+        text = None if options.debug else sentence(error)
+        if text is None:
+            raise
+        sys.stderr.write(f"{prog}: error: {one_line(text)}\n")
+        return 2

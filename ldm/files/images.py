@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.files.kinds import foreign_kind, is_heic
@@ -281,3 +281,43 @@ def make_grid(
         row, column = divmod(i, columns)
         grid.paste(image.convert("RGB"), (column * width, row * height))
     return grid
+
+
+def label_grid(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], columns: Sequence[str] = (), size: int = 14
+) -> Image.Image:
+    """Put rows of images below each other, with a label left of each row and above each column.
+
+    Args:
+        rows: images; smaller ones stand at the upper left of their place.
+        size: of the letters, in pixels.
+    """
+    width = max(image.width for row in rows for image in row)
+    height = max(image.height for row in rows for image in row)
+    font, gap = ImageFont.load_default(size), size // 2
+    widest = max(int(font.getlength(label)) for label in labels)
+    left, top = min(widest, max(width, 8 * size)) + 2 * gap, 2 * size if columns else gap
+    count = max(map(len, rows))
+    sheet = Image.new("RGB", (left + count * (width + gap), top + len(rows) * (height + gap)), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    for column, label in enumerate(columns):
+        draw.text((left + column * (width + gap), gap), label, BLACK, font)
+    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + number * (height + gap)
+        lines = _wrapped(label, left - 2 * gap, font)[: max(1, height // (size + 4))]
+        draw.multiline_text((gap, y), "\n".join(lines), BLACK, font)
+        for column, image in enumerate(row):
+            sheet.paste(image.convert("RGB"), (left + column * (width + gap), y))
+    return sheet
+
+
+def _wrapped(text: str, width: int, font: Any) -> list[str]:
+    """A text in lines of at most `width` pixels, a longer word in a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ldm.files.shipped import command
 from ldm.training.callbacks import SaveLast
 from ldm.training.runs import EMBEDDINGS, Run
 
@@ -98,4 +99,4 @@ def _generate_command(run: Run, config: DictConfig) -> str:
     file = run.checkpoints / EMBEDDINGS
     concept = str(file) if placeholder == "*" else f"{placeholder}={file}"
     words = ["--config", str(settings), "--ckpt", config.model.params.ckpt_path, "--concept", concept]
-    return shlex.join(["python", "scripts/txt2img.py", *words, "--prompt", f"a {placeholder}"])
+    return shlex.join([*command("scripts/txt2img.py", "generate").split(), *words, "--prompt", f"a {placeholder}"])

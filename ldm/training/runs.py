@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm.checkpoint import CheckpointError
 from ldm.embeddings import EmbeddingError, load_concept
+from ldm.files.shipped import IS_INSTALLED, command
 from ldm.files.tensors import read_checkpoint
 from ldm.files.writing import check_writable, is_unfinished, remove_unfinished, writing_to
 
@@ -111,7 +112,8 @@ def is_first_process() -> bool:
 
 def resume_command(place: Path) -> str:
     """What to type to resume the run in a log folder, or from a checkpoint."""
-    return f"python main.py -r {shlex.quote(str(place))} -t"
+    called = command("main.py", "learn")
+    return f"{called} -r {shlex.quote(str(place))}{'' if IS_INSTALLED else ' -t'}"
 
 
 def open_run(options: argparse.Namespace) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -174,6 +175,8 @@ def choose_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {key: value for key, value in trainer.items() if key != "gpus"}
     gpus = trainer.get("gpus")
     numbers = translate_gpus(str(gpus) if gpus is not None else None)
+    if os.environ.get("PROSPECT_DEVICE") == "cpu" and "accelerator" not in chosen:
+        return {**chosen, "accelerator": "cpu", "devices": chosen.get("devices", 1)}
     if numbers is None or "accelerator" in chosen:
         return chosen
     if numbers == []:

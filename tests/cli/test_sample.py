@@ -21,6 +21,7 @@ import pytest
 import torch
 from bad_files import ROOT, STAR, Cases, cases, refused, words
 from PIL import Image
+from safetensors.torch import save_file
 
 import ldm.generate
 from ldm import checkpoint
@@ -100,7 +101,7 @@ def pixels(path: Path) -> np.ndarray:
 def test_help_imports_nothing_heavy(script: str) -> None:
     result = program(script, "--help", python=("-X", "importtime"))
     assert result.returncode == 0
-    assert "--words FILE" in result.stdout and f"python scripts/{script}.py --" in result.stdout
+    assert "--prompts FILE" in result.stdout and f"python scripts/{script}.py --" in result.stdout
     assert ("--strength" in result.stdout) == (script == "img2img")
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "ldm.cli.sample" in imported
@@ -122,7 +123,8 @@ def test_a_program_makes_an_image_from_any_folder_on_any_terminal(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config, tokenizer = (ROOT / "configs/demo/finetune.yaml").read_text(), "models/demo/tokenizer"
-    (tmp_path / "config.yaml").write_text(config.replace(tokenizer, str(ROOT / tokenizer)))
+    shutil.copytree(ROOT / tokenizer, tmp_path / "vocabulary")  # named relative to the configuration
+    (tmp_path / "config.yaml").write_text(config.replace(tokenizer, "vocabulary"))
     flags = ("--config", "config.yaml", "--prompt", "größe 日本", "--steps", 1, "--outdir", tmp_path)
     result = program("txt2img", *flags, PYTHONIOENCODING="ascii")
     path = tmp_path / "größe-日本-42.png"
@@ -142,16 +144,15 @@ def test_help_on_any_terminal(script: Path) -> None:
 def test_a_mistake_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
     """A module called torch that fails stands in its place; so do the choices and paths that can be wrong."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    (tmp_path / "words.yaml").write_text("[a, b]")
     prompt = ("--prompt", "a")
     for flags, sentence in {
         ("--contents", CONTENT): "unknown argument '--contents'; did you mean --concept?",
         (*prompt, "--ckpt", "none.ckpt"): "There is no file 'none.ckpt'",
         (*prompt, "--config", "none.yaml"): "'none.yaml'; check the path given with --config",
-        (*prompt, "--concept", "<v>=none.pt"): "There is no file 'none.pt'; check the path given with --concept",
+        (*prompt, "--concept", "<v>=none.pt"): "There is no file 'none.pt', given with --concept; check the path.",
         (*prompt, "--outdir", ROOT / "README.md"): "is a file; give a folder with --outdir",
-        (*prompt, "--words", "none.yaml"): "'none.yaml'; check the path given with --words",
-        ("--words", tmp_path / "words.yaml"): "has 2 entries, but this model has 10 stages",
+        ("--prompts", "none.yaml"): "'none.yaml'; check the path given with --prompts",
+        (*prompt, "--stages", "8-11=x"): "'8-11' is no range of the stages 0-9",
         ("--from", "none.png"): "check the path given with --from",
         (*prompt, "--sampler", "euler"): "Unknown sampler 'euler'",
         (*prompt, "--dtype", "int8"): "dtype must be one of float32, float16, bfloat16, not 'int8'",
@@ -162,7 +163,7 @@ def test_a_mistake_is_answered_before_torch_is_imported(tmp_path: Path) -> None:
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
         assert sentence in result.stderr
     result = program("img2img", "--content", "none.png", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    assert "There is no file 'none.png'; check the path given with --content" in result.stderr
+    assert "There is no file 'none.png', given with --content; check the path" in result.stderr
     assert "torch was imported" in program("txt2img", *prompt, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}").stderr
 
 
@@ -197,7 +198,7 @@ def test_one_run_builds_one_model_and_reads_each_file_once(
     assert (len(built), len(hashed)) == (1, 1)
     assert sorted(read) == sorted([str(model), str(concept_file)])
     inputs = [content, model, concept_file, config, tmp_path / "presets.yaml"]
-    assert [opened.count(str(path)) for path in inputs] == [1] * 5
+    assert [opened.count(str(path)) for path in inputs] == [1, 1, 2, 1, 1]  # the concept's head says how it is called
 
 
 OPENED: list[str] | None = None
@@ -341,7 +342,7 @@ def test_what_a_preset_made_changes_as_a_whole(
     windows = presets_beside(ROOT / "models/demo/model.safetensors")
     assert record["prospect_words"] == preset("layout", "a * star", windows=windows)
     assert (record["preset"], record["preset_prompt"]) == ("layout", "a * star")
-    flags = [flag for word in ["dotted", *"*********"] for flag in ("--word", word)]
+    flags = ("--stages", "0=dotted", "1-=*")
     record = read_parameters(txt2img("--from", material, *flags, "--outdir", tmp_path)[0])
     assert record["prospect_words"] == ["dotted", *"*********"] and "preset" not in record
     old = changed(material, preset=None, prompt="one *")
@@ -411,25 +412,81 @@ def test_a_folder_of_stage_files_is_a_concept(tmp_path: Path, concept_file: Path
     assert (pixels(files[0][0]) == pixels(files[1][0])).all()
 
 
-def test_words_from_a_list_and_from_flags(tmp_path: Path) -> None:
-    (tmp_path / "words.yaml").write_text("- a dotted star\n- 3\n- null\n" + "- '*'\n" * 7, encoding="utf-8")
-    path = txt2img("--words", tmp_path / "words.yaml", "--outdir", tmp_path)[0]
-    record = read_parameters(path)
-    assert (path.name, record["prompt"]) == ("a-dotted-star-42.png", "*")
-    assert record["prospect_words"] == ["a dotted star", 3, None] + ["*"] * 7
-    flags = [flag for word in ["a star", "9", "", *"*******"] for flag in ("--word", word)]
-    record = read_parameters(txt2img("--prompt", "on white *", *flags, "--outdir", tmp_path)[0])
-    assert (record["prompt"], record["prospect_words"]) == ("on white *", ["a star", 9, ""] + ["*"] * 7)
+def test_stages(tmp_path: Path) -> None:
+    flags = ("--stages", "0=a dotted star", "1=3", "3=", "4-7=*", "--stages", "8-=a mug", "--outdir", tmp_path)
+    path = txt2img(*flags)[0]
+    words = ["a dotted star", 3, None, "", "*", "*", "*", "*", "a mug", "a mug"]
+    assert (path.name, read_parameters(path)["prospect_words"]) == ("a-dotted-star-42.png", words)
+    assert read_parameters(txt2img("--prompt", "on white *", *flags)[0])["prompt"] == "on white *"
+    flags = ("--prompt", HEART, "--outdir", tmp_path)
+    one, other = (txt2img(*flags, *preset)[0] for preset in (("--stages", "preset:style"), ("--preset", "style")))
+    assert read_parameters(one) == read_parameters(other)
 
 
-def test_a_mapping_gives_any_argument_and_flags_win(tmp_path: Path, concept_file: Path) -> None:
+def test_a_file_of_prompts(tmp_path: Path, concept_file: Path) -> None:
+    """Lines, or YAML that gives any argument; flags win."""
+    (tmp_path / "two.txt").write_text("# stars\na star\n\na heart\n", encoding="utf-8")
+    paths = txt2img("--prompts", tmp_path / "two.txt", "--outdir", tmp_path)
+    assert [path.name for path in paths] == ["a-star-prompts.png", "a-star-42.png", "a-heart-42.png"]
     (tmp_path / "all.yaml").write_text(
-        f"prompt: a * star\nddim_steps: 2\nseed: 5\nscale: 3\nconcepts: {{'*': '{concept_file}'}}\n", encoding="utf-8"
+        f"- prompt: a * star\n  ddim_steps: 2\n  seed: 5\n  scale: 3\n  concepts: {{'*': '{concept_file}'}}\n"
+        "- stages: [7-9=a mug, 0-6=a blue mug]\n- a heart\n",
+        encoding="utf-8",
     )
-    flags = ["--words", f"{tmp_path}/all.yaml", "--seed", "6", "--outdir", f"{tmp_path}"]
-    record = read_parameters(run("", argv=flags)[0])
+    flags = ["--height", "32", "--width", "32", "--outdir", f"{tmp_path}", "--seed", "6", "--device", "cpu"]
+    records = [read_parameters(path) for path in run("", argv=["--prompts", f"{tmp_path}/all.yaml", *flags])[1:]]
     expected = {"prompt": "a * star", "ddim_steps": 2, "seed": 6, "scale": 3, "concepts": {"*": str(concept_file)}}
-    assert {name: record[name] for name in expected} == expected
+    assert {name: records[0][name] for name in expected} == expected
+    assert records[1]["prospect_words"] == ["a blue mug"] * 7 + ["a mug"] * 3
+    assert (records[2]["prompt"], records[2]["concepts"]) == ("a heart", {})
+
+
+def test_prompts_and_seeds_come_as_a_labelled_grid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--prompt", "a star", "--prompt", "a heart", "--seed", "7", "3-4", "--outdir", tmp_path)
+    grid, *alone = txt2img(*flags)
+    names = [f"a-{shape}-{seed}.png" for shape in ("star", "heart") for seed in (7, 3, 4)]
+    assert [path.name for path in (grid, *alone)] == ["a-star-prompts.png", *names]
+    assert read_parameters(grid) == {"cells": [names[:3], names[3:]]}
+    sheet = Image.open(grid)
+    left, top, side = sheet.width - 3 * (32 + 7), 28, 32
+    for i, path in enumerate(alone):
+        x, y = left + i % 3 * (side + 7), top + i // 3 * (side + 7)
+        assert (np.asarray(sheet.crop((x, y, x + side, y + side)), np.int64) == pixels(path)).all()
+    assert (np.asarray(sheet.crop((0, 0, left, sheet.height))) < 128).any()  # labels
+    assert (
+        pixels(txt2img("--prompt", "a heart", "--seed", 3, "--outdir", tmp_path / "b")[0]) == pixels(alone[4])
+    ).all()
+    with refused(capsys, "shows images of several commands; repeat one of its single images"):
+        txt2img("--from", grid)
+    stop_after(4, monkeypatch)
+    with pytest.raises(SystemExit):
+        txt2img(*flags[:-1], tmp_path / "stopped")
+    assert f"stopped by Ctrl-C; 4 images in '{tmp_path / 'stopped'}' are kept" in capsys.readouterr().err
+
+
+def test_a_concept_is_called_what_its_file_says(tmp_path: Path, concept_file: Path) -> None:
+    named = tmp_path / "named.safetensors"
+    save_concept(load_concept(concept_file), named, "<toy>")
+    save_file({"<cat>": torch.ones(1, 128)}, tmp_path / "foreign.safetensors")
+    for prompt, files, names in (
+        ("a <toy>", [named], ["<toy>"]),
+        ("a *", [named], ["*"]),
+        ("a * <toy>", [named, concept_file], ["*", "<toy>"]),
+        ("a <it>", [f"<it>={named}"], ["<it>"]),
+        ("a *", [tmp_path / "foreign.safetensors"], ["*"]),
+    ):
+        flags = [flag for file in files for flag in ("--concept", file)]
+        record = read_parameters(txt2img("--prompt", prompt, *flags, "--outdir", tmp_path)[0])
+        assert sorted(record["concepts"]) == names
+
+
+def test_short_names_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = read_parameters(txt2img("--prompt", "a star", "--config", "demo", "--outdir", tmp_path)[0])
+    assert (record["config"], record["ckpt"]) == ("configs/demo/finetune.yaml", "models/demo/model.safetensors")
+    with refused(capsys, "Stable Diffusion's weights, 'models/sd/sd-v1-4.ckpt', are not there"):
+        run("", argv=["--prompt", "a star", "--config", "sd"])
 
 
 def test_a_preset_means_the_same_stages_wherever_it_is_asked_for(tmp_path: Path, capsys) -> None:
@@ -477,26 +534,30 @@ EDIT = f"{MAKE} --strength 1 --content "
 CONCEPT = f"{MAKE} --concept {{bad}}/"
 GENERATING: dict[str, Cases] = {
     "flags": [
+        (f"{MAKE} --word x", "unknown argument '--word'; did you mean --stages"),
         (f"{MAKE} --stepz 3", "unknown argument '--stepz'; did you mean --steps?"),
         (f"{MAKE} --strength 0.5", "unknown argument '--strength'"),
         (f"{MAKE} stray", "unknown argument 'stray'"),
         (f"{MAKE} LICENSE dog", "unknown argument 'LICENSE', which is a file: put the prompt in quotes"),
         (f"{MAKE} configs", "put the prompt in quotes"),  # though --config is like it
         ("LICENSE", "unknown argument 'LICENSE'; see --help"),
-        ("--steps 1", "Say what to show: --prompt TEXT, or --words FILE."),
-        (f"{MAKE} --prompt b", "--prompt is given twice; for other images run the command again"),
-        (f"{MAKE} --preset style --word b", "not allowed with argument"),
+        ("--steps 1", "Say what to show: --prompt TEXT, or --prompts FILE."),
+        (f"{MAKE} --preset style --stages 0=b", "not allowed with argument"),
+        (f"{MAKE} --stages preset:style 0=b", "says all stages; omit '0=b'"),
+        (f"{MAKE} --stages a star", "'a' must be RANGE=TEXT, as in '7-9=a mug', or preset:material"),
+        (f"{MAKE} --stages 1-3=a 3-=b", "gives stage 3 twice; let '3-=b' leave it out"),
+        (f"{MAKE} --stages 3-1=a", "'3-1' is no range of the stages 0-9"),
+        (f"{MAKE} --stages preset:mood", "Unknown preset 'mood'"),
+        (f"{MAKE} --seed 1-", "'1-' is neither a seed (42) nor a range of seeds (42-45)"),
+        (f"{MAKE} --seed 1-2000", "no range of 1 to 1000 seeds"),
+        (f"{MAKE} --seed 1-600 1-600", "1200 images are too many for one command"),
         (f"{MAKE} --steps many", "argument --steps: invalid int value: 'many'"),
         (f"{MAKE} --height 64.5", "invalid int value: '64.5'"),
         (f"{MAKE} --seed 9223372036854775808", "seed must be in 0.."),
-        (f"{MAKE} --word a --word b", "prospect_words has 2 entries, but this model has 10 stages"),
-        (MAKE + " --word 10" * 10, "a stage number must be in 0..9"),
+        (f"{MAKE} --stages 0=10", "a stage number must be in 0..9"),
         (f"{MAKE} --truncation 129", "truncation must be in 0..128, not 129: hidden values of NeTI that are kept"),
         (f"{MAKE} --truncation 8 half", "invalid int value: 'half'"),
         (f"{MAKE} --prompts {{bad}}/nowhere.txt", "--prompts FILE takes the place of --prompt"),
-        ("--prompts {bad}/nowhere.txt", "cannot be read (No such file or directory); give a text file"),
-        ("--prompts {bad}/binary.yaml", "cannot be read (it is not UTF-8)"),
-        ("--prompts {bad}/empty.yaml", "has no prompt; write one into each line"),
         (f"{MAKE} --device tpu", "'tpu' is none of cpu, mps, cuda"),
         (f"{MAKE} --device cuda:7", "is not usable here; usable:"),
         (f"{MAKE} --outdir {{bad}}/text.png/below", "is a file; give a folder with --outdir"),
@@ -509,22 +570,25 @@ GENERATING: dict[str, Cases] = {
         (f"{MAKE} --ckpt {{bad}}/cut-middle.ckpt", "; download it again"),
         (f"{MAKE} --ckpt {{bad}}/sd2.safetensors", "holds Stable Diffusion 2"),
     ],
-    "words": [
-        (f"--words {{bad}}/{file}.yaml", sentence)
+    "prompts": [
+        (f"--prompts {{bad}}/{file}", sentence)
         for file, sentence in {
-            "nowhere": "check the path given with --words",
-            "folder": "is a folder",
-            "binary": "is not a readable YAML file",
-            "star": "an entry that begins with * needs quotes",
-            "deep": "is nested too deeply",
-            "words-laughs": "aliases",
-            "object": "is not a readable YAML file",
-            "scalar": "must hold a YAML list with one entry for each stage",
-            "words-unknown": "main has no argument 'sead'; did you mean 'seed'?",
-            "words-typed": "ddim_steps must be a whole number, not 'few'",
-            "words-prompt": "prompt must be a text, not 3; in YAML, put it in quotes",
-            "words-concept-types": "concepts must be {name: file}",
-            "words-nine": "has 9 entries, but this model has 10 stages",
+            "nowhere.yaml": "check the path given with --prompts",
+            "nowhere.txt": "check the path given with --prompts",
+            "folder.yaml": "is a folder",
+            "binary.yaml": "is not a readable YAML file",
+            "x.png": "There is no file",
+            "noise.png": "is not UTF-8 text; give a text file with one prompt in each line",
+            "star.yaml": "a text that begins with * needs quotes",
+            "deep.yaml": "is nested too deeply",
+            "words-laughs.yaml": "aliases",
+            "object.yaml": "is not a readable YAML file",
+            "scalar.yaml": "holds no prompts; write one in each line, or a YAML list of prompts",
+            "words-unknown.yaml": "there is no argument 'sead'; did you mean 'seed'?",
+            "words-typed.yaml": "ddim_steps must be a whole number, not 'few'",
+            "words-prompt.yaml": "prompt must be a text, not 3; in YAML, put it in quotes",
+            "words-concept-types.yaml": "concepts must be {name: file}",
+            "words-nine.yaml": "has 9 entries, but this model has 10 stages",
         }.items()
     ],
     "concepts": [
@@ -634,7 +698,7 @@ def test_what_is_taken_though_it_looks_odd(editing: bool, flags: str, bad: Path,
         assert image.size == (32, 32)
 
 
-@pytest.mark.parametrize(("flags", "warned"), [("star", 1), ("*", 0), ("* --word *" + 9 * " --word a", 0)])
+@pytest.mark.parametrize(("flags", "warned"), [("star", 1), ("*", 0), ("* --stages 0=* 1-=a", 0)])
 def test_a_concept_that_no_text_names(
     flags: str, warned: int, bad: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -657,11 +721,12 @@ def test_an_image_for_each_prompt_truncation_and_seed(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a {} on black\n\n{}\n", encoding="utf-8")
     flags = ("--prompts", tmp_path / "prompts.txt", "--concept", f"<thing>={mapper_file}", "--outdir", tmp_path)
-    paths = txt2img(*flags, "--truncation", 2, 64, "--seed", 5, 9)
+    grid, *paths = txt2img(*flags, "--truncation", 2, 64, "--seed", 5, 9)
     records = [read_parameters(path) for path in paths]
     assert [tuple(record[name] for name in ("prompt", "truncation", "seed")) for record in records] == list(
         itertools.product(["a <thing> on black", "<thing>"], [2, 64], [5, 9])
     )
+    assert grid.name == "a-thing-on-black-truncation-2-prompts.png"
     assert paths[0].name == "a-thing-on-black-truncation-2-5.png" and len(set(paths)) == 8
     assert len({Image.open(path).tobytes() for path in paths}) == 8
     again = run("", argv=["--from", str(paths[2]), "--outdir", str(tmp_path / "again")])[0]
@@ -672,7 +737,7 @@ def test_an_image_for_each_prompt_truncation_and_seed(
 
 def test_every_flag_of_a_request_is_a_field_of_it() -> None:
     """A flag whose `dest` is none would silently do nothing; and each field has a flag."""
-    own = {"help", "words", "concept", "source", "config", "ckpt", "dtype", "device", "outdir", "debug"}
-    own |= {"allow_targets", "allow_resolvers", "prompts"}
+    own = {"help", "stages", "prompts", "concept", "source", "config", "ckpt", "dtype", "device", "outdir", "debug"}
+    own |= {"allow_targets", "allow_resolvers"}
     dests = {action.dest for action in build_parser("", editing=True)._actions}
-    assert dests - own == {field.name for field in fields(Request)} - {"concepts"}
+    assert dests - own == {field.name for field in fields(Request)} - {"concepts", "prospect_words"}

@@ -85,9 +85,9 @@ def test_their_image_is_ours(
     scale: float, pipe: StableDiffusionPipeline, model: LatentDiffusion, concepts: dict[str, Path], tmp_path: Path
 ) -> None:
     """Several concepts, of ten and of four stages, entries of every kind, with and without guidance."""
-    file = tmp_path / "words.yaml"
-    file.write_text(f"prompt: a large *\nprospect_words: {WORDS!r}".replace("None", "null"), encoding="utf-8")
-    usage = exported(concepts, tmp_path, *SMALL, "--scale", str(scale), "--words", str(file))
+    stages = [f"{stage}={word}" for stage, word in enumerate(WORDS) if word is not None]
+    flags = ("--prompt", "a large *", "--scale", str(scale), "--stages", *stages)
+    usage = exported(concepts, tmp_path, *SMALL, *flags)
     usage.load(pipe)
 
     def theirs(output_type: str = "latent"):

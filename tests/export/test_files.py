@@ -111,14 +111,13 @@ def test_the_negative_prompt_is_in_all_three(file: Path, tmp_path: Path) -> None
     assert nodes[sampler["negative"][0]]["inputs"]["text"] == 'a "blurry" \\(dog\\)'
 
 
-def test_several_concepts_and_words_from_a_file(file: Path, tmp_path: Path) -> None:
+def test_several_concepts_and_stages(file: Path, tmp_path: Path) -> None:
     save_concept(concept(1, stages=1), tmp_path / "b.safetensors")
-    (tmp_path / "words.yaml").write_text("prompt: a *\nprospect_words: ['* <b>', <b>]\n", encoding="utf-8")
-    flags = ("--name", "teddy", "vase", "--to", "a1111", "--steps", "10", "--words", tmp_path / "words.yaml")
+    flags = ("--name", "teddy", "vase", "--to", "a1111", "--steps", "10", "--prompt", "a *")
+    flags += ("--stages", "0-4=2", "5-=<b>")
     paths = export(file, f"<b>={tmp_path / 'b.safetensors'}", *flags, "--outdir", tmp_path / "o")
     assert [path.name for path in paths][9:] == ["teddy-9.safetensors", "vase-0.safetensors", "teddy_a1111.txt"]
-    # two words are two stages; the ten vectors are read at the middle of each
-    assert text_of(paths[-1]).splitlines()[-1] == "a [teddy-2:4] vase-0"
+    assert text_of(paths[-1]).splitlines()[-1] == "a [vase-0:teddy-2:4]"
 
 
 def test_no_stage_of_any_concept_is_lost(file: Path, tmp_path: Path) -> None:
@@ -178,7 +177,7 @@ def test_size_and_guidance_are_those_of_the_small_model_in_every_folder(
         ("--to comfyui --prompt *http://x", "ComfyUI takes what follows // for a comment"),
         ("--to comfyui --prompt *{a|b}", "ComfyUI's page takes {a|b} for a choice"),
         (
-            "--to comfyui --prompt *,embedding:x --word embedding:x" + " --word *" * 9,
+            "--to comfyui --prompt *,embedding:x --stages 0=embedding:x 1-=*",
             "ComfyUI takes a word that begins",
         ),
         ("--prompt *(red:1.3)", "'(red:1.3)' is read as letters here, and is exported so that other programs do, too."),
@@ -339,21 +338,20 @@ def test_names_are_file_names_everywhere() -> None:
         ("--negative_prompt *", "negative_prompt has the placeholder '*'"),
         ("--steps 0", "must be in 1..1000, not 0"),
         ("--preset mood", "Unknown preset 'mood'"),
-        ("--word x --word 11", "prospect_words[1] = 11"),
-        ("--words none.yaml", "There is no file 'none.yaml'"),
+        ("--stages 0=x 1=11", "prospect_words[1] = 11"),
+        ("--stages 7-10=x", "'7-10' is no range of the stages 0-9"),
+        ("--ckpt none.ckpt", "There is no file 'none.ckpt', given with --ckpt"),
         ("--nme b", "unknown argument '--nme'; did you mean --name?"),
         ("--card --pictures none.png", "There is no file 'none.png'"),
         ("--card --pictures x/s.png y/s.png", "have the same name; rename one"),
         ("--pictures s.png", "use --card, too"),
         ("--to diffusers --steps 1000", "at most 999 steps"),
-        ("--words {folder}/words.yaml", "prompt must be a text, not 5"),
     ],
 )
 def test_mistakes_end_with_a_sentence(
     flags: str, sentence: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "words.yaml").write_text("prompt: 5\n")
-    given = [flag.format(folder=tmp_path, file=file) for flag in flags.split()]
+    given = [flag.format(file=file) for flag in flags.split()]
     assert sentence in refusal(capsys, file, *given, "--outdir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ldm.conditioning.context import Context
 from ldm.conditioning.learned import TokenVectors
 from ldm.config import nearest
+from ldm.files.shipped import shipped
 from ldm.modules.diffusionmodules.util import enter, leave
 from ldm.modules.encoders.clip import NO_PREFIX, CLIPTextConfig, CLIPTextModel, KeyValue
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-_ROOT = Path(__file__).parents[3]  # of the repository, whose configurations name folders relative to it
 END_MARKS = ("<|startoftext|>", "<|endoftext|>")
 FILES = ["vocab.json", "merges.txt", "tokenizer_config.json"]
 KNOWN_VERSIONS = {"openai/clip-vit-large-patch14": CLIPTextConfig()}
@@ -34,7 +34,7 @@ class FrozenCLIPEmbedder(nn.Module):
         version: name of a known text transformer; with `text_config` any name is accepted.
         max_length: L, the tokens of a prompt with its two end marks.
         text_config: sizes, as the fields of `CLIPTextConfig`.
-        tokenizer: folder with `vocab.json` and `merges.txt`, relative to the current folder or else the repository;
+        tokenizer: folder with `vocab.json` and `merges.txt`, relative to the current folder, or one that ships;
             None takes `version` from the hub's cache.
 
     Raises:
@@ -78,9 +78,7 @@ class FrozenCLIPEmbedder(nn.Module):
             OSError: the vocabulary is neither in the folder nor in the hub's cache, nor can it be fetched, or it is
                 damaged.
         """
-        folder = hub_folder(self.version) if self.tokenizer_folder is None else Path(self.tokenizer_folder).expanduser()
-        if not folder.is_dir() and (_ROOT / folder).is_dir():
-            folder = _ROOT / folder
+        folder = hub_folder(self.version) if self.tokenizer_folder is None else Path(shipped(self.tokenizer_folder))
         return open_tokenizer(folder, self.transformer.config.vocab_size)
 
     def embed(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:

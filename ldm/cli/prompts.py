@@ -1,0 +1,167 @@
+"""What the command lines read besides single values: stages, files of prompts, lists of seeds, files of concepts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ldm.files.shipped import shipped
+from ldm.request import PRESETS, check_placeholder, mentions
+
+MAX_SEEDS = 1000
+_RANGE = re.compile(r"(\d{1,4})(-(\d{1,4})?)?")
+
+
+def seeds(text: str) -> list[int]:
+    """One seed, or all of a range such as 10-13."""
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a seed (42) nor a range of seeds (42-45)")
+    found = range(int(first), int(last or first) + 1)
+    if not 1 <= len(found) <= MAX_SEEDS:
+        raise argparse.ArgumentTypeError(f"'{text}' is no range of 1 to {MAX_SEEDS} seeds")
+    return list(found)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------
+
+
+def read_stages(texts: Sequence[str], num_stages: int) -> dict[str, Any]:
+    """Return the texts of `--stages` as `preset`, or as `prospect_words`, where stages that are not named are None.
+
+    Args:
+        texts: `preset:NAME` alone, or `RANGE=TEXT`: a range is a stage (3), several (0-6) or open (5-); a text that
+            is a number is the learned token of that stage.
+
+    Raises:
+        ValueError: something else, a stage that there is not, or one that is given twice.
+    """
+    if texts[0].startswith("preset:"):
+        if len(texts) > 1:
+            raise ValueError(f"--stages {texts[0]} says all stages; omit {texts[1]!r}.")
+        return {"preset": texts[0].removeprefix("preset:")}
+    words: dict[int, str | int] = {}
+    for text in texts:
+        stages, sign, word = text.partition("=")
+        if not sign:
+            raise ValueError(f"--stages: '{text}' must be RANGE=TEXT, as in '7-9=a mug', or preset:{PRESETS[2]}.")
+        for stage in _range(stages, num_stages):
+            if stage in words:
+                raise ValueError(f"--stages gives stage {stage} twice; let '{text}' leave it out.")
+            words[stage] = int(word) if re.fullmatch(r"-?\d{1,9}", word) else word
+    return {"prospect_words": [words.get(stage) for stage in range(num_stages)]}
+
+
+def _range(text: str, num_stages: int) -> range:
+    match = _RANGE.fullmatch(text.strip())
+    first, last = (int(match[1]), int(match[3] or (num_stages - 1 if match[2] else match[1]))) if match else (1, 0)
+    if not first <= last < num_stages:
+        raise ValueError(
+            f"--stages: '{text}' is no range of the stages 0-{num_stages - 1}; write one (3), several (0-6) or an open "
+            "range (5-). Stage 0 is the end of sampling."
+        )
+    return range(first, last + 1)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------
+
+
+def read_prompts(file: str | Path, names: Sequence[str], num_stages: int) -> list[dict[str, Any]]:
+    """Return the entries of a file of prompts, each as arguments of a request.
+
+    Args:
+        file: a text with a prompt in each line (empty lines and those that begin with # do not count), or YAML: a
+            list of prompts, or of mappings of arguments.
+        names: what a mapping may give, beside `stages`.
+
+    Raises:
+        ValueError: there is no such file, it holds no prompt, or an entry is something else.
+    """
+    if Path(file).suffix.lower() not in (".yaml", ".yml"):
+        entries: object = _lines(Path(file).expanduser())
+    else:
+        from ldm.config import read_yaml_content
+
+        content = read_yaml_content(file, "--prompts", "file", "a text that begins with * needs quotes")
+        entries = [content] if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"'{file}' holds no prompts; write one in each line, or a YAML list of prompts.")
+    return [_entry(file, entry, names, num_stages) for entry in entries]
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise ValueError(f"There is no file '{file}'; check the path given with --prompts.")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' is not UTF-8 text; give a text file with one prompt in each line.") from error
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _entry(file: str | Path, entry: object, names: Sequence[str], num_stages: int) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
+        return {"prompt": entry}
+    given = dict(entry)
+    for name in given:
+        if name not in (*names, "stages"):
+            from ldm.config import nearest
+
+            raise ValueError(f"'{file}': there is no argument '{name}'{nearest(str(name), [*names, 'stages'])}.")
+    if (stages := given.pop("stages", None)) is not None:
+        texts = [stages] if isinstance(stages, str) else stages
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"'{file}': stages must be a list such as ['7-9=a mug', '0-6=a blue mug'].")
+        given |= read_stages(texts, num_stages)
+    return given
+
+
+# --- concepts --------------------------------------------------------------------------------------------------
+
+
+def concept_files(texts: Sequence[str], own: str, prompts: str = "") -> dict[str, str]:
+    """Return `FILE` or `NAME=FILE`, several times, as {placeholder: file}.
+
+    A file without a name is called what it calls itself; where `prompts` have only `own` for it, or it has no name, it
+    is called that.
+    """
+    concepts: dict[str, str] = {}
+    for text in texts:
+        name, sign, file = text.partition("=")
+        if not sign or Path(text).is_file():
+            file = shipped(text)
+            name = placeholder_in(file) or own
+            if mentions(prompts, own) and not mentions(prompts, name):
+                name = own
+        if not name or name in concepts:
+            raise ValueError(
+                f"--concept {text}: give every concept a name of its own, as in --concept '<vase>={file}'."
+            )
+        concepts[name] = shipped(file)  # behind a =, the shell does not expand ~
+    return concepts
+
+
+def placeholder_in(file: str) -> str | None:
+    """Return what a concept's file says to be called, without importing anything that reads tensors.
+
+    That is in a safetensors file's description, or in token_identifier.txt of a folder or beside the file.
+    """
+    path = Path(file)
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        beside = (path if path.is_dir() else path.parent) / "token_identifier.txt"
+        if beside.is_file():
+            return _usable(beside.read_text(encoding="utf-8").strip())
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            return _usable(json.loads(stream.read(min(size, 1 << 20)))["__metadata__"]["placeholder"])
+    return None
+
+
+def _usable(text: str) -> str:
+    check_placeholder(text)
+    return text
