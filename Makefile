@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	@$(BIN)/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || { \
 	  $(PYTHON) -c '$(SUPPORTED)' || { echo "Python 3.10 to 3.13 is needed, as in: make setup PYTHON=python3.12" >&2; exit 1; }; \
 	  $(PYTHON) -m venv --clear $(VENV); }
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.lock -e '.[dev,metrics]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.lock -e '.[dev,metrics,cluster]'
 # Alone: the quantizer that the tests use needs only torch, and torchvision does not import beside a CPU build of it.
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -c requirements.lock taming-transformers-rom1504
 	@touch $@

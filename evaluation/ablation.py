@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evaluation.concepts import MAX_STEPS, TRANSFERS, Subject, build, learn_concept, measure_transfer
 from evaluation.images import check
-from evaluation.jobs import Result, run_jobs
+from evaluation.jobs import Result, Workers, run_jobs
 from evaluation.world.attributes import FACTORS, words_of
 from ldm.conditioning.presets import PRESET_STAGES
 from ldm.config import read_yaml
@@ -97,7 +97,7 @@ class Ablation:
                 except ValueError as error:
                     raise ValueError(f"The variant '{variant}': {error}") from error
 
-    def learn(self, folder: Path, workers: int | None = None) -> Results:
+    def learn(self, folder: Path, workers: Workers = None) -> Results:
         """Learn every subject with every variant, see `learn_concept`."""
         shared = {"config": self.config, "ckpt": self.ckpt}
         jobs = {
@@ -107,7 +107,7 @@ class Ablation:
         }
         return run_jobs(learn_concept, jobs, folder / "learned", workers, "learning concepts")
 
-    def measure(self, folder: Path, learned: Results, windows: Windows, workers: int | None = None) -> Results:
+    def measure(self, folder: Path, learned: Results, windows: Windows, workers: Workers = None) -> Results:
         """Count what the learned concepts transfer, see `measure_transfer`."""
         model = (self.config, self.ckpt, self.classifier)
         shared = {"model": model, "count": self.images, "steps": self.steps, "scale": self.scale}

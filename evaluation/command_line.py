@@ -15,6 +15,10 @@ def add_model_flags(parser: Parser, steps: int) -> None:
 
 
 def add_job_flags(parser: Parser, outdir: str) -> None:
-    """Add the flags that say how many processes measure, and where results are kept."""
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes (one for each core)")
+    """Add the flags that say where and in how many processes to measure, and where results are kept."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=positive, metavar="N", help="processes (one for each core)")
+    where.add_argument(
+        "--cluster", dest="workers", metavar="ADDRESS", help="measure on a Ray cluster: local, auto or HOST:PORT"
+    )
     parser.add_argument("--outdir", type=path, default=path(outdir))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import file_hash
 from ldm.files.writing import replacing
+from ldm.training.cluster import connected, run_on
 
 try:
     import joblib
@@ -24,6 +25,8 @@ except ImportError as error:
     raise ImportError("Measuring needs joblib, scipy and matplotlib: pip install -e '.[metrics]'") from error
 
 Result = dict[str, np.ndarray]
+Workers = int | str | None  # see `run_jobs`
+Waiting = Mapping[str, tuple[Any, ...]]  # key -> arguments of `measure`
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -56,7 +59,7 @@ def run_jobs(
     function: Callable[..., Result],
     jobs: Mapping[Name, Mapping[str, Any]],
     folder: str | Path,
-    workers: int | None = None,
+    workers: Workers = None,
     description: str = "measuring",
 ) -> dict[Name, Result]:
     """Return the results of `function(**arguments)` for every named job, or raise what a job raises.
@@ -67,12 +70,21 @@ def run_jobs(
     Args:
         function: defined at the top level of a module. Its arguments are plain data, arrays and dataclasses; files
             count by their content.
-        workers: processes of one thread each; None: one for each core, or one in all where there is a GPU.
+        workers: processes of one thread each; None: one for each core, or one in all where there is a GPU. A
+            text is the address of a Ray cluster to measure on: "local", "auto" or HOST:PORT.
     """
     cached = joblib.Memory(folder, backend="arrays", verbose=0).cache(measure, ignore=["function", "arguments"])
     hash_of = functools.cache(file_hash)
     calls = [(joblib.hash([function.__qualname__, by_content(x, hash_of)]), function, x) for x in jobs.values()]
     waiting = {call[0]: call for call in calls if not cached.check_call_in_cache(*call)}
+    if isinstance(workers, str):
+        _on_cluster(workers, cached, waiting, description)
+    else:
+        _in_processes(workers, cached, waiting, description)
+    return {name: cached(*call) for name, call in zip(jobs, calls, strict=True)}
+
+
+def _in_processes(workers: int | None, cached: Any, waiting: Waiting, description: str) -> None:
     if workers is None:
         workers = 1 if torch.cuda.is_available() else joblib.cpu_count()
     parallel = joblib.Parallel(
@@ -85,7 +97,18 @@ def run_jobs(
     except BrokenProcessPool as error:
         remedy = "finished results are kept; run the command again, with fewer --workers"
         raise ChildProcessError(f"A worker process was killed, most likely for want of memory; {remedy}.") from error
-    return {name: cached(*call) for name, call in zip(jobs, calls, strict=True)}
+
+
+def _on_cluster(address: str, cached: Any, waiting: Waiting, description: str) -> None:
+    """Ray does a job again, twice at most, whose worker was killed; all machines must see the folder of the results."""
+    if not waiting:
+        return
+    with connected(address) as ray:
+        for _, found in tqdm(
+            run_on(ray, lambda *call: cached.call_and_shelve(*call), waiting), description, len(waiting)
+        ):
+            if isinstance(found, Exception):
+                raise found
 
 
 def measure(key: str, function: Callable[..., Result], arguments: Mapping[str, Any]) -> Result:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from evaluation.images import from_bytes, generate, load, load_concepts, to_bytes
-from evaluation.jobs import Result, run_jobs
+from evaluation.jobs import Result, Workers, run_jobs
 from evaluation.judges import Judge
 from evaluation.statistics import mean_interval, share_interval, wilson
 from ldm.conditioning.presets import preset
@@ -133,7 +133,7 @@ def run(
     ckpt: str,
     folder: Path,
     options: Mapping[str, Any],
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> Spectrum:
     """Draw and judge all conditions; an interrupted run resumes in `folder`, where it leaves spectrum.csv."""
     shared = {"config": config, "ckpt": ckpt, "options": dict(options)}

@@ -11,7 +11,7 @@ import torch
 
 from evaluation import spectrum
 from evaluation.concepts import TRANSFERS, Subject, Transfer, learn_concept, transferred
-from evaluation.jobs import run_jobs
+from evaluation.jobs import Workers, run_jobs
 from evaluation.world import attributes as words
 
 SETTINGS = {"model.params.frozen_dtype": "bfloat16"}  # as in configs/evidence/ablation.yaml
@@ -35,9 +35,7 @@ def caption_experiments(count: int, windows: Sequence[spectrum.Window]) -> dict[
     return experiments
 
 
-def learn_concepts(
-    config: str, ckpt: str, count: int, folder: Path, workers: int | None = None
-) -> dict[str, np.ndarray]:
+def learn_concepts(config: str, ckpt: str, count: int, folder: Path, workers: Workers = None) -> dict[str, np.ndarray]:
     """Learn `count` held-out images as configured, but with frozen parts in bfloat16: {placeholder: vectors (S, D)}."""
     shared = {"config": config, "ckpt": ckpt, "overrides": SETTINGS}
     jobs = {f"<{i}>": shared | {"subject": Subject(i, SEED)} for i in range(count)}

@@ -101,3 +101,23 @@ def test_a_job_has_one_thread_whatever_the_number_of_workers(workers: int, tmp_p
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_on_a_ray_cluster_a_job_whose_worker_is_killed_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "results").mkdir()
+    results = run_jobs(killed_once, jobs(tmp_path / "results", 2, 3, 4), tmp_path / "jobs", "local")
+    assert {number: int(result["square"]) for number, result in results.items()} == {2: 4, 3: 9, 4: 16}
+    assert runs(tmp_path / "results") == ["2", "3", "3", "4"]
+    assert not (tmp_path / ".ray").exists()
+    with pytest.raises(ValueError, match="negative"):
+        run_jobs(square, jobs(tmp_path / "results", -1), tmp_path / "jobs", "local")
+
+
+def killed_once(number: int, folder: str) -> dict[str, np.ndarray]:
+    """As `square`; the first process to do number 3 is killed."""
+    again = "3" in (Path(folder) / "ran").read_text() if (Path(folder) / "ran").exists() else False
+    result = square(number, folder)
+    if number == 3 and not again:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result

@@ -1,0 +1,213 @@
+"""Concepts to learn, one job each: read from a folder or a CSV, and noted beside what comes of them.
+
+In the folder of the results lie, for each concept, `NAME.safetensors` when it is learned, and its run `runs/NAME` with
+`runs/NAME.log` and, in `runs/NAME.json`, what was asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.config import nearest
+from ldm.data.personalized import find_images
+from ldm.files.writing import replace_bytes, replace_text
+from ldm.methods import find_method
+from ldm.training.runs import EMBEDDINGS, Run
+
+RETRIES = 2  # of a process that was killed
+METHOD = "model.params.personalization_config.params.method"
+_NAME = re.compile(r"[^\W.][^/\\\0:*?\"<>|\n]*")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A concept to learn.
+
+    Args:
+        image: an image, or a folder with images of the one concept.
+        name: of the concept's file.
+        init_word, method, steps: in place of what the configuration says.
+    """
+
+    image: Path
+    name: str
+    init_word: str | None = None
+    method: str | None = None
+    steps: int | None = None
+
+    def arguments(self) -> list[str]:
+        """Return the flags of `main.py` that say this; where the images lie comes from elsewhere."""
+        arguments = ["--init_word", self.init_word] if self.init_word else []
+        arguments += ["--max_steps", str(self.steps)] if self.steps else []
+        return arguments + ([f"{METHOD}={self.method}"] if self.method else [])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all concepts are learned with: configurations, base model, further values as `key=value`."""
+
+    base: tuple[Path, ...]
+    ckpt: Path
+    overrides: tuple[str, ...] = ()
+
+    def command(self, job: Job, run: Path) -> list[str]:
+        """Return the arguments of `main.py` that learn a concept, or resume its run."""
+        if Run(run, "").saved("project"):
+            return ["-r", str(run), "-t"]
+        given = ["--actual_resume", str(self.ckpt), "--data_root", str(job.image), "-p", str(run)]
+        return ["--base", *map(str, self.base), "-t", *given, *job.arguments(), *self.overrides]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What came of a job: the file's content, or in `error` why there is none."""
+
+    job: Job
+    seconds: float
+    concept: bytes | None = None
+    error: str = ""
+
+
+class Changed(ValueError):
+    """A concept's run was started with other settings."""
+
+
+# --- what to learn -------------------------------------------------------------------------------------------------
+
+
+def read_jobs(pictures: Path, defaults: Mapping[str, Any] | None = None) -> list[Job]:
+    """Return the jobs of a folder (each image or sub-folder in it is a concept) or of a CSV.
+
+    The CSV's columns are those of `Job`; only `image` must be there, relative to the CSV.
+
+    Args:
+        defaults: fields of `Job` where the CSV does not say them.
+
+    Raises:
+        ValueError: with the line, where it is the CSV's.
+    """
+    if pictures.is_file() and pictures.suffix.lower() == ".csv":
+        jobs = _read_csv(pictures)
+    elif pictures.is_dir():
+        found = [path for path in sorted(pictures.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        alone = [path for path in sorted(pictures.iterdir()) if path.is_file()] and not found
+        found += find_images(pictures) if alone else []
+        jobs = [Job(path, path.name if path.is_dir() else path.stem) for path in found]
+    else:
+        raise ValueError(f"'{pictures}' is neither a folder nor a .csv file; give a folder of folders with images.")
+    if not jobs:
+        raise ValueError(f"There is nothing to learn in '{pictures}'; put a folder with images there for each concept.")
+    jobs = [replace(job, **{k: v for k, v in (defaults or {}).items() if getattr(job, k) is None}) for job in jobs]
+    _check(jobs, pictures)
+    return jobs
+
+
+def _check(jobs: Sequence[Job], pictures: Path) -> None:
+    seen: dict[str, Job] = {}
+    for job in jobs:
+        if not _NAME.fullmatch(job.name):
+            raise ValueError(f"'{job.name}' in '{pictures}' cannot be the name of a concept's file; use letters.")
+        if (other := seen.setdefault(job.name.casefold(), job)) is not job:
+            raise ValueError(f"'{other.image}' and '{job.image}' are both called '{job.name}'; rename one of them.")
+        try:
+            find_method(job.method or "prospect")
+        except ValueError as error:
+            raise ValueError(f"'{job.name}': {error}") from error
+
+
+def _read_csv(path: Path) -> list[Job]:
+    known = [field.name for field in fields(Job)]
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for column in reader.fieldnames or ():
+            if column not in known:
+                raise ValueError(f"'{path}' has an unknown column '{column}'{nearest(column, known)}")
+        if "image" not in (reader.fieldnames or ()):
+            raise ValueError(f"'{path}' has no column 'image'; its columns may be {', '.join(known)}.")
+        return [_job(row, path, reader.line_num) for row in reader]
+
+
+def _job(row: dict[str, str], path: Path, line: int) -> Job:
+    """A line of a CSV."""
+    values = {key: value.strip() for key, value in row.items() if isinstance(value, str) and value.strip()}
+    where = f"'{path}', line {line}"
+    if None in row:
+        raise ValueError(f"{where}: it has more values than there are columns.")
+    if "image" not in values:
+        raise ValueError(f"{where}: it names no image.")
+    steps = values.get("steps", "1")
+    if not steps.isdecimal() or int(steps) < 1:
+        raise ValueError(f"{where}: steps must be a whole number of at least 1, not '{steps}'.")
+    image = path.parent / Path(values["image"]).expanduser()
+    if not image.exists():
+        raise ValueError(f"{where}: there is no '{image}'.")
+    name = values.get("name", image.name if image.is_dir() else image.stem)
+    return Job(image, name, values.get("init_word"), values.get("method"), int(steps) if "steps" in values else None)
+
+
+def unfinished(jobs: Sequence[Job], setting: Setting, out: Path) -> list[Job]:
+    """Return the jobs that are still to be done, and note what each is.
+
+    Raises:
+        Changed: a concept that was learned, or begun, had other images or settings.
+        ValueError: a folder without an image.
+    """
+    asked = {}
+    for job in jobs:
+        digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in find_images(job.image)))
+        values = {key: value for key, value in asdict(job).items() if key != "image"}
+        bases = [hashlib.sha256(path.read_bytes()).hexdigest() for path in setting.base]
+        asked[job.name] = values | {"images": digest.hexdigest(), "base": bases, "overrides": list(setting.overrides)}
+        note = noted(out, job)
+        if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != asked[job.name]:
+            raise Changed(
+                f"'{job.name}' was begun in '{out}' with other images or settings; use another --out, or remove "
+                f"'{note.with_suffix('')}*' and '{finished(out, job)}'."
+            )
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        if not noted(out, job).is_file():
+            replace_text(noted(out, job), json.dumps(asked[job.name], indent=1))
+    return [job for job in jobs if not finished(out, job).is_file()]
+
+
+def finished(out: Path, job: Job) -> Path:
+    return out / f"{job.name}.safetensors"
+
+
+def noted(out: Path, job: Job) -> Path:
+    return out / "runs" / f"{job.name}.json"
+
+
+def run_of(out: Path, job: Job) -> Path:
+    return out / "runs" / job.name
+
+
+def log_of(out: Path, job: Job) -> Path:
+    return out / "runs" / f"{job.name}.log"
+
+
+def save(learned: Learned, out: Path) -> Learned:
+    """Put a concept where the results are."""
+    if learned.concept is not None:
+        replace_bytes(finished(out, learned.job), learned.concept)
+    return learned
+
+
+def result(job: Job, run: Path, code: int, log: str, seconds: float) -> Learned:
+    """Return what a run has learned, or the sentence with which it failed."""
+    if code == 0:
+        return Learned(job, seconds, (run / "checkpoints" / EMBEDDINGS).read_bytes())
+    lines = [line for line in log.splitlines() if line.strip()] or [f"exit code {code}"]
+    error = lines[-1].partition("error: ")[2] or lines[-1]
+    return Learned(job, seconds, error=KILLED if code < 0 else error)
+
+
+KILLED = f"its process was killed {1 + RETRIES} times, most likely for want of memory; use fewer --workers"

@@ -1,0 +1,200 @@
+"""Many concepts, in processes of this machine and on a Ray cluster: each ends as if it were learned alone."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from runs import CONFIG, MODEL, NO_PICTURES, ROOT, learn, start, wait_for
+
+from ldm.embeddings import load_concept
+from ldm.training.cluster import connected, learn_on, run_on
+from ldm.training.jobs import Changed, Job, Setting, finished, read_jobs, run_of, unfinished
+from ldm.training.many import learn_many, write_table
+from ldm.training.pool import learn_locally
+
+COUNT, STEPS = 8, 4
+SETTING = Setting((CONFIG,), MODEL, (NO_PICTURES, "data.params.batch_size=2"))
+
+
+def image(number: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with a folder of images for each concept."""
+    for number in range(COUNT):
+        folder = tmp_path / "pictures" / f"c{number}"
+        folder.mkdir(parents=True)
+        image(number).save(folder / "image.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home folder in which nothing is to be left."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    yield tmp_path / "home"
+    assert not (tmp_path / "home" / ".ray").exists()
+
+
+def kill_once(log: Path) -> threading.Thread:
+    """Kill the process that writes to `log`, while it learns."""
+
+    def kill() -> None:
+        wait_for(lambda: log.is_file() and "Logging to" in log.read_text(), 300)
+        for process in psutil.process_iter():
+            try:
+                if any(file.path == str(log) for file in process.open_files()):
+                    process.send_signal(signal.SIGKILL)
+            except (psutil.AccessDenied, psutil.NoSuchProcess):
+                continue
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def starts(out: Path, name: str) -> int:
+    return (out / "runs" / f"{name}.log").read_text().count("Logging to")
+
+
+def learned_alone(name: str, pictures: Path, folder: Path) -> Path:
+    overrides = ("--max_steps", str(STEPS), *SETTING.overrides)
+    return learn(folder / f"alone-{name}", "--data_root", str(pictures / name), *overrides) / "embeddings.safetensors"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("cluster", [None, "local"])
+def test_all_come_although_one_process_is_killed(cluster: str | None, pictures: Path, tmp_path: Path, home: Path):
+    out = tmp_path / "out"
+    jobs = unfinished(read_jobs(pictures, {"steps": STEPS}), SETTING, out)
+    killer = kill_once(out / "runs/c2.log")
+    results = list(learn_many(jobs, SETTING, out, 2, cluster, 1.0))
+    killer.join()
+    assert sorted(result.job.name for result in results) == [f"c{i}" for i in range(COUNT)]
+    assert not [result.error for result in results if result.error]
+    assert starts(out, "c2") == 2
+    for name in ("c2", "c5"):
+        expected = load_concept(learned_alone(name, pictures, tmp_path)).vectors
+        assert np.array_equal(load_concept(out / f"{name}.safetensors").vectors, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="ray start")
+def test_two_ray_nodes_share_the_work(pictures: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    options = ["--num-cpus=1", "--disable-usage-stats", "--include-dashboard=false"]
+    head = [ray_command, "start", "--head", "--port=26379", "--node-ip-address=127.0.0.1", *options]
+    try:
+        subprocess.run(head, check=True, capture_output=True, cwd=ROOT)
+        second = [ray_command, "start", "--address=127.0.0.1:26379", *options]
+        subprocess.run(second, check=True, capture_output=True, cwd=ROOT)
+        with connected("127.0.0.1:26379") as ray:
+            wait_for(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 2)
+            places = dict(run_on(ray, node_of_task, {i: (i,) for i in range(6)}))
+            assert len(set(places.values())) == 2
+            out = tmp_path / "out"
+            jobs = unfinished(read_jobs(pictures, {"steps": STEPS}), SETTING, out)[:2]
+            assert not [found.error for found in learn_on(ray, jobs, SETTING, out, 1.0) if found.error]
+    finally:
+        subprocess.run([ray_command, "stop", "--force"], check=False, capture_output=True)
+    assert finished(out, jobs[1]).is_file()
+
+
+def node_of_task(_: int) -> str:
+    import ray
+
+    time.sleep(1)
+    return ray.get_runtime_context().get_node_id()
+
+
+def test_a_failing_concept_stops_no_other_and_what_is_there_is_not_learned_again(pictures: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    jobs = read_jobs(pictures, {"steps": 1})[:2]
+    jobs[0] = Job(jobs[0].image, "fails", init_word="red circle", method="neti", steps=1)
+    first = {found.job.name: found for found in learn_locally(unfinished(jobs, SETTING, out), SETTING, out, 2, [])}
+    assert "must be a word of one token" in first["fails"].error
+    assert finished(out, jobs[1]).is_file() and not finished(out, jobs[0]).exists()
+    assert unfinished(jobs, SETTING, out) == jobs[:1]
+    table = write_table(jobs, list(first.values()), out)
+    assert "learned" in table and "word of one token" in (out / "concepts.csv").read_text()
+    with pytest.raises(Changed, match="'c1' was begun in .* with other images or settings"):
+        unfinished([Job(jobs[1].image, "c1", steps=2)], SETTING, out)
+    image(99).save(jobs[1].image / "another.png")
+    with pytest.raises(Changed, match="'c1'"):
+        unfinished(jobs, SETTING, out)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGINT")
+def test_ctrl_c_saves_and_the_same_command_goes_on(pictures: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    for name in [f"c{i}" for i in range(1, COUNT)]:
+        shutil.rmtree(pictures / name)
+    command = [str(pictures), "--out", str(out), "--no_sheet", NO_PICTURES]
+    process = start("scripts/learn_many.py", *command, "--max_steps", "2000", stderr=subprocess.PIPE)
+    log = out / "runs/c0.log"
+    wait_for(lambda: log.is_file() and "Logging to" in log.read_text())
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "0 of 1 concepts are learned; the same command goes on" in errors
+    assert "resume with" in log.read_text() or not (run_of(out, Job(pictures, "c0")) / "checkpoints").exists()
+
+
+BAD = {
+    "image\nnowhere.png": "line 2: there is no '.*nowhere.png'",
+    "image,stepz\nc0,3": "unknown column 'stepz'.*steps",
+    "picture\nc0": "unknown column 'picture'",
+    "name\nc0": "no column 'image'",
+    "image,steps\nc0,three": "line 2: steps must be a whole number of at least 1, not 'three'",
+    "image,steps\nc0,0": "steps must be a whole number",
+    "image,method\nc0,nety": "'c0': .*'nety', which is unknown here; known: .*neti",
+    "image,name\nc0,x\nc1,X": "both called 'X'",
+    "image,name\nc0,../x": "cannot be the name",
+    "image,name\nc0,x,y": "line 2: it has more values than there are columns",
+    "image,name\n,x": "line 2: it names no image",
+    "image": "nothing to learn",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_csv_is_refused_with_its_line(text: str, pictures: Path):
+    (pictures / "jobs.csv").write_text(text)
+    with pytest.raises(ValueError, match=BAD[text]):
+        read_jobs(pictures / "jobs.csv")
+
+
+def test_jobs_come_from_folders_images_and_tables(pictures: Path):
+    assert [job.name for job in read_jobs(pictures)] == [f"c{i}" for i in range(COUNT)]
+    assert [job.name for job in read_jobs(pictures / "c0")] == ["image"]
+    (pictures / "jobs.csv").write_text(
+        "\ufeffimage,name,init_word,method,steps\nc0,cat,star,neti,7\nc1/image.png,,,,\n"
+    )
+    jobs = read_jobs(pictures / "jobs.csv", {"method": "xti"})
+    assert jobs[0] == Job(pictures / "c0", "cat", "star", "neti", 7)
+    assert jobs[1] == Job(pictures / "c1/image.png", "image", None, "xti", None)
+    with pytest.raises(ValueError, match="neither a folder nor a .csv"):
+        read_jobs(pictures / "nowhere")
+
+
+def test_without_ray_one_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(ImportError, match=r"--cluster needs Ray: pip install 'prospect-ldm\[cluster\]'"),
+        connected("local"),
+    ):
+        pass
