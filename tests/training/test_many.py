@@ -55,6 +55,8 @@ def kill_once(log: Path) -> threading.Thread:
     def kill() -> None:
         wait_for(lambda: log.is_file() and "Logging to" in log.read_text(), 300)
         for process in psutil.process_iter():
+            if process.pid == os.getpid():  # holds it open, too
+                continue
             try:
                 if any(file.path == str(log) for file in process.open_files()):
                     process.send_signal(signal.SIGKILL)
