@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import file_hash
 from ldm.files.writing import replacing
-from ldm.training.cluster import connected, run_on
+from ldm.many.cluster import connected, run_on
 
 try:
     import joblib

@@ -39,6 +39,15 @@ def learn(argv: Sequence[str]) -> int:
     return int(import_module("ldm.cli.train").run(given, "prospect learn"))
 
 
+def learn_many(argv: Sequence[str]) -> int:
+    """Learn a concept from each of many folders of images, on all cores or on a Ray cluster.
+
+    prospect learn-many PICTURES --out CONCEPTS
+    prospect learn-many concepts.csv --out CONCEPTS --workers 4 --max_steps 75
+    """
+    return int(import_module("ldm.many.command").run(learn_many.__doc__, argv, "prospect learn-many"))
+
+
 def generate(argv: Sequence[str]) -> None:
     """Generate images from text, stage by stage, or from an image with --content.
 
@@ -76,6 +85,7 @@ def _say_all(paths: Sequence[object]) -> None:
 COMMANDS: dict[str, Command] = {
     "demo": demo,
     "learn": learn,
+    "learn-many": learn_many,
     "generate": generate,
     "export": export,
     "import": import_,

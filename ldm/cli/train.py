@@ -186,7 +186,7 @@ def check_options(options: argparse.Namespace) -> None:
     has_weights = any(text.startswith("model.params.ckpt_path=") for text in options.overrides)
     if known and not options.actual_resume and not options.resume and not has_weights:
         options.actual_resume = known.ckpt
-    options.base = [_configuration(name) for name in options.base]
+    options.base = [configuration(name) for name in options.base]
     for name in ("actual_resume", "data_root"):
         if (path := getattr(options, name)) is not None:
             setattr(options, name, shipped(path))
@@ -196,8 +196,8 @@ def check_options(options: argparse.Namespace) -> None:
     check_paths({"--base": options.base} | {flag: [getattr(options, flag[2:])] for flag in flags})
 
 
-def _configuration(name: str) -> str:
-    """The file of a configuration that is given by its path, or by a short name: demo, sd, demo/neti."""
+def configuration(name: str) -> str:
+    """Return the file of a configuration that is given by its path, or by a short name: demo, sd, demo/neti."""
     if name in MODELS:
         return shipped(MODELS[name].learning)
     short = shipped(f"configs/{name}.yaml")

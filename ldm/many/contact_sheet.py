@@ -15,8 +15,8 @@ from ldm.data.personalized import find_images
 from ldm.files.images import fit, label_grid, open_image
 from ldm.files.records import save_png
 from ldm.generate import load_model_from_config, main
+from ldm.many.jobs import Job, Setting, finished
 from ldm.request import PRESETS
-from ldm.training.jobs import Job, Setting, finished
 
 STEPS = 25
 

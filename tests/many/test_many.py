@@ -17,10 +17,10 @@ from PIL import Image
 from runs import CONFIG, MODEL, NO_PICTURES, ROOT, learn, start, wait_for
 
 from ldm.embeddings import load_concept
-from ldm.training.cluster import connected, learn_on, run_on
-from ldm.training.jobs import Changed, Job, Setting, finished, read_jobs, run_of, unfinished
-from ldm.training.many import learn_many, write_table
-from ldm.training.pool import learn_locally
+from ldm.many.cluster import connected, learn_on, run_on
+from ldm.many.jobs import Changed, Job, Setting, finished, read_jobs, run_of, unfinished
+from ldm.many.learn import learn_many, write_table
+from ldm.many.pool import learn_locally
 
 COUNT, STEPS = 8, 4
 SETTING = Setting((CONFIG,), MODEL, (NO_PICTURES, "data.params.batch_size=2"))
@@ -146,7 +146,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(pictures: Path, tmp_path: Pat
     out = tmp_path / "out"
     for name in [f"c{i}" for i in range(1, COUNT)]:
         shutil.rmtree(pictures / name)
-    command = [str(pictures), "--out", str(out), "--no_sheet", NO_PICTURES]
+    command = [str(pictures), "--out", str(out), "--no_sheet", "--set", NO_PICTURES]
     process = start("scripts/learn_many.py", *command, "--max_steps", "2000", stderr=subprocess.PIPE)
     log = out / "runs/c0.log"
     wait_for(lambda: log.is_file() and "Logging to" in log.read_text())

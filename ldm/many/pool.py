@@ -15,7 +15,7 @@ from typing import IO
 
 import torch
 
-from ldm.training.jobs import RETRIES, Job, Learned, Setting, log_of, result, run_of, save
+from ldm.many.jobs import RETRIES, Job, Learned, Setting, log_of, result, run_of, save
 
 
 def visible_gpus() -> list[str]:
@@ -57,10 +57,13 @@ class _Processes:
         start, run, log, code = time.monotonic(), run_of(out, job), log_of(out, job), -1
         device = self._devices.get()
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+        program = [sys.executable, "-m", "ldm.cli.main", "learn"]
         for _ in range(1 + RETRIES):
             if code < 0 and not self._stopped:
                 with log.open("ab") as file:
-                    code = self._run([sys.executable, "-m", "main", *setting.command(job, run)], file, environment)
+                    code = self._run(
+                        [sys.executable, "-m", "ldm.cli.main", "learn", *setting.command(job, run)], file, environment
+                    )
         self._devices.put(device)
         return result(job, run, code, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - start)
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ldm.files.writing import replace_bytes
-from ldm.training.jobs import KILLED, RETRIES, Job, Learned, Setting, log_of, noted, result, run_of, save
+from ldm.many.jobs import KILLED, RETRIES, Job, Learned, Setting, log_of, noted, result, run_of, save
 
 Name = TypeVar("Name", bound=Hashable)
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prospect-ldm"
@@ -156,8 +156,6 @@ def learn_here(
     """Learn a concept in this process; returns it and, where `out` is on another machine, the log."""
     import ray
 
-    from main import main
-
     start, folder = time.monotonic(), Path(out)
     shared = noted(folder, job).is_file() and noted(folder, job).read_text(encoding="utf-8") == note
     if not shared:
@@ -169,6 +167,6 @@ def learn_here(
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    code = main(here.command(replace(job, image=images.here(ray)), run))
+    code = run(here.command(replace(job, image=images.here(ray)), run))
     text = log.read_text(encoding="utf-8", errors="replace")
     return result(job, run, code, text, time.monotonic() - start), "" if shared else text

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ldm.files.writing import replace_text
-from ldm.training.cluster import connected, learn_on
-from ldm.training.jobs import Job, Learned, Setting
-from ldm.training.pool import learn_locally, visible_gpus
+from ldm.many.cluster import connected, learn_on
+from ldm.many.jobs import Job, Learned, Setting
+from ldm.many.pool import learn_locally, visible_gpus
 
 COLUMNS = ("name", "image", "method", "steps", "seconds", "result")  # of `concepts.csv`
 

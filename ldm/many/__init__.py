@@ -1,0 +1,1 @@
+"""Learn many concepts, in processes of this machine or on a Ray cluster."""

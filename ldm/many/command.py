@@ -1,0 +1,78 @@
+"""Learn a concept from each of many folders of images, on all cores, on all GPUs, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ldm.cli.flags import Parser, add_flag, check_paths, path, positive, printable, say, script_parser
+from ldm.cli.train import configuration
+from ldm.files.shipped import MODELS, shipped
+
+
+def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
+    parser = script_parser(docstring, prog)
+    help_pictures = "a folder with a folder of images (or an image) for each concept, or a CSV"
+    parser.add_argument("pictures", type=path, metavar="PICTURES", help=help_pictures)
+    add_flag(parser, "--out", type=path, required=True, metavar="CONCEPTS", help="folder of the results")
+    help_base = "configurations: demo, sd or files (demo)"
+    add_flag(parser, "--base", nargs="+", default=["demo"], metavar="NAME|YAML", help=help_base)
+    add_flag(parser, "--ckpt", metavar="FILE", help="base model (that of --base demo or sd)")
+    add_flag(parser, "--method", metavar="NAME", help="what is learned, where the CSV does not say it")
+    add_flag(parser, "--init_word", metavar="WORD", help="what learning starts from, likewise")
+    add_flag(parser, "--max_steps", type=positive, metavar="N", help="training steps, likewise")
+    add_flag(parser, "--workers", type=positive, metavar="N", help="processes (one for each GPU, else for each core)")
+    add_flag(parser, "--cluster", metavar="ADDRESS", help="learn on a Ray cluster: local, auto or HOST:PORT")
+    help_share = "of a GPU of the cluster, for each concept (1.0)"
+    add_flag(parser, "--gpu_share", type=float, default=1.0, metavar="X", help=help_share)
+    add_flag(parser, "--no_sheet", action="store_true", help="make no contact sheet")
+    add_flag(parser, "--set", nargs="+", default=[], metavar="KEY=VALUE", help="values of the configuration")
+    return parser
+
+
+def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Learn what is left, and say what came of each concept; returns the exit code."""
+    parser = build_parser(docstring, prog)
+    options = parser.parse_strictly(argv)
+    with parser.sentences():
+        if options.ckpt is None:
+            known = next((MODELS[name].ckpt for name in options.base if name in MODELS), None)
+            if known is None:
+                raise ValueError("Say which base model to learn against: --ckpt FILE.")
+            options.ckpt = known
+        options.base, options.ckpt = [configuration(name) for name in options.base], shipped(options.ckpt)
+        check_paths({"PICTURES": [options.pictures], "--base": options.base, "--ckpt": [options.ckpt]})
+        return _learn(options)
+
+
+def _learn(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ldm.many.contact_sheet import write_sheet
+    from ldm.many.jobs import Setting, finished, read_jobs, unfinished
+    from ldm.many.learn import learn_many, write_table
+
+    given = {"init_word": options.init_word, "method": options.method, "steps": options.max_steps}
+    jobs = read_jobs(options.pictures.absolute(), {name: value for name, value in given.items() if value})
+    setting = Setting(
+        tuple(path(file).absolute() for file in options.base), path(options.ckpt).absolute(), tuple(options.set)
+    )
+    out = options.out.absolute()
+    left, results = unfinished(jobs, setting, out), []
+    if len(left) < len(jobs):
+        say(f"{len(jobs) - len(left)} of {len(jobs)} concepts are there already.")
+    learning = learn_many(left, setting, out, options.workers, options.cluster, options.gpu_share)
+    try:
+        for learned in tqdm(learning, "learning", len(left), disable=not left):
+            results.append(learned)
+            if learned.error:
+                tqdm.write(printable(f"{learned.job.name}: {learned.error}"))
+    except KeyboardInterrupt:
+        done = sum(finished(out, job).is_file() for job in jobs)
+        raise KeyboardInterrupt(f"{done} of {len(jobs)} concepts are learned; the same command goes on") from None
+    table = write_table(jobs, results, out)
+    if not options.no_sheet:
+        write_sheet([job for job in jobs if finished(out, job).is_file()], setting, out)
+    failed = [learned.job.name for learned in results if learned.error]
+    say(f"{table}\n{len(jobs) - len(failed)} of {len(jobs)} concepts are in {options.out}.")
+    return 1 if failed else 0
