@@ -61,9 +61,7 @@ class _Processes:
         for _ in range(1 + RETRIES):
             if code < 0 and not self._stopped:
                 with log.open("ab") as file:
-                    code = self._run(
-                        [sys.executable, "-m", "ldm.cli.main", "learn", *setting.command(job, run)], file, environment
-                    )
+                    code = self._run([*program, *setting.command(job, run)], file, environment)
         self._devices.put(device)
         return result(job, run, code, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - start)
 
