@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ldm.cli import train
 from ldm.files.writing import replace_bytes
 from ldm.many.jobs import KILLED, RETRIES, Job, Learned, Setting, log_of, noted, result, run_of, save
 
@@ -167,6 +168,6 @@ def learn_here(
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    code = run(here.command(replace(job, image=images.here(ray)), run))
+    code = train.run(here.command(replace(job, image=images.here(ray)), run))
     text = log.read_text(encoding="utf-8", errors="replace")
     return result(job, run, code, text, time.monotonic() - start), "" if shared else text
