@@ -153,6 +153,18 @@ class PromptReader:
             logger.warning(warning)
         return torch.tensor(rows, dtype=torch.long, device="cpu").transpose(0, 1).contiguous()
 
+    def words_in(self, prompt: str, words: Words | None = None, stage: int = 0) -> list[tuple[str, list[int]]]:
+        """Return the words of a prompt in a stage, split at single spaces, each with its slots; nothing is cut off."""
+        entry = None if words is None else check_words(words, self.num_stages)[stage]
+        text = prompt.replace(PLACEHOLDER, entry) if isinstance(entry, str) else prompt
+        own = entry if isinstance(entry, int) else None
+        return [(word, self._body(word, own, stage)) for word in text.split(" ")]
+
+    def _body(self, text: str, entry: str | int | None, stage: int) -> list[int]:
+        pieces = stage_pieces(text, entry, stage, self._pattern, self.placeholders)
+        slots = (self._learned(*piece) if isinstance(piece, tuple) else self._ids(piece) for piece in pieces)
+        return list(chain.from_iterable(slots))
+
     def words_read(self, prompt: str, words: Words | None = None) -> list[int | None]:
         """Return for each stage how many words there is room for; None: for all of them."""
         entries = [None] * self.num_stages if words is None else check_words(words, self.num_stages)

@@ -88,7 +88,23 @@ def _read_png(path: Path) -> object:
         ) from error
 
 
-def _parameters(path: Path, module: object) -> dict[str, object]:
+def read_modules(path: Path) -> list[dict[str, Tensor]]:
+    """The parameters of the modules that a file of StyleDiffusion lists, one for each denoising step.
+
+    Raises:
+        TensorFileError: missing, damaged, of another kind, or it names code.
+    """
+    content, refusal = read_file(path).content, "it holds no mapping networks of StyleDiffusion; use its .pth file"
+    if not isinstance(content, list) or not content:
+        raise TensorFileError(f"'{path}': {refusal}.")
+    return [named_tensors(path, _parameters(path, module, refusal)) for module in content]
+
+
+def _parameters(
+    path: Path,
+    module: object,
+    refusal: str = "its 'attention' is not ProSpect's generator; use a file of ProSpect",
+) -> dict[str, object]:
     """The parameters of a pickled module tree under their dotted names."""
     parameters: dict[str, object] = {}
     pending: list[tuple[str, object]] = [("", module)]
@@ -97,7 +113,7 @@ def _parameters(path: Path, module: object) -> dict[str, object]:
         prefix, node = pending.pop()
         # A module that is in two places could make the tree endless.
         if not isinstance(node, StandIn) or id(node) in seen:
-            raise TensorFileError(f"'{path}': its 'attention' is not ProSpect's generator; use a file of ProSpect.")
+            raise TensorFileError(f"'{path}': {refusal}.")
         seen.add(id(node))
         parameters |= {f"{prefix}{name}": value for name, value in node.part("_parameters").items()}
         pending += [(f"{prefix}{name}.", value) for name, value in node.part("_modules").items() if value is not None]

@@ -19,7 +19,7 @@ from ldm.conditioning.prompts import check_placeholder
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files.base_model import describe_base, refuse_other_base, same_base
 from ldm.methods import find_method
-from ldm.methods.base import LearnedModule, Start
+from ldm.methods.base import LearnedModule, Start, StepChange
 from ldm.methods.prospect import GeneratorBlock, ProSpect
 from ldm.methods.table import VECTORS, Table, learn_table
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -182,6 +182,11 @@ class EmbeddingManager(nn.Module):
             ValueError: it was learned for a U-Net with other layers.
         """
         module = find_method(concept.method).load(concept.tensors, concept.metadata)
+        if isinstance(module, StepChange):
+            raise ValueError(
+                f"This concept ({concept.method}) inverts one image and stands at no placeholder; edit that image with "
+                "it: scripts/edit.py CONCEPT --target …"
+            )
         layers = getattr(module, "num_layers", 1)
         if layers not in (1, self.num_layers):
             raise ValueError(
