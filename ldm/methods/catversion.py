@@ -5,12 +5,15 @@ Shapes: P prefix length, d width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ldm.methods.base import LearnedModule, Metadata, Start, Tensors
 
-TEXT_LAYERS = (9, 10, 11)
+TEXT_LAYERS, HEADS, HEAD_WIDTH = (9, 10, 11), 12, 64  # of Stable Diffusion v1's text transformer
+FLAT = len(TEXT_LAYERS) * 2 * HEADS * HEAD_WIDTH  # values of a released prefix of length 1
 PREFIX = "prefix"  # the tensor of a concept
 LAYERS, LOGIT_BIAS = "catversion.text_layers", "catversion.logit_bias"  # in its metadata
 
@@ -31,8 +34,8 @@ class CatVersionPrefix(LearnedModule):
     def __init__(
         self,
         text_layers: tuple[int, ...] = TEXT_LAYERS,
-        heads: int = 12,
-        head_width: int = 64,
+        heads: int = HEADS,
+        head_width: int = HEAD_WIDTH,
         length: int = 1,
         logit_bias: float = 1.0,
         generator: torch.Generator | None = None,
@@ -48,8 +51,7 @@ class CatVersionPrefix(LearnedModule):
         return {layer: (k, v) for layer, (k, v) in zip(self.text_layers, self.prefix, strict=True)}
 
     def to_concept(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        layers = ",".join(map(str, self.text_layers))
-        return {PREFIX: self.prefix.detach()}, {LAYERS: layers, LOGIT_BIAS: repr(self.logit_bias)}
+        return {PREFIX: self.prefix.detach()}, _describe(self.text_layers, self.logit_bias)
 
     @torch.no_grad()
     def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
@@ -96,13 +98,20 @@ def load_prefix(tensors: Tensors, metadata: Metadata) -> CatVersionPrefix:
     return prefix.requires_grad_(False)
 
 
-def from_flat(flat: Tensor, num_layers: int = 3, heads: int = 12) -> Tensor:
-    """Return the prefix (layers, 2, P, heads, d) of the reference's flat vector, whose slowest axis is the position.
+def from_adapter(flat: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what a concept keeps of the reference's vector (P·4608,), whose slowest axis is the position.
 
     Raises:
         ValueError: a length that such a prefix does not have.
     """
-    size = num_layers * 2 * heads * 64
-    if flat.ndim != 1 or not len(flat) or len(flat) % size:
-        raise ValueError(f"a prefix has a multiple of {size} values, not shape {tuple(flat.shape)}.")
-    return flat.view(-1, num_layers, 2, heads, 64).permute(1, 2, 0, 3, 4)
+    if flat.ndim != 1 or not len(flat) or len(flat) % FLAT:
+        raise ValueError(
+            f"its prefix of shape {tuple(flat.shape)} is not a multiple of {FLAT} values: it is for another text "
+            "transformer than that of Stable Diffusion v1."
+        )
+    values = flat.view(-1, len(TEXT_LAYERS), 2, HEADS, HEAD_WIDTH).permute(1, 2, 0, 3, 4)
+    return {PREFIX: values}, _describe(TEXT_LAYERS, 1.0)
+
+
+def _describe(text_layers: Sequence[int], logit_bias: float) -> dict[str, str]:
+    return {LAYERS: ",".join(map(str, text_layers)), LOGIT_BIAS: repr(logit_bias)}
