@@ -46,6 +46,20 @@ class CatVersionPrefix(LearnedModule):
         start = torch.randn(len(text_layers), 2, length, heads, head_width, generator=generator)
         self.prefix = nn.Parameter(start)
 
+    @property
+    def width(self) -> int:
+        """D of the text transformer."""
+        return self.prefix.shape[3] * self.prefix.shape[4]
+
+    def check_fits(self, text_layers: int, heads: int) -> None:
+        """Raise `ValueError` unless a text transformer has the layers and heads of this prefix."""
+        if max(self.text_layers) >= text_layers or self.prefix.shape[3] != heads:
+            layers = ", ".join(map(str, self.text_layers))
+            raise ValueError(
+                f"This concept ({self.method}) is for text layers {layers} of {self.prefix.shape[3]} heads, but this "
+                f"model has {text_layers} layers of {heads}: it was learned for another base model."
+            )
+
     def key_values(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Return text layer -> (K, V), each (P, heads, d)."""
         return {layer: (k, v) for layer, (k, v) in zip(self.text_layers, self.prefix, strict=True)}
@@ -90,8 +104,8 @@ def load_prefix(tensors: Tensors, metadata: Metadata) -> CatVersionPrefix:
         bias = float(metadata[LOGIT_BIAS])
     except (KeyError, ValueError) as error:
         raise ValueError(f"it does not say its text layers and logit bias ({LAYERS}, {LOGIT_BIAS}).") from error
-    if len(layers) != len(values):
-        raise ValueError(f"it has keys and values for {len(values)} text layers, but names {len(layers)}.")
+    if len(layers) != len(values) or len(set(layers)) != len(layers) or min(layers) < 0:
+        raise ValueError(f"it has keys and values for {len(values)} text layers, but names {metadata[LAYERS]}.")
     prefix = CatVersionPrefix(layers, values.shape[3], values.shape[4], values.shape[2], bias)
     with torch.no_grad():
         prefix.prefix.copy_(values)

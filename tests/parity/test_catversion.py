@@ -5,6 +5,7 @@ Its two trained files, in `shipped/`, are MIT licensed, Copyright (c) 2023 RoyZh
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,16 @@ def test_attention_of_a_prefixed_layer(model: LatentDiffusion, bias: int) -> Non
         torch.testing.assert_close(after[..., ::48], record[f"after_layer{index}_every48"], **CONTEXT)
 
 
+def test_concepts_of_different_logit_bias(model: LatentDiffusion) -> None:
+    """Each column has its own: one of -10000 is not read at all."""
+    ids, first, second = TEXT["beach.input_ids"], prefix_of("prefix"), prefix_of("second")
+    alone = encoded(model, ids, first)
+    second.logit_bias = -1e4
+    for order in ((first, second), (second, first)):
+        torch.testing.assert_close(encoded(model, ids, *order), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoded(model, ids, second), encoded(model, ids), rtol=0, atol=1e-5)
+
+
 # Learning
 
 
@@ -277,6 +288,38 @@ def test_three_steps_of_adamw(learning: LatentDiffusion) -> None:
         torch.testing.assert_close(flat(learned.prefix), TRAIN[f"adam.step{step}.prefix"], rtol=0, atol=1e-3)
     context = encoded(learning, TEXT["beach.input_ids"], learned)
     torch.testing.assert_close(context[..., ::48], TRAIN["adam.final_context_every48"], rtol=0, atol=2e-3)
+
+
+def test_text_layers_below_the_prefix_run_once_for_a_caption(
+    learning: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact: the same loss and gradient as by the whole text transformer, which runs in every step otherwise."""
+    text: Any = learning.cond_stage_model.transformer.text_model
+    learning._read_below.clear()
+    rows = dict.fromkeys((0, 8, 9, 11), 0)
+
+    def count(layer: int, inputs: Tensor) -> None:
+        rows[layer] += len(inputs)
+
+    learned: Any = learning.learned
+    batch = {"image": TRAIN["full.image"], "caption": META["training"]["cap2"]}
+    batch["draw"] = {name: TRAIN[f"full.{name}"] for name in ("posterior_noise", "t", "noise")}
+    found = {}
+    hooks = [
+        text.encoder.layers[layer].register_forward_pre_hook(lambda _, inputs, layer=layer: count(layer, inputs[0]))
+        for layer in rows
+    ]
+    for caches in (True, True, False):
+        learning.zero_grad()
+        monkeypatch.setattr(learning, "options", replace(learning.options, cache_text=caches))
+        loss, _ = learning.shared_step(batch, "train")
+        loss.backward()
+        found[caches] = loss.detach(), learned.prefix.grad.clone()
+    for hook in hooks:
+        hook.remove()
+    assert rows == {0: 2 + 2, 8: 2 + 2, 9: 6, 11: 6}
+    for cached, whole in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(cached, whole, rtol=1e-6, atol=1e-6 * whole.abs().max().item())
 
 
 # Sampling
