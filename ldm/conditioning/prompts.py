@@ -22,6 +22,7 @@ from ldm.request import (
     check_placeholder,
     check_prompt,
     check_words,
+    mentions,
     placeholder_pattern,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "foreign_syntax",
     "split_pattern",
     "stage_pieces",
+    "warn_of_class",
     "warn_of_unused",
 ]
 
@@ -80,6 +82,22 @@ def warn_of_unused(
             )
         elif name in concepts:
             logger.warning("The concept '%s' has no effect: write %s into the prompt where it belongs.", name, name)
+
+
+def warn_of_class(name: str, captions: Sequence[str], prompt: str, words: Words | None) -> None:
+    """Warn where no text names what a concept without a placeholder (CatVersion) was learned as.
+
+    Args:
+        name: of the concept.
+        captions: that it was learned in, such as 'teddybear' or 'a teddybear'; the article does not count.
+    """
+    classes = [re.sub(r"^(an?|the) ", "", caption.lower()) for caption in captions]
+    texts = [prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None]]
+    if classes and not any(mentions(text.lower(), word) for text in texts for word in classes):
+        logger.warning(
+            "The concept '%s' changes what '%s' means, which the prompt does not name; write that word into it.",
+            *(name, min(classes, key=len)),
+        )
 
 
 def split_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:
@@ -152,6 +170,18 @@ class PromptReader:
         for warning in self._warnings:
             logger.warning(warning)
         return torch.tensor(rows, dtype=torch.long, device="cpu").transpose(0, 1).contiguous()
+
+    def words_in(self, prompt: str, words: Words | None = None, stage: int = 0) -> list[tuple[str, list[int]]]:
+        """Return the words of a prompt in a stage, split at single spaces, each with its slots; nothing is cut off."""
+        entry = None if words is None else check_words(words, self.num_stages)[stage]
+        text = prompt.replace(PLACEHOLDER, entry) if isinstance(entry, str) else prompt
+        own = entry if isinstance(entry, int) else None
+        return [(word, self._body(word, own, stage)) for word in text.split(" ")]
+
+    def _body(self, text: str, entry: str | int | None, stage: int) -> list[int]:
+        pieces = stage_pieces(text, entry, stage, self._pattern, self.placeholders)
+        slots = (self._learned(*piece) if isinstance(piece, tuple) else self._ids(piece) for piece in pieces)
+        return list(chain.from_iterable(slots))
 
     def words_read(self, prompt: str, words: Words | None = None) -> list[int | None]:
         """Return for each stage how many words there is room for; None: for all of them."""

@@ -6,10 +6,16 @@ A method of another package is named by its class, as in `my_package.MyMethod`, 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NoReturn
 
 from ldm.config import get_class
-from ldm.methods import catversion, neti, prospect, table
+from ldm.methods import catversion, neti, null_text, prospect, stylediffusion, table
 from ldm.methods.base import Method
+
+
+def _inverted(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError("This method is learned of one image and its prompt: python scripts/invert.py IMAGE --prompt …")
+
 
 METHODS: dict[str, Method] = {
     "prospect": Method(prospect.check_tensors, table.load_table, prospect.ProSpect),
@@ -18,6 +24,9 @@ METHODS: dict[str, Method] = {
     "table": Method(table.check_table, table.load_table, table.learn_table),
     "neti": Method(neti.check_mapper, neti.load_mapper, neti.learn_mapper),
     "catversion": Method(catversion.check_prefix, catversion.load_prefix, catversion.learn_prefix),
+    "stylediffusion": Method(stylediffusion.check_values, stylediffusion.load_values, _inverted),
+    "null-text": Method(null_text.check_contexts, null_text.load_null, _inverted),
+    "text-inversion": Method(null_text.check_contexts, null_text.load_text, _inverted),
 }
 
 

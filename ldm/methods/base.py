@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.context import Context
 from ldm.conditioning.learned import LearnedPrefix, LearnedTokens
 
 Tensors = Mapping[str, Tensor]
 Metadata = Mapping[str, str]
+Branch = Literal["values", "unconditional", "source"]
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,47 @@ class LearnedModule(nn.Module):
         raise ValueError(f"the method '{self.method}' cannot start from another concept; omit embedding_manager_ckpt.")
 
 
+class StepChange:
+    """A change of the context for each denoising step; a `ValueModulation`.
+
+    Args:
+        values: learned, one entry for each of N steps.
+        timesteps: of the steps.
+    """
+
+    branch: Branch  # which rows read it: source and edit, both unconditional ones, or the source alone
+
+    def __init__(self, values: Tensor, timesteps: tuple[int, ...]) -> None:
+        self.values, self.timesteps = values, timesteps
+
+    def of_step(self, t: int) -> Tensor:
+        """Return what was learned for timestep t.
+
+        Raises:
+            ValueError: nothing was.
+        """
+        if t not in self.timesteps:
+            raise ValueError(f"nothing was learned for timestep {t}; sample with the concept's own {self.timesteps}.")
+        return self.values[self.timesteps.index(t)]
+
+    def __call__(self, context: Context, t: int) -> Context:
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> StepChange:
+        self.values = self.values.to(device)
+        return self
+
+
 class Method(NamedTuple):
     """How a concept of a method is read.
 
     Args:
         check: raises `ValueError` unless the tensors are what the method learns; the sentence is read on after the
             file's name.
-        load: tensors, metadata -> what prompts read.
+        load: tensors, metadata -> what prompts read, or a change of the context where it belongs to one image.
         learn: `Start` and the parameters of a configuration -> the module to be trained.
     """
 
     check: Callable[[Tensors], None]
-    load: Callable[[Tensors, Metadata], LearnedTokens | LearnedPrefix]
+    load: Callable[[Tensors, Metadata], LearnedTokens | LearnedPrefix | StepChange]
     learn: Callable[..., LearnedModule]

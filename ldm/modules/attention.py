@@ -36,7 +36,14 @@ class Site(NamedTuple):
 
 
 # Probabilities (B, heads, N, L) at a site -> those that are used in their place, of the same shape.
+# One that has a method `wants(site, queries)` is called only where that returns True; elsewhere attention stays fused.
 AttentionHook = Callable[[Tensor, Site], Tensor]
+
+
+def is_wanted(hook: AttentionHook, site: Site, queries: int) -> bool:
+    """Return whether a hook is to be called at a site of so many query tokens."""
+    wants = getattr(hook, "wants", None)
+    return wants is None or wants(site, queries)
 
 
 def attend(
@@ -162,15 +169,18 @@ class BasicTransformerBlock(nn.Module):
         self.layer_index = layer_index
 
     def forward(self, x: Tensor, context: Context | Projected, hook: AttentionHook | None = None) -> Tensor:
-        x = self.attn1(self.norm1(x), hook=self._at(hook, is_cross=False)) + x
+        queries = x.shape[1]
+        x = self.attn1(self.norm1(x), hook=self._at(hook, False, queries)) + x
         k, v = context.layer(self.layer_index)
         projected = isinstance(context, Projected)
-        x = self.attn2(self.norm2(x), k, v, projected, self._at(hook, is_cross=True)) + x
+        x = self.attn2(self.norm2(x), k, v, projected, self._at(hook, True, queries)) + x
         return self.ff(self.norm3(x)) + x
 
-    def _at(self, hook: AttentionHook | None, is_cross: bool) -> Callable[[Tensor], Tensor] | None:
+    def _at(self, hook: AttentionHook | None, is_cross: bool, queries: int) -> Callable[[Tensor], Tensor] | None:
         site = Site(self.layer_index, is_cross)
-        return None if hook is None else lambda probabilities: hook(probabilities, site)
+        if hook is None or not is_wanted(hook, site, queries):
+            return None
+        return lambda probabilities: hook(probabilities, site)
 
 
 class SpatialTransformer(nn.Module):

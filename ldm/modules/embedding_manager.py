@@ -19,7 +19,7 @@ from ldm.conditioning.prompts import check_placeholder
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files.base_model import describe_base, refuse_other_base, same_base
 from ldm.methods import find_method
-from ldm.methods.base import LearnedModule, Start
+from ldm.methods.base import LearnedModule, Start, StepChange
 from ldm.methods.prospect import GeneratorBlock, ProSpect
 from ldm.methods.table import VECTORS, Table, learn_table
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -84,6 +84,8 @@ class EmbeddingManager(nn.Module):
         self.initial_word = " ".join(words)
         self.num_stages, self.num_layers = num_stages, num_layers
         self.width = embedder.width
+        text = embedder.transformer.config
+        self._text = text.num_hidden_layers, text.num_attention_heads
         self.loaded: dict[str, Concept] = {}
         self._modules_loaded: dict[str, LearnedTokens | LearnedPrefix] = {}
         self.base_model: Mapping[str, str] = {}  # the name and the fingerprint of the base model, if it is known
@@ -93,8 +95,7 @@ class EmbeddingManager(nn.Module):
             return
         word, count = initial_embedding(embedder, self.initial_word)
         self.initial_embeddings.copy_(word)
-        text = embedder.transformer.config
-        start = Start(word, count, num_stages, num_layers, text.num_hidden_layers, text.num_attention_heads)
+        start = Start(word, count, num_stages, num_layers, *self._text)
         if method is not None:
             self.learned = find_method(method).learn(start, **(method_params or {}))
         elif generator == "block":
@@ -182,6 +183,11 @@ class EmbeddingManager(nn.Module):
             ValueError: it was learned for a U-Net with other layers.
         """
         module = find_method(concept.method).load(concept.tensors, concept.metadata)
+        if isinstance(module, StepChange):
+            raise ValueError(
+                f"This concept ({concept.method}) inverts one image and stands at no placeholder; edit that image with "
+                "it: scripts/edit.py CONCEPT --target …"
+            )
         layers = getattr(module, "num_layers", 1)
         if layers not in (1, self.num_layers):
             raise ValueError(
@@ -193,6 +199,8 @@ class EmbeddingManager(nn.Module):
                 f"This concept ({concept.method}) has width {width}, but this model's text encoder has {self.width}: "
                 "it was learned for another base model."
             )
+        if hasattr(module, "check_fits"):
+            module.check_fits(*self._text)
         return module
 
     def load(self, source: str | Path | Concept | Mapping[str, Any], any_base: bool = False) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from ldm.conditioning.context import Cond, Conditioning, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import encode_together
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
-from ldm.modules.attention import AttentionHook
+from ldm.modules.attention import AttentionHook, Site, is_wanted
 from ldm.util import mix_seed
 
 Denoiser = Callable[[Tensor, int], Tensor]  # latents (B, C, H, W), raw timestep -> predicted noise (B, C, H, W)
@@ -81,7 +82,7 @@ def guided(
         encode_together(*prompts)
         x = torch.cat([x] * len(prompts))
         timesteps = torch.full((len(x),), t, device=x.device)
-        eps = model.to_eps(model.apply_model(x, timesteps, projected(t), at_timestep(hook, t)), x, timesteps)
+        eps = model.to_eps(model.apply_model(x, timesteps, projected(t), hook and AtTimestep(hook, t)), x, timesteps)
         if uncond is None:
             return eps
         eps_uncond, eps_cond = eps.chunk(2)
@@ -90,9 +91,18 @@ def guided(
     return denoise
 
 
-def at_timestep(hook: AttentionHook | None, t: int) -> AttentionHook | None:
-    """Return the hook with the timestep written into its sites."""
-    return None if hook is None else lambda probabilities, site: hook(probabilities, site._replace(t=t))
+@dataclass(frozen=True)
+class AtTimestep:
+    """A hook with the timestep written into its sites."""
+
+    hook: AttentionHook
+    t: int
+
+    def __call__(self, probabilities: Tensor, site: Site) -> Tensor:
+        return self.hook(probabilities, site._replace(t=self.t))
+
+    def wants(self, site: Site, queries: int) -> bool:
+        return is_wanted(self.hook, site._replace(t=self.t), queries)
 
 
 def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:

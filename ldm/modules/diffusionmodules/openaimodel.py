@@ -122,7 +122,8 @@ class UNetModel(nn.Module):
         self.downsampling = 2 ** (len(channel_mult) - 1)  # what latent height and width must be multiples of
         self.use_checkpoint = use_checkpoint
         self.dropout = dropout
-        self.num_attention_layers = 0  # counted below; numbers the layers in order of execution
+        # of each attention layer in order of execution: down, mid or up, and how much smaller than the latents it is
+        self.attention_places: list[tuple[str, int]] = []
         self._make_blocks(widths, num_res_blocks, attention_resolutions, num_heads, transformer_depth, norm_num_groups)
 
     def _make_blocks(
@@ -140,9 +141,9 @@ class UNetModel(nn.Module):
         def res(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, emb, groups, dropout)
 
-        def attention(channels: int) -> SpatialTransformer:
+        def attention(channels: int, place: str, level: int) -> SpatialTransformer:
             first = self.num_attention_layers
-            self.num_attention_layers += depth
+            self.attention_places += [(place, 2**level)] * depth
             dim_head = channels // heads
             return SpatialTransformer(channels, heads, dim_head, depth, context_dim, first, groups, dropout)
 
@@ -153,7 +154,7 @@ class UNetModel(nn.Module):
         for level, width in enumerate(widths):
             attends = 2**level in attention_resolutions
             for _ in range(num_res_blocks):
-                block = Block([res(channels, width)] + ([attention(width)] if attends else []))
+                block = Block([res(channels, width)] + ([attention(width, "down", level)] if attends else []))
                 channels = width
                 self.input_blocks.append(block)
                 skips.append(channels)
@@ -161,14 +162,16 @@ class UNetModel(nn.Module):
                 self.input_blocks.append(Block([Downsample(channels)]))
                 skips.append(channels)
 
-        self.middle_block = Block([res(channels, channels), attention(channels), res(channels, channels)])
+        self.middle_block = Block([
+            res(channels, channels), attention(channels, "mid", len(widths) - 1), res(channels, channels)
+        ])  # fmt: skip
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             attends = 2**level in attention_resolutions
             for i in range(num_res_blocks + 1):
                 layers: list[nn.Module] = [res(channels + skips.pop(), width)]
-                layers += [attention(width)] if attends else []
+                layers += [attention(width, "up", level)] if attends else []
                 channels = width
                 if level and i == num_res_blocks:
                     layers.append(Upsample(channels))
@@ -179,6 +182,10 @@ class UNetModel(nn.Module):
             nn.SiLU(),
             zero_module(nn.Conv2d(channels, self.out_channels, 3, padding=1)),
         )
+
+    @property
+    def num_attention_layers(self) -> int:
+        return len(self.attention_places)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,340 @@
+"""Invert an image into a concept that it can be edited with; what is finished of it is kept on the way.
+
+Shapes: C H W latents, N denoising steps, T tokens of features, L tokens and D width of the text transformer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint import save_state_dict
+from ldm.conditioning.context import Context
+from ldm.conditioning.encoding import encode_together
+from ldm.conditioning.prompts import check_prompt
+from ldm.editing.alignment import value_steps
+from ldm.editing.edit import Edit, Edited, Prompts, Told, decoded, denoise_pair, plan_edit, reader_of
+from ldm.editing.image import clip_features, image_latents, patch_features, psnr
+from ldm.editing.inversion import (
+    InversionOptions,
+    Progress,
+    Sweep,
+    Trajectory,
+    follow,
+    inversion_timesteps,
+    learn_path,
+    record,
+)
+from ldm.embeddings import Concept
+from ldm.files.base_model import describe_base, refuse_other_base
+from ldm.files.embedding_formats import read_modules
+from ldm.files.images import fit, to_tensor
+from ldm.files.tensors import read_file
+from ldm.generate import Content, content_hash, facts_of, open_content
+from ldm.methods import find_method
+from ldm.methods.base import StepChange
+from ldm.methods.inversion import FIRST, START, TIMESTEPS, Learner
+from ldm.methods.null_text import NullText, TextInversion
+from ldm.methods.stylediffusion import StyleDiffusion, networks_from
+from ldm.models.diffusion.ddpm import LatentDiffusion
+
+logger = logging.getLogger(__name__)
+
+METHODS = {"stylediffusion": "stylediffusion", "null-text": "null-text", "text": "text-inversion"}
+PROMPT, IMAGE, SCALE, SIZE = (f"inversion.{key}" for key in ("prompt", "image_hash", "guidance_scale", "size"))
+FEATURES, OPTIONS, PSNR, AUTOENCODER = (
+    f"inversion.{key}" for key in ("features", "options", "psnr", "autoencoder_psnr")
+)
+POOR = 3.0  # dB below the autoencoder's own reconstruction
+
+
+class Subject:
+    """An image that is inverted, with its prompt.
+
+    Args:
+        content: the image: a path, or one that Pillow has opened.
+        height, width: in pixels; None: the model's own. The image is cropped to them, then scaled.
+
+    Raises:
+        ValueError: the image or the size cannot be used.
+    """
+
+    def __init__(
+        self, model: LatentDiffusion, content: Content, prompt: str, height: int | None = None, width: int | None = None
+    ) -> None:
+        check_prompt(prompt)
+        facts = facts_of(model)
+        self.model, self.prompt = model, prompt
+        whole = open_content(content)
+        self.hash = content_hash(whole)
+        self.size = (height or facts.height, width or facts.width)
+        if any(side % facts.size_unit for side in self.size):
+            raise ValueError(f"height and width must be multiples of {facts.size_unit}, not {self.size}.")
+        self.image: Image.Image = fit(whole, self.size[1], self.size[0], "crop")
+        self.z_0 = image_latents(model, self.image)
+        # plain text, whatever is loaded
+        self.cond, self.uncond = model.get_unconditional(prompt), model.get_unconditional()
+
+    def contexts(self) -> tuple[Context, Context]:
+        """Return those of the prompt and of ""."""
+        with torch.no_grad():
+            encode_together(self.cond, self.uncond)
+            return self.cond.at(0), self.uncond.at(0)
+
+
+def features_of(image: Image.Image, width: int, clip: str | Path | Tensor | None) -> tuple[Tensor, str]:
+    """Return E(x) (1, T, D) of an image, and what made it.
+
+    Args:
+        clip: folder of transformers' ViT-B/16, or the features; None: the patches of the image, which need no weights.
+
+    Raises:
+        ValueError: features of another width than the text transformer's.
+    """
+    if isinstance(clip, Tensor):
+        found, name = clip, "given"
+    elif clip is not None:
+        found, name = clip_features(image, clip), "CLIP ViT-B/16"
+    else:
+        found, name = patch_features(image, width), "patches"
+    if found.ndim != 3 or found.shape[0] != 1 or found.shape[2] != width:
+        raise ValueError(f"Features must be (1, T, {width}) for this model's text transformer, not {(*found.shape,)}.")
+    return found, name
+
+
+def make_learner(
+    subject: Subject,
+    method: str,
+    options: InversionOptions,
+    clip: str | Path | Tensor | None = None,
+    value_mode: str = "affine",
+    seed: int = 0,
+) -> tuple[Learner, dict[str, str]]:
+    """Return what is learned of an image, at its start, and what its concept says of it.
+
+    Args:
+        method: stylediffusion, null-text or text.
+        clip, value_mode, seed: of StyleDiffusion: see `features_of` and `StyleDiffusion`; the seed draws M_0.
+    """
+    model = subject.model
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not '{method}'.")
+    if method == "stylediffusion":
+        encoder = model.cond_stage_model
+        features, name = features_of(subject.image, encoder.width, clip)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            learner: Learner = StyleDiffusion(options.steps, features, encoder.max_length, value_mode)
+        said = {FEATURES: name, "inversion.value_mode": value_mode, "inversion.seed": str(seed)}
+        return learner.to(model.device), said
+    if method == "null-text" and options.guidance_scale == 1:
+        raise ValueError("null-text learns what guidance leads away from; give a guidance_scale other than 1.")
+    cond, uncond = subject.contexts()
+    start = uncond if method == "null-text" else cond
+    kind = NullText if method == "null-text" else TextInversion
+    return kind(options.steps, start.k).to(model.device), {}
+
+
+def invert_image(
+    model: LatentDiffusion,
+    content: Content,
+    prompt: str,
+    method: str = "stylediffusion",
+    options: InversionOptions | None = None,
+    unfinished: str | Path | None = None,
+    size: tuple[int | None, int | None] = (None, None),
+    progress: bool = True,
+    **start: Any,
+) -> Concept:
+    """Learn what reconstructs an image under guidance, as a concept.
+
+    Args:
+        method: stylediffusion, null-text or text.
+        unfinished: file that keeps finished steps; one that is there is resumed. It is removed at the end.
+        size: (height, width) in pixels.
+        start: `clip`, `value_mode` and `seed` of `make_learner`.
+
+    Raises:
+        ValueError: an argument that cannot be used, or a model in half precision.
+    """
+    options = options or InversionOptions()
+    if model.model.diffusion_model.dtype != torch.float32:
+        raise ValueError("An inversion does not converge in half precision; load the model with dtype float32.")
+    subject = Subject(model, content, prompt, *size)
+    learner, said = make_learner(subject, method, options, **start)
+    said = describe(subject, learner, options) | said
+    resumed = None if unfinished is None else read_unfinished(Path(unfinished), learner, said, model.device)
+    maps = learner.reads_maps and options.attention_loss
+    way = record(model, subject.z_0, subject.cond, options.steps, maps, options.map_dtype)
+    sweep = Sweep(model, way, learner, *subject.contexts(), options)
+
+    def keep(state: Progress) -> None:
+        if unfinished is not None:
+            place = {"progress.epoch": str(state.epoch), "progress.step": str(state.step)}
+            save_state_dict(learner.state_dict() | {"z": state.z}, unfinished, said | place)
+
+    z = learn_path(sweep, resumed, finished=keep, progress=progress)
+    concept = to_concept(subject, learner, way, said, z)
+    if unfinished is not None:
+        Path(unfinished).unlink(missing_ok=True)
+    return concept
+
+
+def describe(subject: Subject, learner: Learner, options: InversionOptions) -> dict[str, str]:
+    """Return what tells an inversion from others, for its concept."""
+    timesteps = inversion_timesteps(options.steps, subject.model.num_timesteps)[::-1]
+    kept = asdict(options) | {"map_dtype": str(options.map_dtype)}
+    return {
+        **subject.model.base_model,
+        "inversion.method": learner.method,
+        PROMPT: subject.prompt,
+        IMAGE: subject.hash,
+        SIZE: f"{subject.size[1]}x{subject.size[0]}",
+        SCALE: repr(float(options.guidance_scale)),
+        TIMESTEPS: ",".join(map(str, timesteps.tolist())),
+        OPTIONS: json.dumps(kept),
+    }
+
+
+def read_unfinished(path: Path, learner: Learner, said: dict[str, str], device: torch.device) -> Progress | None:
+    """Take up what a file keeps of an inversion that was stopped; None where there is none.
+
+    Raises:
+        ValueError: it is of another image, prompt or setting.
+    """
+    if not path.exists():
+        return None
+    content, metadata, _ = read_file(path)
+    other = [key for key, value in said.items() if metadata.get(key) != value]
+    if other or not isinstance(content, dict):
+        names = ", ".join(key.removeprefix("inversion.") for key in other) or "content"
+        raise ValueError(f"'{path}' keeps an unfinished inversion with another {names}; delete it to start anew.")
+    tensors = {name: tensor.to(device) for name, tensor in content.items()}
+    z = tensors.pop("z")
+    learner.load_state_dict(tensors)
+    return Progress(int(metadata["progress.epoch"]), int(metadata["progress.step"]), z)
+
+
+@torch.no_grad()
+def to_concept(subject: Subject, learner: Learner, way: Trajectory, said: dict[str, str], z: Tensor) -> Concept:
+    """Return what was learned as a concept, and log how well it reconstructs the image."""
+    values = torch.stack([learner.values(i) for i in range(len(way.timesteps))])
+    pixels, decode = to_tensor(subject.image)[None].to(z.device), subject.model.decode_first_stage
+    rebuilt, own = psnr(decode(z), pixels), psnr(decode(subject.z_0), pixels)
+    if rebuilt < own - POOR:
+        logger.warning(
+            "The reconstruction has %.1f dB, %.1f less than the autoencoder's own (%.1f); more inner_steps or steps, "
+            "or a prompt that says more of what is seen, help.",
+            *(rebuilt, own - rebuilt, own),
+        )
+    said = said | {PSNR: f"{rebuilt:.2f}", AUTOENCODER: f"{own:.2f}"}
+    tensors = {learner.learned: values.cpu(), START: way.path[-1].cpu(), FIRST: subject.z_0.cpu()}
+    return Concept(tensors, said, learner.method)
+
+
+# --- with a concept --------------------------------------------------------------------------------------------
+
+
+def change_of(concept: Concept) -> StepChange:
+    """Return the change of the context that an inversion's concept is.
+
+    Raises:
+        ValueError: it is a concept of another kind.
+    """
+    if concept.method not in METHODS.values():
+        raise ValueError(
+            f"This concept ({concept.method}) was learned for a placeholder; to edit an image, invert it first: "
+            "scripts/invert.py IMAGE --prompt …"
+        )
+    change = find_method(concept.method).load(concept.tensors, concept.metadata)
+    assert isinstance(change, StepChange)
+    return change
+
+
+def import_networks(
+    model: LatentDiffusion, content: Content, prompt: str, path: str | Path, clip: str | Path | Tensor, **options: Any
+) -> Concept:
+    """Make a concept of an image from the networks that StyleDiffusion's own code has learned of it.
+
+    Args:
+        path: its .pth file, which says neither image nor prompt nor steps.
+        clip: folder of CLIP ViT-B/16, or the features, as for the file.
+        options: of `InversionOptions`, apart from the steps.
+    """
+    networks = networks_from(read_modules(Path(path)))
+    given = InversionOptions(steps=len(networks), **options)
+    subject = Subject(model, content, prompt)
+    features, name = features_of(subject.image, model.cond_stage_model.width, clip)
+    first = networks[0]
+    expected = (features.shape[1], 2 * model.cond_stage_model.max_length)
+    if (first.conv_start.in_channels, first.conv_start.out_channels) != expected:
+        raise ValueError(f"'{path}' is for another model: it has networks of {first.conv_start}, not of {expected}.")
+    learner = StyleDiffusion(len(networks), features, model.cond_stage_model.max_length)
+    learner.networks = torch.nn.ModuleList(networks)
+    learner.to(model.device)
+    said = describe(subject, learner, given) | {FEATURES: name, "inversion.value_mode": "affine"}
+    way = record(model, subject.z_0, subject.cond, given.steps)
+    return to_concept(subject, learner, way, said, follow(Sweep(model, way, learner, *subject.contexts(), given)))
+
+
+def check_belongs(
+    concept: Concept,
+    model: LatentDiffusion,
+    content: Content | None = None,
+    prompt: str | None = None,
+    steps: int | None = None,
+    any_base: bool = False,
+) -> None:
+    """Raise `ValueError` where a concept is for another image, prompt, number of steps, or base model."""
+    change, said = change_of(concept), concept.metadata
+    if not any_base:
+        refuse_other_base(said, model.base_model, "The concept")
+    _, length, width = change.values.shape
+    encoder = model.cond_stage_model
+    length = length // 2 if change.branch == "values" else length
+    if (length, width) != (encoder.max_length, encoder.width) or concept.tensors[START].shape[1] != model.channels:
+        raise ValueError(
+            f"The concept has {length} tokens of width {width}, but this model's text encoder has {encoder.max_length} "
+            f"of {encoder.width}: it was learned for another base model, {describe_base(said)}."
+        )
+    if content is not None and (found := content_hash(open_content(content))) != said.get(IMAGE):
+        raise ValueError(
+            f"The concept is of another image ({said.get(IMAGE, 'unknown')}, not {found}); every image has to be "
+            "inverted by itself: scripts/invert.py IMAGE --prompt …"
+        )
+    if prompt is not None and prompt != said.get(PROMPT):
+        raise ValueError(f"The concept was learned with the prompt '{said.get(PROMPT)}', not '{prompt}'.")
+    if steps is not None and steps != len(change.timesteps):
+        raise ValueError(f"The concept was learned with {len(change.timesteps)} steps, not {steps}; omit them.")
+
+
+def edit_image(
+    model: LatentDiffusion, concept: Concept, edit: Edit, learned: bool = True, progress: bool = True
+) -> Edited:
+    """Edit the image that a concept was made of.
+
+    Args:
+        learned: without it, Prompt-to-Prompt alone upon the path of the inversion.
+
+    Raises:
+        ValueError: the concept is for another model, or the edit does not fit its prompt.
+    """
+    check_belongs(concept, model)
+    change, prompt = change_of(concept).to(model.device), concept.metadata[PROMPT]
+    x_T = concept.tensors[START].to(model.device)
+    plan = plan_edit(model, Prompts(reader_of(model), prompt, None, edit), change.timesteps, x_T)
+    told = Told(
+        model.get_unconditional(prompt),
+        model.get_learned_conditioning([edit.target], edit.prospect_words),
+        model.get_unconditional(),
+    )
+    told = told.changed(change if learned else None, value_steps(len(change.timesteps), edit.tau_v))
+    scale = float(concept.metadata[SCALE])
+    return decoded(model, denoise_pair(model, x_T, told, plan, change.timesteps, scale, progress))
