@@ -19,6 +19,7 @@ from ldm.conditioning.prompts import check_placeholder
 from ldm.conditioning.stages import matching_stage
 from ldm.files.base_model import describe_base, same_base
 from ldm.files.embedding_formats import (
+    FlatPrefix,
     PickledBlock,
     PickledMapper,
     check_beside_mapper,
@@ -31,7 +32,7 @@ from ldm.files.embedding_formats import (
 from ldm.files.tensors import TensorFileError as EmbeddingError
 from ldm.files.tensors import naming
 from ldm.files.writing import check_new_file, replacing_set, writing_to
-from ldm.methods import find_method, neti
+from ldm.methods import catversion, find_method, neti
 from ldm.methods.prospect import generate_vectors
 from ldm.methods.table import VECTORS
 
@@ -54,6 +55,7 @@ _ORDER = ("prospect.order", "0 = low noise (end of generation), S-1 = high noise
 # In a file of one stage: its number, how many there are, and the concept's identity.
 _STAGE, _OF, _CONCEPT = "prospect.stage", "prospect.stage_files", "prospect.concept"
 _LISTED = 8
+_ADAPTER_FILE = "pytorch_adapter.bin"  # of CatVersion, in a folder of its own
 
 Source = str | Path | Sequence[str | Path]
 
@@ -248,6 +250,7 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
     * NeTI's `mapper-*.pt`, alone or listed with its `learned_embeds-*.bin`;
     * Textual Inversion of one vector, S = 1: diffusers (`.safetensors`, `.bin`), A1111 and rinongal (`.pt`), and
       A1111's images with an embedding in them;
+    * CatVersion's `pytorch_adapter.bin`, or the folder with it;
     * S files of one vector each (`name-0.safetensors`, …): a list of them, their folder, or any one of those
       that this program wrote.
 
@@ -296,6 +299,8 @@ def _read_list(paths: Sequence[Path]) -> Concept:
 def _read_path(path: Path, key: str | None, rows_are_stages: bool) -> Concept:
     refuse_run(path)
     check_beside_mapper(path)
+    if (path / _ADAPTER_FILE).is_file():
+        return _read(path / _ADAPTER_FILE)
     if path.is_dir():
         return _join(path, series(path, key))
     concept = _read(path, key, rows_are_stages)
@@ -314,6 +319,8 @@ def _read(path: Path, key: str | None = None, rows_are_stages: bool = False) -> 
             return Concept(vectors, {_STAGES: str(len(vectors))})
         if isinstance(content, PickledMapper):
             return Concept(*neti.from_reference(*content), "neti")
+        if isinstance(content, FlatPrefix):
+            return Concept(*catversion.from_adapter(content.values), "catversion")
         if (method := metadata.get(_METHOD, "prospect")) not in ("prospect", "textual-inversion"):
             concept = Concept(content, metadata, method)
             find_method(method).load(concept.tensors, metadata)  # refuses what does not fit

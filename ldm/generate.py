@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ldm.conditioning.context import Conditioning
 from ldm.conditioning.learned import truncates
 from ldm.conditioning.presets import Windows, preset_words, presets_beside
-from ldm.conditioning.prompts import PromptReader, warn_of_unused
+from ldm.conditioning.prompts import PromptReader, warn_of_class, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
 from ldm.export.infotext import NEEDED, infotext
@@ -304,10 +304,20 @@ def _conditionings(
         uncond = model.get_unconditional(request.negative_prompt, request.n_samples)
     elif request.negative_prompt:
         logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
-    loaded = {} if manager is None else manager.loaded
-    learned_as = {name: concept.metadata.get("placeholder", name) for name, concept in loaded.items()}
-    warn_of_unused(request.concepts or (), prompt, words, learned_as)
+    _warn_of_names(request, model, prompt, words)
     return cond, uncond
+
+
+def _warn_of_names(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> None:
+    """Warn of concepts that no text names: by their placeholder, or, where they have none, by their class word."""
+    manager = model.embedding_manager
+    loaded, rows = ({}, {}) if manager is None else (manager.loaded, manager.rows())
+    learned_as = {name: concept.metadata.get("placeholder", name) for name, concept in loaded.items() if name in rows}
+    asked_for = [name for name in request.concepts or () if name in rows or name not in loaded]
+    warn_of_unused(asked_for, prompt, words, learned_as)
+    for name, concept in loaded.items():
+        if name not in rows:
+            warn_of_class(name, concept.metadata.get("captions", "").splitlines(), prompt, words)
 
 
 def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:

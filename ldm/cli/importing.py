@@ -23,14 +23,19 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
     add_flag(parser, "--rows_are_stages", action="store_true", help=help_rows)
     help_placeholder = "what it is called in prompts (its own name, or '*')"
     add_flag(parser, "--placeholder", metavar="TEXT", help=help_placeholder)
+    help_caption = "captions that it was learned in; CatVersion's adapters do not say their class word"
+    add_flag(parser, "--caption", nargs="+", metavar="TEXT", help=help_caption)
     add_flag(parser, "--force", action="store_true", help="overwrite the file if it is there")
     options = parser.parse_strictly(argv)
     with parser.sentences():
         check_paths({"FILE": options.source})
-        from ldm.embeddings import load_concept, save_new_concept
+        from ldm.embeddings import Concept, load_concept, save_new_concept
 
         source: Path | list[Path] = options.source[0] if len(options.source) == 1 else options.source
         concept = load_concept(source, options.key, options.rows_are_stages)
+        if options.caption:
+            said = concept.metadata | {"captions": "\n".join(options.caption)}
+            concept = Concept(concept.tensors, said, concept.method)
         placeholder = options.placeholder or concept.metadata.get("placeholder", "*")
         save_new_concept(concept, options.out, placeholder, options.force, options.source)
     return f"{options.out}: {concept}, called {placeholder}"

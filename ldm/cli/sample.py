@@ -34,6 +34,10 @@ MODEL_DEFAULTS = {"config": MODELS["demo"].config, "ckpt": MODELS["demo"].ckpt, 
 DTYPES = ("float32", "float16", "bfloat16")
 TEXTS = ("prompt", "prospect_words", "preset")
 MAX_IMAGES = 1000  # of one command with several prompts and seeds
+Layout = tuple[str, str, str]
+OWN_LAYOUT: Layout = ("{stem}-{seed}", "{stem}-{seed}-grid", ".png")
+# Where other programs leave an image and its grid: templates of paths, and the format.
+LAYOUTS = {"catversion": ("{dashed}/{dashed}_{seed}", "{dashed}/{dashed}", ".jpg")}
 
 
 # --- flags -----------------------------------------------------------------------------------------------------
@@ -73,6 +77,8 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     model = parser.add_argument_group("model and files")
     add_model_flags(model)
     add_flag(model, "--outdir", type=path, default=Path("outputs"), metavar="DIR", help="for the images (outputs)")
+    help_layout = f"name files as another program does ({', '.join(LAYOUTS)}; its JPEGs have no record of the flags)"
+    add_flag(model, "--layout", choices=list(LAYOUTS), metavar="NAME", help=help_layout)
     add_flag(model, "--debug", action="store_true", help="show the whole trace of an error")
     return parser
 
@@ -144,6 +150,8 @@ def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
     check_generates(config)
     facts = model_facts(config)
     rows = build_requests(options, recorded, facts)
+    if options.layout and len(rows) * len(_columns(options)) > 1:
+        raise ValueError(f"--layout {options.layout} goes with one prompt and one seed; --n_iter makes several images.")
     for request in rows:
         _check_purpose(request, editing)
         _check_files(request, setup["ckpt"])
@@ -159,10 +167,10 @@ def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
         replace(row, concepts={name: loaded[name, file] for name, file in (row.concepts or {}).items()}) for row in rows
     ]
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
-    columns = _columns(options)
+    columns, layout = _columns(options), LAYOUTS.get(options.layout, OWN_LAYOUT)
     if len(rows) * len(columns) > 1:
         return Sheet(model, recorded, setup, options.outdir).draw(rows, columns)
-    return draw(replace(rows[0], **columns[0]), model, recorded, setup, options.outdir)
+    return draw(replace(rows[0], **columns[0]), model, recorded, setup, options.outdir, layout)
 
 
 def _columns(options: argparse.Namespace) -> list[dict[str, int]]:
@@ -173,7 +181,12 @@ def _columns(options: argparse.Namespace) -> list[dict[str, int]]:
 
 
 def draw(
-    request: Request, model: LatentDiffusion, recorded: Mapping[str, Any], setup: Mapping[str, str], folder: Path
+    request: Request,
+    model: LatentDiffusion,
+    recorded: Mapping[str, Any],
+    setup: Mapping[str, str],
+    folder: Path,
+    layout: Layout = OWN_LAYOUT,
 ) -> list[Path]:
     """Generate what a request asks for and write it.
 
@@ -185,10 +198,10 @@ def draw(
     try:
         image = generate_image(request, model)
     except Interrupted as stop:
-        paths = save_images(stop.picture, recorded, setup, folder)
+        paths = save_images(stop.picture, recorded, setup, folder, layout)
         kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} images in it are kept"
         raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
-    return save_images(image, recorded, setup, folder)
+    return save_images(image, recorded, setup, folder, layout)
 
 
 @dataclass(frozen=True)
@@ -223,7 +236,7 @@ class Sheet:
         grid = label_grid(images, names, heads if any(heads) else [])
         stem = f"{_stem(json.loads(images[0][0].info[PNG_KEY]))}-{'prompts' if len(rows) > 1 else 'seeds'}"
         record = {"cells": [[path.name for path in row] for row in cells]}
-        return [_write(grid, self.folder, stem, record), *chain.from_iterable(chain.from_iterable(written))]
+        return [_write(grid, self.folder / stem, ".png", record), *chain.from_iterable(chain.from_iterable(written))]
 
     def _cell(self, request: Request, done: int) -> list[Path]:
         try:
@@ -344,7 +357,13 @@ def _check_files(request: Request, ckpt: str) -> None:
 # --- from images to files --------------------------------------------------------------------------------------
 
 
-def save_images(image: Image.Image, repeated: Mapping[str, Any], setup: Mapping[str, str], folder: Path) -> list[Path]:
+def save_images(
+    image: Image.Image,
+    repeated: Mapping[str, Any],
+    setup: Mapping[str, str],
+    folder: Path,
+    layout: Layout = OWN_LAYOUT,
+) -> list[Path]:
     """Write the image, or a grid and its single images, each with what repeats it."""
     from ldm.files.records import PNG_KEY
 
@@ -353,16 +372,19 @@ def save_images(image: Image.Image, repeated: Mapping[str, Any], setup: Mapping[
     if repeated.get("preset") and "preset" not in record and all(record[n] == repeated.get(n) for n in TEXTS[:2]):
         record |= {key: value for key, value in repeated.items() if key.startswith("preset")}
     record |= {name: name_of(value) for name, value in setup.items()}
-    name, height, width, seed = _stem(record), record["height"], record["width"], record["seed"]
+    single, grid, suffix = layout
+    height, width, seed = record["height"], record["width"], record["seed"]
+    names = {"stem": _stem(record), "dashed": _dashed(record["prompt"])}
     count = record["n_iter"] * record["n_samples"]
-    if count == 1:
-        return [_write(image, folder, f"{name}-{seed}", record)]
-    written = [_write(image, folder, f"{name}-{seed}-grid", record)]
+    written: list[Path] = []
+    if count > 1 or layout is not OWN_LAYOUT:
+        written = [_write(image, folder / grid.format(seed=seed, **names), suffix, record)]
     for i in range(count):
         row, column = divmod(i, image.width // width)
         box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
         alone = record | {"seed": seed + i, "n_iter": 1, "n_samples": 1, "n_rows": 0}
-        written.append(_write(image.crop(box), folder, f"{name}-{seed + i}", alone))
+        file = folder / single.format(seed=seed + i, **names)
+        written.append(_write(image.crop(box), file, suffix, record if count == 1 else alone))
     return written
 
 
@@ -389,26 +411,37 @@ def _stem(record: Mapping[str, Any]) -> str:
     return name if record.get("truncation") is None else f"{name}-truncation-{record['truncation']}"
 
 
-def _write(image: Image.Image, folder: Path, stem: str, record: Mapping[str, Any]) -> Path:
+def _dashed(prompt: str) -> str:
+    """The prompt as a name, with dashes for spaces."""
+    name = re.sub(r"[\s/\\:]", "-", prompt).lstrip(".") or "image"
+    return name.encode()[:200].decode(errors="ignore")
+
+
+def _write(image: Image.Image, path: Path, suffix: str, record: Mapping[str, Any]) -> Path:
+    from ldm.files.writing import replacing
     from ldm.generate import PNG_KEY, save_picture
 
     image.info[PNG_KEY] = json.dumps(record)
-    file = new_file(folder, stem)
+    file = _new_file(path, suffix)
     try:
-        save_picture(image, file)
+        if suffix == ".png":
+            save_picture(image, file)
+        else:
+            with replacing(file) as temporary:
+                image.save(temporary, format="JPEG")
     except BaseException:  # Ctrl-C, too
         file.unlink(missing_ok=True)
         raise
     return file
 
 
-def new_file(folder: Path, stem: str) -> Path:
-    """Return an empty file made at `folder/stem.png`, or with the first free number behind it."""
+def _new_file(path: Path, suffix: str) -> Path:
+    """An empty file made at `path` with the suffix, or with the first free number before it."""
     number = 1
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            file = path.with_name(f"{path.name}{suffix}" if number == 1 else f"{path.name}-{number}{suffix}")
             try:
                 file.touch(exist_ok=False)  # so that two programs at once do not take the same name
                 return file

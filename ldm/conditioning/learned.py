@@ -127,8 +127,16 @@ class Learned:
         return stacked
 
     @property
-    def logit_bias(self) -> float:
-        return self.prefixes[0].logit_bias if self.prefixes else 0.0
+    def logit_bias(self) -> float | Mapping[int, Sequence[float]]:
+        """What is added to the logits of `prefix`; layer -> one number for each of its keys, where concepts differ."""
+        biases = {prefix.logit_bias for prefix in self.prefixes}
+        if len(biases) < 2:
+            return next(iter(biases), 0.0)
+        each: dict[int, list[float]] = {}
+        for prefix in self.prefixes:
+            for layer, (k, _) in prefix.key_values().items():
+                each.setdefault(layer, []).extend([prefix.logit_bias] * len(k))
+        return each
 
 
 def truncates(tokens: object) -> bool:

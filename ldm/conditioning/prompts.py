@@ -22,6 +22,7 @@ from ldm.request import (
     check_placeholder,
     check_prompt,
     check_words,
+    mentions,
     placeholder_pattern,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "foreign_syntax",
     "split_pattern",
     "stage_pieces",
+    "warn_of_class",
     "warn_of_unused",
 ]
 
@@ -80,6 +82,22 @@ def warn_of_unused(
             )
         elif name in concepts:
             logger.warning("The concept '%s' has no effect: write %s into the prompt where it belongs.", name, name)
+
+
+def warn_of_class(name: str, captions: Sequence[str], prompt: str, words: Words | None) -> None:
+    """Warn where no text names what a concept without a placeholder (CatVersion) was learned as.
+
+    Args:
+        name: of the concept.
+        captions: that it was learned in, such as 'teddybear' or 'a teddybear'; the article does not count.
+    """
+    classes = [re.sub(r"^(an?|the) ", "", caption.lower()) for caption in captions]
+    texts = [prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None]]
+    if classes and not any(mentions(text.lower(), word) for text in texts for word in classes):
+        logger.warning(
+            "The concept '%s' changes what '%s' means, which the prompt does not name; write that word into it.",
+            *(name, min(classes, key=len)),
+        )
 
 
 def split_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:

@@ -21,6 +21,8 @@ from ldm.files.tensors import StandIn, TensorFileError, named_tensors, naming, r
 logger = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"(.+)-(\d+)\.(?:safetensors|pt|bin)")
+_ADAPTER = "clip_text_model_self_prefix.control_trans"  # ends the names in CatVersion's pytorch_adapter.bin
+_ADAPTED = {"9", "10", "11"}  # text layers that its code knows
 _A1111_CHUNK = "sd-ti-embedding"  # of a PNG: base64 of JSON, tensors as {"TORCHTENSOR": lists of numbers}
 
 
@@ -31,6 +33,12 @@ class PickledBlock(NamedTuple):
     initial: Tensor | None
 
 
+class FlatPrefix(NamedTuple):
+    """CatVersion's released adapter: keys and values of the text layers 9, 10 and 11 as one vector."""
+
+    values: Tensor
+
+
 class PickledMapper(NamedTuple):
     """NeTI's `mapper-*.pt`: its state dict, the tensors of its positional encoding, and its configuration."""
 
@@ -39,7 +47,9 @@ class PickledMapper(NamedTuple):
     config: object
 
 
-def read_embeddings(path: Path) -> tuple[dict[str, Tensor] | PickledBlock | PickledMapper, dict[str, str]]:
+def read_embeddings(
+    path: Path,
+) -> tuple[dict[str, Tensor] | PickledBlock | PickledMapper | FlatPrefix, dict[str, str]]:
     """The embeddings of a file by name, and its metadata.
 
     Raises:
@@ -60,12 +70,27 @@ def read_embeddings(path: Path) -> tuple[dict[str, Tensor] | PickledBlock | Pick
         return PickledMapper(parameters, encoding, content["cfg"]), metadata
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     tensors = named_tensors(path, _string_to_param(content) if state is None else state)
+    if any(name.endswith(_ADAPTER) for name in tensors):
+        return FlatPrefix(_flat_prefix(path, tensors)), {}
     kind = identify(tensors) if "prospect.version" not in metadata else "unknown"
     if state is not None or kind not in ("unknown", "a textual inversion embedding"):
         model = f"a base model ({kind})" if kind.startswith("Stable") else "a checkpoint"
         what = kind if kind in ("a LoRA", "a VAE") else model
         raise TensorFileError(f"'{path}' holds {what} and no embedding; use a file of a learned concept.")
     return tensors, metadata
+
+
+def _flat_prefix(path: Path, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The one vector that CatVersion's adapter holds under up to four names."""
+    first, *others = tensors.values()
+    layers = {found[1] for name in tensors if (found := re.search(r"\.layers\.(\d+)\.", name))}
+    if layers - _ADAPTED or not all(name.endswith(_ADAPTER) for name in tensors):
+        raise TensorFileError(f"'{path}' is a prefix for other layers than CatVersion's (9, 10, 11); use one of those.")
+    if any(not torch.equal(first, other) for other in others):
+        raise TensorFileError(
+            f"'{path}': its {len(tensors)} copies of the prefix differ; use another copy of the file."
+        )
+    return first
 
 
 def _string_to_param(content: object) -> object:

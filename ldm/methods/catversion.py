@@ -5,12 +5,15 @@ Shapes: P prefix length, d width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ldm.methods.base import LearnedModule, Metadata, Start, Tensors
 
-TEXT_LAYERS = (9, 10, 11)
+TEXT_LAYERS, HEADS, HEAD_WIDTH = (9, 10, 11), 12, 64  # of Stable Diffusion v1's text transformer
+FLAT = len(TEXT_LAYERS) * 2 * HEADS * HEAD_WIDTH  # values of a released prefix of length 1
 PREFIX = "prefix"  # the tensor of a concept
 LAYERS, LOGIT_BIAS = "catversion.text_layers", "catversion.logit_bias"  # in its metadata
 
@@ -31,8 +34,8 @@ class CatVersionPrefix(LearnedModule):
     def __init__(
         self,
         text_layers: tuple[int, ...] = TEXT_LAYERS,
-        heads: int = 12,
-        head_width: int = 64,
+        heads: int = HEADS,
+        head_width: int = HEAD_WIDTH,
         length: int = 1,
         logit_bias: float = 1.0,
         generator: torch.Generator | None = None,
@@ -43,13 +46,26 @@ class CatVersionPrefix(LearnedModule):
         start = torch.randn(len(text_layers), 2, length, heads, head_width, generator=generator)
         self.prefix = nn.Parameter(start)
 
+    @property
+    def width(self) -> int:
+        """D of the text transformer."""
+        return self.prefix.shape[3] * self.prefix.shape[4]
+
+    def check_fits(self, text_layers: int, heads: int) -> None:
+        """Raise `ValueError` unless a text transformer has the layers and heads of this prefix."""
+        if max(self.text_layers) >= text_layers or self.prefix.shape[3] != heads:
+            layers = ", ".join(map(str, self.text_layers))
+            raise ValueError(
+                f"This concept ({self.method}) is for text layers {layers} of {self.prefix.shape[3]} heads, but this "
+                f"model has {text_layers} layers of {heads}: it was learned for another base model."
+            )
+
     def key_values(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Return text layer -> (K, V), each (P, heads, d)."""
         return {layer: (k, v) for layer, (k, v) in zip(self.text_layers, self.prefix, strict=True)}
 
     def to_concept(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        layers = ",".join(map(str, self.text_layers))
-        return {PREFIX: self.prefix.detach()}, {LAYERS: layers, LOGIT_BIAS: repr(self.logit_bias)}
+        return {PREFIX: self.prefix.detach()}, _describe(self.text_layers, self.logit_bias)
 
     @torch.no_grad()
     def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
@@ -88,21 +104,28 @@ def load_prefix(tensors: Tensors, metadata: Metadata) -> CatVersionPrefix:
         bias = float(metadata[LOGIT_BIAS])
     except (KeyError, ValueError) as error:
         raise ValueError(f"it does not say its text layers and logit bias ({LAYERS}, {LOGIT_BIAS}).") from error
-    if len(layers) != len(values):
-        raise ValueError(f"it has keys and values for {len(values)} text layers, but names {len(layers)}.")
+    if len(layers) != len(values) or len(set(layers)) != len(layers) or min(layers) < 0:
+        raise ValueError(f"it has keys and values for {len(values)} text layers, but names {metadata[LAYERS]}.")
     prefix = CatVersionPrefix(layers, values.shape[3], values.shape[4], values.shape[2], bias)
     with torch.no_grad():
         prefix.prefix.copy_(values)
     return prefix.requires_grad_(False)
 
 
-def from_flat(flat: Tensor, num_layers: int = 3, heads: int = 12) -> Tensor:
-    """Return the prefix (layers, 2, P, heads, d) of the reference's flat vector, whose slowest axis is the position.
+def from_adapter(flat: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what a concept keeps of the reference's vector (P·4608,), whose slowest axis is the position.
 
     Raises:
         ValueError: a length that such a prefix does not have.
     """
-    size = num_layers * 2 * heads * 64
-    if flat.ndim != 1 or not len(flat) or len(flat) % size:
-        raise ValueError(f"a prefix has a multiple of {size} values, not shape {tuple(flat.shape)}.")
-    return flat.view(-1, num_layers, 2, heads, 64).permute(1, 2, 0, 3, 4)
+    if flat.ndim != 1 or not len(flat) or len(flat) % FLAT:
+        raise ValueError(
+            f"its prefix of shape {tuple(flat.shape)} is not a multiple of {FLAT} values: it is for another text "
+            "transformer than that of Stable Diffusion v1."
+        )
+    values = flat.view(-1, len(TEXT_LAYERS), 2, HEADS, HEAD_WIDTH).permute(1, 2, 0, 3, 4)
+    return {PREFIX: values}, _describe(TEXT_LAYERS, 1.0)
+
+
+def _describe(text_layers: Sequence[int], logit_bias: float) -> dict[str, str]:
+    return {LAYERS: ",".join(map(str, text_layers)), LOGIT_BIAS: repr(logit_bias)}

@@ -84,6 +84,8 @@ class EmbeddingManager(nn.Module):
         self.initial_word = " ".join(words)
         self.num_stages, self.num_layers = num_stages, num_layers
         self.width = embedder.width
+        text = embedder.transformer.config
+        self._text = text.num_hidden_layers, text.num_attention_heads
         self.loaded: dict[str, Concept] = {}
         self._modules_loaded: dict[str, LearnedTokens | LearnedPrefix] = {}
         self.base_model: Mapping[str, str] = {}  # the name and the fingerprint of the base model, if it is known
@@ -93,8 +95,7 @@ class EmbeddingManager(nn.Module):
             return
         word, count = initial_embedding(embedder, self.initial_word)
         self.initial_embeddings.copy_(word)
-        text = embedder.transformer.config
-        start = Start(word, count, num_stages, num_layers, text.num_hidden_layers, text.num_attention_heads)
+        start = Start(word, count, num_stages, num_layers, *self._text)
         if method is not None:
             self.learned = find_method(method).learn(start, **(method_params or {}))
         elif generator == "block":
@@ -198,6 +199,8 @@ class EmbeddingManager(nn.Module):
                 f"This concept ({concept.method}) has width {width}, but this model's text encoder has {self.width}: "
                 "it was learned for another base model."
             )
+        if hasattr(module, "check_fits"):
+            module.check_fits(*self._text)
         return module
 
     def load(self, source: str | Path | Concept | Mapping[str, Any], any_base: bool = False) -> None:

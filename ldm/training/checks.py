@@ -121,9 +121,10 @@ def check_captions(module: Any, data: DataModuleFromConfig) -> None:
         return
     for dataset in data.datasets.values():
         for template in getattr(dataset, "templates", ()):
-            if is_prefix(manager.learned) and not template.replace("{}", "").strip():
+            if is_prefix(manager.learned) and ("{}" in template or not template.strip()):
                 raise ConfigError(
-                    "CatVersion learns in captions that name the class; give --caption 'teddybear' or so."
+                    "CatVersion has no token of its own; it learns in captions that name the class: give --caption "
+                    "'teddybear' or so."
                 )
             if not is_prefix(manager.learned) and "{}" not in template:
                 raise ConfigError(

@@ -120,6 +120,7 @@ class LatentDiffusion(pl.LightningModule):
         self.timesteps: Tensor | None = None  # (B,), of the latest training batch
         self._latents: LatentCache | None = None
         self._prompts: tuple[Any, PromptConditioning] | None = None  # of the latest training batch
+        self._read_below: dict[tuple[str, int], Tensor] = {}  # caption, text layer -> what it reads (L, D)
         self._captured: dict[Any, TensorStep] = {}  # by the sizes of their inputs; no submodules of this one
 
         betas = make_betas(opt.linear_start, opt.linear_end, opt.timesteps)
@@ -332,6 +333,7 @@ class LatentDiffusion(pl.LightningModule):
     def on_fit_start(self) -> None:
         if torch.is_inference_mode_enabled():
             raise ValueError("Learning needs gradients, which torch.inference_mode() switches off; fit outside of it.")
+        self._read_below.clear()  # another device, perhaps
         self._captured.clear()  # graphs of an earlier fit: the weights may have moved since
         if self.cuda_graph:
             with self.trainer.precision_plugin.forward_context():
@@ -391,7 +393,7 @@ class LatentDiffusion(pl.LightningModule):
         cond = self._prompts_to_learn(captions)
         if self._captures(split):
             return self._captured_step(z, t, noise, cond.rows(t))
-        return self.p_losses(z, cond, t, noise)
+        return self.p_losses(z, self._from_below(captions) or cond, t, noise)
 
     def _prompts_to_learn(self, captions: tuple[str, ...]) -> PromptConditioning:
         """Return the prompts of a step, read anew only where they differ from those of the step before."""
@@ -401,6 +403,20 @@ class LatentDiffusion(pl.LightningModule):
         if self._prompts is None or self._prompts[0] != key or self._prompts[1].slots.device != self.device:
             self._prompts = key, self.get_learned_conditioning(captions)
         return self._prompts[1]
+
+    def _from_below(self, captions: tuple[str, ...]) -> Context | None:
+        """Return the context of captions by the layers with a prefix alone; None where something else is learned."""
+        manager = self.embedding_manager
+        learned = NOTHING_LEARNED if manager is None else manager.learned_now()
+        if not self.options.cache_text or not learned.prefixes or learned.tokens:
+            return None
+        layer, encoder = min(learned.prefix), self.cond_stage_model
+        reader = PromptReader(encoder.tokenizer, {}, 1, encoder.max_length)
+        for key in {(caption, layer) for caption in captions} - self._read_below.keys():
+            slots = reader.read([key[0]])[0].to(self.device)  # alone: its last digits do not depend on other captions
+            self._read_below[key] = encoder.read_below(slots, layer)[0]
+        hidden = torch.stack([self._read_below[caption, layer] for caption in captions])
+        return encoder.encode_above(hidden, layer, learned.prefix, learned.logit_bias)
 
     def _captures(self, split: str) -> bool:
         """Return whether the step runs as a CUDA graph.

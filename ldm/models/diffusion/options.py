@@ -25,6 +25,8 @@ class DiffusionOptions:
         channels_last: memory format of the convolutions' weights.
         cache_latents: encode every image once (posterior moments, for each flip); the posterior is still sampled in
             every step.
+        cache_text: a learned prefix (CatVersion) begins in a high text layer; the layers below it are run once for
+            each caption.
         time_sampling: `uniform` (the reference), or `stages`: sample n is trained at a random timestep of stage
             n mod S, so that every stage has its turn.
         balanced_loss: training from scratch: divide the loss by its running mean at that noise level.
@@ -56,6 +58,7 @@ class DiffusionOptions:
     frozen_dtype: str = "float32"
     channels_last: bool = False
     cache_latents: bool = True
+    cache_text: bool = True
     time_sampling: str = "uniform"
     balanced_loss: bool = False
     fused_adamw: bool = True

@@ -6,7 +6,7 @@ Shapes: B prompts, L tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm.modules.attention import attend
 
 KeyValue = tuple[Tensor, Tensor]
+LogitBias = float | Mapping[int, Sequence[float]]  # of a prefix; layer -> a number for each of its P keys
 NO_PREFIX: Mapping[int, KeyValue] = MappingProxyType({})
 
 
@@ -59,7 +60,7 @@ class CLIPAttention(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
         )
 
-    def forward(self, x: Tensor, prefix: KeyValue | None = None, logit_bias: float = 0.0) -> Tensor:
+    def forward(self, x: Tensor, prefix: KeyValue | None = None, logit_bias: float | Sequence[float] = 0.0) -> Tensor:
         """With a `prefix`, keys and values (P, heads, d) each, every token also reads these, by `logit_bias` more."""
         projections = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (rearrange(p, "b l (h d) -> b h l d", h=self.heads) for p in projections)
@@ -77,10 +78,11 @@ def _before(prefix: Tensor, x: Tensor) -> Tensor:
     return prefix.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1)
 
 
-def _prefix_bias(length: int, prefix_length: int, logit_bias: float, like: Tensor) -> Tensor:
+def _prefix_bias(length: int, prefix_length: int, logit_bias: float | Sequence[float], like: Tensor) -> Tensor:
     """What is added to the logits (L, P + L): `logit_bias` for the prefix, the causal mask for the tokens."""
-    causal = like.new_full((length, length), float("-inf")).triu(1)
-    return torch.cat([like.new_full((length, prefix_length), logit_bias), causal], dim=1)
+    each = [logit_bias] * prefix_length if isinstance(logit_bias, int | float) else logit_bias
+    columns = [like.new_full((length, 1), bias) for bias in each]
+    return torch.cat([*columns, like.new_full((length, length), float("-inf")).triu(1)], dim=1)
 
 
 class CLIPMLP(nn.Module):
@@ -103,7 +105,7 @@ class CLIPLayer(nn.Module):
         self.mlp = CLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, prefix: KeyValue | None = None, logit_bias: float = 0.0) -> Tensor:
+    def forward(self, x: Tensor, prefix: KeyValue | None = None, logit_bias: float | Sequence[float] = 0.0) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), prefix, logit_bias)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -141,13 +143,15 @@ class CLIPTextTransformer(nn.Module):
         """Token embeddings (vocabulary, D)."""
         return self.embeddings.token_embedding.weight
 
-    def forward(self, inputs: Tensor, prefix: Mapping[int, KeyValue] = NO_PREFIX, logit_bias: float = 0.0) -> Tensor:
+    def forward(
+        self, inputs: Tensor, prefix: Mapping[int, KeyValue] = NO_PREFIX, logit_bias: LogitBias = 0.0
+    ) -> Tensor:
         """Return the hidden states (B, L, D) before `final_layer_norm`.
 
         Args:
             inputs: token embeddings (B, L, D).
             prefix: layer -> keys and values (P, heads, d) that all tokens of that layer read, too (CatVersion).
-            logit_bias: added to the logits of the prefix.
+            logit_bias: added to the logits of the prefix: one number, or layer -> one for each of its P keys.
         """
         return self.run_layers(self.enter(inputs), 0, len(self.encoder.layers), prefix, logit_bias)
 
@@ -156,11 +160,12 @@ class CLIPTextTransformer(nn.Module):
         return inputs + self.embeddings.position_embedding.weight[: inputs.shape[1]]
 
     def run_layers(
-        self, x: Tensor, first: int, end: int, prefix: Mapping[int, KeyValue] = NO_PREFIX, logit_bias: float = 0.0
+        self, x: Tensor, first: int, end: int, prefix: Mapping[int, KeyValue] = NO_PREFIX, logit_bias: LogitBias = 0.0
     ) -> Tensor:
         """Return the output (B, L, D) of layer `end` - 1 for x, the input of layer `first`."""
         for index in range(first, end):
-            x = self.encoder.layers[index](x, prefix.get(index), logit_bias)
+            bias = logit_bias.get(index, ()) if isinstance(logit_bias, Mapping) else logit_bias
+            x = self.encoder.layers[index](x, prefix.get(index), bias)
         return x
 
 

@@ -17,7 +17,7 @@ from ldm.conditioning.learned import TokenVectors
 from ldm.config import nearest
 from ldm.files.shipped import shipped
 from ldm.modules.diffusionmodules.util import enter, leave
-from ldm.modules.encoders.clip import NO_PREFIX, CLIPTextConfig, CLIPTextModel, KeyValue
+from ldm.modules.encoders.clip import NO_PREFIX, CLIPTextConfig, CLIPTextModel, KeyValue, LogitBias
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -99,7 +99,7 @@ class FrozenCLIPEmbedder(nn.Module):
         slots: Tensor,
         vectors: TokenVectors | None = None,
         prefix: Mapping[int, KeyValue] = NO_PREFIX,
-        logit_bias: float = 0.0,
+        logit_bias: LogitBias = 0.0,
     ) -> Context:
         """Return the float32 context of token slots (N, L): (N, L, D), or (layers, N, L, D) with vectors for layers.
 
@@ -116,6 +116,20 @@ class FrozenCLIPEmbedder(nn.Module):
             hidden = hidden + hidden.norm(dim=-1, keepdim=True) * residual
             context = Context(context.k, leave(text.final_layer_norm(hidden), dtype))
         return context.map(lambda x: x.squeeze(0))
+
+    @torch.no_grad()
+    def read_below(self, slots: Tensor, layer: int) -> Tensor:
+        """Return what text layer `layer` reads (N, L, D) of token ids (N, L): nothing below it depends on a prefix."""
+        text = self.transformer.text_model
+        return text.run_layers(text.enter(nn.functional.embedding(slots, self.token_table)), 0, layer)
+
+    def encode_above(
+        self, hidden: Tensor, layer: int, prefix: Mapping[int, KeyValue], logit_bias: LogitBias
+    ) -> Context:
+        """Return the context that `encode` returns, for what `read_below` returned."""
+        text = self.transformer.text_model
+        hidden = text.run_layers(hidden, layer, len(text.encoder.layers), prefix, logit_bias)
+        return Context.of(leave(text.final_layer_norm(hidden), self.token_table.dtype))
 
     def forward(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Return contexts (N, L, D), float32, of slots (N, L) with `vectors` (R, D) in the learned places."""
