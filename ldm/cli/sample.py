@@ -157,12 +157,14 @@ def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
         _check_files(request, setup["ckpt"])
     check_writable(options.outdir, "--outdir")
 
-    from ldm.embeddings import load_concept
+    from ldm.embeddings import load_concept, refuse_other_width
     from ldm.generate import load_model_from_config
 
     # a file that is no concept ends here, before the weights are read
     named = {(name, file) for request in rows for name, file in (request.concepts or {}).items()}
     loaded = {(name, file): load_concept(file, name) for name, file in sorted(named)}
+    for (name, _), concept in loaded.items():
+        refuse_other_width(concept, name, facts.token_width, Path(setup["ckpt"]).name)
     rows = [
         replace(row, concepts={name: loaded[name, file] for name, file in (row.concepts or {}).items()}) for row in rows
     ]
