@@ -259,14 +259,17 @@ class LatentDiffusion(pl.LightningModule):
         plain = SlotEncoder(self.encode_slots, NOTHING_LEARNED)
         return PromptConditioning(slots, plain, self.num_timesteps, self.device)
 
-    def encode_slots(self, slots: Tensor, t: Tensor, learned: Learned | None = None) -> Context:
+    def encode_slots(self, slots: Tensor, t: Tensor, learned: Learned | None = None, plain: int = 0) -> Context:
         """Return the context of token slots (N, L), with what is learned at timesteps t (1 or N,) in its places.
 
-        None: what is learned or loaded now.
+        Args:
+            learned: None is what is learned or loaded now.
+            plain: how many tokens at the beginning are no learned ones in any row.
         """
         if learned is None:
             learned = NOTHING_LEARNED if self.embedding_manager is None else self.embedding_manager.learned_now()
-        return self.cond_stage_model.encode(slots, learned.vectors(t), learned.prefix, learned.logit_bias)
+        vectors = learned.vectors(t)
+        return self.cond_stage_model.encode(slots, vectors, learned.prefix, learned.logit_bias, plain)
 
     # --- diffusion ---------------------------------------------------------------------------------------------
 
