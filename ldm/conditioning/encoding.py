@@ -5,7 +5,7 @@ Shapes: B batch, S stages, L tokens, D width of the text transformer, N rows of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -111,6 +111,32 @@ class PromptConditioning(Conditioning):
             place = to_device(place, self.slots.device)
             self._latest = key, context.map(lambda x: x[..., place, :, :])
         return self._latest[1]
+
+
+class LayeredPrompt(Conditioning):
+    """Prompts that differ from U-Net layer to U-Net layer (P+).
+
+    Args:
+        layers: for each cross-attention layer in order of execution, a conditioning, and which of its layers is read.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Conditioning, int]]) -> None:
+        first = layers[0][0]
+        super().__init__(None, first.batch_size, first.num_buckets, first.num_timesteps)
+        self._layers = layers
+        self._latest: tuple[list[Context], Context] | None = None
+
+    def at(self, t: int | Tensor) -> Context:
+        contexts = [prompt.at(t) for prompt, _ in self._layers]
+        if self._latest is None or any(new is not old for new, old in zip(contexts, self._latest[0], strict=True)):
+            pairs = [context.layer(layer) for context, (_, layer) in zip(contexts, self._layers, strict=True)]
+            k = torch.stack([k for k, _ in pairs])
+            v = k if all(k is v for k, v in pairs) else torch.stack([v for _, v in pairs])
+            self._latest = contexts, Context(k, v)
+        return self._latest[1]
+
+    def of_bucket(self, bucket: int) -> Context:
+        return self.at(timesteps_of(bucket, self.num_buckets, self.num_timesteps).start)
 
 
 def encode_together(*conditionings: Conditioning) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +185,7 @@ class CLIPTextTransformer(nn.Module):
         x = self.enter(inputs)
         before, after = x[0, :, :shared], x[:, :, shared:]
         for layer in self.encoder.layers:
-            before, after = layer.forward_shared(before, after)
+            before, after = cast(CLIPLayer, layer).forward_shared(before, after)
         return torch.cat([before.expand(len(x), -1, -1, -1), after], dim=2)
 
     def enter(self, inputs: Tensor) -> Tensor:
