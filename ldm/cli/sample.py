@@ -60,6 +60,9 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     add_flag(what, "--prompts", type=path, metavar="FILE", help=help_prompts)
     add_field_flag(what, Request, "negative_prompt")
     add_stage_flags(what)
+    help_layers = "texts that replace * by U-Net layer (P+), in order of execution; numbers for learned tokens"
+    options = {"nargs": "+", "type": word, "metavar": "TEXT", "help": help_layers}
+    add_field_flag(what, Request, "layer_words", **options)
     help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
     add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     add_field_flag(what, Request, "any_base")
@@ -107,6 +110,11 @@ def add_stage_flags(group: argparse._ArgumentGroup) -> None:
     )
     add_flag(stages, "--stages", nargs="+", action="extend", metavar="RANGE=TEXT", help=help_stages)
     add_field_flag(stages, Request, "preset", metavar="ATTRIBUTE")
+
+
+def word(text: str) -> str | int:
+    """An entry of `layer_words`: a number is the learned token of that layer, anything else a text."""
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
 
 
 def device(text: str) -> str:
@@ -336,7 +344,7 @@ def _request(
     if given.get("preset") is not None:
         repeated = {name: value for name, value in repeated.items() if name != "prospect_words"}
     arguments = {**repeated, **given}
-    if arguments.get("prospect_words") is not None:
+    if arguments.get("prospect_words") is not None or arguments.get("layer_words") is not None:
         arguments.setdefault("prompt", PLACEHOLDER)
     if "prompt" not in arguments and not arguments.get("content_dir"):
         raise ValueError("Say what to show: --prompt TEXT, or --prompts FILE.")
