@@ -5,6 +5,7 @@ Shapes: S stages, D width of the text transformer, n vectors of another program'
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from ldm.files.embedding_formats import (
     series_of,
 )
 from ldm.files.tensors import TensorFileError as EmbeddingError
-from ldm.files.tensors import naming
+from ldm.files.tensors import naming, read_file
 from ldm.files.writing import check_new_file, replacing_set, writing_to
 from ldm.methods import catversion, find_method, neti
 from ldm.methods.prospect import generate_vectors
@@ -194,6 +195,23 @@ def save_concept(concept: Concept, path: str | Path, placeholder: str = "*") -> 
     save_state_dict({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata)
 
 
+def refuse_other_width(concept: Concept, placeholder: str, width: int, base_model: str) -> None:
+    """Raise `ValueError` for a concept that a text transformer of another width learned.
+
+    Args:
+        width: D of the model that is to read it.
+        base_model: its name.
+    """
+    if VECTORS not in concept.tensors or concept.width == width:
+        return
+    what = f"The embedding for '{placeholder}'{f' ({concept.source})' if concept.source else ''}"
+    theirs = concept.metadata.get("base_model", "unknown")
+    raise ValueError(
+        f"{what} has width {concept.width} (base model: {theirs}), but this model's text encoder has width {width} "
+        f"(base model: {base_model}): it was learned for another base model."
+    )
+
+
 def save_new_concept(
     concept: Concept,
     path: str | Path,
@@ -232,6 +250,14 @@ def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:
 def stage_paths(concept: Concept, folder: str | Path, name: str) -> list[Path]:
     """Where `save_stages` writes."""
     return [Path(folder).expanduser() / f"{name}-{stage}.safetensors" for stage in range(concept.num_stages)]
+
+
+def remove_more_stages(folder: str | Path, name: str, count: int) -> None:
+    """Delete files of stages `count`, … that `save_stages` wrote for a concept of that name with more of them."""
+    for path in Path(folder).glob(f"{glob.escape(name)}-*.safetensors"):
+        number = path.stem.removeprefix(f"{name}-")
+        if number.isdecimal() and int(number) >= count and _CONCEPT in read_file(path).metadata:
+            path.unlink()
 
 
 def _describe(concept: Concept) -> dict[str, str]:

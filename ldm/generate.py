@@ -146,6 +146,7 @@ def main(
     negative_prompt: str = "",
     preset: str | None = None,
     truncation: int | None = None,
+    layer_words: Words | None = None,
 ) -> Image.Image:
     """Generate an image, or edit one. Several images come as a grid.
 
@@ -183,6 +184,7 @@ def facts_of(model: LatentDiffusion) -> ModelFacts:
         factor=model.first_stage_model.downsampling,
         placeholder=None if manager is None else manager.placeholder_strings[0],
         token_width=model.cond_stage_model.width,
+        num_layers=model.model.diffusion_model.num_attention_layers,
     )
 
 
@@ -296,7 +298,11 @@ def _conditionings(
     manager = model.embedding_manager
     check_negative_prompt(request.negative_prompt, manager.rows() if manager is not None else ())
     prompts = [prompt] * request.n_samples
-    cond = model.get_learned_conditioning(prompts, words, request.legacy_word_tokens, request.truncation)
+    cond: Conditioning
+    if request.layer_words is not None:
+        cond = model.get_layered_conditioning(prompts, request.layer_words, request.truncation)
+    else:
+        cond = model.get_learned_conditioning(prompts, words, request.legacy_word_tokens, request.truncation)
     if request.truncation is not None and (manager is None or not any(map(truncates, manager.learned_now().tokens))):
         logger.warning("truncation has no effect: no concept of NeTI is loaded that was learned with nested dropout.")
     uncond = None
@@ -304,7 +310,7 @@ def _conditionings(
         uncond = model.get_unconditional(request.negative_prompt, request.n_samples)
     elif request.negative_prompt:
         logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
-    _warn_of_names(request, model, prompt, words)
+    _warn_of_names(request, model, prompt, words if request.layer_words is None else request.layer_words)
     return cond, uncond
 
 

@@ -45,6 +45,7 @@ RANGES: dict[str, tuple[int, int, str]] = {
 MAX_CONCEPTS = 100  # a prompt has room for 75 tokens
 
 Words = Sequence["str | int | None"]
+WORDS_OF = {"stage": "prospect_words", "layer": "layer_words"}
 # Letters and digits of scripts that put spaces between words; Thai, Chinese, Japanese, … do not.
 _LETTER = r"[^\W\u0e00-\U0010ffff]"
 
@@ -61,6 +62,7 @@ class ModelFacts:
         height, width: pixels of an image where the request gives none; so is `scale`.
         placeholder: of a concept without a name; None: the model takes no concepts.
         token_width: D of the text transformer, which concepts must have.
+        num_layers: cross-attention layers of the U-Net, entries of `layer_words`; None: not known before it is built.
     """
 
     num_stages: int = 10
@@ -72,6 +74,7 @@ class ModelFacts:
     scale: float = 10.0
     placeholder: str | None = PLACEHOLDER
     token_width: int = 768
+    num_layers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,8 @@ class Request:
         prompt: in it, * stands for the concept or for the entries of `prospect_words`
         prospect_words: one entry for each stage, the end of sampling (low noise) first: a text that replaces *, the
             number of the stage whose learned token does, or None for the prompt as it is
+        layer_words: the same for each cross-attention layer of the U-Net (P+), in order of execution: a text that
+            replaces *, the number of the layer whose learned token does, or None for the prompt as it is
         preset: what the concept gives, the prompt the rest: content, layout, material or style; of several concepts
             only the first that the prompt names (ldm.prompts.joint, in Python, takes something from each)
         negative_prompt: plain text that guidance leads away from, in all stages
@@ -110,6 +115,7 @@ class Request:
 
     prompt: str = ""
     prospect_words: Words | None = None
+    layer_words: Words | None = None
     preset: str | None = None
     negative_prompt: str = ""
     content_dir: Any = None
@@ -134,6 +140,10 @@ class Request:
         check_prompt(self.prompt)
         if self.prospect_words is not None:
             self._set("prospect_words", tuple(check_words(self.prospect_words)))
+        if self.layer_words is not None:
+            self._set("layer_words", tuple(check_words(self.layer_words, part="layer")))
+            if self.prospect_words is not None or self.preset is not None:
+                raise ValueError("layer_words and the stages' prospect_words or preset exclude each other; give one.")
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if not any(isinstance(value, type(choice)) and value == choice for choice in known):
@@ -169,6 +179,8 @@ class Request:
                 raise ValueError(f"{name} must be {multiple}, not {size}; nearest: {nearest}.")
         if request.prospect_words is not None:
             check_words(request.prospect_words, facts.num_stages)
+        if request.layer_words is not None and facts.num_layers is not None:
+            check_words(request.layer_words, facts.num_layers, "layer")
         if request.concepts and facts.placeholder is None:
             raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
         return request
@@ -270,38 +282,39 @@ def check_negative_prompt(text: object, placeholders: Iterable[str]) -> None:
             )
 
 
-def check_words(words: object, num_stages: int | None = None) -> list[str | int | None]:
+def check_words(words: object, num_stages: int | None = None, part: str = "stage") -> list[str | int | None]:
     """Return `words` as a checked list.
 
     Args:
         num_stages: S; None leaves the number of entries, and which stages they may name, for later.
+        part: `layer` for a list of one entry for each U-Net layer.
 
     Raises:
         ValueError: not a list of S entries, or an entry that is neither a text, a stage number, nor None.
     """
     if isinstance(words, (str, bytes, bytearray)) or not isinstance(words, Sequence):
-        count = "one entry for each stage" if num_stages is None else f"{num_stages} entries"
-        raise ValueError(f"prospect_words must be a list of {count}, not a {type(words).__name__}.")
+        count = f"one entry for each {part}" if num_stages is None else f"{num_stages} entries"
+        raise ValueError(f"{WORDS_OF[part]} must be a list of {count}, not a {type(words).__name__}.")
     if num_stages is not None and len(words) != num_stages:
         raise ValueError(
-            f"prospect_words has {len(words)} entries, but this model has {num_stages} stages; entry 0 is the end "
-            "of generation, the last one its start."
+            f"{WORDS_OF[part]} has {len(words)} entries, but this model has {num_stages} {part}s; entry 0 is the "
+            f"{'end of generation' if part == 'stage' else 'first layer'}, the last one its "
+            f"{'start' if part == 'stage' else 'last'}."
         )
-    return [_entry(i, word, num_stages) for i, word in enumerate(words)]
+    return [_entry(i, word, num_stages, part) for i, word in enumerate(words)]
 
 
-def _entry(i: int, word: object, num_stages: int | None) -> str | int | None:
+def _entry(i: int, word: object, num_stages: int | None, part: str) -> str | int | None:
+    name = f"{WORDS_OF[part]}[{i}]"
     if word is None or isinstance(word, str):
-        check_prompt(word or "", f"prospect_words[{i}]")
+        check_prompt(word or "", name)
         return word
     if not isinstance(word, Integral) or isinstance(word, bool):
-        raise ValueError(
-            f"prospect_words[{i}] is a {type(word).__name__}; an entry is a text, a stage number, or None."
-        )
-    stage = int(word)
-    if num_stages is not None and not 0 <= stage < num_stages:
-        raise ValueError(f"prospect_words[{i}] = {shown(stage)}: a stage number must be in 0..{num_stages - 1}.")
-    return stage
+        raise ValueError(f"{name} is a {type(word).__name__}; an entry is a text, a {part} number, or None.")
+    number = int(word)
+    if num_stages is not None and not 0 <= number < num_stages:
+        raise ValueError(f"{name} = {shown(number)}: a {part} number must be in 0..{num_stages - 1}.")
+    return number
 
 
 def placeholder_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from evaluation.benchmark.switches import DEFAULTS, PEERS, REFERENCE, SWITCHES, WHATS, describe, dtype_name
+from evaluation.benchmark.switches import (
+    DEFAULTS,
+    NETI_REFERENCE,
+    PEERS,
+    REFERENCE,
+    SWITCHES,
+    WHATS,
+    describe,
+    dtype_name,
+)
 from ldm.cli.flags import Parser, add_flag, path, positive
 
 if TYPE_CHECKING:
@@ -117,7 +126,8 @@ def contenders_of(options: argparse.Namespace, device: torch.device) -> list[Con
 
     resolution = options.resolution or RESOLUTIONS[options.size]
     ours = DEFAULTS | frozenset(options.on)
-    ways = {"reference": REFERENCE} if options.mode == "reference" else {}
+    neti = any(text.endswith(".method=neti") for text in options.overrides)
+    ways = {"reference": NETI_REFERENCE if neti else REFERENCE} if options.mode == "reference" else {}
     ways |= {"ours": ours, **{f"ours without {name}": ours - {name} for name in options.off}}
     kinds = {"sample": sample.sampling_contender, "text": sample.text_contender, "vae": sample.vae_contender}
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is 
 
 from ldm.cli.flags import Parser, add_flag
 
-SECTIONS = ("parity", "learn", "train", "sample", "profile", "tests")
+SECTIONS = ("parity", "learn", "train", "methods", "sample", "profile", "tests")
 MARKS = "<!-- gpu report -->", "<!-- end of gpu report -->"
 
 

@@ -54,6 +54,10 @@ SAMPLING: dict[str, frozenset[str] | None] = {
 }
 
 
+METHOD = "model.params.personalization_config.params.method"
+METHODS = ("prospect", "textual-inversion", "xti", "table", "neti", "catversion")
+
+
 class GpuReport:
     """The sections, each a method that returns JSON-able results.
 
@@ -63,7 +67,7 @@ class GpuReport:
         compiled: also the rows that compile, which take a minute or more each.
     """
 
-    SECTIONS = ("parity", "learn", "train", "sample", "profile", "tests")
+    SECTIONS = ("parity", "learn", "train", "methods", "sample", "profile", "tests")
 
     def __init__(self, folder: Path, device: torch.device, size: str, compiled: bool = True, repeats: int = 10) -> None:
         self.folder, self.device, self.size = folder, device, size
@@ -146,6 +150,16 @@ class GpuReport:
         """A training step, batch 1, in every way."""
         return self._rows(TRAINING, "train", 1, say)
 
+    def methods(self, say: Callable[[str], None]) -> list[Row]:
+        """A training step of every method, eager and captured."""
+        rows: list[Row] = []
+        for method in METHODS:
+            base, self._base = self._base, build_model(self.size, self.device, [f"{METHOD}={method}"])
+            ways = {f"{method}{way}": TRAINING[f"ours{way}"] for way in ("", ", captured")}
+            rows = self._rows(ways, "methods", 1, say)
+            self._base = base
+        return rows
+
     def sample(self, say: Callable[[str], None]) -> list[Row]:
         """DDIM from noise to images, batch 1 and 8, in every way."""
         self._rows(SAMPLING, "sample", 1, say)
@@ -217,7 +231,7 @@ class GpuReport:
         if switches is None:
             return peer_contender(self.base, name, what, self._here(HALF), batch, self.resolution, self.steps)
         switches = self._here(switches)
-        if what == "train":
+        if what in ("train", "methods"):
             return training_contender(self.base, name, switches, batch, self.resolution)
         return sampling_contender(self.base, name, switches, batch, self.resolution, self.steps)
 
@@ -283,7 +297,7 @@ class GpuReport:
         lines += ["| goal | measured | |", "|---|---|---|"]
         marks = {True: "pass", False: "miss", None: "waiting"}
         lines += [f"| {goal} | {measured} | {marks[reached]} |" for goal, measured, reached in self.goals()]
-        for what in ("train", "sample"):
+        for what in ("train", "methods", "sample"):
             if what in self.results:
                 lines += ["", f"| {what} | batch | ms | first, s | peak, GB |", "|---|---|---|---|---|"]
                 lines += [_line(row) for row in self.results[what]]

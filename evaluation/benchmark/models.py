@@ -70,6 +70,9 @@ def variant(base: LatentDiffusion, switches: frozenset[str]) -> LatentDiffusion:
     for part in frozen_parts(model):
         convert(part, dtype_of(switches), "channels_last" in switches)
     model.model.requires_grad_("frozen" not in switches)
+    if "shared_rows" not in switches:
+        model.cond_stage_model.share_rows_from = None
+    model.cond_stage_model.token_table.requires_grad_("token_table" not in switches)
     model.fused_adamw = "fused_adamw" in switches
     model.decode_batch = 1 if "decode_slices" in switches else None
     chosen = "auto" if "attention" in switches else "plain"

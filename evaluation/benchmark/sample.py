@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from evaluation.benchmark.measure import Contender
 from evaluation.benchmark.models import dtype_of, variant
 from evaluation.benchmark.switches import is_opaque
-from evaluation.benchmark.train import RandomImages, every_stage
+from evaluation.benchmark.train import RandomImages, every_layer, every_stage, num_layers
 from evaluation.images import encode
 from ldm.conditioning.context import Conditioning, Context, as_conditioning
 from ldm.models.diffusion.ddim import ddim
@@ -107,7 +108,9 @@ def sampling_contender(
 def text_contender(
     base: LatentDiffusion, name: str, switches: frozenset[str], batch: int, resolution: int, steps: int
 ) -> Contender:
-    """Encode all contexts that an image needs, with those of the unconditional prompt."""
+    """Encode all contexts that an image needs, with those of the unconditional prompt where there are few."""
+    if num_layers(base) > 1:
+        return layered_text_contender(base, name, switches, batch, steps)
     sampling = Sampling(base, switches, batch, resolution, 1)
 
     @torch.no_grad()
@@ -117,6 +120,33 @@ def text_contender(
         return torch.cat([part.at(s * part.num_timesteps // len(stages)).k.float() for part in parts for s in stages])
 
     return Contender(name, run, run, dtype_of(switches), batch)
+
+
+def layered_text_contender(
+    base: LatentDiffusion, name: str, switches: frozenset[str], batch: int, steps: int
+) -> Contender:
+    """Encode the contexts of all U-Net layers, at all timesteps of an image (NeTI)."""
+    model = variant(base, switches).eval()
+    prompts, times = ["a photo of a *"] * batch, ddim_timesteps(steps, model.num_timesteps)
+
+    def contexts() -> Iterator[Context]:
+        cond = model.get_learned_conditioning(prompts)
+        for t in map(int, times):
+            if "layers" in switches:
+                yield cond.at(t)
+            else:
+                yield every_layer(model, prompts, torch.tensor([t], device=model.device))
+
+    @torch.no_grad()
+    def run() -> None:
+        kept = [context for context in contexts() if "layers" not in switches]  # the reference keeps them all
+        del kept
+
+    @torch.no_grad()
+    def result() -> Tensor:
+        return torch.stack([torch.stack(context).float()[..., ::16] for context in contexts()])
+
+    return Contender(name, run, result, dtype_of(switches), batch)
 
 
 def vae_contender(

@@ -13,6 +13,9 @@ SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
     "batch": (True, ("train", "sample"), "the samples of a batch at once, not one after the other"),
     "attention": (True, ("train", "sample", "vae"), "the kernel that was measured to be faster, not plain products"),
     "text_batch": (True, ("sample", "text"), "one text pass for all distinct prompts, not one for each stage"),
+    "layers": (True, ("train", "text"), "NeTI: the prompts of all U-Net layers in one text pass, not one for each"),
+    "shared_rows": (True, ("train", "text"), "NeTI: tokens before the learned one encoded once for all layers"),
+    "token_table": (True, ("train",), "NeTI: no gradient of the token table, which its code computes and never uses"),
     "guidance_batch": (True, ("sample",), "both predictions of guidance in one batch"),
     "kv": (True, ("sample",), "keys and values of the context kept while the stage does not change"),
     "fused_attention": (False, ("train", "sample", "vae"), "PyTorch's fused attention everywhere"),
@@ -25,8 +28,9 @@ SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
     "decode_slices": (False, ("sample", "vae"), "the first stage decodes one picture at a time"),
 }
 DEFAULTS = frozenset(name for name, (on, _, _) in SWITCHES.items() if on)
-# The reference too keeps no gradients of frozen weights, and makes both predictions of guidance in one batch.
-REFERENCE = frozenset({"frozen", "guidance_batch"})
+# ProSpect's code too keeps no gradients of frozen weights, and makes both predictions of guidance in one batch.
+REFERENCE = frozenset({"frozen", "guidance_batch", "token_table"})
+NETI_REFERENCE = REFERENCE - {"token_table"} | {"batch"}
 PEERS = ("diffusers", "diffusers-compiled")
 
 

@@ -91,7 +91,7 @@ COMMANDS: dict[str, Command] = {
     "import": import_,
 }
 # Modules with `run(docstring, argv, prog)`, where they are there: name -> module.
-OTHERS = {"edit": "ldm.cli.edit", "page": "ldm.page.command"}
+OTHERS = {"invert": "ldm.cli.invert", "edit": "ldm.cli.edit", "page": "ldm.page.command"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,6 +60,9 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     add_flag(what, "--prompts", type=path, metavar="FILE", help=help_prompts)
     add_field_flag(what, Request, "negative_prompt")
     add_stage_flags(what)
+    help_layers = "texts that replace * by U-Net layer (P+), in order of execution; numbers for learned tokens"
+    options = {"nargs": "+", "type": word, "metavar": "TEXT", "help": help_layers}
+    add_field_flag(what, Request, "layer_words", **options)
     help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
     add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     add_field_flag(what, Request, "any_base")
@@ -107,6 +110,11 @@ def add_stage_flags(group: argparse._ArgumentGroup) -> None:
     )
     add_flag(stages, "--stages", nargs="+", action="extend", metavar="RANGE=TEXT", help=help_stages)
     add_field_flag(stages, Request, "preset", metavar="ATTRIBUTE")
+
+
+def word(text: str) -> str | int:
+    """An entry of `layer_words`: a number is the learned token of that layer, anything else a text."""
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
 
 
 def device(text: str) -> str:
@@ -157,12 +165,14 @@ def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
         _check_files(request, setup["ckpt"])
     check_writable(options.outdir, "--outdir")
 
-    from ldm.embeddings import load_concept
+    from ldm.embeddings import load_concept, refuse_other_width
     from ldm.generate import load_model_from_config
 
     # a file that is no concept ends here, before the weights are read
     named = {(name, file) for request in rows for name, file in (request.concepts or {}).items()}
     loaded = {(name, file): load_concept(file, name) for name, file in sorted(named)}
+    for (name, _), concept in loaded.items():
+        refuse_other_width(concept, name, facts.token_width, Path(setup["ckpt"]).name)
     rows = [
         replace(row, concepts={name: loaded[name, file] for name, file in (row.concepts or {}).items()}) for row in rows
     ]
@@ -334,7 +344,7 @@ def _request(
     if given.get("preset") is not None:
         repeated = {name: value for name, value in repeated.items() if name != "prospect_words"}
     arguments = {**repeated, **given}
-    if arguments.get("prospect_words") is not None:
+    if arguments.get("prospect_words") is not None or arguments.get("layer_words") is not None:
         arguments.setdefault("prompt", PLACEHOLDER)
     if "prompt" not in arguments and not arguments.get("content_dir"):
         raise ValueError("Say what to show: --prompt TEXT, or --prompts FILE.")

@@ -5,7 +5,7 @@ Shapes: B batch, S stages, L tokens, D width of the text transformer, N rows of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ class SlotEncoder:
     """Encodes token slots with what was learned or loaded at one moment.
 
     Args:
-        encode: slots (N, L), timesteps (1 or N,), learned -> context.
+        encode: slots (N, L), timesteps (1 or N,), learned, number of first tokens without a learned one -> context.
     """
 
-    def __init__(self, encode: Callable[[Tensor, Tensor, Learned], Context], learned: Learned) -> None:
+    def __init__(self, encode: Callable[[Tensor, Tensor, Learned, int], Context], learned: Learned) -> None:
         self._encode, self.learned = encode, learned
 
-    def __call__(self, slots: Tensor, t: Tensor) -> Context:
-        return self._encode(slots, t, self.learned)
+    def __call__(self, slots: Tensor, t: Tensor, plain: int = 0) -> Context:
+        return self._encode(slots, t, self.learned, plain)
 
     def joins(self, other: SlotEncoder) -> bool:
         """Whether the rows of both can be encoded in one batch: prompts of `other` read nothing else."""
@@ -64,15 +64,17 @@ class PromptConditioning(Conditioning):
         super().__init__(None, slots.shape[1], len(self.slots), num_timesteps)
         self._encoder = encoder
         self._changes = encoder.learned.changes_with_time and bool((slots < 0).any())
+        # tokens before the first learned one, of all prompts; known here, so that no step waits for the device
+        self._plain = int((slots < 0).any(dim=1).any(dim=0).long().cumsum(0).eq(0).sum())
         self._distinct: tuple[Context, Tensor] | None = None  # contexts of the distinct rows; (S, B) where they stand
         self._latest: tuple[tuple[int, ...], Context] | None = None
 
     def at(self, t: int | Tensor) -> Context:
         if torch.is_grad_enabled():
-            return self._encoder(self.rows(t), self._timesteps(t))
+            return self._encoder(self.rows(t), self._timesteps(t), self._plain)
         if not self._changes:
             return super().at(t)
-        return self._encoder(self.rows(t), t) if isinstance(t, Tensor) else self._of_timestep(t)
+        return self._encoder(self.rows(t), t, self._plain) if isinstance(t, Tensor) else self._of_timestep(t)
 
     def of_bucket(self, bucket: int) -> Context:
         # with gradients nothing is remembered: the learned vectors change from step to step
@@ -93,7 +95,7 @@ class PromptConditioning(Conditioning):
         # a method: a function that holds `self` would keep the contexts in memory until the garbage collector comes
         if torch.is_grad_enabled():
             t = timesteps_of(stage, self.num_buckets, self.num_timesteps).start
-            return self._encoder(self.slots[stage], self._timesteps(t))
+            return self._encoder(self.slots[stage], self._timesteps(t), self._plain)
         if self._distinct is None:
             encode_together(self)
         contexts, place = self._distinct  # type: ignore[misc]  # which has been filled
@@ -105,10 +107,36 @@ class PromptConditioning(Conditioning):
         key = stage, *self._encoder.learned.bucket(t)
         if self._latest is None or self._latest[0] != key:
             distinct, place = torch.unique(self._host_slots[stage], dim=0, return_inverse=True)
-            context = self._encoder(to_device(distinct, self.slots.device), self._timesteps(t))
+            context = self._encoder(to_device(distinct, self.slots.device), self._timesteps(t), self._plain)
             place = to_device(place, self.slots.device)
             self._latest = key, context.map(lambda x: x[..., place, :, :])
         return self._latest[1]
+
+
+class LayeredPrompt(Conditioning):
+    """Prompts that differ from U-Net layer to U-Net layer (P+).
+
+    Args:
+        layers: for each cross-attention layer in order of execution, a conditioning, and which of its layers is read.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Conditioning, int]]) -> None:
+        first = layers[0][0]
+        super().__init__(None, first.batch_size, first.num_buckets, first.num_timesteps)
+        self._layers = layers
+        self._latest: tuple[list[Context], Context] | None = None
+
+    def at(self, t: int | Tensor) -> Context:
+        contexts = [prompt.at(t) for prompt, _ in self._layers]
+        if self._latest is None or any(new is not old for new, old in zip(contexts, self._latest[0], strict=True)):
+            pairs = [context.layer(layer) for context, (_, layer) in zip(contexts, self._layers, strict=True)]
+            k = torch.stack([k for k, _ in pairs])
+            v = k if all(k is v for k, v in pairs) else torch.stack([v for _, v in pairs])
+            self._latest = contexts, Context(k, v)
+        return self._latest[1]
+
+    def of_bucket(self, bucket: int) -> Context:
+        return self.at(timesteps_of(bucket, self.num_buckets, self.num_timesteps).start)
 
 
 def encode_together(*conditionings: Conditioning) -> None:
@@ -125,7 +153,8 @@ def encode_together(*conditionings: Conditioning) -> None:
     rows = torch.cat([c._host_slots.flatten(0, 1) for c in prompts])
     distinct, place = torch.unique(rows, dim=0, return_inverse=True)  # on the CPU: not every device can
     device = first.slots.device
-    contexts = first._encoder(to_device(distinct, device), torch.zeros(1, dtype=torch.long, device=device))
+    t, plain = torch.zeros(1, dtype=torch.long, device=device), min(c._plain for c in prompts)
+    contexts = first._encoder(to_device(distinct, device), t, plain)
     places = to_device(place, device).split([c.slots.shape[0] * c.slots.shape[1] for c in prompts])
     for conditioning, own in zip(prompts, places, strict=True):
         conditioning._distinct = contexts, own.unflatten(0, conditioning.slots.shape[:2])

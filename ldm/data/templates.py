@@ -6,12 +6,24 @@ of Gal et al. 2022, where some captions stand three times.
 
 from __future__ import annotations
 
-_OF = ("a", "the", "my", "one", "a clean", "the clean", "a nice", "the nice", "a cool", "the cool", "a small")
+_OF: tuple[str, ...] = (
+    "a",
+    "the",
+    "my",
+    "one",
+    "a clean",
+    "the clean",
+    "a nice",
+    "the nice",
+    "a cool",
+    "the cool",
+    "a small",
+)
 _OF += ("the small", "a dirty", "the weird", "the large")
 _WHOLE = ["the photo of a {}", "a dark photo of the {}", "a bright photo of the {}", "a rendering of a {}"]
 _WHOLE += [f"a {kind} photo of {a} {{}}" for kind in ("cropped", "good", "close-up") for a in ("a", "the")]
 _WHOLE += ["a rendition of a {}", "a rendition of the {}"]
-_PAINTINGS = (
+_PAINTINGS: tuple[str, ...] = (
     "a",
     "the",
     "a clean",

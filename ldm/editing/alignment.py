@@ -7,13 +7,13 @@ Everything here is made of words and token numbers; no tokenizer is asked. Shape
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Span = float | tuple[float, float]  # a share of all steps from the first on, or from the first to the second
+from ldm.editing.request import Span, span_of
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,6 @@ class PromptTokens:
         found = torch.zeros(self.length)
         found[[place for word in words for place in self.places_of(word)]] = 1
         return found
-
-
-def check_words_in(words: Collection[str], texts: Sequence[str], flag: str) -> None:
-    """Raise `ValueError` for words that none of some prompts has, with those that they have."""
-    there = dict.fromkeys(word for text in texts for word in text.split(" "))
-    if lacking := [word for word in words if word not in there]:
-        raise ValueError(
-            f"{flag}: {', '.join(map(repr, lacking))} is no word of the prompt '{texts[0]}'; its words are "
-            f"{', '.join(map(repr, filter(None, there)))}."
-        )
 
 
 def replacement_mapper(source: PromptTokens, target: PromptTokens, compat: bool = False) -> Tensor:
@@ -151,11 +141,6 @@ def equalizer(target: PromptTokens, weights: Mapping[str, float]) -> Tensor:
     for word, weight in weights.items():
         factors[target.places_of(word)] = float(weight)
     return factors
-
-
-def span_of(span: Span) -> tuple[float, float]:
-    """Return the two ends of a span."""
-    return span if isinstance(span, tuple) else (0.0, span)
 
 
 def cross_schedule(target: PromptTokens, steps: int, tau: Span, words: Mapping[str, Span] | None = None) -> Tensor:

@@ -6,10 +6,7 @@ Two rows are denoised side by side, the source and its edit. Shapes: C H W laten
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,14 +16,15 @@ from tqdm.auto import tqdm
 
 from ldm.conditioning.context import Conditioning
 from ldm.conditioning.encoding import encode_together
-from ldm.conditioning.prompts import PLACEHOLDER, PromptReader, Words, check_prompt, check_words
+from ldm.conditioning.prompts import PromptReader, Words
 from ldm.conditioning.rows import Modulated, Rows
 from ldm.conditioning.stages import stage_of
 from ldm.editing import alignment
-from ldm.editing.alignment import PromptTokens, Span, check_words_in
+from ldm.editing.alignment import PromptTokens
 from ldm.editing.blend import LocalBlend
 from ldm.editing.control import AttentionControl, MapStore, Rules, refine, replace, reweight
 from ldm.editing.inversion import inversion_timesteps, layers_of, levels
+from ldm.editing.request import Edit, Pair
 from ldm.files.images import to_pil
 from ldm.generate import facts_of
 from ldm.methods.base import StepChange
@@ -34,124 +32,8 @@ from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.sampling import draw_noise, guided, seeded_generators
-from ldm.request import shown
 
-Pair = tuple[tuple[str, ...], tuple[str, ...]]  # words of the source prompt, words of the target
-KINDS = ("replace", "refine")
-TAUS = ("tau_v", "tau_c", "tau_s", "tau_u")
 AREA = 4  # self-attention is exchanged up to a quarter of the latents' positions: 32² of 64²
-
-
-@dataclass(frozen=True)
-class Edit:
-    """What is changed in an image.
-
-    A tau is the share of steps, from the first one on, that something lasts, in 0..1; or the two ends of a part.
-
-    Args:
-        target: prompt of the edited image; `*` in it is replaced by `prospect_words`, or is a learned token
-        kind: replace (words are exchanged one for one) or refine (words are added)
-        tau_v: how long the edit reads the learned values
-        tau_c: how long the edit has the source's attention to words
-        tau_s: how long the edit has the source's self-attention
-        tau_u: the same of the unconditional branch; more lets the structure change more
-        word_taus: tau_c of single target words
-        blend: words of both prompts; the image changes only where they are
-        subtract: words of both prompts; where they are nothing changes
-        weights: factors of target words' attention while tau_c lasts, also negative ones
-        threshold: of a map's largest value, for blend
-        prospect_words: one entry for each stage, as for generating
-        compat: do as the reference's code where it misaligns words of different token numbers
-    """
-
-    target: str
-    kind: str = "replace"
-    tau_v: Span = 0.5
-    tau_c: Span = 0.6
-    tau_s: Span = 0.6
-    tau_u: Span = 0.0
-    word_taus: Mapping[str, Span] | None = None
-    blend: Pair | None = None
-    subtract: Pair | None = None
-    weights: Mapping[str, float] | None = None
-    threshold: float = 0.3
-    prospect_words: Words | None = None
-    compat: bool = False
-
-    def __post_init__(self) -> None:
-        check_prompt(self.target, "The target")
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {shown(self.kind)}.")
-        for name in TAUS:
-            self._set(name, read_span(name, getattr(self, name)))
-        self._set("word_taus", {w: read_span(f"tau_c of '{w}'", s) for w, s in (self.word_taus or {}).items()})
-        for name in ("blend", "subtract"):
-            self._set(name, _pair(name, getattr(self, name)))
-        self._set("weights", dict(self.weights or {}))
-        for word, weight in (self.weights or {}).items():
-            if not isinstance(weight, Real) or not np.isfinite(float(weight)):
-                raise ValueError(f"The weight of '{word}' must be a number, not {shown(weight)}.")
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def texts(self, num_stages: int) -> list[str]:
-        """Return the target in each stage; one text where all are alike."""
-        if self.prospect_words is None:
-            return [self.target]
-        entries = check_words(self.prospect_words, num_stages)
-        return [self.target.replace(PLACEHOLDER, e) if isinstance(e, str) else self.target for e in entries]
-
-    def check(self, source: str, num_stages: int = 10) -> None:
-        """Raise `ValueError` unless all words are those of the prompts, and as many of them as `kind` needs."""
-        texts = self.texts(num_stages)
-        for name, pair in (("blend", self.blend), ("subtract", self.subtract)):
-            if pair is not None:
-                check_words_in(pair[0], [source], f"{name}, of the source")
-                check_words_in(pair[1], texts, f"{name}, of the target")
-        check_words_in(self.weights or {}, texts, "weight")
-        check_words_in(self.word_taus or {}, texts, "tau_c")
-        for text in texts if self.kind == "replace" else ():
-            if len(source.split(" ")) != len(text.split(" ")):
-                raise ValueError(
-                    f"kind replace needs as many words in both prompts, but '{source}' has {len(source.split(' '))} "
-                    f"and '{text}' has {len(text.split(' '))}; use kind refine."
-                )
-
-
-def read_span(name: str, value: object) -> Span:
-    """Return a tau: a number in 0..1, or the start and the end of a part of the steps.
-
-    Raises:
-        ValueError: something else.
-    """
-    ends: list[Any] = list(value) if isinstance(value, (tuple, list)) else [0, value]
-    ends = [0, *ends] if len(ends) == 1 else ends
-    if len(ends) != 2 or not all(isinstance(end, Real) and not isinstance(end, bool) for end in ends):
-        raise ValueError(f"{name} must be a number in 0..1, or a pair of them, not {shown(value)}.")
-    start, end = map(float, ends)
-    if not 0 <= start <= end <= 1:
-        raise ValueError(f"{name} must be in 0..1, the start before the end, not {', '.join(map(str, ends))}.")
-    return (start, end) if start else end
-
-
-def _pair(name: str, value: object) -> Pair | None:
-    if value is None:
-        return None
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} must be words of the source and words of the target, not {shown(value)}.")
-    source, target = ((words,) if isinstance(words, str) else tuple(words) for words in value)
-    return source, target
-
-
-def grid_of(target: str, **given: Any) -> list[Edit]:
-    """Return an edit for every combination of the taus, of which each may be a list of several."""
-    taus = [[(name, tau) for tau in _several(given.pop(name))] for name in TAUS if name in given]
-    return [Edit(target, **given, **dict(combination)) for combination in product(*taus)]
-
-
-def _several(tau: object) -> list[Any]:
-    return list(tau) if isinstance(tau, list) else [tau]
 
 
 # --- what an edit does to attention ----------------------------------------------------------------------------
@@ -176,18 +58,19 @@ class Prompts(NamedTuple):
         return self._read(self.source, self.words, stage), target
 
     def _read(self, text: str, words: Words | None, stage: int) -> PromptTokens:
-        reader, tokenizer = self.reader, self.reader.tokenizer
-        found = reader.words_in(text, words, stage)
-        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        tokens = PromptTokens.of(found, marks, reader.max_length)
-        if not self.edit.compat or any(i < 0 for i in tokens.ids):
-            return tokens
-        return PromptTokens.by_length(
-            " ".join(word for word, _ in found),
-            tokens.ids,
-            lambda i: str(tokenizer.decode([i])).strip(),
-            reader.max_length,
-        )
+        return read_tokens(self.reader, text, words, stage, self.edit.compat)
+
+
+def read_tokens(
+    reader: PromptReader, text: str, words: Words | None = None, stage: int = 0, compat: bool = False
+) -> PromptTokens:
+    """Return a prompt's words and tokens in a stage."""
+    tokenizer, found = reader.tokenizer, reader.words_in(text, words, stage)
+    tokens = PromptTokens.of(found, (tokenizer.bos_token_id, tokenizer.eos_token_id), reader.max_length)
+    if not compat or any(i < 0 for i in tokens.ids):
+        return tokens
+    plain = " ".join(word for word, _ in found)
+    return PromptTokens.by_length(plain, tokens.ids, lambda i: str(tokenizer.decode([i])).strip(), reader.max_length)
 
 
 def rules_for(edit: Edit, source: PromptTokens, target: PromptTokens, steps: int, positions: int) -> Rules:

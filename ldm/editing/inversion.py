@@ -7,7 +7,6 @@ after j steps of inversion, so that step i goes from path[N - i] to path[N - 1 -
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,44 +17,12 @@ from tqdm.auto import tqdm
 
 from ldm.conditioning.context import Conditioning, Context
 from ldm.editing.control import MapStore, map_factor, map_layers
+from ldm.editing.request import InversionOptions
 from ldm.methods.inversion import Learner
 from ldm.methods.stylediffusion import inner_iterations
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampling import AtTimestep, Denoiser, guided
 from ldm.modules.attention import AttentionHook
-
-
-@dataclass(frozen=True)
-class InversionOptions:
-    """How an image is inverted.
-
-    Args:
-        steps: of denoising, N.
-        guidance_scale: of denoising; the path to the noise has none.
-        inner_steps: optimiser steps for the first denoising step; StyleDiffusion makes fewer and fewer of them.
-        epochs: sweeps over all steps.
-        attention_loss: also compare maps (StyleDiffusion).
-        epsilon: a step ends once its loss is below this, plus 2e-5 for each step before it.
-        map_dtype: precision of recorded maps; None: as they are.
-    """
-
-    steps: int = 30
-    guidance_scale: float = 7.5
-    inner_steps: int = 100
-    epochs: int = 1
-    attention_loss: bool = True
-    epsilon: float = 1e-5
-    map_dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.steps <= 100:
-            raise ValueError(f"steps must be in 1..100 (the learning rate ends there), not {self.steps}.")
-        if not 1 <= self.guidance_scale <= 1000:
-            raise ValueError(f"guidance_scale must be in 1..1000, not {self.guidance_scale}.")
-        for name in ("inner_steps", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
-
 
 # --- the path --------------------------------------------------------------------------------------------------
 
@@ -115,11 +82,11 @@ def record(
     cond: Conditioning,
     steps: int,
     maps: bool = False,
-    map_dtype: torch.dtype | None = None,
+    half_maps: bool = False,
 ) -> Trajectory:
     """Invert latents z_0 (1, C, H, W) without guidance, and record cross-attention's maps if they are wanted."""
     timesteps = inversion_timesteps(steps, model.num_timesteps)
-    store = MapStore(layers_of(model, z_0), keep=True, dtype=map_dtype) if maps else None
+    store = MapStore(layers_of(model, z_0), keep=True, dtype=torch.float16 if half_maps else None) if maps else None
     denoise = guided(model, cond, hook=store)
     path = ddim_invert(denoise, z_0, timesteps, model.host_alphas_cumprod)
     return Trajectory(path, timesteps, [store.at(int(t)) for t in timesteps] if store else [])

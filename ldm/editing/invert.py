@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ from ldm.conditioning.context import Context
 from ldm.conditioning.encoding import encode_together
 from ldm.conditioning.prompts import check_prompt
 from ldm.editing.alignment import value_steps
-from ldm.editing.edit import Edit, Edited, Prompts, Told, decoded, denoise_pair, plan_edit, reader_of
+from ldm.editing.edit import Edited, Prompts, Told, decoded, denoise_pair, plan_edit, read_tokens, reader_of
 from ldm.editing.image import clip_features, image_latents, patch_features, psnr
 from ldm.editing.inversion import (
-    InversionOptions,
     Progress,
     Sweep,
     Trajectory,
@@ -32,10 +32,12 @@ from ldm.editing.inversion import (
     learn_path,
     record,
 )
+from ldm.editing.masks import average_maps, background, mask_of
+from ldm.editing.request import Edit, InversionOptions
 from ldm.embeddings import Concept
 from ldm.files.base_model import describe_base, refuse_other_base
 from ldm.files.embedding_formats import read_modules
-from ldm.files.images import fit, to_tensor
+from ldm.files.images import fit, to_pil, to_tensor
 from ldm.files.tensors import read_file
 from ldm.generate import Content, content_hash, facts_of, open_content
 from ldm.methods import find_method
@@ -172,7 +174,7 @@ def invert_image(
     said = describe(subject, learner, options) | said
     resumed = None if unfinished is None else read_unfinished(Path(unfinished), learner, said, model.device)
     maps = learner.reads_maps and options.attention_loss
-    way = record(model, subject.z_0, subject.cond, options.steps, maps, options.map_dtype)
+    way = record(model, subject.z_0, subject.cond, options.steps, maps, options.half_maps)
     sweep = Sweep(model, way, learner, *subject.contexts(), options)
 
     def keep(state: Progress) -> None:
@@ -190,7 +192,6 @@ def invert_image(
 def describe(subject: Subject, learner: Learner, options: InversionOptions) -> dict[str, str]:
     """Return what tells an inversion from others, for its concept."""
     timesteps = inversion_timesteps(options.steps, subject.model.num_timesteps)[::-1]
-    kept = asdict(options) | {"map_dtype": str(options.map_dtype)}
     return {
         **subject.model.base_model,
         "inversion.method": learner.method,
@@ -199,7 +200,7 @@ def describe(subject: Subject, learner: Learner, options: InversionOptions) -> d
         SIZE: f"{subject.size[1]}x{subject.size[0]}",
         SCALE: repr(float(options.guidance_scale)),
         TIMESTEPS: ",".join(map(str, timesteps.tolist())),
-        OPTIONS: json.dumps(kept),
+        OPTIONS: json.dumps(asdict(options)),
     }
 
 
@@ -237,6 +238,33 @@ def to_concept(subject: Subject, learner: Learner, way: Trajectory, said: dict[s
     said = said | {PSNR: f"{rebuilt:.2f}", AUTOENCODER: f"{own:.2f}"}
     tensors = {learner.learned: values.cpu(), START: way.path[-1].cpu(), FIRST: subject.z_0.cpu()}
     return Concept(tensors, said, learner.method)
+
+
+def original(concept: Concept, content: Content) -> Image.Image:
+    """Return the image of a concept, as it was inverted."""
+    width, height = map(int, concept.metadata[SIZE].split("x"))
+    return fit(open_content(content), width, height, "crop")
+
+
+def rebuilt(model: LatentDiffusion, concept: Concept) -> Image.Image:
+    """Return the image of a concept as the autoencoder reconstructs it."""
+    return to_pil(model.decode_first_stage(concept.tensors[FIRST].to(model.device))[0])
+
+
+def word_masks(
+    model: LatentDiffusion, concept: Concept, words: Sequence[str], steps: int = 50
+) -> dict[str, tuple[Image.Image, Image.Image]]:
+    """Return where words of a concept's prompt are in its image: word -> foreground, background.
+
+    Raises:
+        ValueError: a word is not in the prompt, or its mask is empty.
+    """
+    prompt = concept.metadata[PROMPT]
+    z_0 = concept.tensors[FIRST].to(model.device)
+    average = average_maps(model, z_0, model.get_unconditional(prompt), steps)
+    tokens = read_tokens(reader_of(model), prompt)
+    masks = {word: mask_of(average, tokens, word) for word in words}
+    return {word: (mask, background(mask)) for word, mask in masks.items()}
 
 
 # --- with a concept --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from ldm.conditioning.prompts import foreign_syntax
-from ldm.embeddings import Concept, refuse_mixed_bases, save_stages, stage_paths
+from ldm.embeddings import Concept, refuse_mixed_bases, remove_more_stages, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.card import Card, model_card
 from ldm.export.texts import MAX_TOKENS, Escape, check_name, may_be_cut, misread, stage_words, written
@@ -140,6 +140,8 @@ class Export:
                 (staging / file).write_text(text, encoding="utf-8")
             for image in _copied(card, folder):
                 shutil.copyfile(image, staging / image.name)
+        for name, concept in self.concepts.values():
+            remove_more_stages(folder, name, concept.num_stages)
         warnings = [self._letters(), *(found for _, found in made.values())]
         return list(dict.fromkeys(chain.from_iterable(warnings)))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import logging
 import re
@@ -168,12 +167,6 @@ def check_beside_mapper(path: Path) -> None:
     mapper = path.with_name(path.name.replace("learned_embeds-", "mapper-")).with_suffix(".pt")
     if path.name.startswith("learned_embeds-") and mapper.is_file():
         logger.warning("'%s' is only the word that NeTI begins with; what it learned is in '%s'.", path, mapper)
-
-
-def short_hash(path: str | Path) -> str | None:
-    """The first 12 digits of a file's SHA-256, as AUTOMATIC1111's web UI shows them; None where it is no file."""
-    path = Path(path).expanduser()
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
 
 
 # A concept in as many files as it has stages

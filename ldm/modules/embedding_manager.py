@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ldm.conditioning.learned import Learned, LearnedPrefix, LearnedTokens
 from ldm.conditioning.prompts import check_placeholder
-from ldm.embeddings import Concept, load_concept, save_concept
+from ldm.embeddings import Concept, load_concept, refuse_other_width, save_concept
 from ldm.files.base_model import describe_base, refuse_other_base, same_base
 from ldm.methods import find_method
 from ldm.methods.base import LearnedModule, Start, StepChange
 from ldm.methods.prospect import GeneratorBlock, ProSpect
-from ldm.methods.table import VECTORS, Table, learn_table
+from ldm.methods.table import Table, learn_table
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 logger = logging.getLogger(__name__)
@@ -219,13 +219,7 @@ class EmbeddingManager(nn.Module):
         concepts = {p: s if isinstance(s, Concept) else load_concept(s, p) for p, s in sources.items()}
         for placeholder, concept in concepts.items():
             what = f"The embedding for '{placeholder}'{f' ({concept.source})' if concept.source else ''}"
-            if VECTORS in concept.tensors and concept.width != self.width:
-                theirs = concept.metadata.get("base_model", "unknown")
-                ours = self.base_model.get("base_model", "unknown")
-                raise ValueError(
-                    f"{what} has width {concept.width} (base model: {theirs}), but this model's text encoder has width "
-                    f"{self.width} (base model: {ours}): it was learned for another base model."
-                )
+            refuse_other_width(concept, placeholder, self.width, self.base_model.get("base_model", "unknown"))
             if not any_base:
                 refuse_other_base(concept.metadata, self.base_model, what)
         modules = {placeholder: self._module_of(concept) for placeholder, concept in concepts.items()}

@@ -17,8 +17,9 @@ from evaluation.benchmark.load import alternate_loads
 from evaluation.benchmark.measure import Contender, alternate, count_flop, deviations, matmul_ceiling
 from evaluation.benchmark.peer import peer_contender
 from evaluation.benchmark.report import make_row
-from evaluation.benchmark.switches import DEFAULTS, REFERENCE, SWITCHES
+from evaluation.benchmark.switches import DEFAULTS, NETI_REFERENCE, REFERENCE, SWITCHES
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from scripts import benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,20 @@ def test_every_switch_computes_the_same(
     assert found["reference"].std() > 0
     tolerance = TOLERANCES[str(contender.dtype).removeprefix("torch.")]
     assert deviations(found, "reference")["ours"] < tolerance
+
+
+@pytest.mark.parametrize("what", ["train", "text"])
+def test_every_switch_of_neti_computes_the_same(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against its code's order of work: a text pass for each layer, one by one."""
+    monkeypatch.setattr(FrozenCLIPEmbedder, "share_rows_from", 0)
+    key = "model.params.personalization_config.params.method"
+    base = models.build_model("demo", CPU, [f"{key}=neti", f"{key}_params.nested_dropout=null"])
+    found = {"reference": make(base, what, NETI_REFERENCE).result()}
+    assert found["reference"].std() > 0
+    for switch in [name for name, (_, whats, text) in SWITCHES.items() if text.startswith("NeTI") and what in whats]:
+        found[switch] = make(base, what, DEFAULTS - {switch}).result()
+    found["ours"] = make(base, what, DEFAULTS).result()
+    assert len(found) > 3 and max(deviations(found, "reference").values()) < 1e-5
 
 
 @pytest.mark.parametrize("what", ["train", "sample", "vae"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from ldm.cli.export import run
@@ -290,6 +291,16 @@ def test_nothing_is_overwritten_unasked_and_never_what_is_read(
     before = (out / "teddy-0.safetensors").read_bytes()
     assert "would be overwritten" in refusal(capsys, out / "teddy-0.safetensors", "--force", "--outdir", out)
     assert (out / "teddy-0.safetensors").read_bytes() == before
+
+
+def test_stage_files_of_a_concept_with_more_stages_go(file: Path, tmp_path: Path) -> None:
+    out, theirs = tmp_path / "out", tmp_path / "out/teddy-8.safetensors"
+    export(file, "--name", "teddy", "--outdir", out)
+    theirs.unlink()
+    save_file({"x": torch.zeros(1)}, theirs)  # of somebody else, so it stays
+    save_concept(concept(7, stages=4), tmp_path / "four.safetensors")
+    export(tmp_path / "four.safetensors", "--name", "teddy", "--outdir", out, "--force")
+    assert sorted(path.stem for path in out.glob("teddy-*")) == [f"teddy-{k}" for k in (0, 1, 2, 3, 8)]
 
 
 # Refusals

@@ -49,7 +49,22 @@ def test_everything_moves_with_the_model(case: tuple[LatentDiffusion, int]) -> N
 
 
 def test_a_learning_step_asks_the_device_nothing(case: tuple[LatentDiffusion, int]) -> None:
-    model, side = case
+    learn(*case)
+
+
+METHODS = ("textual-inversion", "xti", "table", "neti", "catversion")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_samples_there(method: str, size: str) -> None:
+    model = meta_model(size, **{"personalization_config.params.method": method})
+    learn(model, SIZES[size])
+    sample(model, SIZES[size], DDIMSampler)
+
+
+def learn(model: LatentDiffusion, side: int) -> None:
+    """Two steps from cached latents."""
     model.train()
     model._latents = LatentCache.__new__(LatentCache)
     model._latents._flips, model._latents._is_gaussian = True, True
@@ -73,9 +88,13 @@ def test_a_learning_step_asks_the_device_nothing(case: tuple[LatentDiffusion, in
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler])
-@torch.no_grad()
 def test_sampling_asks_the_device_nothing(case: tuple[LatentDiffusion, int], sampler: type[Sampler]) -> None:
-    model, side = case
+    sample(*case, sampler)
+
+
+@torch.no_grad()
+def sample(model: LatentDiffusion, side: int, sampler: type[Sampler]) -> None:
+    """Four guided steps with a prompt for each stage, and decoding."""
     model.eval()
     seen: list[tuple[int, Tensor]] = []
     latents, _ = sampler(model).sample(

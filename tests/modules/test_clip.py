@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModel as TheirModel
 
+from ldm.conditioning.learned import TokenVectors
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.clip import CLIPTextConfig, CLIPTextModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, hub_folder, open_tokenizer
@@ -126,6 +127,26 @@ def test_a_token_sees_only_what_comes_before_it() -> None:
     changed = torch.tensor([[1, 2, 3, 9, 5]])
     difference = (embedder(slots) - embedder(changed)).abs().sum(dim=-1)[0]
     assert (difference > 0).tolist() == [False, False, False, True, True]
+
+
+def test_tokens_that_layers_share_are_computed_once() -> None:
+    """The contexts of all layers, and their gradients, are the same; the shared tokens enter once."""
+    embedder, rows = small_embedder(), []
+    embedder.transformer.text_model.encoder.layers[1].mlp.register_forward_hook(lambda _, x, __: rows.append(x[0]))
+    slots = torch.tensor([[1, 2, 3, -1, 5, -2], [1, 4, 4, -2, 6, 7]])
+    generator = torch.Generator().manual_seed(0)
+    e, residual = torch.randn(2, 5, 2, 2, 24, generator=generator)  # a table of two rows for 5 layers and each prompt
+    found = {}
+    for least in (None, 0):
+        embedder.share_rows_from, vectors = least, e.clone().requires_grad_()
+        rows.clear()
+        context = embedder.encode(slots, TokenVectors(vectors, residual), shared=3)
+        (context.k.square() * torch.arange(24)).sum().backward()
+        found[least] = context.k, context.v, vectors.grad
+        assert sum(x.numel() // 24 for x in rows) == (2 * 5 * 6 if least is None else 2 * 3 + 2 * 5 * 3)
+    for shared, alone in zip(found[0], found[None], strict=True):
+        torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
+    assert found[0][0].shape == (5, 2, 6, 24) and not torch.equal(found[0][0], found[0][1])
 
 
 @pytest.mark.parametrize(

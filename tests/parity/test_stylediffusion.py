@@ -25,7 +25,6 @@ from ldm.editing.control import AttentionControl, MapStore, Rules, edit_attentio
 from ldm.editing.edit import Plan, Told, denoise_pair
 from ldm.editing.image import clip_input, image_latents, tower_features
 from ldm.editing.inversion import (
-    InversionOptions,
     Sweep,
     Trajectory,
     inversion_timesteps,
@@ -37,6 +36,7 @@ from ldm.editing.inversion import (
     step_of,
 )
 from ldm.editing.masks import average_maps, mask_of
+from ldm.editing.request import InversionOptions
 from ldm.files.embedding_formats import read_modules
 from ldm.files.images import fit, to_pil
 from ldm.methods.base import StepChange

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import load_weights, read_base_model, read_state_dict
 from ldm.conditioning.context import Cond, Context, Projected, as_conditioning
-from ldm.conditioning.encoding import PromptConditioning, SlotEncoder
+from ldm.conditioning.encoding import LayeredPrompt, PromptConditioning, SlotEncoder
 from ldm.conditioning.learned import NOTHING_LEARNED, Learned
 from ldm.conditioning.presets import Windows
-from ldm.conditioning.prompts import PromptReader, Words
+from ldm.conditioning.prompts import PLACEHOLDER, PromptReader, Words, check_words
 from ldm.methods.base import LearnedModule
 from ldm.models.autoencoder import FirstStage, cosine_to_zero
 from ldm.models.diffusion import latents
@@ -252,6 +252,30 @@ class LatentDiffusion(pl.LightningModule):
         learned = NOTHING_LEARNED if manager is None else manager.learned_now(truncation)
         return PromptConditioning(slots, SlotEncoder(self.encode_slots, learned), self.num_timesteps, self.device)
 
+    def get_layered_conditioning(
+        self, prompts: str | Sequence[str], layer_words: Words, truncation: int | None = None
+    ) -> LayeredPrompt:
+        """Return a batch of prompts that differ from U-Net layer to U-Net layer (P+).
+
+        Args:
+            layer_words: an entry for each cross-attention layer, in order of execution: a text that takes the place
+                of `*`, the number of the layer whose learned token does, or None for the prompt as it is.
+
+        Raises:
+            ValueError: `layer_words` of the wrong length or with a wrong entry.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        count = self.model.diffusion_model.num_attention_layers
+        by_text: dict[str | None, PromptConditioning] = {}
+        layers = []
+        for layer, word in enumerate(check_words(layer_words, count, "layer")):
+            text, read = (word, layer) if not isinstance(word, int) else (None, word)
+            if text not in by_text:
+                texts = prompts if text is None else [prompt.replace(PLACEHOLDER, text) for prompt in prompts]
+                by_text[text] = self.get_learned_conditioning(texts, truncation=truncation)
+            layers.append((by_text[text], read))
+        return LayeredPrompt(layers)
+
     def get_unconditional(self, negative: str = "", count: int = 1) -> PromptConditioning:
         """Return `count` times the plain text that guidance leads away from, every concept switched off."""
         encoder = self.cond_stage_model
@@ -259,14 +283,17 @@ class LatentDiffusion(pl.LightningModule):
         plain = SlotEncoder(self.encode_slots, NOTHING_LEARNED)
         return PromptConditioning(slots, plain, self.num_timesteps, self.device)
 
-    def encode_slots(self, slots: Tensor, t: Tensor, learned: Learned | None = None) -> Context:
+    def encode_slots(self, slots: Tensor, t: Tensor, learned: Learned | None = None, plain: int = 0) -> Context:
         """Return the context of token slots (N, L), with what is learned at timesteps t (1 or N,) in its places.
 
-        None: what is learned or loaded now.
+        Args:
+            learned: None is what is learned or loaded now.
+            plain: how many tokens at the beginning are no learned ones in any row.
         """
         if learned is None:
             learned = NOTHING_LEARNED if self.embedding_manager is None else self.embedding_manager.learned_now()
-        return self.cond_stage_model.encode(slots, learned.vectors(t), learned.prefix, learned.logit_bias)
+        vectors = learned.vectors(t)
+        return self.cond_stage_model.encode(slots, vectors, learned.prefix, learned.logit_bias, plain)
 
     # --- diffusion ---------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,21 @@ class CLIPAttention(nn.Module):
             out = attend(q, k, v, bias=bias, backend=self.attention_backend)
         return self.out_proj(rearrange(out, "b h l d -> b l (h d)"))
 
+    def forward_shared(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, for first tokens (N, s, D) that G variants of the others (G, N, L - s, D) have in common."""
+        groups, shared = len(after), before.shape[1]
+        q, k, v = (
+            rearrange(
+                torch.cat([layer(before).expand(groups, -1, -1, -1), layer(after)], dim=2),
+                "g b l (h d) -> (g b) h l d",
+                h=self.heads,
+            )
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = attend(q, k, v, causal=True, backend=self.attention_backend)
+        out = rearrange(out, "(g b) h l d -> g b l (h d)", g=groups)
+        return self.out_proj(out[0, :, :shared]), self.out_proj(out[:, :, shared:])
+
 
 def _before(prefix: Tensor, x: Tensor) -> Tensor:
     """A prefix (P, heads, d) for the prompts x (B, L, D): (B, heads, P, d)."""
@@ -108,6 +124,12 @@ class CLIPLayer(nn.Module):
     def forward(self, x: Tensor, prefix: KeyValue | None = None, logit_bias: float | Sequence[float] = 0.0) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), prefix, logit_bias)
         return x + self.mlp(self.layer_norm2(x))
+
+    def forward_shared(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, in two parts; see `CLIPAttention.forward_shared`."""
+        attended = self.self_attn.forward_shared(self.layer_norm1(before), self.layer_norm1(after))
+        before, after = before + attended[0], after + attended[1]
+        return before + self.mlp(self.layer_norm2(before)), after + self.mlp(self.layer_norm2(after))
 
 
 class CLIPEmbeddings(nn.Module):
@@ -155,9 +177,20 @@ class CLIPTextTransformer(nn.Module):
         """
         return self.run_layers(self.enter(inputs), 0, len(self.encoder.layers), prefix, logit_bias)
 
+    def forward_shared(self, inputs: Tensor, shared: int) -> Tensor:
+        """Return the hidden states (G, N, L, D) for inputs whose first `shared` tokens are the same in all G variants.
+
+        No token reads a later one, so these rows are computed once.
+        """
+        x = self.enter(inputs)
+        before, after = x[0, :, :shared], x[:, :, shared:]
+        for layer in self.encoder.layers:
+            before, after = cast(CLIPLayer, layer).forward_shared(before, after)
+        return torch.cat([before.expand(len(x), -1, -1, -1), after], dim=2)
+
     def enter(self, inputs: Tensor) -> Tensor:
         """Return the first layer's input (B, L, D): token and position embeddings."""
-        return inputs + self.embeddings.position_embedding.weight[: inputs.shape[1]]
+        return inputs + self.embeddings.position_embedding.weight[: inputs.shape[-2]]
 
     def run_layers(
         self, x: Tensor, first: int, end: int, prefix: Mapping[int, KeyValue] = NO_PREFIX, logit_bias: LogitBias = 0.0

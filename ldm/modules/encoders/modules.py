@@ -41,6 +41,9 @@ class FrozenCLIPEmbedder(nn.Module):
         ValueError: an unknown version without `text_config`, or more tokens than the transformer has positions.
     """
 
+    # From this many values (tokens x D) on, the tokens before the first learned one are computed once for all U-Net
+    # layers; below, joining the parts costs more than it saves (docs/benchmarks.md). None: never.
+    share_rows_from: int | None = 2**11
     ignored_keys = {"device": "the model follows the device of the trainer or of the sampler"}
 
     def __init__(
@@ -100,16 +103,22 @@ class FrozenCLIPEmbedder(nn.Module):
         vectors: TokenVectors | None = None,
         prefix: Mapping[int, KeyValue] = NO_PREFIX,
         logit_bias: LogitBias = 0.0,
+        shared: int = 0,
     ) -> Context:
         """Return the float32 context of token slots (N, L): (N, L, D), or (layers, N, L, D) with vectors for layers.
 
         Args:
             vectors: the learned vectors; see `embed`. Their residuals enter the values only.
             prefix, logit_bias: as for `CLIPTextTransformer.forward`.
+            shared: no slot of the first `shared` tokens has a learned vector; they are computed once for all layers.
         """
         text, dtype = self.transformer.text_model, self.token_table.dtype
         inputs = self.embed(slots, None if vectors is None else vectors.e)
-        hidden = text(inputs.flatten(0, 1), prefix, logit_bias).unflatten(0, inputs.shape[:2])
+        worth_it = self.share_rows_from is not None and shared * self.width >= self.share_rows_from
+        if worth_it and len(inputs) > 1 and not prefix:
+            hidden = text.forward_shared(inputs, shared)
+        else:
+            hidden = text(inputs.flatten(0, 1), prefix, logit_bias).unflatten(0, inputs.shape[:2])
         context = Context.of(leave(text.final_layer_norm(hidden), dtype))
         if vectors is not None and vectors.residual is not None:
             residual = torch.where((slots < 0).unsqueeze(-1), at_slots(vectors.residual, slots), 0.0).to(hidden.dtype)

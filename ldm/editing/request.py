@@ -1,0 +1,179 @@
+"""What is asked for when an image is inverted and edited: dataclasses that check themselves.
+
+Neither PyTorch nor a model is needed here, so that mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from numbers import Real
+from typing import Any
+
+from ldm.request import PLACEHOLDER, Words, check_prompt, check_words, shown
+
+Span = float | tuple[float, float]  # a share of all steps from the first on, or from the first to the second
+Pair = tuple[tuple[str, ...], tuple[str, ...]]  # words of the source prompt, words of the target
+KINDS = ("replace", "refine")
+TAUS = ("tau_v", "tau_c", "tau_s", "tau_u")
+
+
+@dataclass(frozen=True)
+class InversionOptions:
+    """How an image is inverted.
+
+    Args:
+        steps: denoising steps, N
+        guidance_scale: of denoising; the path to the noise has none
+        inner_steps: optimiser steps for the first denoising step; stylediffusion makes fewer and fewer
+        epochs: sweeps over all steps
+        attention_loss: also compare attention maps (stylediffusion)
+        epsilon: a step ends once its loss is below this, plus 2e-5 for each step before it
+        half_maps: keep recorded attention maps in half precision
+    """
+
+    steps: int = 30
+    guidance_scale: float = 7.5
+    inner_steps: int = 100
+    epochs: int = 1
+    attention_loss: bool = True
+    epsilon: float = 1e-5
+    half_maps: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 100:
+            raise ValueError(f"steps must be in 1..100 (the learning rate ends there), not {self.steps}.")
+        if not 1 <= self.guidance_scale <= 1000:
+            raise ValueError(f"guidance_scale must be in 1..1000, not {self.guidance_scale}.")
+        for name in ("inner_steps", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is changed in an image.
+
+    A tau is the share of steps, from the first one on, that something lasts, in 0..1; or the two ends of a part.
+
+    Args:
+        target: prompt of the edited image; `*` in it is replaced by `prospect_words`, or is a learned token
+        kind: replace (words are exchanged one for one) or refine (words are added)
+        tau_v: how long the edit reads the learned values
+        tau_c: how long the edit has the source's attention to words
+        tau_s: how long the edit has the source's self-attention
+        tau_u: the same of the unconditional branch; more lets the structure change more
+        word_taus: tau_c of single target words
+        blend: words of both prompts; the image changes only where they are
+        subtract: words of both prompts; where they are nothing changes
+        weights: factors of target words' attention while tau_c lasts, also negative ones
+        threshold: of a map's largest value, for blend
+        prospect_words: one entry for each stage, as for generating
+        compat: do as the reference's code where it misaligns words of different token numbers
+    """
+
+    target: str
+    kind: str = "replace"
+    tau_v: Span = 0.5
+    tau_c: Span = 0.6
+    tau_s: Span = 0.6
+    tau_u: Span = 0.0
+    word_taus: Mapping[str, Span] | None = None
+    blend: Pair | None = None
+    subtract: Pair | None = None
+    weights: Mapping[str, float] | None = None
+    threshold: float = 0.3
+    prospect_words: Words | None = None
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        check_prompt(self.target, "The target")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {shown(self.kind)}.")
+        for name in TAUS:
+            self._set(name, read_span(name, getattr(self, name)))
+        self._set("word_taus", {w: read_span(f"tau_c of '{w}'", s) for w, s in (self.word_taus or {}).items()})
+        for name in ("blend", "subtract"):
+            self._set(name, _pair(name, getattr(self, name)))
+        self._set("weights", dict(self.weights or {}))
+        for word, weight in (self.weights or {}).items():
+            if not isinstance(weight, Real) or not math.isfinite(weight):
+                raise ValueError(f"The weight of '{word}' must be a number, not {shown(weight)}.")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def texts(self, num_stages: int) -> list[str]:
+        """Return the target in each stage; one text where all are alike."""
+        if self.prospect_words is None:
+            return [self.target]
+        entries = check_words(self.prospect_words, num_stages)
+        return [self.target.replace(PLACEHOLDER, e) if isinstance(e, str) else self.target for e in entries]
+
+    def check(self, source: str, num_stages: int = 10) -> None:
+        """Raise `ValueError` unless all words are those of the prompts, and as many of them as `kind` needs."""
+        texts = self.texts(num_stages)
+        for name, pair in (("blend", self.blend), ("subtract", self.subtract)):
+            if pair is not None:
+                check_words_in(pair[0], [source], f"{name}, of the source")
+                check_words_in(pair[1], texts, f"{name}, of the target")
+        check_words_in(self.weights or {}, texts, "weight")
+        check_words_in(self.word_taus or {}, texts, "tau_c")
+        for text in texts if self.kind == "replace" else ():
+            if len(source.split(" ")) != len(text.split(" ")):
+                raise ValueError(
+                    f"kind replace needs as many words in both prompts, but '{source}' has {len(source.split(' '))} "
+                    f"and '{text}' has {len(text.split(' '))}; use kind refine."
+                )
+
+
+def read_span(name: str, value: object) -> Span:
+    """Return a tau: a number in 0..1, or the start and the end of a part of the steps.
+
+    Raises:
+        ValueError: something else.
+    """
+    ends: list[Any] = list(value) if isinstance(value, (tuple, list)) else [0, value]
+    ends = [0, *ends] if len(ends) == 1 else ends
+    if len(ends) != 2 or not all(isinstance(end, Real) and not isinstance(end, bool) for end in ends):
+        raise ValueError(f"{name} must be a number in 0..1, or a pair of them, not {shown(value)}.")
+    start, end = map(float, ends)
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"{name} must be in 0..1, the start before the end, not {', '.join(map(str, ends))}.")
+    return (start, end) if start else end
+
+
+def _pair(name: str, value: object) -> Pair | None:
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be words of the source and words of the target, not {shown(value)}.")
+    source, target = ((words,) if isinstance(words, str) else tuple(words) for words in value)
+    return source, target
+
+
+def grid_of(target: str, **given: Any) -> list[Edit]:
+    """Return an edit for every combination of the taus, of which each may be a list of several."""
+    taus = [[(name, tau) for tau in _several(given.pop(name))] for name in TAUS if name in given]
+    return [Edit(target, **given, **dict(combination)) for combination in product(*taus)]
+
+
+def _several(tau: object) -> list[Any]:
+    return list(tau) if isinstance(tau, list) else [tau]
+
+
+def check_words_in(words: Collection[str], texts: Sequence[str], flag: str) -> None:
+    """Raise `ValueError` for words that none of some prompts has, with those that they have."""
+    there = dict.fromkeys(word for text in texts for word in text.split(" "))
+    if lacking := [word for word in words if word not in there]:
+        raise ValueError(
+            f"{flag}: {', '.join(map(repr, lacking))} is no word of the prompt '{texts[0]}'; its words are "
+            f"{', '.join(map(repr, filter(None, there)))}."
+        )
+
+
+def span_of(span: Span) -> tuple[float, float]:
+    """Return the two ends of a span."""
+    return span if isinstance(span, tuple) else (0.0, span)
