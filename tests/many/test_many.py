@@ -107,6 +107,11 @@ def test_two_ray_nodes_share_the_work(pictures: Path, tmp_path: Path, home: Path
         subprocess.run(second, check=True, capture_output=True, cwd=ROOT)
         with connected("127.0.0.1:26379") as ray:
             wait_for(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 2)
+
+            def node_of_task(_: int) -> str:  # defined here, since the workers do not find this module
+                time.sleep(1)
+                return ray.get_runtime_context().get_node_id()
+
             places = dict(run_on(ray, node_of_task, {i: (i,) for i in range(6)}))
             assert len(set(places.values())) == 2
             out = tmp_path / "out"
@@ -115,13 +120,6 @@ def test_two_ray_nodes_share_the_work(pictures: Path, tmp_path: Path, home: Path
     finally:
         subprocess.run([ray_command, "stop", "--force"], check=False, capture_output=True)
     assert finished(out, jobs[1]).is_file()
-
-
-def node_of_task(_: int) -> str:
-    import ray
-
-    time.sleep(1)
-    return ray.get_runtime_context().get_node_id()
 
 
 def test_a_failing_concept_stops_no_other_and_what_is_there_is_not_learned_again(pictures: Path, tmp_path: Path):
