@@ -39,9 +39,10 @@ small-model: setup
 	  $(BIN)/python main.py $$start -t || exit; \
 	done
 
-# One thread: two spinning threads on a busy machine are many times slower than one.
+# A process for each core, of one thread: two spinning threads on a busy machine are many times slower than one. Tests of
+# a file share what is expensive, so a file is one process's.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow"
 
 # Twenty kills of one run, a thousand generations, and Stable Diffusion v1 at its real size with random weights, which
 # needs 8 GB of memory and 3 GB of disk.
