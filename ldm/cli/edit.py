@@ -202,13 +202,13 @@ class Edits:
         written, rows, labels = [], [], []
         try:
             for edit, found in zip(edits, made, strict=True):
-                written.append(new_file(self.folder, f"{self.stem}-{tau_name(edit)}"))
+                written.append(new_file(self.folder / f"{self.stem}-{tau_name(edit)}"))
                 save_png(found.image, written[-1], {PNG_KEY: json.dumps(vars(edit), default=str)})
                 rows.append([*before.values(), found.source, found.image])
                 labels.append(tau_name(edit).replace("-", " "))
         finally:
             if rows:
-                grid = new_file(self.folder, f"{self.stem}-grid")
+                grid = new_file(self.folder / f"{self.stem}-grid")
                 save_png(label_grid(rows, labels, [*before, "source", "edit"]), grid, {})
                 written.append(grid)
         return written

@@ -61,8 +61,7 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     add_field_flag(what, Request, "negative_prompt")
     add_stage_flags(what)
     help_layers = "texts that replace * by U-Net layer (P+), in order of execution; numbers for learned tokens"
-    options = {"nargs": "+", "type": word, "metavar": "TEXT", "help": help_layers}
-    add_field_flag(what, Request, "layer_words", **options)
+    add_field_flag(what, Request, "layer_words", nargs="+", type=word, metavar="TEXT", help=help_layers)
     help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
     add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     add_field_flag(what, Request, "any_base")
@@ -183,7 +182,7 @@ def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
     return draw(replace(rows[0], **columns[0]), model, recorded, setup, options.outdir, layout)
 
 
-def _columns(options: argparse.Namespace) -> list[dict[str, int]]:
+def _columns(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What differs from image to image of a prompt: truncations and seeds, where flags give them."""
     given = {"truncation": options.truncation, "seed": options.seed and list(chain.from_iterable(options.seed))}
     several = {name: values for name, values in given.items() if values}
@@ -432,7 +431,7 @@ def _write(image: Image.Image, path: Path, suffix: str, record: Mapping[str, Any
     from ldm.generate import PNG_KEY, save_picture
 
     image.info[PNG_KEY] = json.dumps(record)
-    file = _new_file(path, suffix)
+    file = new_file(path, suffix)
     try:
         if suffix == ".png":
             save_picture(image, file)
@@ -445,7 +444,7 @@ def _write(image: Image.Image, path: Path, suffix: str, record: Mapping[str, Any
     return file
 
 
-def _new_file(path: Path, suffix: str) -> Path:
+def new_file(path: Path, suffix: str = ".png") -> Path:
     """An empty file made at `path` with the suffix, or with the first free number before it."""
     number = 1
     with writing_to(path.parent):

@@ -12,7 +12,10 @@ from ldm.editing.table import Row, read_rows
 from ldm.embeddings import load_concept
 
 HEADER = ",case_number,prompt,image_path,url,target,blend_word,eq_params,tau_v,tau_c,tau_s,tau_u,edit_type"
-BOAT = """0,21,a boat on a lake,boat.jpg,,a canoe on a lake,"[('boat',),('canoe',)]","[('canoe',),(3,)]","[.5,.7,]","[.6,]","[.8,]","[.0,.5,]",Replacement"""
+BOAT = (
+    """0,21,a boat on a lake,boat.jpg,,a canoe on a lake,"[('boat',),('canoe',)]","[('canoe',),(3,)]","[.5,.7,]","""
+    """"[.6,]","[.8,]","[.0,.5,]",Replacement"""
+)
 FAST = ["--steps", "2", "--inner_steps", "1", "--scale", "2.5", "--device", "cpu"]
 
 
