@@ -37,7 +37,10 @@ MAX_IMAGES = 1000  # of one command with several prompts and seeds
 Layout = tuple[str, str, str]
 OWN_LAYOUT: Layout = ("{stem}-{seed}", "{stem}-{seed}-grid", ".png")
 # Where other programs leave an image and its grid: templates of paths, and the format.
-LAYOUTS = {"catversion": ("{dashed}/{dashed}_{seed}", "{dashed}/{dashed}", ".jpg")}
+LAYOUTS = {
+    "neti": ("{prompt}/{seed}{truncated}", "{prompt}{truncated}", ".png"),
+    "catversion": ("{dashed}/{dashed}_{seed}", "{dashed}/{dashed}", ".jpg"),
+}
 
 
 # --- flags -----------------------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     model = parser.add_argument_group("model and files")
     add_model_flags(model)
     add_flag(model, "--outdir", type=path, default=Path("outputs"), metavar="DIR", help="for the images (outputs)")
-    help_layout = f"name files as another program does ({', '.join(LAYOUTS)}; its JPEGs have no record of the flags)"
+    help_layout = f"name files as another program does: {', '.join(LAYOUTS)} (its JPEGs have no record of the flags)"
     add_flag(model, "--layout", choices=list(LAYOUTS), metavar="NAME", help=help_layout)
     add_flag(model, "--debug", action="store_true", help="show the whole trace of an error")
     return parser
@@ -157,7 +160,7 @@ def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
     check_generates(config)
     facts = model_facts(config)
     rows = build_requests(options, recorded, facts)
-    if options.layout and len(rows) * len(_columns(options)) > 1:
+    if options.layout == "catversion" and len(rows) * len(_columns(options)) > 1:
         raise ValueError(f"--layout {options.layout} goes with one prompt and one seed; --n_iter makes several images.")
     for request in rows:
         _check_purpose(request, editing)
@@ -177,6 +180,9 @@ def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
     ]
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
     columns, layout = _columns(options), LAYOUTS.get(options.layout, OWN_LAYOUT)
+    if options.layout == "neti":
+        every = [replace(row, **column) for row in rows for column in columns]
+        return draw_and_group(every, model, recorded, setup, options.outdir, layout)
     if len(rows) * len(columns) > 1:
         return Sheet(model, recorded, setup, options.outdir).draw(rows, columns)
     return draw(replace(rows[0], **columns[0]), model, recorded, setup, options.outdir, layout)
@@ -211,6 +217,37 @@ def draw(
         kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} images in it are kept"
         raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
     return save_images(image, recorded, setup, folder, layout)
+
+
+def draw_and_group(
+    requests: Sequence[Request],
+    model: LatentDiffusion,
+    recorded: Mapping[str, Any],
+    setup: Mapping[str, str],
+    folder: Path,
+    layout: Layout,
+) -> list[Path]:
+    """Generate and write what requests ask for, and a grid of all images that have the same name in the layout.
+
+    Returns:
+        The grids, then the single images.
+    """
+    from PIL import Image
+
+    from ldm.files.images import make_grid
+    from ldm.files.records import PNG_KEY
+
+    single, grid, suffix = layout
+    groups: dict[str, list[Path]] = {}
+    for request in requests:
+        paths = draw(request, model, recorded, setup, folder, (single, "", suffix))
+        record = json.loads(Image.open(paths[0]).info[PNG_KEY])
+        groups.setdefault(grid.format(**_names(record)), []).extend(paths)
+    grids = []
+    for name, paths in groups.items():
+        record = {"cells": [[path.relative_to(folder).as_posix() for path in paths]]}
+        grids.append(_write(make_grid([Image.open(path) for path in paths]), folder / name, suffix, record))
+    return [*grids, *chain.from_iterable(groups.values())]
 
 
 @dataclass(frozen=True)
@@ -383,10 +420,10 @@ def save_images(
     record |= {name: name_of(value) for name, value in setup.items()}
     single, grid, suffix = layout
     height, width, seed = record["height"], record["width"], record["seed"]
-    names = {"stem": _stem(record), "dashed": _dashed(record["prompt"])}
+    names = _names(record)
     count = record["n_iter"] * record["n_samples"]
     written: list[Path] = []
-    if count > 1 or layout is not OWN_LAYOUT:
+    if grid and (count > 1 or layout is not OWN_LAYOUT):
         written = [_write(image, folder / grid.format(seed=seed, **names), suffix, record)]
     for i in range(count):
         row, column = divmod(i, image.width // width)
@@ -420,9 +457,18 @@ def _stem(record: Mapping[str, Any]) -> str:
     return name if record.get("truncation") is None else f"{name}-truncation-{record['truncation']}"
 
 
-def _dashed(prompt: str) -> str:
-    """The prompt as a name, with dashes for spaces."""
-    name = re.sub(r"[\s/\\:]", "-", prompt).lstrip(".") or "image"
+def _names(record: Mapping[str, Any]) -> dict[str, str]:
+    """What stands in the templates of a layout."""
+    prompt, truncation = record["prompt"], record.get("truncation")
+    truncated = "" if truncation is None else f"_truncation_{truncation}"
+    kept = r'[/\\\0<>:"|?*]' if os.name == "nt" else r"[/\0]"
+    names = {"stem": _stem(record), "truncated": truncated}
+    return names | {"dashed": _file_name(prompt, r"[\s/\\:]"), "prompt": _file_name(prompt, kept)}
+
+
+def _file_name(prompt: str, unusable: str) -> str:
+    """The prompt as a name, with dashes for characters that have no place there."""
+    name = re.sub(unusable, "-", prompt).lstrip(".").strip() or "image"
     return name.encode()[:200].decode(errors="ignore")
 
 

@@ -38,7 +38,7 @@ class Table(LearnedModule):
     def method(self) -> str:  # type: ignore[override]
         if self.num_layers == self.num_tokens == 1:
             return "prospect" if self.num_stages > 1 else "textual-inversion"
-        return "xti" if self.num_stages == 1 else TABLE
+        return "xti" if self.num_stages == 1 and self.num_layers > 1 else TABLE
 
     @property
     def num_rows(self) -> int:

@@ -555,6 +555,9 @@ GENERATING: dict[str, Cases] = {
         (f"{MAKE} --height 64.5", "invalid int value: '64.5'"),
         (f"{MAKE} --seed 9223372036854775808", "seed must be in 0.."),
         (f"{MAKE} --stages 0=10", "a stage number must be in 0..9"),
+        (f"{MAKE} --layer_words a b", "layer_words has 2 entries, but this model has 7 layers; entry 0 is the first"),
+        (f"{MAKE} --layer_words 0 1 2 3 4 5 7", "layer_words[6] = 7: a layer number must be in 0..6"),
+        (f"{MAKE} --layer_words a --preset style", "layer_words and the stages' prospect_words or preset exclude"),
         (f"{MAKE} --truncation 129", "truncation must be in 0..128, not 129: hidden values of NeTI that are kept"),
         (f"{MAKE} --truncation 8 half", "invalid int value: 'half'"),
         (f"{MAKE} --prompts {{bad}}/nowhere.txt", "--prompts FILE takes the place of --prompt"),
@@ -733,6 +736,33 @@ def test_an_image_for_each_prompt_truncation_and_seed(
     assert Image.open(again).tobytes() == Image.open(paths[2]).tobytes() and not caplog.records
     txt2img("--prompt", "a star", "--truncation", 3, "--outdir", tmp_path)
     assert "truncation has no effect: no concept of NeTI" in caplog.text
+
+
+def test_folders_and_grids_as_neti_leaves_them(tmp_path: Path, mapper_file: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a {} on black\nA/{}\n", encoding="utf-8")
+    flags = ("--prompts", tmp_path / "prompts.txt", "--concept", f"<thing>={mapper_file}", "--outdir", tmp_path / "out")
+    paths = txt2img(*flags, "--truncation", 2, 64, "--seed", 5, 9, 11, "--layout", "neti")
+    names = [path.relative_to(tmp_path / "out").as_posix() for path in paths]
+    prompts = [f"{name}{{}}_truncation_{k}.png" for name in ("a <thing> on black", "A-<thing>") for k in (2, 64)]
+    assert names[:4] == [prompt.format("") for prompt in prompts]
+    assert names[4:] == [prompt.format(f"/{seed}") for prompt in prompts for seed in (5, 9, 11)]
+    assert Image.open(paths[0]).size == (64, 64) and read_parameters(paths[5])["seed"] == 9
+    plain = txt2img("--prompt", "a star", "--layout", "neti", "--outdir", tmp_path / "out")
+    assert [path.relative_to(tmp_path / "out").as_posix() for path in plain] == ["a star.png", "a star/42.png"]
+
+
+def test_a_text_for_each_layer(tmp_path: Path, mapper_file: Path) -> None:
+    """Numbers are the learned token of that layer; with each layer its own, it is the plain prompt."""
+    flags = ("--concept", mapper_file, "--prompt", "a * on black", "--outdir", tmp_path)
+    plain, own, other, text = (
+        txt2img(*flags, *(("--layer_words", *words) if words else ()))[0]
+        for words in ((), (0, 1, 2, 3, 4, 5, 6), (6, 5, 4, 3, 2, 1, 0), (0, 1, 2, "red star", "heart", 5, 6))
+    )
+    assert (pixels(own) == pixels(plain)).all()
+    assert len({Image.open(path).tobytes() for path in (plain, other, text)}) == 3
+    assert read_parameters(text)["layer_words"] == [0, 1, 2, "red star", "heart", 5, 6]
+    again = run("", argv=["--from", str(text), "--outdir", str(tmp_path / "again")])[0]
+    assert (pixels(again) == pixels(text)).all()
 
 
 def test_every_flag_of_a_request_is_a_field_of_it() -> None:
