@@ -136,18 +136,25 @@ class Concept:
         """The row that each of `num_stages` stages reads: the one at the middle of that stage's timesteps."""
         return [matching_stage(s, num_stages, self.num_stages) for s in range(num_stages)]
 
-    def lerp(self, other: Concept, weight: float, any_base: bool = False) -> Concept:
+    def lerp(self, other: Concept, weight: float | Sequence[float], any_base: bool = False) -> Concept:
         """A concept between this one (weight 0) and another (weight 1), stage by stage.
 
         Directions are interpolated linearly and brought to the interpolated length, because a shorter vector is a
         weaker one: between two unlike vectors the plain mean is. Concepts of different S are read by time, and
-        the result has as many stages as the longer one.
+        the result has as many stages as the longer one. With a weight of 0 or 1 for each stage, their rows are joined.
+
+        Args:
+            weight: one number, or one for each stage.
 
         Raises:
-            EmbeddingError: different widths, a weight outside 0..1, or different base models without `any_base`.
+            EmbeddingError: different widths, weights that do not fit or lie outside 0..1, or different base models
+                without `any_base`.
         """
-        if not 0 <= weight <= 1:
-            raise EmbeddingError(f"the weight of the second concept must be in 0..1, not {weight}.")
+        stages = max(self.num_stages, other.num_stages)
+        weights = list(weight) if isinstance(weight, Sequence) else [weight] * stages
+        if len(weights) != stages or not all(0 <= number <= 1 for number in weights):
+            many = f" or {stages} such numbers" if isinstance(weight, Sequence) else ""
+            raise EmbeddingError(f"the weight of the second concept must be in 0..1{many}, not {weight}.")
         if self.width != other.width:
             raise EmbeddingError(
                 f"concepts of width {self.width} and {other.width} cannot be mixed: they were learned for "
@@ -155,10 +162,11 @@ class Concept:
             )
         if not any_base:
             refuse_mixed_bases({"the first": self, "the second": other})
-        stages = max(self.num_stages, other.num_stages)
         first, second = (concept.vectors[concept.rows_for(stages)] for concept in (self, other))
-        mixed = (1 - weight) * first + weight * second
-        length = (1 - weight) * first.norm(dim=1, keepdim=True) + weight * second.norm(dim=1, keepdim=True)
+        w = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)  # (S, 1)
+        w, rest = w.float(), (1 - w).float()
+        mixed = rest * first + w * second
+        length = rest * first.norm(dim=1, keepdim=True) + w * second.norm(dim=1, keepdim=True)
         mixed = mixed * (length / mixed.norm(dim=1, keepdim=True).clamp(min=1e-12))
         shared = self.metadata.items() & other.metadata.items()  # what does not differ, such as the base model
         return Concept(mixed, dict(sorted(shared)))

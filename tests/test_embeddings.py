@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -362,6 +364,20 @@ def test_concepts_of_other_stages_are_mixed_by_time() -> None:
     assert two.lerp(Concept(torch.ones(1, 10)), 0.5).num_stages == 2
 
 
+def test_rows_of_two_learnings_are_joined(tmp_path: Path) -> None:
+    one, other = (Concept(torch.randn(10, 8, generator=torch.Generator().manual_seed(i))) for i in (0, 1))
+    for name, concept in {"one": one, "other": other}.items():
+        save_concept(concept, tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("one", "other", "both")]
+    command = [sys.executable, "scripts/mix_concepts.py", *files[:2], "--stages", "0-3", "9", "--out", files[2]]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": "."}, cwd=Path(__file__).parents[1])
+    both = load_concept(files[2])
+    taken = torch.tensor([stage < 4 or stage == 9 for stage in range(10)])
+    assert torch.equal(both.vectors[taken], other.vectors[taken])
+    assert torch.equal(both.vectors[~taken], one.vectors[~taken])
+    assert both.metadata["mixed"] == "one.safetensors; of stages 0, 1, 2, 3, 9 other.safetensors"
+
+
 def test_what_cannot_be_mixed() -> None:
     first = Concept(torch.ones(2, 4), {"base_model": "sd1.ckpt", "step": "1"})
     with pytest.raises(EmbeddingError, match=r"width 4 and 8 .* 'sd1.ckpt' and 'sd2.ckpt'\."):
@@ -369,6 +385,9 @@ def test_what_cannot_be_mixed() -> None:
     other = Concept(torch.ones(2, 4), {"base_model": "sd2.ckpt"})
     with pytest.raises(EmbeddingError, match=r"different base models: the first for 'sd1.ckpt', the second for 'sd2"):
         first.lerp(other, 0.5)
+    with pytest.raises(EmbeddingError, match=r"must be in 0\.\.1 or 3 such numbers, not \[0, 1\]"):
+        Concept(torch.ones(3, 4)).lerp(Concept(torch.ones(3, 4)), [0, 1])
+
     assert first.lerp(other, 0.5, any_base=True).metadata == {}
     for weight in (-0.1, 1.1, float("nan")):
         with pytest.raises(EmbeddingError, match="must be in 0..1"):
