@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ldm.embeddings import Concept
     from ldm.export.files import Use
 
-PROGRAMS = ("diffusers", "a1111", "comfyui")
+PROGRAMS = ("diffusers", "a1111", "comfyui", "neti")
 MAX_SEED = 2**32 - 1  # other programs do not tell longer ones apart, or lose their digits
 
 
@@ -108,6 +108,8 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
         raise ValueError(f"There are {len(files)} concepts and {len(options.name)} names; give each one with --name.")
     named = zip(options.name, (load_concept(file, placeholder) for placeholder, file in files.items()), strict=True)
     concepts = dict(zip(files, named, strict=True))
+    if "neti" in options.to:
+        return _export_mappers(options, concepts, list(files.values())), []
     export = Export(concepts, _use(options, concepts), options.any_base)
     programs, folder = list(dict.fromkeys(options.to)), options.outdir or Path("outputs") / options.name[0]
     if options.pictures and not options.card:
@@ -117,6 +119,27 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     check_writable(folder, "--outdir")
     _refuse_overwriting(paths, [*files.values(), *options.pictures], folder, options.force)
     return paths, export.write(programs, folder, card)
+
+
+def _export_mappers(
+    options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]], files: Sequence[str | Path]
+) -> list[Path]:
+    """Write NeTI's own files, which say nothing of a prompt."""
+    from ldm.export.neti import check_exports, mapper_paths, save_mapper
+    from ldm.export.texts import check_name
+
+    if options.to != ["neti"] or options.card:
+        raise ValueError("--to neti writes NeTI's own files; give it alone, without other programs and --card.")
+    folder = options.outdir or Path("outputs") / options.name[0]
+    for name, concept in concepts.values():
+        check_name(name)
+        check_exports(concept)
+    check_writable(folder, "--outdir")
+    paths = [path for name, _ in concepts.values() for path in mapper_paths(folder, name)]
+    _refuse_overwriting(paths, files, folder, options.force)
+    for placeholder, (name, concept) in concepts.items():
+        save_mapper(concept, folder, name, placeholder)
+    return paths
 
 
 def _refuse_overwriting(paths: Sequence[Path], inputs: Sequence[str | Path], folder: Path, force: bool) -> None:

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ldm.cli.export import run as export
 from ldm.conditioning.context import Context
 from ldm.conditioning.encoding import PromptConditioning, SlotEncoder
 from ldm.conditioning.learned import TokenVectors
 from ldm.config import instantiate_from_config, load_config
 from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept
+from ldm.files.tensors import StandIn
 from ldm.methods.base import Start
 from ldm.methods.neti import HIDDEN, NeTIMapper, NeTISettings, learn_mapper, load_mapper
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -511,3 +513,44 @@ def test_a_concept_without_its_settings(tmp_path: Path) -> None:
     save_concept(Concept(tensors, {"neti.settings": json.dumps(settings)}, "neti"), tmp_path / "own.safetensors")
     with pytest.raises(EmbeddingError, match="settings lack target_norm"):
         load_concept(tmp_path / "own.safetensors")
+
+
+def test_its_own_files_are_written(tmp_path: Path) -> None:
+    """What its loader looks at, read back as the same concept; nothing else is named in the pickle."""
+    for name in META["import"]:
+        concept = load_concept(FOLDER / name)
+        save_concept(concept, tmp_path / "own.safetensors")
+        flags = [f"<new>={tmp_path / 'own.safetensors'}", "--name", "new", "--to", "neti", "--outdir", str(tmp_path)]
+        mapper, word = export("Export.\n", [*flags, "--force"])
+        again = load_concept([mapper, word])
+        assert again.identity == concept.identity and again.metadata["placeholder"] == "<new>"
+        assert again.metadata["neti.settings"] == concept.metadata["neti.settings"]
+        entry = META["import"][name]
+        named = set(torch.serialization.get_unsafe_globals_in_checkpoint(mapper))
+        assert named == {entry["encoder_class"]}
+        with torch.serialization.safe_globals([(StandIn, entry["encoder_class"])]):
+            content = torch.load(mapper, weights_only=True)
+        assert list(content["state_dict"]) == list(entry["state_dict"])
+        assert content["encoder"].state.keys() >= {*entry["encoder_attributes"], *entry["encoder_tensors"]}
+        for section, fields in content["cfg"].items():
+            assert fields.keys() <= entry["cfg"][section].keys()
+    assert "models" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("concept", "message"),
+    [
+        (Concept(torch.ones(10, 768)), "not of the method 'prospect'"),
+        (Concept(*NeTIMapper(NeTISettings(num_layers=7, width=128)).to_concept(), "neti"), "another base model"),
+        (Concept(*NeTIMapper(NeTISettings(target_norm=1.0, normalize="token")).to_concept(), "neti"), "(joint)"),
+    ],
+)
+def test_what_its_files_cannot_hold(
+    concept: Concept, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_concept(concept, tmp_path / "own.safetensors")
+    with pytest.raises(SystemExit):
+        export(
+            "", [str(tmp_path / "own.safetensors"), "--name", "a", "--to", "neti", "--outdir", str(tmp_path / "out")]
+        )
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
