@@ -10,6 +10,7 @@ from nicegui import app, ui
 from nicegui.events import MultiUploadEventArguments, ValueChangeEventArguments
 
 from ldm.page import uploads
+from ldm.page.command import HOST
 from ldm.page.compare_tab import CompareTab
 from ldm.page.engine import Engine
 from ldm.page.export_tab import ExportTab
@@ -19,7 +20,6 @@ from ldm.page.learn_tab import LearnTab
 from ldm.page.session import Session
 from ldm.page.view import TABS, View, say
 
-HOST = "127.0.0.1"
 CSS = Path(__file__).with_name("page.css")
 FAVICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20"><rect width="20" height="20" rx="5" fill="#5b4bd6"/>'

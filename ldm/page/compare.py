@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ldm.cli.sample import new_file
-from ldm.files.images import WHITE
+from ldm.files.images import label_grid
 from ldm.files.records import PNG_KEY, save_png
 from ldm.page.engine import Engine, Job
 from ldm.page.form import Form, Lane
@@ -23,7 +23,6 @@ from ldm.request import PRESETS
 GRID_KEY = "prospect_grid"  # name of the PNG text chunk that holds a grid's record
 WAIT = 0.05  # seconds between two looks at a job
 MOST_CELLS = 400
-INK = (40, 38, 44)
 ALL, NONE = "all stages", "none"
 Vary = Callable[[Form, str, Engine], None]
 
@@ -211,52 +210,18 @@ class Comparison:
         images = [[self.jobs[i, j].image for j in range(len(line))] for i, line in enumerate(self.forms)]
         whole = [[image for image in line if image is not None] for line in images]
         if whole == images:
-            self.file = new_file(engine.outdir, f"{self.rows.kind}-{self.columns.kind}".lower().replace(" ", "-"))
+            self.file = new_file(engine.outdir / f"{self.rows.kind}-{self.columns.kind}".lower().replace(" ", "-"))
             save_sheet(whole, self.rows, self.columns, self.file)
 
 
 # --- the sheet -------------------------------------------------------------------------------------------------
 
 
-def sheet(images: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
-    """Return images of one size as a grid with labels above its columns and beside its rows."""
-    width, height = images[0][0].size
-    font = ImageFont.load_default(size=max(12, min(width, height) // 12))
-    gap, line = max(8, width // 24), int(font.getbbox("Ág")[3] * 1.25)
-    beside = min(2 * width, max(int(font.getlength(label)) for label in rows)) + 2 * gap
-    heads = [_wrapped(label, font, width) for label in columns]
-    sides = [_wrapped(label, font, beside - 2 * gap) for label in rows]
-    above = max(map(len, heads)) * line + 2 * gap
-    size = (beside + len(columns) * (width + gap), above + len(rows) * (height + gap))
-    made = Image.new("RGB", size, WHITE)
-    draw = ImageDraw.Draw(made)
-    for j, text in enumerate(heads):
-        draw.multiline_text((beside + j * (width + gap), gap), "\n".join(text), fill=INK, font=font)
-    for i, text in enumerate(sides):
-        top = above + i * (height + gap)
-        draw.multiline_text((gap, top + max(0, (height - len(text) * line) // 2)), "\n".join(text), fill=INK, font=font)
-        for j, image in enumerate(images[i]):
-            made.paste(image, (beside + j * (width + gap), top))
-    return made
-
-
-def _wrapped(text: str, font: Any, room: float) -> list[str]:
-    """A text in lines that fit, broken at spaces."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > room:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
 def save_sheet(images: Sequence[Sequence[Image.Image]], rows: Axis, columns: Axis, path: Path) -> None:
     """Save the labelled grid as PNG, with what repeats each of its images."""
     records = [[json.loads(image.info[PNG_KEY]) for image in line] for line in images]
     axes = {"rows": [rows.kind, *rows.values], "columns": [columns.kind, *columns.values]}
-    save_png(sheet(images, rows.values, columns.values), path, {GRID_KEY: json.dumps({**axes, "cells": records})})
+    save_png(label_grid(images, rows.values, columns.values), path, {GRID_KEY: json.dumps({**axes, "cells": records})})
 
 
 def read_sheet(text: str) -> tuple[Axis, Axis, dict[str, Any]]:

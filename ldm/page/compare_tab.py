@@ -122,6 +122,7 @@ class CompareTab:
     def _show_cell(self, run: Comparison, i: int, j: int) -> None:
         job = run.jobs.get((i, j))
         text = f"{run.rows.values[i]}, {run.columns.values[j]}"
-        with button("", partial(self.load, i, j), "grid-cell", f"Load into Generate: {text}"):
+        cell = button("", partial(self.load, i, j), "grid-cell", f"Load into Generate: {text}").mark(f"grid-{i}-{j}")
+        with cell:
             if job is not None and job.image is not None:
                 shown(job.image, text)

@@ -20,7 +20,7 @@ from ldm.request import Request
 POLL = 0.15  # seconds between two looks at a running job
 MAIN = ("seed", "ddim_steps", "scale", "sampler", "width", "height")
 EDITING = ("strength", "resize")
-ELSEWHERE = ("prompt", "prospect_words", "preset", "concepts", "content_dir", "negative_prompt")
+ELSEWHERE = ("prompt", "prospect_words", "preset", "concepts", "content_dir", "negative_prompt", "layer_words")
 MOST_HISTORY = 24
 
 

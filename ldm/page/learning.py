@@ -1,4 +1,4 @@
-"""A run of `main.py` in a process of its own, and what its log folder says of it so far.
+"""A run of `prospect learn` in a process of its own, and what its log folder says of it so far.
 
 Stopping is Ctrl-C, so the run saves and can be resumed; memory and crashes are its own.
 """
@@ -6,6 +6,7 @@ Stopping is Ctrl-C, so the run saves and can be resumed; memory and crashes are 
 from __future__ import annotations
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from pathlib import Path
 
 from ldm.config import ConfigError, load_config
 
-MAIN = Path(__file__).parents[2] / "main.py"
+PACKAGES = Path(__file__).parents[2]  # where the process finds this program
+PROGRAM = (sys.executable, "-m", "ldm.cli.main", "learn")
 EMBEDDINGS = Path("checkpoints") / "embeddings.safetensors"
 STAGE_LOSS = "train/loss_stage_"
-# Training variants: name -> the configuration beside the base one, '' for the base alone, in `OVERLAYS`.
-OVERLAYS = Path(__file__).parents[2] / "configs" / "demo"
+# Training variants: name -> the configuration that lies beside the base one, '' for the base alone.
 METHODS = {
     "ProSpect": "",
     "Textual Inversion": "ti.yaml",
@@ -80,7 +81,7 @@ class Learning:
             return ""
         lines = [line for line in self.output.read_text(errors="replace").splitlines() if line.strip()]
         last = lines[-1] if lines else f"The process ended with code {self.process.returncode}."
-        return last.removeprefix("main.py: error: ")[-MOST_ERROR:]
+        return last.removeprefix("prospect learn: error: ")[-MOST_ERROR:]
 
     def stop(self) -> None:
         """Let the step finish, save and end; on Windows, where no process takes Ctrl-C from another, at once."""
@@ -106,10 +107,9 @@ def command(lesson: Lesson, setup: Mapping[str, str]) -> list[str]:
     Raises:
         ConfigError: the page's configuration is for generating, and there is none for learning beside it.
     """
-    bases = [str(learning_config(Path(setup["config"])))]
-    if METHODS[lesson.method]:
-        bases.append(str(OVERLAYS / METHODS[lesson.method]))
-    words = [sys.executable, str(MAIN), "--base", *bases, "-t", "--actual_resume", setup["ckpt"]]
+    base = learning_config(Path(setup["config"]))
+    bases = [str(base), *([str(base.with_name(METHODS[lesson.method]))] if METHODS[lesson.method] else [])]
+    words = [*PROGRAM, "--base", *bases, "--actual_resume", setup["ckpt"]]
     words += ["-p", str(lesson.folder), "--data_root", str(lesson.images)]
     words += ["--max_steps", str(lesson.steps), "--seed", str(lesson.seed), "--log_every_n_steps", "5"]
     if lesson.method == IN_A_CAPTION:
@@ -133,9 +133,16 @@ def learning_config(config: Path) -> Path:
 def start(words: Sequence[str], folder: Path, steps: int, output: Path) -> Learning:
     """Start a command; what it prints goes into the file `output`."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    known = os.environ.get("PYTHONPATH")
+    paths = os.pathsep.join([str(PACKAGES), *([known] if known else [])])
     with output.open("wb") as stream:  # Ctrl-C in the terminal is for the page, which stops it in its turn
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": paths},
         )
     return Learning(folder, steps, process, output)
 
@@ -147,8 +154,8 @@ def learn(lesson: Lesson, setup: Mapping[str, str], output: Path) -> Learning:
 
 def resume(folder: Path, steps: int, output: Path) -> Learning:
     """Resume the run in a log folder, up to `steps`."""
-    words = [sys.executable, str(MAIN), "-r", str(folder), "-t", "--max_steps", str(steps)]
-    return start([*words, "--log_every_n_steps", "5"], folder, steps, output)
+    words = [*PROGRAM, "-r", str(folder), "--max_steps", str(steps), "--log_every_n_steps", "5"]
+    return start(words, folder, steps, output)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

@@ -31,7 +31,10 @@ def test_the_file_is_what_main_gives_byte_for_byte(engine: Engine, tmp_path: Pat
     assert (job.state, job.step, len(job.files)) == ("done", 4, 1)
     assert job.files[0].read_bytes() == (tmp_path / "main.png").read_bytes()
     assert sorted(job.previews) == [0, 2, 5, 7]  # the stages of four steps
-    assert ("info", "The preset 'material' is stages 3, 4, 5, 6, 7 of 10, from models/demo/presets.yaml.") in job.messages
+    assert (
+        "info",
+        "The preset 'material' is stages 3, 4, 5, 6, 7 of 10, from models/demo/presets.yaml.",
+    ) in job.messages
 
 
 def test_a_batch_is_kept_as_a_grid_and_its_images(engine: Engine) -> None:
@@ -66,7 +69,8 @@ def test_jobs_do_not_run_at_once_and_hear_only_their_own_warnings(engine: Engine
     assert second.state == "waiting"
     finished(second)
     assert first.is_over and not first.messages
-    assert second.messages == [("warning", "Nothing is learned or loaded for '*', so it is read as an ordinary character.")]
+    unlearned = "Nothing is learned or loaded for '*', so it is read as an ordinary character."
+    assert second.messages == [("warning", unlearned)]
 
 
 def test_what_cannot_be_done_is_the_librarys_sentence(engine: Engine) -> None:

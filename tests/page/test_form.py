@@ -92,7 +92,7 @@ def tokens() -> Form:
 
 
 def settings() -> Form:
-    made = form(prompt="a (cat) \"quoted\" <img src=x onerror=alert(1)>")
+    made = form(prompt='a (cat) "quoted" <img src=x onerror=alert(1)>')
     made.settings |= {"scale": 4.0, "sampler": "plms", "width": 256, "negative_prompt": "grey", "strength": 0.3}
     return made
 

@@ -328,9 +328,7 @@ def test_a_grid_is_made_and_a_cell_is_loaded(engine: Engine) -> None:
         assert run is not None
         await until(lambda: run.file is not None)
         await user.should_see("4 of 4 images", retries=20)
-        with user:
-            cell = next(e for e in user.find(ui.element).elements if e.props.get("aria-label", "").endswith("layout, 4"))
-        cell._handle_event({"listener_id": next(iter(cell._event_listeners)), "args": {}})
+        user.find(marker="grid-1-1").trigger("click")
         assert (session(user).form.request().seed, session(user).form.lanes[0].preset) == (4, "layout")
         assert marked_stages(user) == [7, 8, 9]
         assert run.file is not None
