@@ -95,7 +95,7 @@ def preset_words(
             *(attribute, chosen),
         )
     words = preset(attribute, prompt, num_stages=num_stages, placeholder=chosen, windows=windows)
-    stages = ", ".join(map(str, _window(attribute, num_stages, windows)))
+    stages = ", ".join(map(str, preset_stages(attribute, num_stages, windows)))
     logger.info("The preset '%s' is stages %s of %d, from %s.", attribute, stages, num_stages, windows.source)
     return words
 
@@ -123,7 +123,7 @@ def preset(
         ValueError: unknown attribute, a stage outside 0..S-1, or a window in which none of few stages has its middle.
     """
     if stages is None:
-        stages = _window(attribute, num_stages, windows)
+        stages = preset_stages(attribute, num_stages, windows)
         if not stages:
             tenths = ", ".join(map(str, windows[attribute]))
             raise ValueError(
@@ -131,7 +131,7 @@ def preset(
                 "middle there; choose its stages yourself (stages=…, or --word for each stage)."
             )
     _check_stages(attribute, stages, num_stages)
-    return [_with_only(prompt, {placeholder: stage in stages}) for stage in range(num_stages)]
+    return [with_only(prompt, {placeholder: stage in stages}) for stage in range(num_stages)]
 
 
 def joint(
@@ -157,7 +157,7 @@ def joint(
     """
     if not concepts:
         raise ValueError(f"joint needs a concept for at least one attribute: {', '.join(PRESET_STAGES)}.")
-    inside = {attribute: set(_window(attribute, num_stages, windows)) for attribute in concepts}
+    inside = {attribute: set(preset_stages(attribute, num_stages, windows)) for attribute in concepts}
     for attribute in ("material", "style"):
         if "content" in concepts and attribute in concepts and concepts[attribute] != concepts["content"]:
             inside["content"] -= inside[attribute]
@@ -178,13 +178,13 @@ def joint(
         wanted = dict.fromkeys(concepts.values(), False)
         for attribute, placeholder in concepts.items():
             wanted[placeholder] |= stage in inside[attribute]
-        return _with_only(prompt, wanted)
+        return with_only(prompt, wanted)
 
     return [text(stage) for stage in range(num_stages)]
 
 
-def _window(attribute: str, num_stages: int, windows: Mapping[str, Sequence[int]]) -> list[int]:
-    """The stages of an attribute; a stage of another number is inside when its middle is."""
+def preset_stages(attribute: str, num_stages: int, windows: Mapping[str, Sequence[int]]) -> list[int]:
+    """Return the stages of an attribute, of `num_stages`; a stage of another number is inside when its middle is."""
     if attribute not in PRESET_STAGES:
         raise ValueError(f"Unknown preset '{attribute}'; there are {', '.join(PRESET_STAGES)}.")
     return [s for s in range(num_stages) if matching_stage(s, num_stages, 10) in windows[attribute]]
@@ -198,8 +198,8 @@ def _check_stages(attribute: str, stages: Sequence[int], num_stages: int) -> Non
         raise ValueError(f"Stages {outside} are outside 0..{num_stages - 1}.")
 
 
-def _with_only(prompt: str, inside: Mapping[str, bool]) -> str:
-    """The prompt with the placeholders that are inside their stages, and without the others."""
+def with_only(prompt: str, inside: Mapping[str, bool]) -> str:
+    """Return the prompt with the placeholders that are inside their stages, and without the others."""
     pattern = placeholder_pattern(inside)
     found = set(pattern.findall(prompt))
     if not all(inside[placeholder] for placeholder in found):

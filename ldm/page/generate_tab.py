@@ -1,0 +1,313 @@
+"""The tab Generate: prompt, concepts, timeline and settings on the left, the image on the right."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+
+from nicegui import ui
+from nicegui.events import MultiUploadEventArguments, ValueChangeEventArguments
+
+from ldm.page import uploads
+from ldm.page.engine import Job
+from ldm.page.fields import Fields
+from ldm.page.form import Lane
+from ldm.page.timeline import Timeline
+from ldm.page.view import LOOK, View, button, file_button, offer, say, section, shown, url_of
+from ldm.request import Request
+
+POLL = 0.15  # seconds between two looks at a running job
+MAIN = ("seed", "ddim_steps", "scale", "sampler", "width", "height")
+EDITING = ("strength", "resize")
+ELSEWHERE = ("prompt", "prospect_words", "preset", "concepts", "content_dir", "negative_prompt", "layer_words")
+MOST_HISTORY = 24
+
+
+class GenerateTab:
+    """Builds itself into the open slot."""
+
+    def __init__(self, view: View) -> None:
+        self.view, self.session, self.engine = view, view.session, view.session.engine
+        self._seen: tuple[Job | None, int] | None = None
+        with ui.element("div").classes("split").on("keydown.ctrl.enter", self.generate):
+            with ui.element("div").classes("stack"):
+                self._build_prompt()
+                self._build_stages()
+                self._build_settings()
+            with ui.element("div").classes("stack result"):
+                self._build_result()
+        view.follow_form(self.refresh)
+        self.refresh()
+        ui.timer(POLL, self._poll)
+
+    # --- the form --------------------------------------------------------------------------------------------------
+
+    def _build_prompt(self) -> None:
+        with section("Prompt").classes("prompt-panel"):
+            self._prompt = ui.textarea(on_change=self._write_prompt).mark("prompt").classes("prompt")
+            self._prompt.props('outlined autogrow aria-label="Prompt" placeholder="What is shown; * is the concept"')
+            self._negative = ui.input("Negative prompt", on_change=self._write_negative).mark("negative_prompt")
+            self._negative.props(LOOK).tooltip("Plain text that guidance leads away from.")
+
+    def _build_stages(self) -> None:
+        with section("Stages", "which stages read the concept, and what text"):
+            upload = ui.upload(multiple=True, auto_upload=True, max_file_size=uploads.MOST_BYTES)
+            upload.on_multi_upload(self._take_concepts).mark("concept-upload")
+            with ui.element("div").classes("line concepts-line"):
+                self._concepts = ui.element("div").classes("concepts")
+                button("Add a concept", self._add_concept).mark("add-concept")
+                file_button("Upload…", upload, "Upload a concept file")
+            self.timeline = Timeline(self.session.form, self.engine.windows, self.engine.tokens, self._changed)
+            self.timeline.build()
+
+    def _build_settings(self) -> None:
+        self._fields = Fields(self.session.form, self.engine.facts, self._changed)
+        with section("Settings"):
+            with ui.element("div").classes("fields"):
+                for name in MAIN:
+                    self._fields.add(name)
+                with self._fields.inputs["seed"].add_slot("append"):
+                    dice = ui.button(icon="casino", on_click=self._new_seed).mark("new-seed")
+                    dice.props('flat dense round size=sm aria-label="New seed"')
+            with ui.expansion("Edit an image").classes("more"):
+                self._content = ui.element("div").classes("line")
+                upload = ui.upload(auto_upload=True, max_file_size=uploads.MOST_BYTES).mark("content-upload")
+                upload.on_multi_upload(self._take_content)
+                file_button("Choose an image", upload)
+                with ui.element("div").classes("fields"):
+                    for name in EDITING:
+                        self._fields.add(name)
+            with ui.expansion("More").classes("more"), ui.element("div").classes("fields"):
+                for name in Request.__dataclass_fields__:
+                    if name not in (*MAIN, *EDITING, *ELSEWHERE):
+                        self._fields.add(name)
+
+    def refresh(self) -> None:
+        """Show the form, which something else has changed."""
+        form = self.session.form
+        self._prompt.value = form.prompt
+        self._negative.value = form.settings.get("negative_prompt", "")
+        self._fields.refresh()
+        self._show_concepts()
+        self._show_content()
+        self.timeline.rebuild()
+
+    def _changed(self) -> None:
+        """Say at once what cannot be done."""
+        try:
+            self.session.form.request().for_model(self.engine.facts)
+        except ValueError as error:
+            self._problem.set_text(str(error))
+        else:
+            self._problem.set_text("")
+
+    def _write_prompt(self, event: ValueChangeEventArguments) -> None:
+        self.session.form.prompt = event.value or ""
+        if hasattr(self, "timeline"):
+            self.timeline.refresh()
+            self._changed()
+
+    def _write_negative(self, event: ValueChangeEventArguments) -> None:
+        self.session.form.settings["negative_prompt"] = event.value or ""
+        self._changed()
+
+    def _new_seed(self) -> None:
+        self.session.form.settings["seed"] = random.randrange(2**31)
+        self._fields.refresh()
+        self._changed()
+
+    # --- concepts --------------------------------------------------------------------------------------------------
+
+    def _show_concepts(self) -> None:
+        self._concepts.clear()
+        known = self.engine.concept_names(self.session.uploaded)
+        with self._concepts:
+            for lane in self.session.form.lanes:
+                self._build_concept(lane, {lane.file: Path(lane.file).stem} | known)
+            if not self.session.form.lanes:
+                ui.label("No concept: the prompt alone says what the image shows.").classes("soft")
+
+    def _build_concept(self, lane: Lane, known: dict[str, str]) -> None:
+        with ui.element("div").classes("concept"):
+            if (picture := self.engine.reference_of(lane.file)) is not None:
+                shown(url_of(picture), f"The image that {known[lane.file]} was learned from", "thumb")
+            else:
+                ui.element("div").classes("thumb")
+            name = ui.input("In the prompt", value=lane.placeholder).props(LOOK)
+            name.on("change", lambda: self._rename(lane, name.value))
+            choice = ui.select(known, label="Concept", value=lane.file).props(LOOK).mark("concept")
+            choice.on_value_change(lambda event: self._choose(lane, event.value))
+            button("×", partial(self._remove, lane), "quiet small", f"Remove the concept {lane.placeholder}")
+
+    def _choose(self, lane: Lane, file: str) -> None:
+        lane.file = file
+        self.refresh()
+
+    def _rename(self, lane: Lane, placeholder: str) -> None:
+        lane.placeholder = placeholder.strip()
+        self.timeline.rebuild()
+        self._changed()
+
+    def _remove(self, lane: Lane) -> None:
+        self.session.form.lanes.remove(lane)
+        self.refresh()
+        self._changed()
+
+    def _add_concept(self) -> None:
+        known = list(self.engine.concept_names(self.session.uploaded))
+        if not known:
+            say("There is no concept yet; upload one, or learn one.", "info")
+            return
+        used = {lane.file for lane in self.session.form.lanes}
+        self.session.form.add_concept(next((file for file in known if file not in used), known[0]))
+        self.refresh()
+
+    async def _take_concepts(self, event: MultiUploadEventArguments) -> None:
+        event.sender.run_method("reset")
+        paths = await uploads.keep(event.files, self.engine.uploads)
+        try:
+            self.take_concepts(paths)
+        except ValueError as error:
+            say(error)
+
+    def take_concepts(self, paths: list[Path]) -> None:
+        """Add uploaded concepts to the form.
+
+        Raises:
+            ValueError: one of the files is no concept.
+        """
+        files = uploads.concept_files(paths)
+        self.session.uploaded += files
+        for file in files:
+            self.session.form.add_concept(file)
+        self.refresh()
+        self._changed()
+
+    # --- the image to edit -----------------------------------------------------------------------------------------
+
+    def _show_content(self) -> None:
+        self._content.clear()
+        content = self.session.form.settings.get("content_dir")
+        with self._content:
+            if content is None:
+                ui.label("None: images are made from noise.").classes("soft")
+                return
+            if Path(content).is_file():
+                shown(url_of(Path(content)), "The image to edit", "thumb large")
+            ui.label(Path(content).name)
+            button("Remove", partial(self.take_content, None), "quiet small")
+
+    async def _take_content(self, event: MultiUploadEventArguments) -> None:
+        event.sender.run_method("reset")
+        [path] = await uploads.keep(event.files, self.engine.uploads)
+        try:
+            self.take_content(path)
+        except ValueError as error:
+            say(error)
+
+    def take_content(self, path: Path | None) -> None:
+        """Edit an image, or (None) make one from noise.
+
+        Raises:
+            ValueError: the file is no image.
+        """
+        self.session.form.settings.pop("content_dir", None)
+        if path is not None:
+            uploads.check_image(path)
+            self.session.form.settings["content_dir"] = str(path)
+        self._show_content()
+        self._changed()
+
+    # --- the result ------------------------------------------------------------------------------------------------
+
+    def _build_result(self) -> None:
+        with ui.element("section").classes("panel canvas").props('aria-label="Image"'):
+            with ui.element("div").classes("picture"):
+                self._image = ui.image().props('alt="The generated image" fit=contain no-spinner no-transition')
+                self._empty = ui.label("The image appears here.").classes("soft empty")
+            self._bar = ui.linear_progress(value=0, show_value=False).props('instant-feedback aria-label="Progress"')
+            self._status = ui.label().classes("status").props("role=status")
+            with ui.element("div").classes("actions"):
+                self._go = button("Generate", self.generate, "primary").mark("generate")
+                self._stop = button("Stop", self.stop, "quiet").mark("stop")
+                self._save = ui.link("Save", "#").classes("button quiet").mark("save")
+            self._problem = ui.label().classes("problem").props("role=alert")
+            self._messages = ui.element("div").classes("messages").props("aria-live=polite")
+        with ui.element("section").classes("panel").props('aria-label="Made in this tab"'):
+            self._history = ui.element("div").classes("history")
+        self._show_history()
+
+    def generate(self) -> None:
+        job = self.session.job
+        if job is not None and not job.is_over:
+            return
+        try:
+            self.session.job = self.engine.submit(self.session.form.request())
+        except ValueError as error:
+            self._problem.set_text(str(error))
+            return
+        self._problem.set_text("")
+        self._poll()
+
+    def stop(self) -> None:
+        if self.session.job is not None:
+            self.session.job.stop()
+
+    def _poll(self) -> None:
+        job = self.session.job
+        version = -1 if job is None else job.version
+        if self._seen == (job, version):
+            return
+        self._seen = (job, version)
+        running = job is not None and not job.is_over
+        self._go.set_visibility(not running)
+        self._stop.set_visibility(running)
+        self._bar.set_visibility(running)
+        self._save.set_visibility(job is not None and bool(job.files))
+        self._empty.set_visibility(job is None or (job.preview is None and job.image is None))
+        if job is not None:
+            self._show(job)
+
+    def _show(self, job: Job) -> None:
+        self._bar.value = job.step / max(1, job.steps)
+        self._status.set_text(status_of(job))
+        if job.error:
+            self._problem.set_text(job.error)
+        if job.files:
+            self._image.set_source(url_of(job.files[0]))
+            offer(self._save, job.files[0])
+            if job.files[0] not in self.session.history:
+                self.session.history = [job.files[0], *self.session.history][:MOST_HISTORY]
+                self._show_history()
+        elif (image := job.image or job.preview) is not None:
+            self._image.set_source(image)
+        self.timeline.show_frames(job.previews)
+        self._messages.clear()
+        with self._messages:
+            for level, text in job.messages:
+                ui.label(text).classes(f"message {level}")
+
+    def _show_history(self) -> None:
+        self._history.clear()
+        title = "Made in this tab" if self.session.history else "Images that you make are kept here."
+        with self._history:
+            ui.label(title).classes("soft")
+            with ui.element("div").classes("thumbs"):
+                for file in self.session.history:
+                    with button(
+                        "", partial(self.view.restore, file), "thumb-button", f"Restore the form of {file.name}"
+                    ):
+                        shown(url_of(file), file.name)
+
+
+def status_of(job: Job) -> str:
+    """Where a job is, in a line."""
+    if job.state == "waiting":
+        return "Waiting for another tab's image…"
+    if job.state == "running":
+        return f"Step {job.step} of {job.steps} · t {job.timestep} · stage {job.stage}" if job.step else "Preparing…"
+    kept = f" · kept as {job.files[0]}" if job.files else ""
+    if job.state == "done":
+        return f"Done in {job.seconds:.1f} s{kept}"
+    return f"Stopped after step {job.step} of {job.steps}{kept}" if job.state == "stopped" else ""

@@ -1,0 +1,56 @@
+"""What one browser tab has open; it lasts over a reload, and no other tab sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm.page.compare import Comparison
+from ldm.page.engine import Engine, Job
+from ldm.page.exporting import ExportForm
+from ldm.page.form import Form
+from ldm.page.learning import LearnForm
+
+FIRST_STEPS = 25
+FIRST_PROMPT = "a large * heart on a black background"  # for the small model, whose world has hearts
+FIRST_CONCEPT, FIRST_PRESET = "dotted-star", "material"
+OTHER_PROMPT = "a photo of a cat"
+
+
+@dataclass
+class CompareForm:
+    """What is filled in on the tab Compare (the kind that varies, and its values), and the grid that is made."""
+
+    rows: tuple[str, str] = ("Preset", "")
+    columns: tuple[str, str] = ("Seed", "")
+    run: Comparison | None = None
+
+
+@dataclass
+class Session:
+    """What a tab holds.
+
+    Args:
+        uploaded: concept files that were handed in.
+        history: images that were made, the latest first.
+    """
+
+    engine: Engine
+    form: Form
+    job: Job | None = None
+    uploaded: list[str] = field(default_factory=list)
+    history: list[Path] = field(default_factory=list)
+    learn: LearnForm = field(default_factory=LearnForm)
+    compare: CompareForm = field(default_factory=CompareForm)
+    export: ExportForm = field(default_factory=ExportForm)
+    tab: str = "Generate"
+    dark: bool | None = None
+
+    @classmethod
+    def start(cls, engine: Engine) -> Session:
+        form = Form(engine.facts.num_stages, settings={"ddim_steps": FIRST_STEPS})
+        first = next((file for file in engine.concepts() if Path(file).stem == FIRST_CONCEPT), None)
+        form.prompt = OTHER_PROMPT if first is None else FIRST_PROMPT
+        if first is not None:
+            form.set_preset(form.add_concept(first), FIRST_PRESET, engine.windows)
+        return cls(engine, form)

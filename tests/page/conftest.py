@@ -1,0 +1,36 @@
+"""The small model that ships, loaded once, behind the page's engine."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ldm.generate import load_model_from_config
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.page.engine import Engine
+
+ROOT = Path(__file__).parents[2]
+SETUP = {"config": "configs/demo/finetune.yaml", "ckpt": "models/demo/model.safetensors", "dtype": "float32"}
+STAR = "models/demo/concepts/dotted-star.safetensors"
+
+
+@pytest.fixture(scope="session")
+def small_model() -> LatentDiffusion:
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        return load_model_from_config(SETUP["config"], SETUP["ckpt"], device="cpu")
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def engine(small_model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """An engine of its own; what it makes and learns goes into the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "models"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    made = Engine(small_model, SETUP, tmp_path / "outputs")
+    yield made
+    made.close()

@@ -1,0 +1,123 @@
+"""The form: what it asks for, and that an image's record restores it."""
+
+import json
+
+import pytest
+
+from ldm.conditioning.presets import Windows, preset
+from ldm.page.form import Form, Lane
+from ldm.request import Request
+
+PROMPT = "a large * heart on a black background"
+WITHOUT = "a large heart on a black background"
+
+
+def form(*names: str, prompt: str = PROMPT) -> Form:
+    made = Form(prompt=prompt, settings={"seed": 7})
+    for name in names:
+        made.add_concept(f"{name}.safetensors")
+    return made
+
+
+def recorded(request: Request, **more: object) -> dict[str, object]:
+    """A request as `ldm.generate` records it."""
+    values = {name: getattr(request, name) for name in Request.__dataclass_fields__ if name != "preset"}
+    words = values["prospect_words"]
+    values["prospect_words"] = None if words is None else list(words)  # type: ignore[call-overload]
+    found: dict[str, object] = json.loads(json.dumps(values)) | more
+    return found
+
+
+def test_the_untouched_form_asks_for_the_prompt_as_it_stands() -> None:
+    request = form("star").request()
+    assert (request.prompt, request.prospect_words, request.seed) == (PROMPT, None, 7)
+    assert request.concepts == {"*": "star.safetensors"}
+
+
+@pytest.mark.parametrize("attribute", ["content", "layout", "material", "style"])
+def test_a_preset_is_asked_for_by_its_name_and_shows_its_window(attribute: str) -> None:
+    made, windows = form("star"), Windows({"material": [3, 4]})
+    made.set_preset(made.lanes[0], attribute, windows)
+    assert made.request().preset == attribute
+    assert made.lanes[0].stages == set(windows[attribute])
+    assert [made.text(stage) for stage in range(10)] == preset(attribute, PROMPT, windows=windows)
+
+
+def test_a_toggled_stage_makes_words_of_its_own() -> None:
+    made = form("star")
+    made.set_preset(made.lanes[0], "layout", Windows())
+    made.set_stage(made.lanes[0], 8, True)
+    request = made.request()
+    assert request.preset is None and request.prompt == "*"
+    assert request.prospect_words == (WITHOUT,) * 8 + (PROMPT,) * 2
+    assert made.groups() == [[9, 8], [7, 6, 5, 4, 3, 2, 1, 0]]
+
+
+def test_a_text_of_its_own_stands_in_its_stages_alone() -> None:
+    made = form("star")
+    made.own = {3: "a cat"}
+    assert made.request().prospect_words == (PROMPT,) * 3 + ("a cat",) + (PROMPT,) * 6
+    assert made.groups() == [[9, 8, 7, 6, 5, 4], [3], [2, 1, 0]]
+
+
+def test_another_stages_token_stands_at_the_prompts_placeholder() -> None:
+    made = form("star", prompt="a photo of *")
+    made.own = {0: 9}
+    made.set_stage(made.lanes[0], 5, False)
+    assert made.request().prospect_words == (9, None, None, None, None, "", None, None, None, None)
+    made.own[1] = "a photo of a cat"
+    assert made.request().prospect_words[1] == "a cat"  # type: ignore[index]
+    made.own[1] = "a cat"
+    with pytest.raises(ValueError, match="Stage 1 reads another text"):
+        made.request()
+
+
+def two_lanes() -> Form:
+    made = form("a", "b", prompt="a <b> * thing")
+    made.lanes[0].stages, made.lanes[1].stages = {0, 1, 2}, {2, 3, 9}
+    return made
+
+
+def one_own_text() -> Form:
+    made = form("star")
+    made.lanes[0].stages = {4, 5}
+    made.own = {0: "a cat"}
+    return made
+
+
+def tokens() -> Form:
+    made = form("star", prompt="a photo of *")
+    made.own = {stage: stage // 2 for stage in range(10)}
+    return made
+
+
+def settings() -> Form:
+    made = form(prompt='a (cat) "quoted" <img src=x onerror=alert(1)>')
+    made.settings |= {"scale": 4.0, "sampler": "plms", "width": 256, "negative_prompt": "grey", "strength": 0.3}
+    return made
+
+
+@pytest.mark.parametrize("make", [form, two_lanes, one_own_text, tokens, settings])
+def test_a_record_restores_the_form(make: object) -> None:
+    made = make()  # type: ignore[operator]
+    found = Form(prompt="other", lanes=[Lane("*", "other", {1})], own={3: "other"}, settings={"seed": 1})
+    found.restore(recorded(made.request()))
+    assert found == made
+
+
+def test_the_record_of_a_preset_restores_the_preset() -> None:
+    made = form("star")
+    made.set_preset(made.lanes[0], "material", Windows())
+    asked = Request(prompt="*", prospect_words=preset("material", PROMPT), concepts=made.request().concepts, seed=7)
+    found = Form()
+    found.restore(recorded(asked, preset="material", preset_prompt=PROMPT))
+    assert found == made
+
+
+def test_a_strangers_record_is_checked_and_costs_no_time() -> None:
+    concepts = {f"<{number}>": "a.safetensors" for number in range(100)}
+    found = Form()
+    found.restore({"prompt": "*", "prospect_words": [" ".join(concepts)] * 10, "concepts": concepts})
+    assert len(found.lanes) == 100
+    with pytest.raises(ValueError, match="seed must be in"):
+        found.restore({"prompt": "a", "seed": -1})

@@ -1,0 +1,378 @@
+"""The page itself, in process: NiceGUI's simulated user clicks and types where a browser would."""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nicegui import ui
+from nicegui.elements.upload_files import SmallFileUpload
+from nicegui.testing import User, user_simulation
+
+from ldm.generate import read_parameters
+from ldm.page import learning
+from ldm.page.app import build
+from ldm.page.engine import Engine
+from ldm.page.session import Session
+
+STAR = "models/demo/concepts/dotted-star.safetensors"
+REFERENCE = Path("models/demo/references/dotted-star/dotted-star.png")
+
+
+def drive(engine: Engine, script: Callable[[User], Awaitable[None]]) -> None:
+    """Open the page and run a script with the user."""
+
+    async def run() -> Exception | None:
+        async with user_simulation() as user:
+            build(engine)
+            await user.open("/")
+            try:
+                await user.should_see("Stages", retries=30)
+                await script(user)
+            except Exception as error:  # the server ends only where its context is left in order
+                return error
+            finally:
+                await asyncio.sleep(0.2)  # what is being sent keeps the server from ending (Python 3.11)
+        return None
+
+    failure = asyncio.run(run())
+    if failure is not None:
+        raise failure
+
+
+async def until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        await asyncio.sleep(0.02)
+
+
+def session(user: User) -> Session:
+    from nicegui import app
+
+    found: Session = app.storage._tabs[user.tab_id]["session"]
+    return found
+
+
+def one(user: User, marker: str) -> Any:
+    """The one element with a marker."""
+    [element] = user.find(marker=marker).elements
+    return element
+
+
+def marked_stages(user: User, lane: int = 0) -> list[int]:
+    """The stages whose cells are shown as carrying the concept."""
+    cells = [(stage, one(user, f"cell-{lane}-{stage}")) for stage in range(10)]
+    assert all(("on" in cell.classes) == (cell.props["aria-pressed"] == "true") for _, cell in cells)
+    return [stage for stage, cell in cells if "on" in cell.classes]
+
+
+async def hand_in(user: User, marker: str, *files: tuple[str, bytes]) -> None:
+    await one(user, marker).handle_uploads([SmallFileUpload(name, "", content) for name, content in files])
+
+
+@pytest.mark.parametrize("attribute", ["content", "layout", "material", "style"])
+def test_a_preset_marks_exactly_its_window(engine: Engine, attribute: str) -> None:
+    async def script(user: User) -> None:
+        user.find(marker="preset-all").trigger("click")
+        assert marked_stages(user) == list(range(10))
+        user.find(marker=f"preset-{attribute}").trigger("click")
+        assert marked_stages(user) == sorted(engine.windows[attribute])
+        texts = {stage: session(user).form.text(stage) for stage in range(10)}
+        assert [stage for stage, text in texts.items() if "*" in text] == sorted(engine.windows[attribute])
+
+    drive(engine, script)
+
+
+def test_drawing_over_cells_gives_them_what_the_first_one_got(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        user.find(marker="preset-layout").trigger("click")  # 7, 8, 9
+        user.find(marker="cell-0-7").trigger("pointerdown")
+        user.find(marker="cell-0-8").trigger("pointerenter")
+        user.find(marker="cell-0-3").trigger("pointerenter")
+        assert marked_stages(user) == [9]
+        user.find(marker="cell-0-4").trigger("click")  # a key
+        assert marked_stages(user) == [4, 9]
+        assert session(user).form.request().preset is None
+
+    drive(engine, script)
+
+
+def test_the_text_of_a_selection_is_edited_with_its_token_count(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        user.find(marker="preset-all").trigger("click")
+        for stage in (6, 5):
+            user.find(marker=f"stage-{stage}").trigger("pointerdown")
+        entry = one(user, "text-6")
+        entry.value = "a small * star"
+        await user.should_see("4 tokens")
+        form = session(user).form
+        assert [form.text(stage) for stage in (7, 6, 5, 4)].count("a small * star") == 2
+        assert one(user, "text-6") is entry  # it keeps the focus
+        user.find(marker="text-6").trigger("blur")
+        await user.should_see("Reset")
+        user.find(marker="reset-6").trigger("click")
+        assert not form.own
+
+    drive(engine, script)
+
+
+def test_an_image_comes_with_previews_and_restores_the_form(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        one(user, "prompt").value = "a small * circle"
+        one(user, "seed").value = 9
+        one(user, "ddim_steps").value = 5
+        user.find(marker="preset-material").trigger("click")
+        user.find(marker="generate").trigger("click")
+        job = session(user).job
+        assert job is not None
+        await until(lambda: job.is_over)
+        await user.should_see("Done in", retries=20)
+        await user.should_see("The preset 'material' is stages 3, 4, 5, 6, 7 of 10, from models/demo/presets.yaml.")
+        record = read_parameters(job.files[0])
+        assert (record["seed"], record["ddim_steps"], record["preset"]) == (9, 5, "material")
+        one(user, "prompt").value = "something else"
+        user.find(marker="preset-all").trigger("click")
+        await hand_in(user, "drop", ("ours.png", job.files[0].read_bytes()))
+        await until(lambda: one(user, "prompt").value == "a small * circle", 5)
+        assert marked_stages(user) == [3, 4, 5, 6, 7]
+        assert session(user).form.request() == job.request.__class__(**_given(record))
+
+    drive(engine, script)
+
+
+def _given(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": record["preset_prompt"],
+        "preset": record["preset"],
+        "seed": 9,
+        "ddim_steps": 5,
+        "concepts": record["concepts"],
+        "scale": record["scale"],
+        "height": record["height"],
+        "width": record["width"],
+    }
+
+
+def test_mistakes_are_answered_with_the_librarys_sentence(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        one(user, "width").value = 100
+        await user.should_see("width must be a multiple of 32 for this model, not 100; nearest: 96.")
+        user.find(marker="generate").trigger("click")
+        assert session(user).job is None
+        one(user, "width").value = 96
+        await user.should_not_see("width must be a multiple")
+        one(user, "ddim_steps").value = 2.5
+        await user.should_see("ddim_steps must be a whole number, not 2.5.")
+        one(user, "ddim_steps").value = 2
+        one(user, "negative_prompt").value = "no *"
+        await user.should_see("negative_prompt has the placeholder '*'; it must be plain text, so leave it out.")
+        one(user, "negative_prompt").value = ""
+        one(user, "prompt").value = "word " * 60
+        user.find(marker="generate").trigger("click")
+        await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
+        await user.should_see("The prompt is longer than 30 tokens; cut off:", retries=20)
+
+    drive(engine, script)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("page.png", b"<!doctype html>", "'page.png' is a web page, perhaps of a login"),
+        ("cut.png", b"cut", "'cut.png' "),
+        ("big.png", b"\x07" * 30_000_000, "'big.png' is no image that Pillow can read"),
+        ("page.pt", b"<!doctype html>", "'page.pt' is a web page, perhaps of a login"),
+        ("notes.txt", b"hello", "'notes.txt' "),
+    ],
+)
+def test_files_that_are_none_are_named(engine: Engine, name: str, content: bytes, sentence: str) -> None:
+    if name == "cut.png":
+        content = REFERENCE.read_bytes()[:200]
+
+    async def script(user: User) -> None:
+        before = sorted(Path().iterdir())
+        await hand_in(user, "drop", (name, content))
+        await until(lambda: any(sentence in message for message in user.notify.messages), 10)
+        assert sorted(Path().iterdir()) == before
+
+    drive(engine, script)
+
+
+def test_other_files_go_where_they_belong(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        await hand_in(user, "drop", ("star.safetensors", Path(STAR).read_bytes()))
+        await until(lambda: len(session(user).form.lanes) == 2, 5)
+        assert session(user).form.lanes[1].placeholder == "<b>"
+        assert one(user, "cell-1-9").props["aria-pressed"] == "true"
+        await hand_in(user, "drop", ("cat.png", REFERENCE.read_bytes()))
+        await until(lambda: session(user).form.settings.get("content_dir"), 5)
+        await user.should_see("cat.png")
+        user.find(marker="generate").trigger("click")
+        await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
+        record = read_parameters(session(user).job.files[0])  # type: ignore[union-attr]
+        assert record["content_hash"] and set(record["concepts"]) == {"*", "<b>"}
+        assert session(user).form.text(9) == "a large heart on a black background <b>"
+
+    drive(engine, script)
+
+
+def test_two_tabs_do_not_mix_and_a_reload_keeps_the_form(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        other = User(user.http_client)
+        await other.open("/")
+        await other.should_see("Stages", retries=30)
+        one(user, "prompt").value = "mine"
+        one(other, "prompt").value = "yours"
+        user.find(marker="preset-layout").trigger("click")
+        for which in (user, other):
+            one(which, "ddim_steps").value = 3
+            which.find(marker="generate").trigger("click")
+        mine, yours = session(user).job, session(other).job
+        assert mine is not None and yours is not None and yours.state in ("waiting", "running")
+        await until(lambda: mine.is_over and yours.is_over)
+        assert read_parameters(mine.files[0])["preset_prompt"] == "mine"
+        assert read_parameters(yours.files[0])["preset_prompt"] == "yours"
+        await user.open("/")  # again, in the same tab
+        await user.should_see("Stages", retries=30)
+        assert one(user, "prompt").value == "mine" and marked_stages(user) == [7, 8, 9]
+        assert one(other, "prompt").value == "yours" and marked_stages(other) == [3, 4, 5, 6, 7]
+
+    drive(engine, script)
+
+
+def test_stop_ends_the_image_and_the_next_one_comes(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        one(user, "ddim_steps").value = 500
+        user.find(marker="generate").trigger("click")
+        job = session(user).job
+        assert job is not None
+        await until(lambda: job.step >= 2)
+        step = job.step
+        await user.should_see("Stop", retries=20)
+        user.find(marker="stop").trigger("click")
+        await until(lambda: job.is_over)
+        assert job.state == "stopped" and job.step <= step + 2
+        one(user, "ddim_steps").value = 1
+        await user.should_see("Stopped after step", retries=20)
+        user.find(marker="generate").trigger("click")
+        await until(lambda: session(user).job.state == "done")  # type: ignore[union-attr]
+
+    drive(engine, script)
+
+
+def test_what_is_learned_is_shown_used_and_resumed(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        user.find("Learn").click()
+        user.find(marker="learn").trigger("click")
+        await user.should_see("Choose the images to learn from first.")
+        await hand_in(user, "learn-upload", ("cup.png", REFERENCE.read_bytes()), ("page.png", b"<html>"))
+        await until(lambda: any("'page.png' is a web page" in text for text in user.notify.messages), 10)
+        await until(lambda: one(user, "learn-name").value == "cup", 5)
+        one(user, "learn-init_word").value = "star"
+        one(user, "learn-steps").value = 400
+        user.find(marker="learn").trigger("click")
+        form = session(user).learn
+        assert form.run is not None
+        await until(lambda: learning.losses(form.run.folder), 90)
+        await until(lambda: re.search(r"Learning · step \d+ of 400", _texts(user)), 10)
+        user.find(marker="learn-stop").trigger("click")
+        await until(lambda: not form.run.is_running)  # type: ignore[union-attr]
+        await until(lambda: "Stopped · step" in _texts(user), 10)
+        one(user, "learn-steps").value = 20
+        user.find(marker="learn-resume").trigger("click")
+        await until(lambda: form.run is not None and not form.run.is_running, 120)
+        await until(lambda: "Complete · step 20 of 20" in _texts(user), 10)
+        user.find(marker="use").trigger("click")
+        [lane] = session(user).form.lanes
+        assert Path(lane.file).is_file() and Path(lane.file).parts[:2] == ("logs", "page")
+
+    drive(engine, script)
+
+
+def _texts(user: User) -> str:
+    with user:
+        return " ".join(str(element.text) for element in user.find(ui.label).elements)
+
+
+def test_a_run_that_fails_ends_with_its_own_sentence(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        user.find("Learn").click()
+        await hand_in(user, "learn-upload", ("cup.png", REFERENCE.read_bytes()))
+        await until(lambda: session(user).learn.images, 5)
+        engine.setup["ckpt"] = "models/nowhere.safetensors"
+        user.find(marker="learn").trigger("click")
+        form = session(user).learn
+        await until(lambda: form.run is not None and not form.run.is_running, 120)
+        assert form.run is not None and form.run.error.startswith("There is no file 'models/nowhere.safetensors'")
+        await user.should_see(form.run.error, retries=40)
+
+    drive(engine, script)
+
+
+def test_a_grid_is_made_and_a_cell_is_loaded(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        one(user, "ddim_steps").value = 2
+        user.find("Compare").click()
+        one(user, "rows-kind").value = "Preset"
+        one(user, "rows-values").value = "all stages\nlayout"
+        one(user, "columns-kind").value = "Seed"
+        assert one(user, "columns-values").value == "42-45"
+        one(user, "columns-values").value = "3\n4"
+        user.find(marker="compare").trigger("click")
+        run = session(user).compare.run
+        assert run is not None
+        await until(lambda: run.file is not None)
+        await user.should_see("4 of 4 images", retries=20)
+        user.find(marker="grid-1-1").trigger("click")
+        assert (session(user).form.request().seed, session(user).form.lanes[0].preset) == (4, "layout")
+        assert marked_stages(user) == [7, 8, 9]
+        assert run.file is not None
+        sheet = run.file.read_bytes()
+        session(user).compare.rows = ("Steps", "1")
+        await hand_in(user, "drop", ("grid.png", sheet))
+        await until(lambda: session(user).compare.rows == ("Preset", "all stages\nlayout"), 5)
+
+    drive(engine, script)
+
+
+def test_the_export_is_downloaded(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        user.find("Export").click()
+        user.find(marker="export").trigger("click")
+        download = await user.download.next()
+        assert download.content[:2] == b"PK"
+        await user.should_see("dotted-star_comfyui.json")
+
+    drive(engine, script)
+
+
+def test_markup_in_a_prompt_is_text(engine: Engine) -> None:
+    text = "<img src=x onerror=alert(1)>"
+
+    async def script(user: User) -> None:
+        one(user, "prompt").value = text
+        one(user, "ddim_steps").value = 1
+        user.find(marker="generate").trigger("click")
+        await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
+        assert read_parameters(session(user).job.files[0])["preset_prompt"] == text  # type: ignore[union-attr]
+        with user:
+            pages = user.find(ui.html).elements if user._sees(ui.html) else set()
+        assert not any("onerror" in page.content for page in pages)
+
+    drive(engine, script)
+
+
+def test_nothing_is_logged_as_an_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    async def script(user: User) -> None:
+        for name in ("Learn", "Compare", "Export", "Generate"):
+            user.find(name).click()
+        await asyncio.sleep(0.5)
+
+    with caplog.at_level(logging.WARNING):
+        drive(engine, script)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
