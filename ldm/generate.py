@@ -128,7 +128,7 @@ def main(
     C: int = 4,
     f: int = 8,
     n_rows: int = 0,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
     model: LatentDiffusion | None = None,
     seed: int = 42,
     prospect_words: Words | None = None,
@@ -146,6 +146,7 @@ def main(
     negative_prompt: str = "",
     preset: str | None = None,
     truncation: int | None = None,
+    rescale: float = 0.0,
 ) -> Image.Image:
     """Generate an image, or edit one. Several images come as a grid.
 
@@ -300,7 +301,7 @@ def _conditionings(
     if request.truncation is not None and (manager is None or not any(map(truncates, manager.learned_now().tokens))):
         logger.warning("truncation has no effect: no concept of NeTI is loaded that was learned with nested dropout.")
     uncond = None
-    if request.guidance_scale != 1.0:
+    if request.is_guided:
         uncond = model.get_unconditional(request.negative_prompt, request.n_samples)
     elif request.negative_prompt:
         logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
@@ -344,7 +345,7 @@ def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iterat
         return changed
 
     x = prepared.sampler.decode(
-        x, prepared.cond, prepared.steps, request.guidance_scale, prepared.uncond, generators, watched
+        x, prepared.cond, prepared.steps, request.guidance_scale, prepared.uncond, generators, watched, request.rescale
     )
     refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
     return x

@@ -23,6 +23,7 @@ from ldm.request import (
     mentions,
     model_facts,
     placeholder_pattern,
+    read_scale,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,15 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"scale": float("inf")}, "scale must be in 0..1000, not inf"),
     ({"scale": HUGE}, "scale must be in 0..1000, not a number of more than 20 digits"),
     ({"scale": "7"}, "scale must be a number, not '7'."),
+    ({"scale": [3.0] * 9}, "scale has 9 entries, but this model has 10 stages; entry 0 is the end of generation"),
+    ({"scale": []}, "scale has 0 entries"),
+    ({"scale": [2, -1, *[2] * 8]}, "scale[1] must be in 0..1000, not -1; 1 means no guidance"),
+    ({"scale": [*[2] * 9, None]}, "scale[9] must be a number, not None."),
+    ({"scale": (True, *[2] * 9)}, "scale[0] must be a number, not True."),
+    ({"scale": ["7", *[2] * 9]}, "scale[0] must be a number, not '7'."),
+    ({"scale": {0: 1}}, "scale must be a number, not a dict."),
+    ({"rescale": 1.5}, "rescale must be in 0..1, not 1.5: 0 leaves guidance as it is"),
+    ({"rescale": None}, "rescale must be a number, not None."),
     ({"seed": -1}, "seed must be in 0.."),
     ({"seed": 1.0}, "seed must be a whole number, not 1.0."),
     ({"seed": 2**63}, "seed must be in 0..9223372036854775807, not 9223372036854775808"),
@@ -144,6 +154,48 @@ def test_values_of_numpy_become_pythons() -> None:
     )
     assert {type(word) for word in request.prospect_words[:2]} == {int} and type(request.seed) is int
     assert Request(strength=Fraction(1, 4)).strength == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "scale"),
+    [
+        ("7.5", 7.5),
+        ("7.5,0-1:1", [1, 1, *[7.5] * 8]),
+        ("7.5, 9:3, 0-1:1,1:2", [1, 2, *[7.5] * 7, 3]),
+        ("0:1", [1, *[2.5] * 9]),  # the model's own elsewhere
+        ("0-4:1,5-9:3", [1] * 5 + [3] * 5),
+    ],
+)
+def test_a_text_gives_the_scale_of_each_stage(text: str, scale: object) -> None:
+    assert read_scale(text, 10, 2.5) == scale
+    request = Request(scale=read_scale(text, 10, 2.5)).for_model(FACTS)
+    assert request.guidance_scale == (tuple(scale) if isinstance(scale, list) else scale) and request.is_guided
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "x",
+            "scale cannot be read from 'x'; give a number, and after commas other ones for stages, such as 7.5,0-1:1",
+        ),
+        ("", "cannot be read from ''"),
+        ("7,", "cannot be read from '7,'"),
+        ("0:x", "cannot be read"),
+        ("1:2:3", "cannot be read"),
+        ("7,10:1", "scale has no stages 10; they are 0..9."),
+        ("7,4-2:1", "scale has no stages 4-2"),
+        ("7,0-99999999999:1", "scale has no stages 0-99999999999"),
+    ],
+)
+def test_texts_that_give_no_scale(text: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_scale(text, 10, 2.5)
+    assert sentence in str(caught.value)
+
+
+def test_a_request_knows_whether_it_is_guided() -> None:
+    assert [Request(scale=scale).is_guided for scale in (1, [1.0] * 10, [1.0] * 9 + [2])] == [False, False, True]
 
 
 def test_the_ends_of_the_ranges_are_taken() -> None:

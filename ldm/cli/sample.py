@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.flags import Once, Parser, add_field_flag, add_flag, log_to_terminal, path, script_parser
 from ldm.files.writing import check_writable, writing_to
-from ldm.request import PLACEHOLDER, Request, model_facts, shown
+from ldm.request import PLACEHOLDER, ModelFacts, Request, model_facts, read_scale, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,7 +59,8 @@ def build_parser(docstring: str | None, editing: bool) -> Parser:
     add_field_flag(how, Request, "ddim_eta", "--eta")
     for name in ("seed", "truncation"):
         add_field_flag(how, Request, name, nargs="+", metavar="N")
-    for name in ("scale", "sampler", "n_samples", "n_iter", "n_rows", "height", "width", "legacy_word_tokens"):
+    add_field_flag(how, Request, "scale", type=str, metavar="X[,STAGES:X…]")
+    for name in ("rescale", "sampler", "n_samples", "n_iter", "n_rows", "height", "width", "legacy_word_tokens"):
         add_field_flag(how, Request, name)
 
     model = parser.add_argument_group("model and files")
@@ -128,7 +129,7 @@ def _generate(options: argparse.Namespace, editing: bool) -> list[Path]:
     config = load_config(setup["config"], flag="--config", resolvers=options.allow_resolvers)
     check_generates(config)
     facts = model_facts(config)
-    requests = build_requests(options, recorded, facts.placeholder or PLACEHOLDER)
+    requests = build_requests(options, recorded, facts)
     for request in requests:
         _check_purpose(request, editing)
     requests = [request.for_model(facts) for request in requests]
@@ -190,12 +191,13 @@ def shipped(name: str) -> str:
     return name if not (_ROOT / name).exists() or Path(name).exists() else str(_ROOT / name)
 
 
-def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], placeholder: str) -> list[Request]:
+def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], facts: ModelFacts) -> list[Request]:
     """Return a request for each line of `--prompts`, each `--truncation` and each `--seed`; see `build_request`."""
     prompts: Sequence[str | None] = [options.prompt]
     if options.prompts is not None:
         if options.prompt is not None or options.prospect_words is not None or options.words is not None:
             raise ValueError("--prompts FILE takes the place of --prompt, --word and --words; give one of them.")
+        placeholder = facts.placeholder or PLACEHOLDER
         name = next(iter(concept_files(options.concept or [], placeholder)), placeholder)
         prompts = [line.replace("{}", name) for line in read_prompts(options.prompts)]
     several = product(prompts, options.truncation or [None], options.seed or [None])
@@ -203,7 +205,7 @@ def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], pla
         build_request(
             argparse.Namespace(**vars(options) | {"prompt": prompt, "truncation": truncation, "seed": seed}),
             recorded,
-            placeholder,
+            facts,
         )
         for prompt, truncation, seed in several
     ]
@@ -226,11 +228,11 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def build_request(options: argparse.Namespace, recorded: Mapping[str, Any], placeholder: str) -> Request:
+def build_request(options: argparse.Namespace, recorded: Mapping[str, Any], facts: ModelFacts) -> Request:
     """Return the request. Precedence, lowest first: the record of `--from`, the YAML file of `--words`, flags.
 
     Args:
-        placeholder: of a concept that is given without a name.
+        facts: of the model: the placeholder of a concept that is given without a name, and the number of stages.
 
     Raises:
         ValueError: an unknown argument, or a value that cannot be used; with the remedy.
@@ -244,7 +246,9 @@ def build_request(options: argparse.Namespace, recorded: Mapping[str, Any], plac
             raise ValueError(f"'{options.words}': main has no argument '{name}'{nearest(str(name), names)}.")
     given |= {name: value for name in names if (value := getattr(options, name, None)) is not None}
     if options.concept:
-        given["concepts"] = concept_files(options.concept, placeholder)
+        given["concepts"] = concept_files(options.concept, facts.placeholder or PLACEHOLDER)
+    if options.scale is not None:
+        given["scale"] = read_scale(options.scale, facts.num_stages, facts.scale)
     repeated = {name: recorded[name] for name in names if name in recorded and name != "preset"}
     if "preset" in recorded and "prospect_words" not in given and len({"prompt", "preset"} & given.keys()) == 1:
         raise ValueError(

@@ -115,6 +115,14 @@ class Conditioning:
         """Return the part of time that raw DDPM timestep t (int or (B,)) lies in; equal bucket, equal context."""
         return stage_of(t, self.num_buckets, self.num_timesteps)
 
+    def differs(self, t: int, other: int) -> bool:
+        """Return whether the prompt has other words at timestep t than at the other one.
+
+        Vectors that move with the timestep (NeTI) are the same words.
+        """
+        bucket, before = self.bucket(t), self.bucket(other)
+        return bucket != before and self.of_bucket(bucket).k is not self.of_bucket(before).k
+
     def of_bucket(self, bucket: int) -> Context:
         if bucket not in self._memo:
             self._memo[bucket] = self._encode(bucket)

@@ -1,12 +1,14 @@
 """The samplers: recorded runs, diffusers' schedulers as an oracle, and what LDM code expects of the classes."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
 from ldm.conditioning.context import Conditioning
@@ -221,6 +223,54 @@ def test_guided_v_prediction(tiny_model: LatentDiffusion, monkeypatch: pytest.Mo
         v, v_uncond = (tiny_model.apply_model(x, t, context) for context in (cond, uncond))
         expected = tiny_model.to_eps(v_uncond + 5 * (v - v_uncond), x, t)
         close(guided(tiny_model, cond, uncond, 5.0)(x, 500), expected)
+
+
+# Guidance by stage
+
+
+@contextlib.contextmanager
+def counted_rows(model: LatentDiffusion) -> Iterator[list[int]]:
+    """The batch of every call of the U-Net."""
+    rows: list[int] = []
+    handle = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    yield rows
+    handle.remove()
+
+
+def led(model: LatentDiffusion, scale: float | list[float], **options: object) -> Tensor:
+    cond, uncond = [tiny.context(f"stage{i}") for i in range(10)], tiny.context("uncond")
+    denoise = guided(model, cond, uncond, scale, **options)
+    return ddim(denoise, RECORDED["x_T"], *our_schedule(20))
+
+
+def test_a_constant_list_of_scales_is_one_scale(tiny_model: LatentDiffusion) -> None:
+    for scale in (7.5, 1.0):
+        assert torch.equal(led(tiny_model, [scale] * 10), led(tiny_model, scale))
+    assert torch.equal(led(tiny_model, [7.5] * 3), led(tiny_model, 7.5))
+
+
+def test_a_stage_without_guidance_makes_one_prediction(tiny_model: LatentDiffusion) -> None:
+    with counted_rows(tiny_model) as rows:
+        led(tiny_model, [1, 1, 7.5, 7.5, 1, 3, 7.5, 7.5, 7.5, 7.5])
+    assert rows == [2] * 10 + [1] * 2 + [2] * 4 + [1] * 4  # two calls for each stage, from the last one down
+
+
+def test_the_scale_of_a_call_is_that_of_its_stage(tiny_model: LatentDiffusion) -> None:
+    cond, uncond, x = tiny.context("stage0"), tiny.context("uncond"), RECORDED["x_T"]
+    by_stage = guided(tiny_model, cond, uncond, [float(stage) for stage in range(10)])
+    for t in (0, 99, 100, 350, 999):
+        assert torch.equal(by_stage(x, t), guided(tiny_model, cond, uncond, float(t // 100))(x, t))
+
+
+def test_rescaled_guidance_is_that_of_diffusers(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    cond, uncond, x, t = tiny.context("stage0"), tiny.context("uncond"), RECORDED["x_T"], torch.tensor([500])
+    with torch.no_grad():
+        text, empty = (tiny_model.apply_model(x, t, context) for context in (cond, uncond))
+        expected = rescale_noise_cfg(empty + 9 * (text - empty), text, 0.7)
+        close(guided(tiny_model, cond, uncond, 9.0, rescale=0.7)(x, 500), expected)
+        monkeypatch.setattr(tiny_model, "parameterization", "v")  # what the network predicts is rescaled
+        close(guided(tiny_model, cond, uncond, 9.0, rescale=0.7)(x, 500), tiny_model.to_eps(expected, x, t))
+        assert torch.equal(led(tiny_model, 1.0, rescale=0.7), led(tiny_model, 1.0))
 
 
 # Batches and seeds
