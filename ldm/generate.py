@@ -32,6 +32,7 @@ from ldm.files.records import PNG_KEY, read_parameters, save_png
 from ldm.methods.table import VECTORS
 from ldm.models.autoencoder import DiagonalGaussianDistribution
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
@@ -55,7 +56,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler}
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpmpp_2m": DPMSolverSampler}
 Content = str | Path | Image.Image | BinaryIO
 
 _LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
@@ -147,6 +148,7 @@ def main(
     preset: str | None = None,
     truncation: int | None = None,
     rescale: float = 0.0,
+    spacing: str | None = None,
 ) -> Image.Image:
     """Generate an image, or edit one. Several images come as a grid.
 
@@ -262,7 +264,7 @@ def prepare(request: Request, model: LatentDiffusion) -> Prepared:
         cond, uncond = _conditionings(request, model, prompt, words)
         record = _record(request, model, prompt, words) | _words_read(request, model, prompt, words) | made_of
     sampler = SAMPLERS[request.sampler](model)
-    sampler.make_schedule(ddim_num_steps=request.ddim_steps, ddim_eta=request.ddim_eta, verbose=False)
+    sampler.make_schedule(request.ddim_steps, request.spacing, request.ddim_eta, verbose=False)
     posterior = None
     if request.content_dir is not None:
         content = open_content(request.content_dir)
@@ -324,7 +326,7 @@ def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Wo
 def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iteration: int, callback: Callback) -> Tensor:
     """Return the latents (n_samples, C, H, W) of a batch, after all steps.
 
-    As in the reference, a content image is noised to entry `steps` of the schedule and denoised from the one below.
+    A content image is noised to the level that `Request.noised_entry` says.
     """
     first = request.seed + iteration * request.n_samples
     generators = seeded_generators(range(first, first + request.n_samples))
@@ -334,7 +336,7 @@ def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iterat
     if prepared.posterior is not None:
         x = model.get_first_stage_encoding(prepared.posterior, x).expand(shape)
         if prepared.steps:
-            level = torch.full((request.n_samples,), prepared.steps, device=model.device)
+            level = torch.full((request.n_samples,), request.noised_entry, device=model.device)
             noise = draw_noise(generators, shape, model.device)
             x = prepared.sampler.stochastic_encode(x, level, noise=noise)
     watch = FirstBad()

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 PLACEHOLDER = "*"
-SAMPLERS = ("ddim", "plms")
+SAMPLERS = {"ddim": "leading", "plms": "leading", "dpmpp_2m": "trailing"}  # and where their timesteps are
+SPACINGS = ("leading", "trailing")
 PRESETS = ("content", "layout", "material", "style")
 CHOICES: dict[str, tuple[object, ...]] = {
-    "sampler": SAMPLERS,
+    "sampler": tuple(SAMPLERS),
+    "spacing": (None, *SPACINGS),
     "resize": ("crop", "pad", "squash"),
     "preset": (None, *PRESETS),
 }
@@ -94,7 +96,9 @@ class Request:
         scale: guidance scale, 0 to 1000, or a list of one for each stage, the end of sampling first; 1 is no guidance,
             and takes half the time; by default the model's own (Stable Diffusion: 10)
         rescale: share of the contrast which guidance adds that is taken back, 0 to 1 (Lin et al. 2024)
-        sampler: ddim or plms
+        sampler: ddim, plms or dpmpp_2m (DPM-Solver++)
+        spacing: of the timesteps: leading as the reference's, or trailing, which begins with pure noise; by default the
+            sampler's own (dpmpp_2m: trailing)
         seed: of the first image; image i has seed + i
         n_samples: images in a batch
         n_iter: batches
@@ -123,6 +127,7 @@ class Request:
     scale: float | Sequence[float] | None = None
     rescale: float = 0.0
     sampler: str = "ddim"
+    spacing: str | None = None
     seed: int = 42
     n_samples: int = 1
     n_iter: int = 1
@@ -152,20 +157,21 @@ class Request:
         check_negative_prompt(self.negative_prompt, self.concepts or {})
         if self.preset is not None and self.prospect_words is not None:
             raise ValueError("preset makes prospect_words itself; give one of them.")
-        if self.sampler == "plms" and self.ddim_eta != 0:
-            raise ValueError(f"PLMS is deterministic: ddim_eta must be 0, not {self.ddim_eta}; use DDIM for eta > 0.")
+        if self.sampler != "ddim" and self.ddim_eta != 0:
+            reason = f"{self.sampler} is deterministic"
+            raise ValueError(f"{reason}: ddim_eta must be 0, not {self.ddim_eta}; use DDIM for eta > 0.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def for_model(self, facts: ModelFacts) -> Request:
-        """Return the request with the model's own size and guidance scale where it gives none.
+        """Return the request with the model's own size and guidance, and the sampler's spacing, where it gives none.
 
         Raises:
             ValueError: the model cannot do it; one sentence with the nearest usable value.
         """
         own = {name: getattr(facts, name) for name in ("height", "width", "scale") if getattr(self, name) is None}
-        request = replace(self, **own) if own else self
+        request = replace(self, **own, spacing=self.spacing or SAMPLERS[self.sampler])
         if request.ddim_steps > facts.num_timesteps:
             raise ValueError(f"ddim_steps must be in 1..{facts.num_timesteps}, not {request.ddim_steps}.")
         for name, size in zip(("height", "width"), request.size, strict=True):
@@ -202,6 +208,14 @@ class Request:
     def denoising_steps(self) -> int:
         """Steps that are made: all of them from noise, `edit_steps` of them for a content image."""
         return self.ddim_steps if self.content_dir is None else edit_steps(self.strength, self.ddim_steps)
+
+    @property
+    def noised_entry(self) -> int:
+        """Entry of the schedule that a content image is noised to.
+
+        Leading, that is one above the entry that is denoised first, as in the reference; trailing, that entry itself.
+        """
+        return self.denoising_steps - (self.spacing == "trailing")
 
 
 def edit_steps(strength: float, ddim_steps: int) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldm.config import instantiate_from_config, load_config
 from ldm.generate import SAMPLERS, facts_of
-from ldm.request import SAMPLERS as SAMPLER_NAMES
+from ldm.request import SAMPLERS as SAMPLER_SPACINGS
 from ldm.request import (
     ModelFacts,
     Request,
@@ -68,9 +68,11 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"prospect_words": TEN, "preset": "style"}, "preset makes prospect_words itself"),
     # choices
     ({"preset": "mood"}, "Unknown preset 'mood'; there are content, layout, material, style."),
-    ({"sampler": "euler"}, "Unknown sampler 'euler'; there are ddim, plms."),
-    ({"sampler": ["ddim"]}, "Unknown sampler a list; there are ddim, plms."),
-    ({"sampler": None}, "Unknown sampler None; there are ddim, plms."),
+    ({"sampler": "euler"}, "Unknown sampler 'euler'; there are ddim, plms, dpmpp_2m."),
+    ({"sampler": ["ddim"]}, "Unknown sampler a list; there are ddim, plms, dpmpp_2m."),
+    ({"sampler": None}, "Unknown sampler None; there are ddim, plms, dpmpp_2m."),
+    ({"spacing": "karras"}, "Unknown spacing 'karras'; there are leading, trailing."),
+    ({"ddim_eta": 0.5, "sampler": "dpmpp_2m"}, "dpmpp_2m is deterministic: ddim_eta must be 0, not 0.5; use DDIM"),
     ({"resize": "stretch"}, "Unknown resize 'stretch'; there are crop, pad, squash."),
     ({"any_base": "yes"}, "Unknown any_base 'yes'; there are False, True."),
     ({"legacy_word_tokens": 1}, "Unknown legacy_word_tokens 1; there are False, True."),
@@ -230,13 +232,17 @@ def test_the_model_gives_what_the_request_leaves_open() -> None:
 )
 def test_strength_counts_in_decimals(strength: float, steps: int, expected: int) -> None:
     assert edit_steps(strength, steps) == expected
+    request = Request(strength=strength, ddim_steps=steps, spacing="trailing", content_dir="a.png")
+    assert request.noised_entry == expected - 1  # the one that is denoised first
     request = Request(strength=strength, ddim_steps=steps)
     assert request.denoising_steps == steps
     assert Request(strength=strength, ddim_steps=steps, content_dir="a.png").denoising_steps == expected
 
 
 def test_the_names_of_the_samplers_are_those_that_there_are() -> None:
-    assert tuple(SAMPLERS) == SAMPLER_NAMES
+    assert {name: kind.spacing for name, kind in SAMPLERS.items()} == SAMPLER_SPACINGS
+    assert Request(sampler="dpmpp_2m").for_model(FACTS).spacing == "trailing"
+    assert Request(sampler="dpmpp_2m", spacing="leading").for_model(FACTS).spacing == "leading"
 
 
 # Words and placeholders

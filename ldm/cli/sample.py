@@ -60,8 +60,9 @@ def build_parser(docstring: str | None, editing: bool) -> Parser:
     for name in ("seed", "truncation"):
         add_field_flag(how, Request, name, nargs="+", metavar="N")
     add_field_flag(how, Request, "scale", type=str, metavar="X[,STAGES:X…]")
-    for name in ("rescale", "sampler", "n_samples", "n_iter", "n_rows", "height", "width", "legacy_word_tokens"):
+    for name in ("rescale", "sampler", "spacing", "n_samples", "n_iter", "n_rows", "height", "width"):
         add_field_flag(how, Request, name)
+    add_field_flag(how, Request, "legacy_word_tokens")
 
     model = parser.add_argument_group("model and files")
     add_flag(model, "--config", type=path, metavar="YAML", help=f"({MODEL_DEFAULTS['config']})")
@@ -257,6 +258,8 @@ def build_request(options: argparse.Namespace, recorded: Mapping[str, Any], fact
         )
     if given.get("preset") is not None:
         repeated.pop("prospect_words", None)
+    if "sampler" in given:
+        repeated.pop("spacing", None)
     arguments = repeated | given
     if arguments.get("prospect_words") is not None:
         arguments.setdefault("prompt", PLACEHOLDER)

@@ -115,13 +115,13 @@ class Conditioning:
         """Return the part of time that raw DDPM timestep t (int or (B,)) lies in; equal bucket, equal context."""
         return stage_of(t, self.num_buckets, self.num_timesteps)
 
-    def differs(self, t: int, other: int) -> bool:
-        """Return whether the prompt has other words at timestep t than at the other one.
+    def differs(self, t: int, other: int) -> list[bool]:
+        """Return for each of the B prompts whether it has other words at timestep t than at the other one.
 
         Vectors that move with the timestep (NeTI) are the same words.
         """
-        bucket, before = self.bucket(t), self.bucket(other)
-        return bucket != before and self.of_bucket(bucket).k is not self.of_bucket(before).k
+        changed = self.at(t).k != self.at(other).k  # (B, L, D) or (layers, B, L, D)
+        return changed.transpose(0, -3).flatten(1).any(1).tolist()
 
     def of_bucket(self, bucket: int) -> Context:
         if bucket not in self._memo:

@@ -21,6 +21,7 @@ from ldm.conditioning.encoding import encode_together
 from ldm.conditioning.stages import at_stage
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 from ldm.modules.attention import AttentionHook
+from ldm.request import SPACINGS
 from ldm.util import mix_seed
 
 Denoiser = Callable[[Tensor, int], Tensor]  # latents (B, C, H, W), raw timestep -> predicted noise (B, C, H, W)
@@ -84,9 +85,11 @@ class Guided:
         """Return the guidance scale at timestep t."""
         return at_stage(self.scales, t, self.model.num_timesteps)
 
-    def differs(self, t: int, other: int) -> bool:
-        """Return whether another prompt or another scale is read at timestep t than at the other one."""
-        return self.scale(t) != self.scale(other) or any(prompt.differs(t, other) for prompt in self.prompts)
+    def differs(self, t: int, other: int) -> list[bool]:
+        """Return for each image whether it has another prompt or another scale at timestep t than at the other one."""
+        scale_differs = self.scale(t) != self.scale(other)
+        found = zip(*(prompt.differs(t, other) for prompt in self.prompts), strict=True)
+        return [scale_differs or any(prompts) for prompts in found]
 
     def _projected(self, contexts: list[Context]) -> Projected:
         kept = self._kept
@@ -159,21 +162,32 @@ class Sampler(ABC):
     `ddim_sqrt_one_minus_alphas`, each (S,) float64 on the host.
     """
 
+    name = "DDIM"
+    spacing = "leading"  # where none is asked for
+    deterministic = False  # there is no ddim_eta
+
     def __init__(self, model: NoisePredictor, schedule: str = "linear") -> None:
         self.model = model
         self.ddpm_num_timesteps = model.num_timesteps
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
+        self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Evenly spaced timesteps; raises `ValueError` for a number of steps outside 1..T or an eta outside 0..1."""
-        if ddim_discretize != "uniform":
-            raise ValueError(f"Timesteps are spaced 'uniform' here, not '{ddim_discretize}'.")
+        """Evenly spaced timesteps; raises `ValueError` for a number of steps outside 1..T or an eta outside 0..1.
+
+        Args:
+            ddim_discretize: `leading`, which LDM calls `uniform`, or `trailing`; by default the sampler's own.
+        """
+        spacing = {None: self.spacing, "uniform": "leading"}.get(ddim_discretize, ddim_discretize)
+        if spacing not in SPACINGS:
+            raise ValueError(f"Timesteps are spaced {', '.join(SPACINGS)} (uniform) here, not '{ddim_discretize}'.")
+        if self.deterministic and ddim_eta != 0:
+            raise ValueError(f"{self.name} is deterministic: ddim_eta must be 0, not {ddim_eta}; use DDIM for eta > 0.")
         if not ddim_eta >= 0:
             raise ValueError(f"ddim_eta must not be negative, but is {ddim_eta}.")
         if ddim_eta > 1:  # a step would have to add more noise than is left after it
             raise ValueError(f"ddim_eta must be at most 1 (as random as DDPM), not {ddim_eta}.")
-        self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps)
+        self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, spacing)
         alphas, alphas_prev, sigmas = ddim_parameters(self.model.host_alphas_cumprod, self.ddim_timesteps, ddim_eta)
         self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas = alphas, alphas_prev, sigmas
         self.ddim_sqrt_one_minus_alphas = np.sqrt(1.0 - alphas)
@@ -200,6 +214,7 @@ class Sampler(ABC):
         generators: Sequence[torch.Generator] | None = None,
         step_callback: Callback | None = None,
         guidance_rescale: float = 0.0,
+        spacing: str | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Latents (B, C, H, W) after S steps, and the intermediate ones as LDM returns them.
 
@@ -209,10 +224,11 @@ class Sampler(ABC):
             step_callback: called with (step, timestep, x, predicted x_0).
             unconditional_guidance_scale: one, or a sequence of one for each stage, entry 0 = end of sampling.
             guidance_rescale: see `Guided`.
+            spacing: see `make_schedule`.
             x_T: start, standard normal (B, C, H, W); drawn from `generators` if None.
             generators: one for each sample.
         """
-        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
+        self.make_schedule(S, spacing, eta, verbose)
         device = self.model.device
         size = (batch_size, *shape)
         x = draw_noise(generators, size, device) if x_T is None else x_T.to(device)
