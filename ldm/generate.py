@@ -32,6 +32,7 @@ from ldm.files.records import PNG_KEY, read_parameters, save_png
 from ldm.methods.table import VECTORS
 from ldm.models.autoencoder import DiagonalGaussianDistribution
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
@@ -55,7 +56,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler}
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpmpp_2m": DPMSolverSampler}
 Content = str | Path | Image.Image | BinaryIO
 
 _LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
@@ -128,7 +129,7 @@ def main(
     C: int = 4,
     f: int = 8,
     n_rows: int = 0,
-    scale: float | None = None,
+    scale: float | Sequence[float] | None = None,
     model: LatentDiffusion | None = None,
     seed: int = 42,
     prospect_words: Words | None = None,
@@ -147,6 +148,8 @@ def main(
     preset: str | None = None,
     truncation: int | None = None,
     layer_words: Words | None = None,
+    rescale: float = 0.0,
+    spacing: str | None = None,
 ) -> Image.Image:
     """Generate an image, or edit one. Several images come as a grid.
 
@@ -263,7 +266,7 @@ def prepare(request: Request, model: LatentDiffusion) -> Prepared:
         cond, uncond = _conditionings(request, model, prompt, words)
         record = _record(request, model, prompt, words) | _words_read(request, model, prompt, words) | made_of
     sampler = SAMPLERS[request.sampler](model)
-    sampler.make_schedule(ddim_num_steps=request.ddim_steps, ddim_eta=request.ddim_eta, verbose=False)
+    sampler.make_schedule(request.ddim_steps, request.spacing, request.ddim_eta, verbose=False)
     posterior = None
     if request.content_dir is not None:
         content = open_content(request.content_dir)
@@ -306,7 +309,7 @@ def _conditionings(
     if request.truncation is not None and (manager is None or not any(map(truncates, manager.learned_now().tokens))):
         logger.warning("truncation has no effect: no concept of NeTI is loaded that was learned with nested dropout.")
     uncond = None
-    if request.guidance_scale != 1.0:
+    if request.is_guided:
         uncond = model.get_unconditional(request.negative_prompt, request.n_samples)
     elif request.negative_prompt:
         logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
@@ -339,7 +342,7 @@ def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Wo
 def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iteration: int, callback: Callback) -> Tensor:
     """Return the latents (n_samples, C, H, W) of a batch, after all steps.
 
-    As in the reference, a content image is noised to entry `steps` of the schedule and denoised from the one below.
+    A content image is noised to the level that `Request.noised_entry` says.
     """
     first = request.seed + iteration * request.n_samples
     generators = seeded_generators(range(first, first + request.n_samples))
@@ -349,7 +352,7 @@ def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iterat
     if prepared.posterior is not None:
         x = model.get_first_stage_encoding(prepared.posterior, x).expand(shape)
         if prepared.steps:
-            level = torch.full((request.n_samples,), prepared.steps, device=model.device)
+            level = torch.full((request.n_samples,), request.noised_entry, device=model.device)
             noise = draw_noise(generators, shape, model.device)
             x = prepared.sampler.stochastic_encode(x, level, noise=noise)
     watch = FirstBad()
@@ -360,7 +363,7 @@ def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iterat
         return changed
 
     x = prepared.sampler.decode(
-        x, prepared.cond, prepared.steps, request.guidance_scale, prepared.uncond, generators, watched
+        x, prepared.cond, prepared.steps, request.guidance_scale, prepared.uncond, generators, watched, request.rescale
     )
     refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
     return x

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 PLACEHOLDER = "*"
-SAMPLERS = ("ddim", "plms")
+SAMPLERS = {"ddim": "leading", "plms": "leading", "dpmpp_2m": "trailing"}  # and where their timesteps are
+SPACINGS = ("leading", "trailing")
 PRESETS = ("content", "layout", "material", "style")
 CHOICES: dict[str, tuple[object, ...]] = {
-    "sampler": SAMPLERS,
+    "sampler": tuple(SAMPLERS),
+    "spacing": (None, *SPACINGS),
     "resize": ("crop", "pad", "squash"),
     "preset": (None, *PRESETS),
 }
@@ -34,6 +36,7 @@ RANGES: dict[str, tuple[int, int, str]] = {
     "ddim_steps": (1, 1000, ""),
     "ddim_eta": (0, 1, ": 0 is deterministic, 1 is as random as DDPM"),
     "scale": (0, MAX_SCALE, "; 1 means no guidance, 5 to 10 are usual"),
+    "rescale": (0, 1, ": 0 leaves guidance as it is, 0.7 is usual"),
     "seed": (0, 2**63 - 1, ""),
     "n_samples": (1, 4096, "; n_iter makes more"),
     "n_iter": (1, 1_000_000, ""),
@@ -95,8 +98,12 @@ class Request:
         resize: how the content image is brought to width x height: crop, pad or squash
         ddim_steps: sampling steps, 1 to 1000
         ddim_eta: 0 is deterministic DDIM, 1 is as random as DDPM
-        scale: guidance scale, 0 to 1000; 1 is no guidance; by default the model's own (Stable Diffusion: 10)
-        sampler: ddim or plms
+        scale: guidance scale, 0 to 1000, or a list of one for each stage, the end of sampling first; 1 is no guidance,
+            and takes half the time; by default the model's own (Stable Diffusion: 10)
+        rescale: share of the contrast which guidance adds that is taken back, 0 to 1 (Lin et al. 2024)
+        sampler: ddim, plms or dpmpp_2m (DPM-Solver++)
+        spacing: of the timesteps: leading as the reference's, or trailing, which begins with pure noise; by default the
+            sampler's own (dpmpp_2m: trailing)
         seed: of the first image; image i has seed + i
         n_samples: images in a batch
         n_iter: batches
@@ -123,8 +130,10 @@ class Request:
     resize: str = "crop"
     ddim_steps: int = 50
     ddim_eta: float = 0.0
-    scale: float | None = None
+    scale: float | Sequence[float] | None = None
+    rescale: float = 0.0
     sampler: str = "ddim"
+    spacing: str | None = None
     seed: int = 42
     n_samples: int = 1
     n_iter: int = 1
@@ -150,26 +159,29 @@ class Request:
                 listed = ", ".join(str(choice) for choice in known if choice is not None)
                 raise ValueError(f"Unknown {name} {shown(value)}; there are {listed}.")
         for name in RANGES:
-            self._set(name, _number(name, getattr(self, name)))
+            value = getattr(self, name)
+            is_list = name == "scale" and isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+            self._set(name, _scales(value) if is_list else _number(name, value))
         self._set("content_dir", _content(self.content_dir))
         self._set("concepts", _concepts(self.concepts or {}))
         check_negative_prompt(self.negative_prompt, self.concepts or {})
         if self.preset is not None and self.prospect_words is not None:
             raise ValueError("preset makes prospect_words itself; give one of them.")
-        if self.sampler == "plms" and self.ddim_eta != 0:
-            raise ValueError(f"PLMS is deterministic: ddim_eta must be 0, not {self.ddim_eta}; use DDIM for eta > 0.")
+        if self.sampler != "ddim" and self.ddim_eta != 0:
+            reason = f"{self.sampler} is deterministic"
+            raise ValueError(f"{reason}: ddim_eta must be 0, not {self.ddim_eta}; use DDIM for eta > 0.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def for_model(self, facts: ModelFacts) -> Request:
-        """Return the request with the model's own size and guidance scale where it gives none.
+        """Return the request with the model's own size and guidance, and the sampler's spacing, where it gives none.
 
         Raises:
             ValueError: the model cannot do it; one sentence with the nearest usable value.
         """
         own = {name: getattr(facts, name) for name in ("height", "width", "scale") if getattr(self, name) is None}
-        request = replace(self, **own) if own else self
+        request = replace(self, **own, spacing=self.spacing or SAMPLERS[self.sampler])
         if request.ddim_steps > facts.num_timesteps:
             raise ValueError(f"ddim_steps must be in 1..{facts.num_timesteps}, not {request.ddim_steps}.")
         for name, size in zip(("height", "width"), request.size, strict=True):
@@ -181,6 +193,8 @@ class Request:
             check_words(request.prospect_words, facts.num_stages)
         if request.layer_words is not None and facts.num_layers is not None:
             check_words(request.layer_words, facts.num_layers, "layer")
+        if isinstance(request.scale, tuple):
+            _check_length("scale", request.scale, facts.num_stages)
         if request.concepts and facts.placeholder is None:
             raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
         return request
@@ -192,15 +206,28 @@ class Request:
         return self.height, self.width
 
     @property
-    def guidance_scale(self) -> float:
+    def guidance_scale(self) -> float | Sequence[float]:
         """`scale`, of a request that `for_model` returned."""
         assert self.scale is not None, "call for_model first"
         return self.scale
 
     @property
+    def is_guided(self) -> bool:
+        """Whether a stage has a guidance scale other than 1."""
+        return any(scale != 1 for scale in (self.scale if isinstance(self.scale, tuple) else (self.scale,)))
+
+    @property
     def denoising_steps(self) -> int:
         """Steps that are made: all of them from noise, `edit_steps` of them for a content image."""
         return self.ddim_steps if self.content_dir is None else edit_steps(self.strength, self.ddim_steps)
+
+    @property
+    def noised_entry(self) -> int:
+        """Entry of the schedule that a content image is noised to.
+
+        Leading, that is one above the entry that is denoised first, as in the reference; trailing, that entry itself.
+        """
+        return self.denoising_steps - (self.spacing == "trailing")
 
 
 def edit_steps(strength: float, ddim_steps: int) -> int:
@@ -295,13 +322,18 @@ def check_words(words: object, num_stages: int | None = None, part: str = "stage
     if isinstance(words, (str, bytes, bytearray)) or not isinstance(words, Sequence):
         count = f"one entry for each {part}" if num_stages is None else f"{num_stages} entries"
         raise ValueError(f"{WORDS_OF[part]} must be a list of {count}, not a {type(words).__name__}.")
-    if num_stages is not None and len(words) != num_stages:
-        raise ValueError(
-            f"{WORDS_OF[part]} has {len(words)} entries, but this model has {num_stages} {part}s; entry 0 is the "
-            f"{'end of generation' if part == 'stage' else 'first layer'}, the last one its "
-            f"{'start' if part == 'stage' else 'last'}."
-        )
+    if num_stages is not None:
+        _check_length(WORDS_OF[part], words, num_stages, part)
     return [_entry(i, word, num_stages, part) for i, word in enumerate(words)]
+
+
+def _check_length(name: str, entries: Sequence[object], count: int, part: str = "stage") -> None:
+    if len(entries) != count:
+        ends = ("end of generation", "start") if part == "stage" else ("first layer", "last")
+        raise ValueError(
+            f"{name} has {len(entries)} entries, but this model has {count} {part}s; entry 0 is the {ends[0]}, "
+            f"the last one its {ends[1]}."
+        )
 
 
 def _entry(i: int, word: object, num_stages: int | None, part: str) -> str | int | None:
@@ -352,18 +384,55 @@ def shown(value: object) -> str:
 
 def _number(name: str, value: Any) -> int | float | None:
     """A value as Python's int or float, as its field wants it, within its range; None where that is the default."""
+    is_open = value is None and Request.__dataclass_fields__[name].default is None
+    return None if is_open else _in_range(name, value, name)
+
+
+def _scales(values: Sequence[Any]) -> tuple[float, ...]:
+    return tuple(_in_range("scale", value, f"scale[{i}]") for i, value in enumerate(values))
+
+
+def _in_range(name: str, value: Any, label: str) -> int | float:
+    """A value as Python's number; `label` is what an error calls it."""
     field = Request.__dataclass_fields__[name]
-    if value is None and field.default is None:
-        return None
     whole = str(field.type).startswith("int")
     is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if not is_number:
-        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {shown(value)}.")
+        raise ValueError(f"{label} must be a {'whole ' if whole else ''}number, not {shown(value)}.")
     low, high, remark = RANGES[name]
     if not low <= value <= high:
-        raise ValueError(f"{name} must be in {low}..{high}, not {shown(value)}{remark}.")
+        raise ValueError(f"{label} must be in {low}..{high}, not {shown(value)}{remark}.")
     # NumPy's float32(0.7) was written as 0.7; its double is 0.699999988
     return int(value) if whole else float(str(value) if hasattr(value, "dtype") else value)
+
+
+def read_scale(text: str, num_stages: int, default: float) -> float | list[float]:
+    """Return the guidance scale that a text gives: `7.5`, or with others for some stages `7.5,0-1:1`.
+
+    Args:
+        num_stages: S.
+        default: for stages that the text does not name.
+
+    Raises:
+        ValueError: the text is no such list, or names a stage that there is not.
+    """
+    scales = [default] * num_stages
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(?:(\d+)(?:-(\d+))?:)?([^:]+)", part)
+        try:
+            first, last, scale = found.groups() if found else (None, None, "")
+            value = float(scale)
+        except ValueError:
+            remedy = "give a number, and after commas other ones for stages, such as 7.5,0-1:1"
+            raise ValueError(f"scale cannot be read from {shown(text)}; {remedy}.") from None
+        if found and found[1] is None and "," not in text:
+            return value
+        stages = range(num_stages) if first is None else range(int(first), int(last or first) + 1)
+        if not stages or stages[-1] >= num_stages:
+            raise ValueError(f"scale has no stages {part.partition(':')[0]}; they are 0..{num_stages - 1}.")
+        for stage in stages:
+            scales[stage] = value
+    return scales
 
 
 def _content(content: Any) -> Any:

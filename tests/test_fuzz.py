@@ -147,7 +147,7 @@ def test_records_of_images(tmp_path: Path, record: str) -> None:
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prospect": record})
     options = build_parser("", editing=True).parse_args(["--from", str(tmp_path / "a.png")])
     try:
-        assert isinstance(build_request(options, read_parameters(tmp_path / "a.png"), "*"), Request)
+        assert isinstance(build_request(options, read_parameters(tmp_path / "a.png"), ModelFacts()), Request)
     except ValueError as error:
         assert "\n" not in str(error)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldm.config import instantiate_from_config, load_config
 from ldm.generate import SAMPLERS, facts_of
-from ldm.request import SAMPLERS as SAMPLER_NAMES
+from ldm.request import SAMPLERS as SAMPLER_SPACINGS
 from ldm.request import (
     ModelFacts,
     Request,
@@ -23,6 +23,7 @@ from ldm.request import (
     mentions,
     model_facts,
     placeholder_pattern,
+    read_scale,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -67,9 +68,11 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"prospect_words": TEN, "preset": "style"}, "preset makes prospect_words itself"),
     # choices
     ({"preset": "mood"}, "Unknown preset 'mood'; there are content, layout, material, style."),
-    ({"sampler": "euler"}, "Unknown sampler 'euler'; there are ddim, plms."),
-    ({"sampler": ["ddim"]}, "Unknown sampler a list; there are ddim, plms."),
-    ({"sampler": None}, "Unknown sampler None; there are ddim, plms."),
+    ({"sampler": "euler"}, "Unknown sampler 'euler'; there are ddim, plms, dpmpp_2m."),
+    ({"sampler": ["ddim"]}, "Unknown sampler a list; there are ddim, plms, dpmpp_2m."),
+    ({"sampler": None}, "Unknown sampler None; there are ddim, plms, dpmpp_2m."),
+    ({"spacing": "karras"}, "Unknown spacing 'karras'; there are leading, trailing."),
+    ({"ddim_eta": 0.5, "sampler": "dpmpp_2m"}, "dpmpp_2m is deterministic: ddim_eta must be 0, not 0.5; use DDIM"),
     ({"resize": "stretch"}, "Unknown resize 'stretch'; there are crop, pad, squash."),
     ({"any_base": "yes"}, "Unknown any_base 'yes'; there are False, True."),
     ({"legacy_word_tokens": 1}, "Unknown legacy_word_tokens 1; there are False, True."),
@@ -95,6 +98,15 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"scale": float("inf")}, "scale must be in 0..1000, not inf"),
     ({"scale": HUGE}, "scale must be in 0..1000, not a number of more than 20 digits"),
     ({"scale": "7"}, "scale must be a number, not '7'."),
+    ({"scale": [3.0] * 9}, "scale has 9 entries, but this model has 10 stages; entry 0 is the end of generation"),
+    ({"scale": []}, "scale has 0 entries"),
+    ({"scale": [2, -1, *[2] * 8]}, "scale[1] must be in 0..1000, not -1; 1 means no guidance"),
+    ({"scale": [*[2] * 9, None]}, "scale[9] must be a number, not None."),
+    ({"scale": (True, *[2] * 9)}, "scale[0] must be a number, not True."),
+    ({"scale": ["7", *[2] * 9]}, "scale[0] must be a number, not '7'."),
+    ({"scale": {0: 1}}, "scale must be a number, not a dict."),
+    ({"rescale": 1.5}, "rescale must be in 0..1, not 1.5: 0 leaves guidance as it is"),
+    ({"rescale": None}, "rescale must be a number, not None."),
     ({"seed": -1}, "seed must be in 0.."),
     ({"seed": 1.0}, "seed must be a whole number, not 1.0."),
     ({"seed": 2**63}, "seed must be in 0..9223372036854775807, not 9223372036854775808"),
@@ -146,6 +158,48 @@ def test_values_of_numpy_become_pythons() -> None:
     assert Request(strength=Fraction(1, 4)).strength == 0.25
 
 
+@pytest.mark.parametrize(
+    ("text", "scale"),
+    [
+        ("7.5", 7.5),
+        ("7.5,0-1:1", [1, 1, *[7.5] * 8]),
+        ("7.5, 9:3, 0-1:1,1:2", [1, 2, *[7.5] * 7, 3]),
+        ("0:1", [1, *[2.5] * 9]),  # the model's own elsewhere
+        ("0-4:1,5-9:3", [1] * 5 + [3] * 5),
+    ],
+)
+def test_a_text_gives_the_scale_of_each_stage(text: str, scale: object) -> None:
+    assert read_scale(text, 10, 2.5) == scale
+    request = Request(scale=read_scale(text, 10, 2.5)).for_model(FACTS)
+    assert request.guidance_scale == (tuple(scale) if isinstance(scale, list) else scale) and request.is_guided
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "x",
+            "scale cannot be read from 'x'; give a number, and after commas other ones for stages, such as 7.5,0-1:1",
+        ),
+        ("", "cannot be read from ''"),
+        ("7,", "cannot be read from '7,'"),
+        ("0:x", "cannot be read"),
+        ("1:2:3", "cannot be read"),
+        ("7,10:1", "scale has no stages 10; they are 0..9."),
+        ("7,4-2:1", "scale has no stages 4-2"),
+        ("7,0-99999999999:1", "scale has no stages 0-99999999999"),
+    ],
+)
+def test_texts_that_give_no_scale(text: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_scale(text, 10, 2.5)
+    assert sentence in str(caught.value)
+
+
+def test_a_request_knows_whether_it_is_guided() -> None:
+    assert [Request(scale=scale).is_guided for scale in (1, [1.0] * 10, [1.0] * 9 + [2])] == [False, False, True]
+
+
 def test_the_ends_of_the_ranges_are_taken() -> None:
     Request(ddim_steps=1, strength=0, scale=0, seed=0).for_model(ModelFacts())
     Request(ddim_steps=1000, strength=1, ddim_eta=1, scale=1000, seed=2**63 - 1, height=1 << 14).for_model(ModelFacts())
@@ -178,13 +232,17 @@ def test_the_model_gives_what_the_request_leaves_open() -> None:
 )
 def test_strength_counts_in_decimals(strength: float, steps: int, expected: int) -> None:
     assert edit_steps(strength, steps) == expected
+    request = Request(strength=strength, ddim_steps=steps, spacing="trailing", content_dir="a.png")
+    assert request.noised_entry == expected - 1  # the one that is denoised first
     request = Request(strength=strength, ddim_steps=steps)
     assert request.denoising_steps == steps
     assert Request(strength=strength, ddim_steps=steps, content_dir="a.png").denoising_steps == expected
 
 
 def test_the_names_of_the_samplers_are_those_that_there_are() -> None:
-    assert tuple(SAMPLERS) == SAMPLER_NAMES
+    assert {name: kind.spacing for name, kind in SAMPLERS.items()} == SAMPLER_SPACINGS
+    assert Request(sampler="dpmpp_2m").for_model(FACTS).spacing == "trailing"
+    assert Request(sampler="dpmpp_2m", spacing="leading").for_model(FACTS).spacing == "leading"
 
 
 # Words and placeholders

@@ -23,7 +23,7 @@ from ldm.cli.prompts import concept_files, read_stages
 from ldm.cli.sample import MODEL_DEFAULTS, add_stage_flags
 from ldm.files.shipped import MODELS, shipped
 from ldm.files.writing import check_writable
-from ldm.request import PLACEHOLDER, ModelFacts, Request, check_prompt, model_facts
+from ldm.request import PLACEHOLDER, ModelFacts, Request, check_prompt, model_facts, read_scale
 
 if TYPE_CHECKING:
     from ldm.conditioning.presets import Windows
@@ -56,7 +56,9 @@ def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
     help_sampler = "as AUTOMATIC1111 names it: ddim, plms, 'Euler a', 'DPM++ 2M Karras', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)
     add_flag(what, "--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
-    add_flag(what, "--scale", type=float, metavar="X", help="guidance scale (the model's own, or 10)")
+    help_scale = "guidance scale, with others for some stages as in 7.5,0-1:1 (the model's own, or 10)"
+    add_flag(what, "--scale", metavar="X[,STAGES:X…]", help=help_scale)
+    add_flag(what, "--rescale", type=float, default=0.0, metavar="X", help="of guidance, 0 to 1; diffusers only (0)")
     add_flag(what, "--seed", type=int, default=42, metavar="N", help="(42)")
     add_flag(what, "--height", type=int, metavar="PIXELS", help="(the model's own, or 512)")
     add_flag(what, "--width", type=int, metavar="PIXELS", help="(the same)")
@@ -172,8 +174,12 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
         words = preset_words(given["preset"], prompt or "", tuple(concepts), stages, windows)
         prompt = PLACEHOLDER
     own = {name: getattr(options, name) for name in ("scale", "width", "height")}
+    if options.scale is not None:
+        stages = len(words) if words else most_stages(concept for _, concept in concepts.values())
+        own["scale"] = read_scale(options.scale, stages, facts.scale)
+    Request(scale=own["scale"], rescale=options.rescale)  # which checks them
     settings = {name: getattr(facts, name) if value is None else value for name, value in own.items()}
-    settings |= {"sampler": options.sampler, "steps": options.steps, "seed": options.seed}
+    settings |= {"rescale": options.rescale, "sampler": options.sampler, "steps": options.steps, "seed": options.seed}
     others = {"documented": options.documented_counting, "negative_prompt": options.negative_prompt}
     return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, **others)
 

@@ -20,7 +20,7 @@ from ldm.cli.flags import Parser, add_field_flag, add_flag, check_paths, log_to_
 from ldm.cli.prompts import concept_files, read_prompts, read_stages, seeds
 from ldm.files.shipped import MODELS, name_of, shipped
 from ldm.files.writing import check_writable, writing_to
-from ldm.request import PLACEHOLDER, ModelFacts, Request, model_facts, shown
+from ldm.request import PLACEHOLDER, ModelFacts, Request, model_facts, read_scale, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,8 +76,10 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     help_seeds = "one or several, also ranges (10-13); several give an image of each and a grid (42)"
     add_field_flag(how, Request, "seed", nargs="+", type=seeds, help=help_seeds)
     add_field_flag(how, Request, "truncation", nargs="+", metavar="N")
-    for name in ("scale", "sampler", "n_samples", "n_iter", "n_rows", "height", "width", "legacy_word_tokens"):
+    add_field_flag(how, Request, "scale", type=str, metavar="X[,STAGES:X…]")
+    for name in ("rescale", "sampler", "spacing", "n_samples", "n_iter", "n_rows", "height", "width"):
         add_field_flag(how, Request, name)
+    add_field_flag(how, Request, "legacy_word_tokens")
 
     model = parser.add_argument_group("model and files")
     add_model_flags(model)
@@ -347,6 +349,8 @@ def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], fac
     flags |= columns[0]
     if options.stages is not None:
         flags |= read_stages(options.stages, facts.num_stages)
+    if options.scale is not None:
+        flags["scale"] = read_scale(options.scale, facts.num_stages, facts.scale)
     rows = [{"prompt": prompt} for prompt in prompts] if prompts else [{}]
     if options.prompts is not None:
         if prompts:
@@ -379,6 +383,8 @@ def _request(
         )
     if given.get("preset") is not None:
         repeated = {name: value for name, value in repeated.items() if name != "prospect_words"}
+    if "sampler" in given:
+        repeated = {name: value for name, value in repeated.items() if name != "spacing"}
     arguments = {**repeated, **given}
     if arguments.get("prospect_words") is not None or arguments.get("layer_words") is not None:
         arguments.setdefault("prompt", PLACEHOLDER)

@@ -115,6 +115,14 @@ class Conditioning:
         """Return the part of time that raw DDPM timestep t (int or (B,)) lies in; equal bucket, equal context."""
         return stage_of(t, self.num_buckets, self.num_timesteps)
 
+    def differs(self, t: int, other: int) -> list[bool]:
+        """Return for each of the B prompts whether it has other words at timestep t than at the other one.
+
+        Vectors that move with the timestep (NeTI) are the same words.
+        """
+        changed = self.at(t).k != self.at(other).k  # (B, L, D) or (layers, B, L, D)
+        return changed.transpose(0, -3).flatten(1).any(1).tolist()
+
     def of_bucket(self, bucket: int) -> Context:
         if bucket not in self._memo:
             self._memo[bucket] = self._encode(bucket)

@@ -80,6 +80,9 @@ class PromptConditioning(Conditioning):
         # with gradients nothing is remembered: the learned vectors change from step to step
         return self._encode(bucket) if torch.is_grad_enabled() else super().of_bucket(bucket)
 
+    def differs(self, t: int, other: int) -> list[bool]:
+        return (self._host_slots[self.bucket(t)] != self._host_slots[self.bucket(other)]).any(1).tolist()
+
     def rows(self, t: int | Tensor) -> Tensor:
         """Return the slots (B, L) that the batch needs at timestep t, an int or (B,)."""
         if not isinstance(t, Tensor):

@@ -6,6 +6,7 @@ start (high noise, layout).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ Timestep = TypeVar("Timestep", int, "Tensor")
 def stage_of(t: Timestep, num_stages: int, num_timesteps: int = 1000) -> Timestep:
     """Return floor(t · S / T), the stage of a raw DDPM timestep t (int or tensor), 0 ≤ t < T."""
     return t * num_stages // num_timesteps
+
+
+def at_stage(values: Sequence[float], t: int, num_timesteps: int = 1000) -> float:
+    """Return the value, of one for each stage, that holds at timestep t."""
+    return values[stage_of(t, len(values), num_timesteps)]
 
 
 def timesteps_of(stage: int, num_stages: int, num_timesteps: int = 1000) -> range:

@@ -14,38 +14,43 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-# What was exported: the identity of each concept, and its files. Entry 0 of PROMPTS is the end of sampling.
+# What was exported: the identity of each concept, and its files. Entry 0 of PROMPTS, and of GUIDANCE where that is a
+# list, is the end of sampling.
 NAME = "concept"
 CONCEPTS: dict[str, str] = {}
 FILES: list[str] = []
 PROMPTS: list[str] = ["an image"]
 NEGATIVE = ""
-STEPS, GUIDANCE, SEED = 50, 10.0, 42
+STEPS, SEED = 50, 42
+GUIDANCE: float | list[float] = 10.0
+RESCALE = 0.0
 HEIGHT, WIDTH = 512, 512
 
 
 class StagePrompts:
-    """The prompt of each timestep: call `at`, and give the object as `callback_on_step_end`."""
+    """Prompt and guidance of each timestep: call `at`, and give the object as `callback_on_step_end`."""
 
-    def __init__(self, pipe: Any, guidance: float) -> None:
+    def __init__(self, pipe: Any, guidance: float | list[float]) -> None:
         self.timesteps = pipe.scheduler.config.num_train_timesteps
+        self.scales = guidance if isinstance(guidance, list) else [guidance] * len(PROMPTS)
+        guided = max(self.scales) > 1
         self.encoded = {
-            text: pipe.encode_prompt(text, pipe.device, 1, guidance > 1, NEGATIVE) for text in dict.fromkeys(PROMPTS)
+            text: pipe.encode_prompt(text, pipe.device, 1, guided, NEGATIVE) for text in dict.fromkeys(PROMPTS)
         }
 
-    def at(self, timestep: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(prompt_embeds, negative_prompt_embeds) of a timestep's stage."""
+    def at(self, timestep: float) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """(prompt_embeds, negative_prompt_embeds, guidance scale) of a timestep's stage."""
         stage = int(timestep) * len(PROMPTS) // self.timesteps
-        return self.encoded[PROMPTS[stage]]
+        return *self.encoded[PROMPTS[stage]], self.scales[stage]
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Called after a step, so what is put here is for the NEXT timestep."""
         later = pipe.scheduler.timesteps[step + 1 :]
         if len(later):
-            positive, negative = self.at(float(later[0]))
-            both = positive if negative is None else torch.cat([negative, positive])
-            copies = len(tensors["prompt_embeds"]) // len(both)
-            tensors["prompt_embeds"] = both.repeat_interleave(copies, dim=0)
+            copies = len(tensors["prompt_embeds"]) // (2 if pipe.do_classifier_free_guidance else 1)
+            positive, negative, pipe._guidance_scale = self.at(float(later[0]))  # at 1, nothing else is predicted
+            both = [positive] if negative is None or not pipe.do_classifier_free_guidance else [negative, positive]
+            tensors["prompt_embeds"] = torch.cat(both).repeat_interleave(copies, dim=0)
         return tensors
 
 
@@ -59,16 +64,17 @@ def load(pipe: Any) -> None:
         pipe.load_textual_inversion(folder, weight_name=file)
 
 
-def generate(pipe: Any, steps: int = STEPS, guidance: float = GUIDANCE, **others: Any) -> Any:
+def generate(pipe: Any, steps: int = STEPS, guidance: float | list[float] = GUIDANCE, **others: Any) -> Any:
     """Call the pipeline; `others` are more of its arguments. Any scheduler will do."""
     prompts = StagePrompts(pipe, guidance)
     pipe.scheduler.set_timesteps(steps)
-    positive, negative = prompts.at(float(pipe.scheduler.timesteps[0]))
+    positive, negative, scale = prompts.at(float(pipe.scheduler.timesteps[0]))
     return pipe(
         prompt_embeds=positive,
         negative_prompt_embeds=negative,
         num_inference_steps=steps,
-        guidance_scale=guidance,
+        guidance_scale=scale,
+        guidance_rescale=RESCALE,
         callback_on_step_end=prompts,
         callback_on_step_end_tensor_inputs=["prompt_embeds"],
         **others,

@@ -46,12 +46,18 @@ class Use:
     words: Words | None = None
     sampler: str = "ddim"
     steps: int = 50
-    scale: float = ModelFacts().scale
+    scale: float | Sequence[float] = ModelFacts().scale
     seed: int = 42
     width: int = ModelFacts().width
     height: int = ModelFacts().height
     documented: bool = False
     negative_prompt: str = ""
+    rescale: float = 0.0
+
+    @property
+    def one_scale(self) -> float:
+        """The guidance scale, for programs that have one for all steps; of a list, the largest."""
+        return self.scale if isinstance(self.scale, (int, float)) else max(self.scale)
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,13 @@ class Export:
             "AUTOMATIC1111's web UI and ComfyUI read it in further chunks."
         ]
 
+    def _guidance(self, program: str) -> list[str]:
+        """A warning of guidance that only diffusers has."""
+        warnings = []
+        if isinstance(self.use.scale, Sequence) and len(set(self.use.scale)) > 1:
+            warnings.append(f"In {program} guidance is the same in all stages, {self.use.one_scale:g}.")
+        return warnings + ([f"In {program} guidance is not rescaled."] if self.use.rescale else [])
+
     def _diffusers(self) -> tuple[str, list[str]]:
         """The script, and what is not exact."""
         use = self.use
@@ -188,7 +201,11 @@ class Export:
             "FILES: list[str]": _listing(path.name for path in self.stage_paths(Path())),
             "PROMPTS: list[str]": _listing(self._texts()),
             "NEGATIVE": repr(use.negative_prompt),
-            "STEPS, GUIDANCE, SEED": f"{use.steps!r}, {use.scale!r}, {use.seed!r}",
+            "STEPS, SEED": f"{use.steps!r}, {use.seed!r}",
+            "GUIDANCE: float | list[float]": repr(
+                use.scale if isinstance(use.scale, (int, float)) else list(use.scale)
+            ),
+            "RESCALE": repr(use.rescale),
             "HEIGHT, WIDTH": f"{use.height!r}, {use.width!r}",
         }
         lines = Path(diffusers_usage.__file__).read_text(encoding="utf-8").split("\n")
@@ -206,14 +223,15 @@ class Export:
         """The prompt with what belongs to it, and what is not exact."""
         use = self.use
         prompt, warnings = webui.prompt_editing(self._texts(webui.escape), use.sampler, use.steps, use.documented)
-        warnings += self._chunks()
+        warnings += self._chunks() + self._guidance("the web UI")
         schedule, negative = webui.schedule_type(use.sampler), self._negative(webui.escape)
         header = _HEADER.format(
             files=" … ".join(self.stage_paths(Path())[end].name for end in (0, -1)),
             schedule=f" (schedule type: {schedule}, not Automatic)" if schedule else "",
             counting="as documented" if use.documented else "as the program does, from step 0",
             concepts=self._concepts(),
-            **{name: getattr(use, name) for name in ("steps", "sampler", "scale", "seed", "width", "height")},
+            scale=use.one_scale,
+            **{name: getattr(use, name) for name in ("steps", "sampler", "seed", "width", "height")},
         )
         notes = [f"Not exact: {warning}\n" for warning in warnings]
         notes += [f"Negative prompt: {negative}\n"] if negative else []
@@ -222,7 +240,7 @@ class Export:
     def _comfyui(self) -> tuple[str, list[str]]:
         """The workflow, and what is not exact."""
         use = self.use
-        warnings = self._chunks() + comfyui.misread(self._all_words())
+        warnings = self._chunks() + comfyui.misread(self._all_words()) + self._guidance("the workflow for ComfyUI")
         if not comfyui.knows(use.sampler):
             warnings.append(
                 f"'{use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."
@@ -230,7 +248,7 @@ class Export:
         bases = (concept.metadata.get("base_model") for _, concept in self.concepts.values())
         checkpoint = next(filter(None, bases), "sd-v1-4.ckpt")
         texts, negative = self._texts(comfyui.escape, comfyui.spell), self._negative(comfyui.escape)
-        sampler = comfyui.sampling(use.sampler, use.steps, use.scale, use.seed)
+        sampler = comfyui.sampling(use.sampler, use.steps, use.one_scale, use.seed)
         nodes = comfyui.workflow(texts, checkpoint, sampler, use.width, use.height, self.name, negative)
         nodes[max(nodes, key=int)]["_meta"] = {"title": f"Save Image: {self._concepts()}"}
         return json.dumps(nodes, indent=2) + "\n", warnings

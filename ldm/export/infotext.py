@@ -34,17 +34,19 @@ def infotext(record: Mapping[str, Any]) -> str:
     prompt, _ = prompt_editing(_texts(record, names), record["sampler"], record["ddim_steps"], calls=calls)
     negative = written(record.get("negative_prompt", "").split()[: _words_read(record).get("negative_prompt")], escape)
 
+    scales = record["scale"] if isinstance(record["scale"], list) else [record["scale"]]
     words, hashes = record.get("prospect_words"), record.get("concept_hashes") or {}
     settings = {
         "Steps": record["ddim_steps"],
         "Sampler": record["sampler"].upper(),
-        "CFG scale": f"{record['scale']:g}",
+        "CFG scale": f"{max(scales):g}",
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
         "Model": Path(record.get("base_model") or "unknown").stem,
         "Denoising strength": f"{record['strength']:g}" if edited else None,
         "Eta DDIM": f"{record['ddim_eta']:g}" if record.get("ddim_eta") else None,
         "ProSpect prompt": record["prompt"],
+        "ProSpect scale": json.dumps(scales) if len(scales) > 1 else None,
         "ProSpect words": None if words is None else json.dumps(words, ensure_ascii=False),
         "ProSpect concepts": ", ".join(f"{names[p]}: {hashes.get(p, 'unknown')}" for p in sources) or None,
     }

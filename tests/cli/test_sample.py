@@ -489,6 +489,21 @@ def test_short_names_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str
         run("", argv=["--prompt", "a star", "--config", "sd"])
 
 
+def test_guidance_by_stage(tmp_path: Path) -> None:
+    """From a flag, repeated from the image, and from YAML."""
+    scales = [1.0, 1.0, *[2.5] * 7, 4.0]
+    (tmp_path / "all.yaml").write_text(f"prompt: a star\nscale: {scales}\nrescale: 0.5\n", encoding="utf-8")
+    first = txt2img("--prompt", "a star", "--scale", "2.5,0-1:1,9:4", "--rescale", "0.5", "--outdir", tmp_path)[0]
+    again = txt2img("--from", first, "--outdir", tmp_path)[0]
+    yaml = txt2img("--words", tmp_path / "all.yaml", "--outdir", tmp_path)[0]
+    assert [read_parameters(path)["scale"] for path in (first, again, yaml)] == [scales] * 3
+    assert (pixels(first) == pixels(again)).all() and (pixels(first) == pixels(yaml)).all()
+    plain = txt2img("--from", first, "--scale", "2.5", "--outdir", tmp_path)[0]
+    assert read_parameters(plain)["scale"] == 2.5 and (pixels(first) != pixels(plain)).any()
+    with pytest.raises(SystemExit):
+        txt2img("--prompt", "a star", "--scale", "2.5,10:1", "--outdir", tmp_path)
+
+
 def test_a_preset_means_the_same_stages_wherever_it_is_asked_for(tmp_path: Path, capsys) -> None:
     """Command line, `main`, `preset` with the model's windows, and exports, for a concept of the small model."""
     file, ckpt = "models/demo/concepts/dotted-star.safetensors", "models/demo/model.safetensors"

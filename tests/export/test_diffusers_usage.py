@@ -66,7 +66,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def ours(
-    model: LatentDiffusion, concepts: dict[str, Path], prompt: str, words: list | None, scale: float = 3.0
+    model: LatentDiffusion, concepts: dict[str, Path], prompt: str, words: list | None, scale: float | list[float] = 3.0
 ) -> tuple[Image.Image, torch.Tensor]:
     """Our image, and its latents (1, 4, 8, 8)."""
     seen: list[torch.Tensor] = []
@@ -80,13 +80,24 @@ WORDS = ["a * heart", 9, "<b>, * on white", "a <b> on a navy background", None]
 WORDS += ["(a) * circle", 0, "*", "* *", "a thing"]
 
 
-@pytest.mark.parametrize("scale", [8.0, 1.0])
+BY_STAGE = [1.0, 1.0, 8.0, 8.0, 1.0, 3.0, 8.0, 8.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "scale"),
+    [("8", 8.0), ("1", 1.0), ("8,0-1:1,4:1,5:3,8-9:5", BY_STAGE), ("1,0-4:6", [6.0] * 5 + [1.0] * 5)],
+)
 def test_their_image_is_ours(
-    scale: float, pipe: StableDiffusionPipeline, model: LatentDiffusion, concepts: dict[str, Path], tmp_path: Path
+    flag: str,
+    scale: float | list[float],
+    pipe: StableDiffusionPipeline,
+    model: LatentDiffusion,
+    concepts: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
-    """Several concepts, of ten and of four stages, entries of every kind, with and without guidance."""
+    """Several concepts, of ten and of four stages, entries of every kind, with and without guidance, and by stage."""
     stages = [f"{stage}={word}" for stage, word in enumerate(WORDS) if word is not None]
-    flags = ("--prompt", "a large *", "--scale", str(scale), "--stages", *stages)
+    flags = ("--prompt", "a large *", "--scale", flag, "--stages", *stages)
     usage = exported(concepts, tmp_path, *SMALL, *flags)
     usage.load(pipe)
 

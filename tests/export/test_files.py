@@ -98,7 +98,7 @@ def test_the_script_for_diffusers_holds_no_code_of_a_prompt(file: Path, tmp_path
             values[ast.unparse(target)] = ast.literal_eval(node.value)
     assert values["PROMPTS"] == [f"teddy-{stage} {nasty}" for stage in range(10)]
     assert values["FILES"] == [f"teddy-{stage}.safetensors" for stage in range(10)]
-    assert values["(STEPS, GUIDANCE, SEED)"] == (7, 3.0, 42)
+    assert (values["(STEPS, SEED)"], values["GUIDANCE"], values["RESCALE"]) == ((7, 42), 3.0, 0.0)
     assert values["NAME"] == "teddy" and values["CONCEPTS"] == {"teddy": concept().identity}
 
 
@@ -303,6 +303,19 @@ def test_stage_files_of_a_concept_with_more_stages_go(file: Path, tmp_path: Path
     assert sorted(path.stem for path in out.glob("teddy-*")) == [f"teddy-{k}" for k in (0, 1, 2, 3, 8)]
 
 
+def test_guidance_by_stage_is_what_only_diffusers_has(file: Path, tmp_path: Path, capsys) -> None:
+    flags = (file, "--scale", "2.5,0-1:1", "--rescale", "0.5", "--to", *PROGRAMS, "--outdir", tmp_path / "o")
+    *_, script, prompt, workflow = export(*flags)
+    warned = capsys.readouterr().err
+    for program in ("the web UI", "the workflow for ComfyUI"):
+        assert f"In {program} guidance is the same in all stages, 2.5." in warned
+        assert f"In {program} guidance is not rescaled." in warned
+    assert (
+        "GUIDANCE: float | list[float] = [1.0, 1.0, 2.5" in script.read_text() and "RESCALE = 0.5" in script.read_text()
+    )
+    assert "CFG scale 2.5" in prompt.read_text() and '"cfg": 2.5' in workflow.read_text()
+
+
 # Refusals
 
 
@@ -357,6 +370,9 @@ def test_names_are_file_names_everywhere() -> None:
         ("--card --pictures x/s.png y/s.png", "have the same name; rename one"),
         ("--pictures s.png", "use --card, too"),
         ("--to diffusers --steps 1000", "at most 999 steps"),
+        ("--scale x", "scale cannot be read from 'x'"),
+        ("--scale 5,3:-1", "scale[3] must be in 0..1000"),
+        ("--rescale 2", "rescale must be in 0..1"),
     ],
 )
 def test_mistakes_end_with_a_sentence(

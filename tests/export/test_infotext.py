@@ -48,6 +48,8 @@ def test_the_settings_that_other_tools_read() -> None:
         "Model": "sd-v1-4",
         "ProSpect prompt": "a * (dog), [x]: y",
     }
+    settings = read(scale=[1.0, 7.5])[2]
+    assert (settings["CFG scale"], settings["ProSpect scale"]) == ("7.5", "[1.0, 7.5]")
     _, negative, settings = read(negative_prompt="blurry,\n(dark)")
     assert negative == r"blurry, \(dark\)" and settings["Steps"] == "20"
 

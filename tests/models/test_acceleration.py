@@ -194,6 +194,21 @@ def test_buffers_have_the_size_of_the_inputs(model: LatentDiffusion) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mode", ["cuda_graph", "compiled"])
+def test_a_stage_without_guidance_makes_one_prediction(model: LatentDiffusion, mode: str) -> None:
+    scales, rows = [1.0] * 4 + [4.0] * 6, []
+    plan, (cond, uncond) = schedule(model, 10), prompts(model)
+    expected = ddim(guided(model, cond, uncond, scales), noise(), *plan)
+    model._fixed_unet = fixed = FixedUNet(model.model.diffusion_model, "cuda_graph")
+    if mode == "compiled":
+        fixed.call = torch.compile(model.model.diffusion_model, fullgraph=True, backend="eager")
+    call = fixed.call
+    fixed.call = lambda x, *rest: (rows.append(len(x)), call(x, *rest))[1]
+    torch.testing.assert_close(ddim(guided(model, cond, uncond, scales), noise(), *plan), expected, rtol=0, atol=1e-5)
+    assert rows == [2] * 6 + [1] * 4 and len(fixed._buffers) == 2
+
+
+@torch.no_grad()
 def test_autocast_has_buffers_of_its_own(model: LatentDiffusion) -> None:
     """Keys and values of another precision must not be rounded into the same place."""
     unet, (cond, _) = model.model.diffusion_model, prompts(model)

@@ -1,17 +1,20 @@
 """The samplers: recorded runs, diffusers' schedulers as an oracle, and what LDM code expects of the classes."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
 from ldm.conditioning.context import Conditioning
 from ldm.models.diffusion.ddim import DDIMSampler, ddim
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler, plms
 from ldm.models.diffusion.sampling import Sampler, guided, seeded_generators
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
@@ -169,17 +172,83 @@ def theirs(scheduler: DDIMScheduler | PNDMScheduler, predict: Callable[[Tensor, 
     return x
 
 
-def our_schedule(steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    timesteps = ddim_timesteps(steps)
+def our_schedule(steps: int, spacing: str = "leading") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    timesteps = ddim_timesteps(steps, spacing=spacing)
     alphas_cumprod = DDIMScheduler(1000, **DIFFUSERS).alphas_cumprod.double().numpy()
     return timesteps, *ddim_parameters(alphas_cumprod, timesteps, eta=0.0)
 
 
 # diffusers spaces timesteps by floor(1000 / S), so the numbers of steps are divisors of 1000
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
-def test_ddim_is_that_of_diffusers(predict: Callable[[Tensor, int], Tensor], steps: int) -> None:
-    scheduler = DDIMScheduler(1000, **DIFFUSERS, clip_sample=False, set_alpha_to_one=False)
-    close(ddim(predict, RECORDED["x_T"], *our_schedule(steps)), theirs(scheduler, predict, steps))
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim_is_that_of_diffusers(predict: Callable[[Tensor, int], Tensor], steps: int, spacing: str) -> None:
+    options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": spacing}
+    scheduler = DDIMScheduler(1000, **DIFFUSERS, **options)
+    close(ddim(predict, RECORDED["x_T"], *our_schedule(steps, spacing)), theirs(scheduler, predict, steps))
+
+
+class ForEachPrompt(DPMSolverMultistepScheduler):
+    """diffusers' solver, told to forget the earlier prediction where another of the S prompts is read."""
+
+    prompts = 1
+
+    def step(self, model_output: Tensor, timestep: Tensor, *rest: object, **others: object) -> object:
+        if (
+            self.step_index
+            and len({int(t) * self.prompts // 1000 for t in self.timesteps[self.step_index - 1 :][:2]}) > 1
+        ):
+            self.lower_order_nums = 0
+        return super().step(model_output, timestep, *rest, **others)
+
+
+# the number of steps need not divide 1000
+@pytest.mark.parametrize("steps", [1, 2, 5, 12, 20, 50])
+@pytest.mark.parametrize("prompts", [1, 4, 10])
+def test_dpmpp_2m_is_that_of_diffusers(tiny_model: LatentDiffusion, steps: int, prompts: int) -> None:
+    """Second order within a prompt, first order at the first and the last step and where the prompt changes."""
+    contexts = [tiny.context(f"stage{i}") for i in range(prompts)]
+    scheduler = ForEachPrompt(1000, **DIFFUSERS, timestep_spacing="trailing")
+    scheduler.prompts = prompts
+    calls: list[int] = []
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        calls.append(t)
+        return tiny_model.apply_model(x, torch.tensor([t]), contexts)
+
+    expected, recorder = theirs(scheduler, predict, steps), Recorder()
+    found, _ = DPMSolverSampler(tiny_model).sample(
+        steps, 1, (4, 8, 8), contexts, x_T=RECORDED["x_T"], step_callback=recorder
+    )
+    close(found, expected)
+    assert [t for _, t in recorder.steps] == calls == ddim_timesteps(steps, spacing="trailing")[::-1].tolist()
+
+
+def test_the_solver_restarts_where_guidance_changes(tiny_model: LatentDiffusion) -> None:
+    cond, uncond = tiny.context("stage0"), tiny.context("uncond")
+    changing = guided(tiny_model, cond, uncond, [1.0, 1.0, 5.0, 5.0, 5.0])
+    assert [changing.differs(t, t + 200) for t in (100, 300, 500, 700)] == [[False], [True], [False], [False]]
+    same = tiny.context("stage1")
+    words = guided(tiny_model, [same, same, cond])
+    assert [words.differs(t, 700) for t in (100, 400, 699)] == [[True], [True], [False]]
+    assert words.differs(100, 400) == [False], "two stages with one prompt are one prompt"
+    both = guided(tiny_model, [torch.cat([same, same]), torch.cat([same, cond])])
+    assert both.differs(100, 700) == [False, True], "each image of a batch has its own prompt"
+
+
+@pytest.mark.parametrize("steps", [10, 20, 30, 50])
+def test_trailing_timesteps_share_the_stages_equally(steps: int) -> None:
+    timesteps = ddim_timesteps(steps, spacing="trailing")
+    assert timesteps[-1] == 999 and np.bincount(timesteps // 100).tolist() == [steps // 10] * 10
+
+
+@pytest.mark.parametrize(("kind", "first"), [(DDIMSampler, 981), (PLMSSampler, 981), (DPMSolverSampler, 999)])
+def test_every_sampler_has_a_spacing_of_its_own(tiny_model: LatentDiffusion, kind: type[Sampler], first: int) -> None:
+    sampler = kind(tiny_model)
+    for spacing, expected in {None: first, "uniform": 981, "leading": 981, "trailing": 999}.items():
+        sampler.make_schedule(50, spacing)
+        assert sampler.ddim_timesteps[-1] == expected
+    with pytest.raises(ValueError, match="spaced leading, trailing"):
+        sampler.make_schedule(50, "quad")
 
 
 @pytest.mark.parametrize("steps", [2, 4, 5, 20])
@@ -223,9 +292,57 @@ def test_guided_v_prediction(tiny_model: LatentDiffusion, monkeypatch: pytest.Mo
         close(guided(tiny_model, cond, uncond, 5.0)(x, 500), expected)
 
 
+# Guidance by stage
+
+
+@contextlib.contextmanager
+def counted_rows(model: LatentDiffusion) -> Iterator[list[int]]:
+    """The batch of every call of the U-Net."""
+    rows: list[int] = []
+    handle = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    yield rows
+    handle.remove()
+
+
+def led(model: LatentDiffusion, scale: float | list[float], **options: object) -> Tensor:
+    cond, uncond = [tiny.context(f"stage{i}") for i in range(10)], tiny.context("uncond")
+    denoise = guided(model, cond, uncond, scale, **options)
+    return ddim(denoise, RECORDED["x_T"], *our_schedule(20))
+
+
+def test_a_constant_list_of_scales_is_one_scale(tiny_model: LatentDiffusion) -> None:
+    for scale in (7.5, 1.0):
+        assert torch.equal(led(tiny_model, [scale] * 10), led(tiny_model, scale))
+    assert torch.equal(led(tiny_model, [7.5] * 3), led(tiny_model, 7.5))
+
+
+def test_a_stage_without_guidance_makes_one_prediction(tiny_model: LatentDiffusion) -> None:
+    with counted_rows(tiny_model) as rows:
+        led(tiny_model, [1, 1, 7.5, 7.5, 1, 3, 7.5, 7.5, 7.5, 7.5])
+    assert rows == [2] * 10 + [1] * 2 + [2] * 4 + [1] * 4  # two calls for each stage, from the last one down
+
+
+def test_the_scale_of_a_call_is_that_of_its_stage(tiny_model: LatentDiffusion) -> None:
+    cond, uncond, x = tiny.context("stage0"), tiny.context("uncond"), RECORDED["x_T"]
+    by_stage = guided(tiny_model, cond, uncond, [float(stage) for stage in range(10)])
+    for t in (0, 99, 100, 350, 999):
+        assert torch.equal(by_stage(x, t), guided(tiny_model, cond, uncond, float(t // 100))(x, t))
+
+
+def test_rescaled_guidance_is_that_of_diffusers(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    cond, uncond, x, t = tiny.context("stage0"), tiny.context("uncond"), RECORDED["x_T"], torch.tensor([500])
+    with torch.no_grad():
+        text, empty = (tiny_model.apply_model(x, t, context) for context in (cond, uncond))
+        expected = rescale_noise_cfg(empty + 9 * (text - empty), text, 0.7)
+        close(guided(tiny_model, cond, uncond, 9.0, rescale=0.7)(x, 500), expected)
+        monkeypatch.setattr(tiny_model, "parameterization", "v")  # what the network predicts is rescaled
+        close(guided(tiny_model, cond, uncond, 9.0, rescale=0.7)(x, 500), tiny_model.to_eps(expected, x, t))
+        assert torch.equal(led(tiny_model, 1.0, rescale=0.7), led(tiny_model, 1.0))
+
+
 # Batches and seeds
 
-SAMPLERS = [(DDIMSampler, 0.0), (DDIMSampler, 0.5), (PLMSSampler, 0.0)]
+SAMPLERS = [(DDIMSampler, 0.0), (DDIMSampler, 0.5), (PLMSSampler, 0.0), (DPMSolverSampler, 0.0)]
 
 
 def sample(

@@ -28,6 +28,7 @@ from ldm.methods.base import Start
 from ldm.methods.neti import HIDDEN, NeTIMapper, NeTISettings, learn_mapper, load_mapper
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import dpmpp_2m
 from ldm.models.diffusion.sampling import guided
 
 FOLDER = Path(tiny.GOLDEN) / "neti"
@@ -360,20 +361,15 @@ def test_sampling_with_its_own_solver(loaded: LatentDiffusion, name: str) -> Non
     cond, uncond = prompts_of(loaded, name)
     denoise = guided(loaded, cond, uncond, META["sample"]["guidance_scale"])
     steps = len(SAMPLE[f"{name}.timesteps"])
-    times = np.linspace(0, 999, steps + 1).round().astype(int)[::-1]
-    assert times[:-1].tolist() == SAMPLE[f"{name}.timesteps"].tolist()
-    alpha, sigma = np.sqrt(loaded.host_alphas_cumprod[times]), np.sqrt(1 - loaded.host_alphas_cumprod[times])
-    half_snr = np.log(alpha / sigma)
-    x, before, trajectory = SAMPLE["x_T"], None, []
-    for i, t in enumerate(times[:-1]):
-        x_0 = (x - sigma[i] * denoise(x, int(t))) / alpha[i]
-        h = half_snr[i + 1] - half_snr[i]
-        target = x_0
-        if before is not None and not (i == steps - 1 and steps < 15):
-            target = x_0 + 0.5 * h / (half_snr[i] - half_snr[i - 1]) * (x_0 - before)
-        x, before = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(-h) * target, x_0
-        trajectory.append(x)
+    times = np.linspace(0, 999, steps + 1).round().astype(int)
+    assert times[:0:-1].tolist() == SAMPLE[f"{name}.timesteps"].tolist()
+    alphas, trajectory = loaded.host_alphas_cumprod[times], []
+    x = dpmpp_2m(
+        denoise, SAMPLE["x_T"], times[1:], alphas[1:], alphas[:-1], [[steps < 15], *[[False]] * steps],
+        callback=lambda step, t, x, x_0: trajectory.append(x),
+    )  # fmt: skip
     check_run(name, x, trajectory)
+    assert denoise.differs(20, 999) == [False], "vectors that move with the timestep are one prompt"
 
 
 # Its files

@@ -52,12 +52,7 @@ def plms(
 class PLMSSampler(Sampler):
     """LDM's door to `plms`; deterministic, so eta must be 0."""
 
-    def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
-    ) -> None:
-        if ddim_eta != 0:
-            raise ValueError(f"PLMS is deterministic: ddim_eta must be 0, not {ddim_eta}; use DDIM for eta > 0.")
-        super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
+    name, deterministic = "PLMS", True
 
     def run(self, denoise: Denoiser, x: Tensor, steps: int, noise: NoiseSource, callback: Callback | None) -> Tensor:
         timesteps, alphas, alphas_prev = self.ddim_timesteps, self.ddim_alphas, self.ddim_alphas_prev

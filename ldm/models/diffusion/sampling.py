@@ -17,14 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.conditioning.context import Cond, Conditioning, Context, Projected, as_conditioning
+from ldm.conditioning.context import Cond, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import encode_together
+from ldm.conditioning.stages import at_stage
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 from ldm.modules.attention import AttentionHook, Site, is_wanted
+from ldm.request import SPACINGS
 from ldm.util import mix_seed
 
 Denoiser = Callable[[Tensor, int], Tensor]  # latents (B, C, H, W), raw timestep -> predicted noise (B, C, H, W)
 Schedule = Sequence[float] | np.ndarray  # S entries, increasing in time
+GuidanceScale = float | Sequence[float]  # for all timesteps, or for each stage, entry 0 = end of sampling
 NoiseSource = Callable[[], Tensor]  # the next standard normal (B, C, H, W)
 # step, timestep, x (after the step), predicted x_0; a tensor that is returned takes the place of x
 Callback = Callable[[int, int, Tensor, Tensor], "Tensor | None"]
@@ -44,51 +47,90 @@ class NoisePredictor(Protocol):
     def to_eps(self, prediction: Tensor, x_noisy: Tensor, t: Tensor) -> Tensor: ...
 
 
-def guided(
-    model: NoisePredictor,
-    cond: Cond,
-    uncond: Cond | None = None,
-    guidance_scale: float = 1.0,
-    hook: AttentionHook | None = None,
-) -> Denoiser:
-    """Return the model's noise prediction under classifier-free guidance (Ho and Salimans 2022, eq. 6, with w + 1).
+class Guided:
+    """The model's noise prediction under classifier-free guidance (Ho and Salimans 2022, eq. 6, with w + 1).
 
-    Both predictions are made in one batch of 2B, the unconditional one first; at scale 1 only the conditional one is
-    made. All prompts are encoded in one batch, and the keys and values of cross-attention are kept while the context
-    stays the same.
+    Both predictions are made in one batch of 2B, the unconditional one first; where the scale is 1 only the conditional
+    one is made. All prompts are encoded in one batch, and the keys and values of cross-attention are kept while the
+    context stays the same.
 
     Args:
+        guidance_scale: one for all timesteps, or a sequence of one for each stage, entry 0 = end of sampling.
         hook: called in every attention of the U-Net, with the timestep in its site.
+        rescale: φ of Lin et al. 2024 (section 3.4, eq. 15 and 16), 0 to 1.
 
     Raises:
         ValueError: guidance without an unconditional prompt.
     """
-    cond = as_conditioning(cond, model.num_timesteps)
-    if guidance_scale != 1.0 and uncond is None:
-        raise ValueError(f"A guidance scale of {guidance_scale} needs unconditional_conditioning (the prompt '').")
-    uncond = None if uncond is None or guidance_scale == 1.0 else as_conditioning(uncond, model.num_timesteps)
-    prompts: list[Conditioning] = [cond] if uncond is None else [uncond, cond]
-    kept: tuple[list[Context], Projected] | None = None
 
-    def projected(t: int) -> Projected:
-        nonlocal kept
-        contexts = [prompt.at(t) for prompt in prompts]
-        if kept is None or any(new is not old for new, old in zip(contexts, kept[0], strict=True)):
-            kept = contexts, model.project_context(Context.cat(*contexts))
+    def __init__(
+        self,
+        model: NoisePredictor,
+        cond: Cond,
+        uncond: Cond | None = None,
+        guidance_scale: GuidanceScale = 1.0,
+        hook: AttentionHook | None = None,
+        rescale: float = 0.0,
+    ) -> None:
+        self.model, self.hook, self.rescale = model, hook, rescale
+        self.scales = scale_of_stages(guidance_scale)
+        self.prompts = [as_conditioning(cond, model.num_timesteps)]
+        if any(scale != 1.0 for scale in self.scales):
+            if uncond is None:
+                given = f"A guidance scale of {guidance_scale}"
+                raise ValueError(f"{given} needs unconditional_conditioning (the prompt '').")
+            self.prompts.insert(0, as_conditioning(uncond, model.num_timesteps))
+        self._kept: tuple[list[Context], Projected] | None = None
+
+    def scale(self, t: int) -> float:
+        """Return the guidance scale at timestep t."""
+        return at_stage(self.scales, t, self.model.num_timesteps)
+
+    def differs(self, t: int, other: int) -> list[bool]:
+        """Return for each image whether it has another prompt or another scale at timestep t than at the other one."""
+        scale_differs = self.scale(t) != self.scale(other)
+        found = zip(*(prompt.differs(t, other) for prompt in self.prompts), strict=True)
+        return [scale_differs or any(prompts) for prompts in found]
+
+    def _projected(self, contexts: list[Context]) -> Projected:
+        kept = self._kept
+        if kept is None or [*map(id, kept[0])] != [*map(id, contexts)]:
+            kept = self._kept = contexts, self.model.project_context(Context.cat(*contexts))
         return kept[1]
 
     @torch.no_grad()
-    def denoise(x: Tensor, t: int) -> Tensor:
-        encode_together(*prompts)
-        x = torch.cat([x] * len(prompts))
-        timesteps = torch.full((len(x),), t, device=x.device)
-        eps = model.to_eps(model.apply_model(x, timesteps, projected(t), hook and AtTimestep(hook, t)), x, timesteps)
-        if uncond is None:
-            return eps
-        eps_uncond, eps_cond = eps.chunk(2)
-        return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+    def __call__(self, x: Tensor, t: int) -> Tensor:
+        scale, model = self.scale(t), self.model
+        encode_together(*self.prompts)
+        prompts = self.prompts if scale != 1.0 else self.prompts[-1:]
+        batch = torch.cat([x] * len(prompts))
+        timesteps = torch.full((len(batch),), t, device=x.device)
+        context = self._projected([prompt.at(t) for prompt in prompts])
+        prediction = model.apply_model(batch, timesteps, context, self.hook and AtTimestep(self.hook, t))
+        if scale == 1.0 or not self.rescale:
+            prediction = model.to_eps(prediction, batch, timesteps)  # which is linear, so that it may come first
+        if scale == 1.0:
+            return prediction
+        uncond, cond = prediction.chunk(2)
+        led = uncond + scale * (cond - uncond)
+        return led if not self.rescale else model.to_eps(rescaled(led, cond, self.rescale), x, timesteps[: len(x)])
 
-    return denoise
+
+guided = Guided
+
+
+def scale_of_stages(guidance_scale: GuidanceScale) -> tuple[float, ...]:
+    """Return the guidance scale of each stage; one number is one stage."""
+    return tuple(guidance_scale) if isinstance(guidance_scale, Sequence) else (guidance_scale,)
+
+
+def rescaled(led: Tensor, cond: Tensor, share: float) -> Tensor:
+    """Return the prediction under guidance with a share of its deviation made that of the conditional one.
+
+    Both are (B, C, H, W), as the network predicts them (Lin et al. 2024, eq. 15 and 16).
+    """
+    axes = list(range(1, led.ndim))
+    return led * (1 - share + share * cond.std(axes, keepdim=True) / led.std(axes, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -130,21 +172,32 @@ class Sampler(ABC):
     `ddim_sqrt_one_minus_alphas`, each (S,) float64 on the host.
     """
 
+    name = "DDIM"
+    spacing = "leading"  # where none is asked for
+    deterministic = False  # there is no ddim_eta
+
     def __init__(self, model: NoisePredictor, schedule: str = "linear") -> None:
         self.model = model
         self.ddpm_num_timesteps = model.num_timesteps
 
     def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
+        self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Evenly spaced timesteps; raises `ValueError` for a number of steps outside 1..T or an eta outside 0..1."""
-        if ddim_discretize != "uniform":
-            raise ValueError(f"Timesteps are spaced 'uniform' here, not '{ddim_discretize}'.")
+        """Evenly spaced timesteps; raises `ValueError` for a number of steps outside 1..T or an eta outside 0..1.
+
+        Args:
+            ddim_discretize: `leading`, which LDM calls `uniform`, or `trailing`; by default the sampler's own.
+        """
+        spacing = {None: self.spacing, "uniform": "leading"}.get(ddim_discretize, ddim_discretize)
+        if spacing not in SPACINGS:
+            raise ValueError(f"Timesteps are spaced {', '.join(SPACINGS)} (uniform) here, not '{ddim_discretize}'.")
+        if self.deterministic and ddim_eta != 0:
+            raise ValueError(f"{self.name} is deterministic: ddim_eta must be 0, not {ddim_eta}; use DDIM for eta > 0.")
         if not ddim_eta >= 0:
             raise ValueError(f"ddim_eta must not be negative, but is {ddim_eta}.")
         if ddim_eta > 1:  # a step would have to add more noise than is left after it
             raise ValueError(f"ddim_eta must be at most 1 (as random as DDPM), not {ddim_eta}.")
-        self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps)
+        self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, spacing)
         alphas, alphas_prev, sigmas = ddim_parameters(self.model.host_alphas_cumprod, self.ddim_timesteps, ddim_eta)
         self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas = alphas, alphas_prev, sigmas
         self.ddim_sqrt_one_minus_alphas = np.sqrt(1.0 - alphas)
@@ -166,10 +219,12 @@ class Sampler(ABC):
         verbose: bool = True,
         x_T: Tensor | None = None,
         log_every_t: int = 100,
-        unconditional_guidance_scale: float = 1.0,
+        unconditional_guidance_scale: GuidanceScale = 1.0,
         unconditional_conditioning: Cond | None = None,
         generators: Sequence[torch.Generator] | None = None,
         step_callback: Callback | None = None,
+        guidance_rescale: float = 0.0,
+        spacing: str | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Latents (B, C, H, W) after S steps, and the intermediate ones as LDM returns them.
 
@@ -177,10 +232,13 @@ class Sampler(ABC):
             shape: (C, H, W).
             callback, img_callback: LDM's hooks, called with the step, and with (predicted x_0, step).
             step_callback: called with (step, timestep, x, predicted x_0).
+            unconditional_guidance_scale: one, or a sequence of one for each stage, entry 0 = end of sampling.
+            guidance_rescale: see `Guided`.
+            spacing: see `make_schedule`.
             x_T: start, standard normal (B, C, H, W); drawn from `generators` if None.
             generators: one for each sample.
         """
-        self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
+        self.make_schedule(S, spacing, eta, verbose)
         device = self.model.device
         size = (batch_size, *shape)
         x = draw_noise(generators, size, device) if x_T is None else x_T.to(device)
@@ -197,7 +255,8 @@ class Sampler(ABC):
                 img_callback(x_0, step)
             return None if step_callback is None else step_callback(step, t, x, x_0)
 
-        denoise = guided(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
+        guidance = unconditional_guidance_scale
+        denoise = Guided(self.model, conditioning, unconditional_conditioning, guidance, rescale=guidance_rescale)
         return self.run(denoise, x, S, lambda: draw_noise(generators, size, device), hooks), intermediates
 
     @torch.no_grad()
@@ -220,16 +279,18 @@ class Sampler(ABC):
         x_latent: Tensor,
         cond: Cond,
         t_start: int,
-        unconditional_guidance_scale: float = 1.0,
+        unconditional_guidance_scale: GuidanceScale = 1.0,
         unconditional_conditioning: Cond | None = None,
         generators: Sequence[torch.Generator] | None = None,
         step_callback: Callback | None = None,
+        guidance_rescale: float = 0.0,
     ) -> Tensor:
         """Denoise through the first `t_start` entries of the schedule, from entry t_start - 1 down to 0.
 
         As in the reference, latents noised to entry t_start (`stochastic_encode`) are denoised from the entry
         below it. `t_start` 0 returns them as they are.
         """
-        denoise = guided(self.model, cond, unconditional_conditioning, unconditional_guidance_scale)
+        guidance = unconditional_guidance_scale
+        denoise = Guided(self.model, cond, unconditional_conditioning, guidance, rescale=guidance_rescale)
         noise = lambda: draw_noise(generators, x_latent.shape, x_latent.device)  # noqa: E731
         return self.run(denoise, x_latent, min(int(t_start), len(self.ddim_timesteps)), noise, step_callback)

@@ -59,17 +59,21 @@ def at(values: Tensor, t: Tensor) -> Tensor:
     return values[t].view(-1, 1, 1, 1)
 
 
-def ddim_timesteps(steps: int, num_timesteps: int = 1000) -> np.ndarray:
-    """Exactly `steps` increasing timesteps, evenly spaced: floor(i·T/S) + 1.
+def ddim_timesteps(steps: int, num_timesteps: int = 1000, spacing: str = "leading") -> np.ndarray:
+    """Exactly `steps` increasing timesteps, evenly spaced.
 
-    Equal to the reference (`arange(0, T, T // S) + 1`) wherever S divides T; elsewhere the reference makes more
-    steps than asked, or leaves the schedule.
+    Args:
+        spacing: `leading`, floor(i·T/S) + 1, equal to the reference (`arange(0, T, T // S) + 1`) wherever S divides T;
+            elsewhere the reference makes more steps than asked, or leaves the schedule. Or `trailing`, round(i·T/S) - 1
+            for i = 1 … S (Lin et al. 2024, section 3.3), which begins at T - 1, where pure noise belongs.
 
     Raises:
         ValueError: `steps` is not in 1..T.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"The number of sampling steps must be in 1..{num_timesteps}, not {steps}.")
+    if spacing == "trailing":
+        return np.round(np.arange(1, steps + 1) * num_timesteps / steps).astype(int) - 1
     timesteps = np.arange(steps) * num_timesteps // steps
     return timesteps + 1 if timesteps[-1] + 1 < num_timesteps else timesteps
 
