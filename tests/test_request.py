@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -285,7 +286,7 @@ def test_facts_of_a_configuration_are_those_of_its_model(name: str) -> None:
     with torch.device("meta"):
         model = instantiate_from_config(config.model)
     facts = model.facts = model_facts(config)
-    assert facts_of(model) == facts
+    assert replace(facts_of(model), num_layers=None) == facts  # which only the network knows
     small = name.startswith("demo")
     assert (facts.height, facts.width, facts.scale) == ((128, 128, 2.5) if small else (512, 512, 10.0))
 
