@@ -71,7 +71,7 @@ class DistanceJudge(Judge):
         if clip is not None:
             self.distances["clip"] = _clip_distance(clip)
         if lpips:
-            self.distances["lpips"] = _lpips_distance()
+            self.distances["lpips"] = lpips_distance()
         self.names = tuple(self.distances)
 
     def follows(self, images: Tensor, toward: Tensor, away: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _clip_distance(folder: str | Path) -> Distance:
     return lambda a, b: 1 - (features(a) * features(b)).sum(dim=1)
 
 
-def _lpips_distance() -> Distance:
+def lpips_distance() -> Distance:
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 

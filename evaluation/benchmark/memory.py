@@ -22,6 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from evaluation.benchmark.models import CONFIGS, ROOT, set_tokenizer
 from ldm.config import instantiate_from_config, load_config
+from ldm.editing.edit import Prompts, Told, denoise_pair, plan_edit, reader_of
+from ldm.editing.inversion import Sweep, record, step_of
+from ldm.editing.request import Edit, InversionOptions
+from ldm.methods.stylediffusion import FEATURE_TOKENS, StyleDiffusion
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
@@ -121,12 +125,50 @@ def sampling_peak(model: LatentDiffusion, side: int = 64, batch: int = 1) -> int
     return memory.peak
 
 
+def inversion_peak(model: LatentDiffusion, side: int = 64, steps: int = 30) -> int:
+    """Return the peak in bytes of an image's path with all maps kept, and of learning two steps of its values."""
+    model.eval().requires_grad_(False)
+    options = InversionOptions(steps=steps)
+    encoder = model.cond_stage_model
+    with FusedAttention(), PeakMemory(model) as memory, torch.device("meta"):
+        z_0 = torch.empty(1, model.channels, side, side)
+        cond, uncond = model.get_unconditional("a thing"), model.get_unconditional()
+        way = record(model, z_0, cond, steps, maps=True)
+        learner = StyleDiffusion(steps, torch.empty(1, FEATURE_TOKENS, encoder.width), encoder.max_length)
+        with torch.no_grad():
+            contexts = cond.at(0), uncond.at(0)
+        sweep, z = Sweep(model, way, learner, *contexts, options), way.path[-1]
+        for i in range(2):
+            step = step_of(model, way, i, z)
+            parameters = learner.begin(i, True)
+            adam = torch.optim.Adam(parameters)
+            sweep.loss(step, sweep.fixed(step)).total.backward()
+            adam.step()
+    return memory.peak
+
+
+@torch.no_grad()
+def editing_peak(model: LatentDiffusion, side: int = 64) -> int:
+    """Return the peak in bytes of three steps of an edit with everything on, and of decoding both images."""
+    model.eval()
+    timesteps = [901, 501, 1]
+    edit = Edit("a thing", tau_v=1, tau_c=1, tau_s=1, tau_u=1, blend=("thing", "thing"))
+    with FusedAttention(), PeakMemory(model) as memory:
+        x = torch.empty(1, model.channels, side, side, device="meta")
+        plan = plan_edit(model, Prompts(reader_of(model), "a thing", None, edit), timesteps, x)
+        told = Told(*(model.get_unconditional(text) for text in ("a thing", "a thing", "")))
+        model.decode_first_stage(denoise_pair(model, x, told, plan, timesteps, 7.5, progress=False))
+    return memory.peak
+
+
 def table() -> str:
     """Return the Markdown table of Stable Diffusion's size at 512²."""
     lines = ["| 512², counted | float32 | bfloat16 or float16 |", "|---|---|---|"]
     rows: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
         "learning, batch 1": (learning_peak, {}, {}),
         "learning, batch 4": (learning_peak, {}, {"batch": 4}),
+        "inversion, 30 steps (StyleDiffusion)": (inversion_peak, {}, {}),
+        "edit and decoding, both rows": (editing_peak, {}, {}),
         "sampling and decoding, batch 1": (sampling_peak, {}, {}),
         "sampling and decoding, batch 8": (sampling_peak, {}, {"batch": 8}),
         "the same with `decode_batch=1`": (sampling_peak, {"decode_batch": 1}, {"batch": 8}),

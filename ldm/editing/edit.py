@@ -187,7 +187,8 @@ def denoise_pair(
             return x
 
         x = ddim(denoise, x_T.repeat(2, 1, 1, 1), increasing, alphas, below, np.zeros(len(alphas)), callback=after)
-    refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
+    if not x.is_meta:
+        refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
     return x
 
 

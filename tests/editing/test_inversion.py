@@ -83,13 +83,8 @@ def test_gradients_reach_the_current_step_only(demo: LatentDiffusion) -> None:
     sweep.learner.begin(1, True)
     step = step_of(demo, sweep.way, 1, sweep.way.path[-2])
     sweep.loss(step, sweep.fixed(step)).total.backward()
-    networks = sweep.learner.networks
-    assert [any(p.grad is not None for p in network.parameters()) for network in networks] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    reached = [any(p.grad is not None for p in network.parameters()) for network in sweep.learner.networks]
+    assert reached == [False, True, False, False]
     assert all(p.grad is None for p in demo.parameters())
 
 
@@ -173,7 +168,7 @@ def test_start_and_image_are_kept(demo: LatentDiffusion, concepts: dict[str, Con
     way: Trajectory = record(demo, subject.z_0, subject.cond, 4)
     for concept in concepts.values():
         assert torch.equal(concept.tensors[FIRST], image_latents(demo, subject.image))
-        assert torch.equal(concept.tensors[START], way.path[-1])
+        torch.testing.assert_close(concept.tensors[START], way.path[-1], rtol=0, atol=1e-4)
 
 
 def test_psnr() -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evaluation.benchmark.memory import learning_peak, meta_model, sampling_peak
+from evaluation.benchmark.memory import editing_peak, inversion_peak, learning_peak, meta_model, sampling_peak
+from ldm.editing.inversion import record
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -136,6 +137,19 @@ def test_editing_asks_the_device_nothing(case: tuple[LatentDiffusion, int]) -> N
     t = torch.full((1,), 500, device="meta")
     assert model.apply_model(x, t, cond.at(500), hook).is_meta
     assert len(sites) == 2 * model.model.diffusion_model.num_attention_layers
+
+
+def test_inversion_asks_the_device_nothing(case: tuple[LatentDiffusion, int]) -> None:
+    """The path with its maps, and a step of what is learned of it, in any precision."""
+    model, side = case
+    model.eval()
+    if model.model.diffusion_model.dtype == torch.float32:
+        assert inversion_peak(model, side, steps=2) > editing_peak(model, side) / 20
+    else:
+        cond, z = model.get_unconditional("a thing"), torch.empty(1, model.channels, side, side, device="meta")
+        way = record(model, z, cond, 2, maps=True)
+        assert way.path[-1].is_meta and all(m.is_meta for maps in way.maps for m in maps)
+        assert editing_peak(model, side) > 0
 
 
 class Reads(TorchDispatchMode):

@@ -1,0 +1,209 @@
+"""Inversion and editing against StyleDiffusion's own order of work, on the same modules: same numbers, less work.
+
+The reference makes E(x) and M(E(x)) inside every cross-attention, keeps gradients of all weights, makes every attention
+map, predicts the unconditional branch again behind each step, and the two branches in two calls.
+
+    python -m evaluation.benchmark.editing        # the rows of docs/benchmarks.md, about two minutes on one core
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.benchmark.measure import Contender, alternate, deviations
+from evaluation.benchmark.models import build_model
+from evaluation.benchmark.report import make_row, table
+from ldm.conditioning.context import Context
+from ldm.editing.control import MapStore
+from ldm.editing.edit import Prompts, Told, denoise_pair, plan_edit, reader_of
+from ldm.editing.inversion import Step, Sweep, Trajectory, move, predict, record, step_of
+from ldm.editing.request import Edit, InversionOptions
+from ldm.methods.stylediffusion import LearnedValues, StyleDiffusion, inner_iterations
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.attention import AttentionHook, BasicTransformerBlock, Site
+
+PROMPT, TARGET, STEPS, SCALE = "a dotted red star", "a dotted blue star", 6, 2.5
+INNER = 4
+
+
+class Tower(nn.Module):
+    """A small stand-in for CLIP's vision tower: (1, 197, D) of tokens that stand for the image."""
+
+    def __init__(self, width: int, layers: int = 2) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layers(tokens)
+
+
+class Everywhere:
+    """A hook that is called in every attention, as the reference's controllers are."""
+
+    def __init__(self, inner: AttentionHook | None) -> None:
+        self.inner = inner
+
+    def __call__(self, probabilities: Tensor, site: Site) -> Tensor:
+        return probabilities if self.inner is None else self.inner(probabilities, site)
+
+
+@contextlib.contextmanager
+def values_made_in_each_layer(
+    model: LatentDiffusion, tower: Tower, tokens: Tensor, learner: StyleDiffusion, step: int, rows: slice
+) -> Iterator[None]:
+    """Make E(x) and M_i of it inside each cross-attention, for the values of these rows."""
+
+    def before(module: nn.Module, given: Any, named: Any) -> Any:
+        x, k, v, *rest = given
+        gamma, beta = learner.networks[step](tower(tokens))[0].chunk(2)
+        changed = torch.cat([v[: rows.start], v[rows] * gamma + beta, v[rows.stop :]])
+        return (x, k, changed, *rest), named
+
+    blocks = [m for m in model.model.diffusion_model.modules() if isinstance(m, BasicTransformerBlock)]
+    handles = [block.attn2.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Bench:
+    """The small model with an image's path, and a learner whose features a tower makes."""
+
+    def __init__(self) -> None:
+        self.model = build_model("demo", torch.device("cpu")).eval().requires_grad_(False)
+        torch.manual_seed(0)
+        width, length = self.model.cond_stage_model.width, self.model.cond_stage_model.max_length
+        self.tower, self.tokens = Tower(width).eval().requires_grad_(False), torch.randn(1, 197, width)
+        with torch.no_grad():
+            self.features = self.tower(self.tokens)
+        self.length = length
+        z_0 = torch.randn(1, self.model.channels, 16, 16)
+        self.prompts = {text: self.model.get_unconditional(text) for text in (PROMPT, TARGET, "")}
+        self.way = record(self.model, z_0, self.prompts[PROMPT], STEPS, maps=True)
+
+    def learner(self) -> StyleDiffusion:
+        torch.manual_seed(1)
+        return StyleDiffusion(STEPS, self.features, self.length)
+
+    def sweep(self) -> Sweep:
+        options = InversionOptions(STEPS, SCALE, INNER, epsilon=0.0)
+        with torch.no_grad():
+            cond, uncond = self.prompts[PROMPT].at(0), self.prompts[""].at(0)
+        return Sweep(self.model, self.way, self.learner(), cond, uncond, options)
+
+    def invert(self) -> Tensor:
+        """The path again, and the first two steps learned."""
+        record(self.model, self.way.path[0], self.prompts[PROMPT], STEPS, maps=True)
+        sweep, z = self.sweep(), self.way.path[-1]
+        for i in range(2):
+            z = sweep.learn(step_of(self.model, self.way, i, z), True)
+        return z
+
+    def invert_as_reference(self) -> Tensor:
+        path = self.way.path
+        for j, t in enumerate(self.way.timesteps):  # all maps are made, those of 16² kept
+            store = MapStore(range(99), keep=True)
+            with torch.no_grad():
+                predict(self.model, path[j], int(t), self.prompts[PROMPT].at(0), Everywhere(store))
+        sweep, z = self.sweep(), path[-1]
+        self.model.model.requires_grad_(True)
+        self.tower.requires_grad_(True)
+        try:
+            for i in range(2):
+                z = self._learn(sweep, step_of(self.model, self.way, i, z))
+        finally:
+            for module in (self.model.model, self.tower):
+                module.requires_grad_(False)
+                module.zero_grad()
+        return z
+
+    def _learn(self, sweep: Sweep, step: Step) -> Tensor:
+        learner = sweep.learner
+        assert isinstance(learner, StyleDiffusion)
+        adam = torch.optim.Adam(learner.begin(step.number, True), lr=0.01 * (1 - step.number / 100))
+
+        def behind(hook: AttentionHook | None) -> Tensor:
+            with values_made_in_each_layer(self.model, self.tower, self.tokens, learner, step.number, slice(0, 1)):
+                return predict(self.model, step.z, step.t, sweep.cond, hook)
+
+        with torch.no_grad():
+            fixed = predict(self.model, step.z, step.t, sweep.uncond, Everywhere(None))
+        for _ in range(inner_iterations(step.number, INNER)):
+            store = MapStore(sweep.layers)
+            eps = fixed + SCALE * (behind(Everywhere(store)) - fixed)
+            loss = (move(step.z, eps, step.level, step.below) - step.target).square().mean()
+            for own, other in zip(store.at(), step.maps, strict=True):
+                loss = loss + (own - other).square().mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            loss.item()
+        with torch.no_grad():
+            again = predict(self.model, step.z, step.t, sweep.uncond, Everywhere(None))
+            eps = again + SCALE * (behind(Everywhere(None)) - again)
+            return move(step.z, eps, step.level, step.below)
+
+    def _edited(self) -> tuple[LearnedValues, Edit, list[int]]:
+        learner = self.learner()
+        with torch.no_grad():
+            values = torch.stack([learner.values(i) for i in range(STEPS)])
+        timesteps = self.way.timesteps[::-1].tolist()
+        return LearnedValues(values, tuple(timesteps)), Edit(TARGET, blend=(("star",), ("star",)), tau_v=1), timesteps
+
+    def edit(self) -> Tensor:
+        change, edit, timesteps = self._edited()
+        plan = plan_edit(self.model, Prompts(reader_of(self.model), PROMPT, None, edit), timesteps, self.way.path[-1])
+        told = Told(*(self.prompts[text] for text in (PROMPT, TARGET, ""))).changed(change, range(STEPS))
+        return denoise_pair(self.model, self.way.path[-1], told, plan, timesteps, SCALE, progress=False)
+
+    @torch.no_grad()
+    def edit_as_reference(self) -> Tensor:
+        """Both branches in a call of their own, and everything made in each layer."""
+        _, edit, timesteps = self._edited()
+        plan = plan_edit(self.model, Prompts(reader_of(self.model), PROMPT, None, edit), timesteps, self.way.path[-1])
+        assert plan.blend is not None and plan.control.store is not None
+        learner, x = self.learner(), self.way.path[-1].repeat(2, 1, 1, 1)
+        cond = Context.cat(*(self.prompts[text].at(0) for text in (PROMPT, TARGET)))
+        uncond = Context.cat(*[self.prompts[""].at(0)] * 2)
+        way: Trajectory = self.way
+        for i, t in enumerate(timesteps):
+            eps_uncond = predict(self.model, x, t, uncond, Everywhere(None))
+            with values_made_in_each_layer(self.model, self.tower, self.tokens, learner, i, slice(0, 2)):
+                eps_cond = predict(self.model, x, t, cond, Everywhere(plan.control))
+            step = step_of(self.model, way, i, x)
+            x = move(x, eps_uncond + SCALE * (eps_cond - eps_uncond), step.level, step.below)
+            x = plan.blend(x, plan.control.store.at(), i)
+            plan.control.store.maps.clear()
+        return x
+
+
+def measure(repeats: int = 5) -> str:
+    """Return both comparisons as tables."""
+    bench, texts = Bench(), []
+    for name, ours, reference in (
+        ("inversion", bench.invert, bench.invert_as_reference),
+        ("edit", bench.edit, bench.edit_as_reference),
+    ):
+        named = {f"{name}, the reference's order": reference, f"{name}, ours": ours}
+        ways = [Contender(way, run, run) for way, run in named.items()]
+        measured = alternate(ways, torch.device("cpu"), repeats)
+        far = deviations({way.name: way.result() for way in ways}, ways[0].name)
+        first = measured[ways[0].name]
+        rows = [make_row(way.name, measured[way.name], first, "cpu", deviation=far[way.name]) for way in ways]
+        texts.append(table(rows))
+    return "\n\n".join(texts)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    torch.set_num_threads(1)
+    print(measure())  # noqa: T201
