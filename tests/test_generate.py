@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -193,6 +194,25 @@ def test_the_negative_prompt_takes_the_place_of_the_empty_one(
     assert caplog.messages == []
     assert torch.equal(latents(draw, ddim_steps=1, scale=1.0, negative_prompt=blue), only)
     assert caplog.messages == ["negative_prompt has no effect with guidance scale 1; use a larger one."]
+
+
+def test_trailing_samplers_from_noise_and_from_an_image(
+    draw: Draw, content: Path, model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noised: list[int] = []
+    q_sample = model.q_sample
+    monkeypatch.setattr(model, "q_sample", lambda x, t, noise: (noised.append(int(t)), q_sample(x, t, noise))[1])
+    images = []
+    for sampler, steps in itertools.product(
+        ({"sampler": "dpmpp_2m"}, {"spacing": "trailing"}), ({}, {"strength": 0.5})
+    ):
+        calls: list[int] = []
+        edited = {"content_dir": content} | steps if steps else {}
+        images.append(draw(ddim_steps=4, **sampler, **edited, callback=lambda step, t, *_, c=calls: c.append(t)))
+        assert calls == ([499, 249] if edited else [999, 749, 499, 249])
+        assert json.loads(images[-1].info["prospect"])["spacing"] == "trailing"
+    assert noised == [499, 499], "the level that is denoised first"
+    assert all(difference(a, b) > 1 for a, b in itertools.combinations(images, 2))
 
 
 def test_plms_makes_one_call_more_than_steps(draw: Draw, model: LatentDiffusion) -> None:

@@ -53,8 +53,9 @@ def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
     help_ckpt = "the base model, for its presets (the small model, if the concept was learned for it)"
     add_flag(what, "--ckpt", type=path, metavar="FILE", help=help_ckpt)
     add_flag(what, "--config", metavar="NAME|YAML", help="demo, sd or its configuration, for its size and guidance")
-    help_sampler = "as AUTOMATIC1111 names it: ddim, plms, 'Euler a', 'DPM++ 2M Karras', … (ddim)"
+    help_sampler = "ddim, plms, dpmpp_2m, or as AUTOMATIC1111 names it: 'Euler a', 'DPM++ 2M SGM Uniform', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)
+    add_field_flag(what, Request, "spacing")
     add_flag(what, "--steps", type=int, default=50, metavar="N", help="denoising steps (50)")
     help_scale = "guidance scale, with others for some stages as in 7.5,0-1:1 (the model's own, or 10)"
     add_flag(what, "--scale", metavar="X[,STAGES:X…]", help=help_scale)
@@ -159,6 +160,7 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
     """What the flags say of the prompt and of sampling."""
     from ldm.conditioning.presets import load_presets, preset_words
     from ldm.export.files import Use, most_stages
+    from ldm.export.webui import name_of
 
     if not 0 <= options.seed <= MAX_SEED:
         raise ValueError(f"seed must be in 0..{MAX_SEED}, which other programs tell apart, not {options.seed}.")
@@ -177,9 +179,10 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
     if options.scale is not None:
         stages = len(words) if words else most_stages(concept for _, concept in concepts.values())
         own["scale"] = read_scale(options.scale, stages, facts.scale)
-    Request(scale=own["scale"], rescale=options.rescale)  # which checks them
+    Request(scale=own["scale"], rescale=options.rescale, spacing=options.spacing)  # which checks them
     settings = {name: getattr(facts, name) if value is None else value for name, value in own.items()}
-    settings |= {"rescale": options.rescale, "sampler": options.sampler, "steps": options.steps, "seed": options.seed}
+    sampler = name_of(options.sampler, options.spacing)
+    settings |= {"rescale": options.rescale, "sampler": sampler, "steps": options.steps, "seed": options.seed}
     others = {"documented": options.documented_counting, "negative_prompt": options.negative_prompt}
     return Use(PLACEHOLDER if prompt is None else prompt, words, **settings, **others)
 

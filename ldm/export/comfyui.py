@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ldm.conditioning.stages import timesteps_of
-from ldm.export.webui import TIMESTEPS, plain_name
+from ldm.export.webui import TIMESTEPS, plain_name, schedule_ending
 
 SAMPLERS = {"ddim": "ddim", "plms": "ddim", "euler": "euler", "euler a": "euler_ancestral", "lms": "lms"}
 SAMPLERS |= {"dpm++ 2m": "dpmpp_2m", "dpm++ 2m sde": "dpmpp_2m_sde"}
@@ -36,14 +36,14 @@ def stage_range(stage: int, num_stages: int, last: int | None = None) -> tuple[f
 
 def knows(sampler: str) -> bool:
     """Whether a sampler, as the web UI names it, has a name in ComfyUI here."""
-    return plain_name(sampler).partition(" karras")[0] in SAMPLERS
+    return plain_name(sampler).removesuffix(schedule_ending(sampler)) in SAMPLERS
 
 
 def sampling(sampler: str = "ddim", steps: int = 50, scale: float = 10.0, seed: int = 42) -> dict[str, Any]:
     """Inputs of a KSampler node; `sampler` is named as in the web UI, and an unknown one becomes ddim."""
-    name, karras, _ = plain_name(sampler).partition(" karras")
-    own = SAMPLERS.get(name, "ddim")
-    schedule = "karras" if karras else "ddim_uniform" if own == "ddim" else "normal"
+    ending = schedule_ending(sampler)
+    own = SAMPLERS.get(plain_name(sampler).removesuffix(ending), "ddim")
+    schedule = ending.strip().replace(" ", "_") or ("ddim_uniform" if own == "ddim" else "normal")
     return {"seed": seed, "steps": steps, "cfg": scale, "sampler_name": own, "scheduler": schedule, "denoise": 1.0}
 
 

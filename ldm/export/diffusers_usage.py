@@ -24,6 +24,7 @@ NEGATIVE = ""
 STEPS, SEED = 50, 42
 GUIDANCE: float | list[float] = 10.0
 RESCALE = 0.0
+SAMPLER, SPACING = "ddim", "leading"
 HEIGHT, WIDTH = 512, 512
 
 
@@ -48,7 +49,10 @@ class StagePrompts:
         later = pipe.scheduler.timesteps[step + 1 :]
         if len(later):
             copies = len(tensors["prompt_embeds"]) // (2 if pipe.do_classifier_free_guidance else 1)
-            positive, negative, pipe._guidance_scale = self.at(float(later[0]))  # at 1, nothing else is predicted
+            before, now = self.at(float(timestep)), self.at(float(later[0]))
+            if before[0] is not now[0] or before[2] != now[2]:
+                pipe.scheduler.lower_order_nums = 0  # an earlier prediction for another prompt tells a solver nothing
+            positive, negative, pipe._guidance_scale = now  # at 1, nothing else is predicted
             both = [positive] if negative is None or not pipe.do_classifier_free_guidance else [negative, positive]
             tensors["prompt_embeds"] = torch.cat(both).repeat_interleave(copies, dim=0)
         return tensors
@@ -81,17 +85,26 @@ def generate(pipe: Any, steps: int = STEPS, guidance: float | list[float] = GUID
     )
 
 
+def scheduler(config: Any) -> Any:
+    """Return the sampler that was exported, with the schedule that images are made with there."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    wanted = {"timestep_spacing": SPACING, "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+    if SAMPLER != "dpmpp_2m":
+        return DDIMScheduler.from_config(config, **wanted)
+    own = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero", "use_karras_sigmas": False}
+    return DPMSolverMultistepScheduler.from_config(config, **wanted, **own)
+
+
 def main() -> None:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
     if len(sys.argv) != 2:
         sys.exit(f"usage: python {sys.argv[0]} BASE_MODEL")
     source = Path(sys.argv[1])
     read = StableDiffusionPipeline.from_pretrained if source.is_dir() else StableDiffusionPipeline.from_single_file
     pipe = read(str(source))
-    # the schedule that the images of the paper's code were made with
-    wanted = {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **wanted)
+    pipe.scheduler = scheduler(pipe.scheduler.config)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     load(pipe)
     noise = torch.Generator().manual_seed(SEED)

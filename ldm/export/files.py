@@ -185,16 +185,18 @@ class Export:
             "AUTOMATIC1111's web UI and ComfyUI read it in further chunks."
         ]
 
-    def _guidance(self, program: str) -> list[str]:
-        """A warning of guidance that only diffusers has."""
-        warnings = []
+    def _sampling(self, program: str) -> list[str]:
+        """Warnings of guidance that only diffusers has, and of samplers that treat stages badly."""
+        warnings = webui.other_images(self._texts(), self.use.sampler, self.use.steps)
         if isinstance(self.use.scale, Sequence) and len(set(self.use.scale)) > 1:
             warnings.append(f"In {program} guidance is the same in all stages, {self.use.one_scale:g}.")
         return warnings + ([f"In {program} guidance is not rescaled."] if self.use.rescale else [])
 
     def _diffusers(self) -> tuple[str, list[str]]:
         """The script, and what is not exact."""
-        use = self.use
+        use, trailing = self.use, {webui.plain_name(name): own for own, name in webui.TRAILING.items()}
+        own_sampler = trailing.get(webui.plain_name(use.sampler), "ddim")
+        spacing = "trailing" if webui.plain_name(use.sampler) in trailing else "leading"
         values = {
             "NAME": repr(self.name),
             "CONCEPTS: dict[str, str]": repr(self.identities),
@@ -206,6 +208,7 @@ class Export:
                 use.scale if isinstance(use.scale, (int, float)) else list(use.scale)
             ),
             "RESCALE": repr(use.rescale),
+            "SAMPLER, SPACING": f"{own_sampler!r}, {spacing!r}",
             "HEIGHT, WIDTH": f"{use.height!r}, {use.width!r}",
         }
         lines = Path(diffusers_usage.__file__).read_text(encoding="utf-8").split("\n")
@@ -217,13 +220,13 @@ class Export:
             f"With {use.steps} steps diffusers' DDIM takes other timesteps, and makes a slightly other image; "
             f"use a number of steps that divides {webui.TIMESTEPS}."
         )
-        return "\n".join(lines), [other_steps] if webui.TIMESTEPS % use.steps else []
+        return "\n".join(lines), [other_steps] if webui.TIMESTEPS % use.steps and own_sampler == "ddim" else []
 
     def _a1111(self) -> tuple[str, list[str]]:
         """The prompt with what belongs to it, and what is not exact."""
         use = self.use
         prompt, warnings = webui.prompt_editing(self._texts(webui.escape), use.sampler, use.steps, use.documented)
-        warnings += self._chunks() + self._guidance("the web UI")
+        warnings += self._chunks() + self._sampling("the web UI")
         schedule, negative = webui.schedule_type(use.sampler), self._negative(webui.escape)
         header = _HEADER.format(
             files=" … ".join(self.stage_paths(Path())[end].name for end in (0, -1)),
@@ -240,7 +243,7 @@ class Export:
     def _comfyui(self) -> tuple[str, list[str]]:
         """The workflow, and what is not exact."""
         use = self.use
-        warnings = self._chunks() + comfyui.misread(self._all_words()) + self._guidance("the workflow for ComfyUI")
+        warnings = self._chunks() + comfyui.misread(self._all_words()) + self._sampling("the workflow for ComfyUI")
         if not comfyui.knows(use.sampler):
             warnings.append(
                 f"'{use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."

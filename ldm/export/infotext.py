@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.conditioning.stages import matching_stage
 from ldm.export.texts import stage_words, written
-from ldm.export.webui import escape, prompt_editing
+from ldm.export.webui import escape, name_of, prompt_editing, schedule_ending, schedule_type
 
 NEEDED = {"prompt", "sampler", "ddim_steps", "scale", "seed", "width", "height"}
 _QUOTED = re.compile(r"[,:\n\"]")
@@ -31,14 +31,18 @@ def infotext(record: Mapping[str, Any]) -> str:
     edited = record.get("content_dir") is not None
     # of an edited image the web UI makes this many of the steps (sd_samplers_common.py, `setup_img2img_steps`)
     calls = int(min(record["strength"], 0.999) * record["ddim_steps"]) if edited else None
-    prompt, _ = prompt_editing(_texts(record, names), record["sampler"], record["ddim_steps"], calls=calls)
+    sampler = name_of(record["sampler"], record.get("spacing"))
+    prompt, _ = prompt_editing(_texts(record, names), sampler, record["ddim_steps"], calls=calls)
     negative = written(record.get("negative_prompt", "").split()[: _words_read(record).get("negative_prompt")], escape)
 
     scales = record["scale"] if isinstance(record["scale"], list) else [record["scale"]]
     words, hashes = record.get("prospect_words"), record.get("concept_hashes") or {}
     settings = {
         "Steps": record["ddim_steps"],
-        "Sampler": record["sampler"].upper(),
+        "Sampler": sampler[: len(sampler) - len(schedule_ending(sampler))]
+        if schedule_type(sampler)
+        else sampler.upper(),
+        "Schedule type": schedule_type(sampler),
         "CFG scale": f"{max(scales):g}",
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",

@@ -18,11 +18,22 @@ from itertools import groupby
 import numpy as np
 
 from ldm.conditioning.stages import stage_of
+from ldm.request import SAMPLERS as OWN_SPACING
 
 TIMESTEPS = 1000
-# One call of the U-Net for each step, at timesteps that are even unless the name ends in `karras`.
+# One call of the U-Net for each step, at timesteps that are even down to 0 unless the name ends in another schedule.
 SINGLE_CALL = ("euler", "euler a", "lms", "dpm++ 2m", "dpm++ 2m sde")
-SAMPLERS = ("ddim", "plms", *SINGLE_CALL, *(f"{name} karras" for name in SINGLE_CALL))
+SCHEDULES = {" karras": "Karras", " sgm uniform": "SGM Uniform", "": "Uniform"}
+SAMPLERS = ("ddim", "plms", *(f"{name}{ending}" for ending in SCHEDULES for name in SINGLE_CALL))
+# Ours with trailing timesteps, which `SGM Uniform` are up to the rounding; a step of Euler is one of DDIM.
+TRAILING = {"ddim": "Euler SGM Uniform", "dpmpp_2m": "DPM++ 2M SGM Uniform"}
+
+
+def name_of(sampler: str, spacing: str | None = None) -> str:
+    """Return what the web UI calls a sampler of ours with a spacing of ours; other names as they are."""
+    if (spacing or OWN_SPACING.get(sampler)) == "trailing":
+        return TRAILING.get(sampler, sampler)
+    return "DPM++ 2M" if sampler == "dpmpp_2m" else sampler
 
 
 def plain_name(sampler: str) -> str:
@@ -50,6 +61,8 @@ def call_timesteps(sampler: str, steps: int) -> list[float] | None:
         return spaced[:1] + spaced[1:2] + spaced[1:] if sampler == "plms" else spaced
     if sampler not in SAMPLERS:
         return None
+    if sampler.endswith(" sgm uniform"):
+        return _even(steps + 1)[:-1]
     return _karras(steps) if sampler.endswith(" karras") else _even(steps)
 
 
@@ -66,12 +79,37 @@ def _karras(steps: int) -> list[float]:
     return np.interp(levels, np.log(sigmas), np.arange(TIMESTEPS)).tolist()
 
 
+def schedule_ending(sampler: str) -> str:
+    """Return the schedule that a sampler's name ends in, with the space before it; '' for none."""
+    return next(ending for ending in SCHEDULES if plain_name(sampler).endswith(ending))
+
+
 def schedule_type(sampler: str) -> str | None:
     """Return what the web UI calls the spacing of a sampler's timesteps; None where it has no choice."""
     name = plain_name(sampler)
-    if name not in SAMPLERS or name in ("ddim", "plms"):
-        return None
-    return "Karras" if name.endswith(" karras") else "Uniform"
+    return None if name not in SAMPLERS or name in ("ddim", "plms") else SCHEDULES[schedule_ending(name)]
+
+
+def other_images(texts: Sequence[str], sampler: str, steps: int) -> list[str]:
+    """Warnings, each a sentence, of samplers that treat stages badly; none where all have one text."""
+    name, warnings = plain_name(sampler), []
+    timesteps = call_timesteps(name, steps)
+    if len(set(texts)) == 1 or timesteps is None:
+        return []
+    if name.endswith(" karras"):
+        stages = [stage_of(int(t), len(texts), TIMESTEPS) for t in timesteps]
+        counts = ", ".join(str(stages.count(stage)) for stage in reversed(range(len(texts))))
+        other = f"{name.removesuffix(' karras')} sgm uniform"
+        warnings.append(
+            f"Karras spacing gives the stages {counts} calls, the start of sampling first, so that the middle ones, "
+            f"where content and material are, have few; use '{other}'."
+        )
+    if name.startswith("dpm++ 2m"):
+        warnings.append(
+            "DPM++ 2M mixes the predictions for two prompts where the stage changes, except here and in the script for "
+            "diffusers, so that the image is another in other programs."
+        )
+    return warnings
 
 
 def prompt_editing(

@@ -7,6 +7,7 @@ import torch
 
 from ldm.export.comfyui import escape, sampling, spell, stage_range, workflow
 from ldm.export.texts import written
+from ldm.export.webui import name_of
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 LEVELS = ((1 - (1 - BETAS).cumprod(0)) / (1 - BETAS).cumprod(0)).sqrt().float().log()  # log sigma of t = 0 … 999
@@ -88,6 +89,8 @@ def test_the_graph_is_whole() -> None:
         ("plms", ("ddim", "ddim_uniform")),
         ("Euler a", ("euler_ancestral", "normal")),
         ("Euler Karras", ("euler", "karras")),
+        (name_of("dpmpp_2m"), ("dpmpp_2m", "sgm_uniform")),
+        (name_of("ddim", "trailing"), ("euler", "sgm_uniform")),
         ("unheard of", ("ddim", "ddim_uniform")),
     ],
 )

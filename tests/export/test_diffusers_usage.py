@@ -66,11 +66,16 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def ours(
-    model: LatentDiffusion, concepts: dict[str, Path], prompt: str, words: list | None, scale: float | list[float] = 3.0
+    model: LatentDiffusion,
+    concepts: dict[str, Path],
+    prompt: str,
+    words: list | None,
+    scale: float | list[float] = 3.0,
+    **sampler: str,
 ) -> tuple[Image.Image, torch.Tensor]:
     """Our image, and its latents (1, 4, 8, 8)."""
     seen: list[torch.Tensor] = []
-    settings = {"height": 64, "width": 64, "ddim_steps": 10, "seed": 7, "scale": scale, "progress": False}
+    settings = {"height": 64, "width": 64, "ddim_steps": 10, "seed": 7, "scale": scale, "progress": False} | sampler
     hook = {"callback": lambda step, t, x, x_0: seen.append(x)}
     image = main(prompt, prospect_words=words, concepts=concepts, model=model, **settings, **hook)
     return image, seen[-1]
@@ -113,6 +118,30 @@ def test_their_image_is_ours(
     for wrong in (lambda *args: args[-1], lambda self, pipe, step, *args: callback(self, pipe, step - 1, *args)):
         usage.StagePrompts.__call__ = wrong
         assert (theirs() - latents[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("steps", "sampler"), [(20, {"sampler": "dpmpp_2m"}), (12, {"sampler": "dpmpp_2m"}), (20, {"spacing": "trailing"})]
+)
+def test_trailing_samplers(
+    steps: int,
+    sampler: dict[str, str],
+    pipe: StableDiffusionPipeline,
+    model: LatentDiffusion,
+    concepts: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """The script restarts the solver where we do."""
+    flags = [*SMALL, "--steps", str(steps), "--preset", "material", "--prompt", "a * heart"]
+    usage = exported(concepts, tmp_path, *flags, *(f"--{name}={value}" for name, value in sampler.items()))
+    usage.load(pipe)
+    usual, pipe.scheduler = pipe.scheduler, usage.scheduler(pipe.scheduler.config)
+    noise = torch.Generator().manual_seed(7)
+    theirs = usage.generate(pipe, height=64, width=64, generator=noise, output_type="latent").images[0]
+    pipe.scheduler = usual
+    words = ["a * heart"] * 5 + ["a heart"] * 5
+    _, latents = ours(model, concepts, "*", words, ddim_steps=steps, **sampler)
+    torch.testing.assert_close(theirs, latents[0], rtol=0, atol=2e-3)
 
 
 def test_several_images_at_once(

@@ -48,6 +48,9 @@ def test_the_settings_that_other_tools_read() -> None:
         "Model": "sd-v1-4",
         "ProSpect prompt": "a * (dog), [x]: y",
     }
+    for sampler, name in {"dpmpp_2m": "DPM++ 2M", "ddim": "Euler"}.items():
+        settings = read(sampler=sampler, spacing="trailing")[2]
+        assert (settings["Sampler"], settings["Schedule type"]) == (name, "SGM Uniform")
     settings = read(scale=[1.0, 7.5])[2]
     assert (settings["CFG scale"], settings["ProSpect scale"]) == ("7.5", "[1.0, 7.5]")
     _, negative, settings = read(negative_prompt="blurry,\n(dark)")

@@ -8,11 +8,12 @@ import itertools
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 
-from ldm.export.webui import SAMPLERS, call_timesteps, escape, prompt_editing
+from ldm.export.webui import SAMPLERS, call_timesteps, escape, name_of, other_images, prompt_editing
 from ldm.models.diffusion.schedule import ddim_timesteps
 
 Reader = Callable[[str, int, int], str]  # prompt, steps, number of the call -> text
@@ -119,6 +120,22 @@ def test_every_number_of_ddim_steps_is_exact_or_warned_of(documented: bool) -> N
         assert is_exact == (not warnings), steps
         exact += is_exact
     assert exact > 50
+
+
+def test_trailing_timesteps_have_another_name_there() -> None:
+    for steps in (10, 20, 30, 50):
+        theirs = call_timesteps(name_of("dpmpp_2m"), steps)
+        assert np.abs(np.array(theirs) - ddim_timesteps(steps, spacing="trailing")[::-1]).max() < 2
+        assert [int(t) // 100 for t in theirs] == [9 - step * 10 // steps for step in range(steps)]
+    assert [name_of(name) for name in ("ddim", "plms", "Euler a")] == ["ddim", "plms", "Euler a"]
+    assert name_of("dpmpp_2m", "leading") == "DPM++ 2M"
+
+
+def test_karras_spacing_is_warned_of() -> None:
+    karras, mixing = other_images(TEXTS, "DPM++ 2M Karras", 20)
+    assert "the stages 3, 2, 2, 1, 1, 1, 1, 1, 2, 6 calls" in karras and "use 'dpm++ 2m sgm uniform'" in karras
+    assert mixing.startswith("DPM++ 2M mixes the predictions for two prompts")
+    assert other_images(["a"] * 10, "DPM++ 2M Karras", 20) == other_images(TEXTS, "ddim", 20) == []
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
