@@ -46,6 +46,13 @@ SCHEDULE_BUFFERS = frozenset((
 ))  # fmt: skip
 # What files hold beside the weights: recomputed, unused, or (the embedding manager) kept in files of its own.
 _EXTRA = re.compile(r"(.*\.)?position_ids|logvar|(model_ema|embedding_manager|balance|(first_stage_model\.)?loss)\..*")
+# What models of a context width are called, and the short name of their configuration here.
+_WIDTHS = {
+    128: ("the small model", "demo"),
+    768: ("Stable Diffusion v1", "sd"),
+    1024: ("Stable Diffusion 2", ""),
+    2048: ("Stable Diffusion XL", ""),
+}
 _FAMILIES = ("Stable Diffusion v1", "Stable Diffusion 2", "Stable Diffusion XL")
 # Levels of key names that other programs add or omit: of DistributedDataParallel and torch.compile, and transformers'.
 _WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])_orig_mod\.")
@@ -222,16 +229,23 @@ def refuse_other_families(state: Mapping[str, Tensor], model: nn.Module, path: s
     """Say in words that a file is for another kind of model, before its keys are compared one by one.
 
     Raises:
-        CheckpointError: `model` is a Stable Diffusion of some version and `state` is known to be another.
+        CheckpointError: `model` is a Stable Diffusion of some version and `state` is known to be another, or they have
+            text transformers of different widths.
     """
     own = model.state_dict()
     family, expected = identify(state), identify(own)
+    width, own_width = context_width(state), context_width(own)
+    if width and own_width and width != own_width:
+        (name, short), (own_name, _) = (_WIDTHS.get(w, ("a model", "")) for w in (width, own_width))
+        full = f"a full checkpoint of {own_name}{', such as sd-v1-4.ckpt' if own_width == 768 else ''}"
+        raise CheckpointError(
+            f"'{path}' holds {name} (context width {width}), but this configuration is for {own_name} (context width "
+            f"{own_width}); use {f'--config {short} (in main.py: --base {short}), or ' if short else ''}{full}."
+        )
     if family in ("unknown", expected) or expected not in _FAMILIES:
         return
-    width = context_width(state)
-    found = f"{family} (context width {width})" if family in _FAMILIES and width else family
     raise CheckpointError(
-        f"'{path}' holds {found}, this configuration is {expected} (context width {context_width(own)}); "
+        f"'{path}' holds {family}, this configuration is {expected} (context width {own_width}); "
         f"use a full {expected} checkpoint{', such as sd-v1-4.ckpt' if expected == _FAMILIES[0] else ''}."
     )
 

@@ -20,16 +20,20 @@ from ldm.conditioning.prompts import check_placeholder
 from ldm.conditioning.stages import matching_stage
 from ldm.files.base_model import describe_base, same_base
 from ldm.files.embedding_formats import (
+    WHOLE,
     FlatPrefix,
     PickledBlock,
     PickledMapper,
     check_beside_mapper,
     in_order,
+    placeholder_beside,
     read_embeddings,
     refuse_run,
     series,
     series_of,
+    whole_in,
 )
+from ldm.files.hub import fetch, is_hub
 from ldm.files.tensors import TensorFileError as EmbeddingError
 from ldm.files.tensors import naming, read_file
 from ldm.files.writing import check_new_file, replacing_set, writing_to
@@ -38,6 +42,7 @@ from ldm.methods.prospect import generate_vectors
 from ldm.methods.table import VECTORS
 
 __all__ = [
+    "WHOLE",
     "Concept",
     "EmbeddingError",
     "load_concept",
@@ -285,6 +290,9 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
     * Textual Inversion of one vector, S = 1: diffusers (`.safetensors`, `.bin`), A1111 and rinongal (`.pt`), and
       A1111's images with an embedding in them;
     * CatVersion's `pytorch_adapter.bin`, or the folder with it;
+    * a folder as the hub has them: sd-concepts-library's, with `learned_embeds.bin` and `token_identifier.txt`, or of
+      `prospect push`; and `hf:user/name[@revision]`, of which only safetensors, JSON and YAML are fetched;
+    * P+ of kohya's scripts, a vector for each U-Net layer;
     * S files of one vector each (`name-0.safetensors`, …): a list of them, their folder, or any one of those
       that this program wrote.
 
@@ -301,6 +309,9 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
             vectors for consecutive tokens, is for Stable Diffusion XL or of an unknown method; stages are missing,
             or do not belong together.
     """
+    if is_hub(source):
+        folder, pinned = fetch(str(source))
+        return _from(pinned, _read_path(folder, key, rows_are_stages))
     listed = [source] if isinstance(source, (str, Path)) else source
     if not isinstance(listed, Sequence) or not all(isinstance(path, (str, Path)) for path in listed):
         raise EmbeddingError(
@@ -313,7 +324,11 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
         concept, place = _read_list(paths), paths[0].parent
     else:
         concept, place = _read_path(paths[0], key, rows_are_stages), paths[0]
-    object.__setattr__(concept, "source", str(place))
+    return _from(str(place), concept)
+
+
+def _from(source: str, concept: Concept) -> Concept:
+    object.__setattr__(concept, "source", source)
     return concept
 
 
@@ -335,6 +350,8 @@ def _read_path(path: Path, key: str | None, rows_are_stages: bool) -> Concept:
     check_beside_mapper(path)
     if (path / _ADAPTER_FILE).is_file():
         return _read(path / _ADAPTER_FILE)
+    if path.is_dir() and (whole := whole_in(path)) is not None:
+        path = whole
     if path.is_dir():
         return _join(path, series(path, key))
     concept = _read(path, key, rows_are_stages)
@@ -361,12 +378,18 @@ def _read(path: Path, key: str | None = None, rows_are_stages: bool = False) -> 
             return concept
         vectors = content[_choose(list(content), key)]
         vectors = vectors.unsqueeze(0) if vectors.ndim == 1 else vectors
+        metadata = placeholder_beside(path, list(content)) | metadata
         concept = Concept(vectors, metadata)
         _check_stages(concept.num_stages, metadata, rows_are_stages)
         return concept
 
 
 def _choose(names: list[str], key: str | None) -> str:
+    if "emp_params_out" in names and key not in names:
+        raise EmbeddingError(
+            "it is OneTrainer's with an output embedding (emp_params_out), which is added behind the text encoder and "
+            "has no place here; train it without one, or take the rest alone (key=…, or --key emp_params)."
+        )
     if {"clip_l", "clip_g"} <= set(names):
         raise EmbeddingError("it is for Stable Diffusion XL (clip_l and clip_g); use one for version 1.")
     if key in names:

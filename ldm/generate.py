@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ldm.conditioning.context import Conditioning
 from ldm.conditioning.learned import truncates
 from ldm.conditioning.presets import Windows, preset_words, presets_beside
-from ldm.conditioning.prompts import PromptReader, warn_of_class, warn_of_unused
+from ldm.conditioning.prompts import PromptReader, warn_of_class, warn_of_unknown, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
 from ldm.export.infotext import NEEDED, infotext
@@ -318,12 +318,14 @@ def _conditionings(
 
 
 def _warn_of_names(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> None:
-    """Warn of concepts that no text names: by their placeholder, or, where they have none, by their class word."""
+    """Warn of concepts that no text names, by placeholder or else class word, and of words that a small model lacks."""
     manager = model.embedding_manager
     loaded, rows = ({}, {}) if manager is None else (manager.loaded, manager.rows())
     learned_as = {name: concept.metadata.get("placeholder", name) for name, concept in loaded.items() if name in rows}
     asked_for = [name for name in request.concepts or () if name in rows or name not in loaded]
     warn_of_unused(asked_for, prompt, words, learned_as)
+    texts = [prompt, request.negative_prompt, *(word for word in words or () if isinstance(word, str))]
+    warn_of_unknown(model.cond_stage_model.known_words, texts, loaded)
     for name, concept in loaded.items():
         if name not in rows:
             warn_of_class(name, concept.metadata.get("captions", "").splitlines(), prompt, words)

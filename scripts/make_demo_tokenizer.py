@@ -51,10 +51,12 @@ def merge(split: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def write_tokenizer(folder: Path, max_length: int) -> int:
-    """Write vocab.json, merges.txt and tokenizer_config.json together; returns the number of tokens."""
-    from evaluation.world.attributes import world_vocabulary
+    """Write vocab.json, merges.txt, words.txt and tokenizer_config.json together; returns the number of tokens."""
+    from evaluation.world.attributes import FACTORS, world_vocabulary
 
-    merges = learn_merges(world_vocabulary())
+    words = world_vocabulary()
+    merges = learn_merges(words)
+    named = [word for values in FACTORS.values() for word in values]
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + END for symbol in symbols), *map("".join, merges), BOS, EOS]
     if len(set(tokens)) != len(tokens):
@@ -64,6 +66,8 @@ def write_tokenizer(folder: Path, max_length: int) -> int:
     files = {
         "vocab.json": json.dumps({token: number for number, token in enumerate(tokens)}, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]),
+        # what prompts may say: the words that captions differ in, then the others
+        "words.txt": " ".join(named) + "\n" + " ".join(word for word in words if word not in named),
         "tokenizer_config.json": json.dumps(config, indent=2),
     }
     with replacing_set(folder) as place:

@@ -131,7 +131,7 @@ LEARNING: dict[str, Cases] = {
         ("-t --base configs/demo/autoencoder.yaml model.params.lossconfig.target=x", "the loss is kl_weight"),
     ],
     "YAML": [
-        ("-t --base {bad}/nowhere.yaml", "There is no configuration file"),
+        ("-t --base {bad}/nowhere.yaml", "nowhere.yaml', given with --base"),
         ("-t --base {bad}/empty.yaml", "does not say 'model:'"),
         ("-t --base {bad}/scalar.yaml", "Unknown section 'a star'"),
         ("-t --base {bad}/no-data.yaml", "does not say 'data:'"),
@@ -175,7 +175,7 @@ LEARNING: dict[str, Cases] = {
         (QUICK + PICTURES, "Say which base model to learn against: --actual_resume FILE"),
     ],
     "images": [
-        (f"{DATA}nowhere", "There is no data_root"),
+        (f"{DATA}nowhere", "nowhere', given with --data_root; check the path"),
         (f"{DATA}no-pictures", "There is no image in data_root"),
         (f"{DATA}only-text", "(only a.txt); put PNG or JPEG files there"),
         (f"{DATA}one-broken", "one-broken/b.png' cannot be read"),

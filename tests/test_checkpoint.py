@@ -408,7 +408,24 @@ def test_families_are_identified_and_refused(family: str, state: dict[str, Tenso
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, state, "x.ckpt")
     assert str(caught.value).startswith(f"'x.ckpt' holds {family}")
-    assert "this configuration is Stable Diffusion v1 (context width 768); use a full" in str(caught.value)
+    assert re.search("this configuration is.* Stable Diffusion v1 .context width 768.; use a full", str(caught.value))
+
+
+def test_a_model_and_the_configuration_of_another_are_named_in_one_sentence() -> None:
+    small = {**of_width(128), TEXT + "final_layer_norm.weight": torch.zeros(4)}
+    for state, own, sentence in (
+        (small, V1, "holds the small model (context width 128), but this configuration is for Stable Diffusion v1"),
+        (
+            small,
+            V1,
+            "use --config demo (in main.py: --base demo), or a full checkpoint of Stable Diffusion v1, such as",
+        ),
+        (V1, small, "holds Stable Diffusion v1 (context width 768), but this configuration is for the small model"),
+        (V1, small, "use --config sd (in main.py: --base sd), or a full checkpoint of the small model."),
+        (of_width(64), small, "holds a model (context width 64), but"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(sentence)):
+            load_weights(TinyModel(own), state, "x.ckpt")
 
 
 @pytest.mark.parametrize("width", [32, 128, 1024, 2048])

@@ -148,6 +148,9 @@ def test_what_a_run_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         names = set(next(csv.reader(file)))
     assert {f"{split}/loss{kind}" for split in ("train", "val") for kind in ("_simple", "_vlb", "")} <= names
     assert {"val/loss_simple_ema", "val/loss_ema"} <= names
+    stages = {name for name in names if re.fullmatch(r"train/loss_stage_\d", name)}
+    assert 5 <= len(stages) <= 10  # 32 samples fall into most of ten stages
+    assert stages <= set(EventAccumulator(str(run / "tensorboard")).Reload().Tags()["scalars"])
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     assert board.Tags()["images"] == [f"train/{key}" for key in keys]
 

@@ -320,6 +320,7 @@ def test_the_learning_rate_is_scaled_unless_told_not_to(
 
 
 def test_debug_shows_the_trace() -> None:
-    assert main.main(["--base", "nowhere.yaml"]) == 2
-    with pytest.raises(ValueError, match="no configuration file 'nowhere.yaml'"):
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["--base", "nowhere.yaml"])
+    with pytest.raises(ValueError, match="There is no file 'nowhere.yaml', given with --base"):
         main.main(["--base", "nowhere.yaml", "-d"])

@@ -40,7 +40,7 @@ def test_import_as_a_program_and_its_mistakes(tmp_path: Path, concept_file: Path
     paths = save_stages(load_concept(concept_file), tmp_path, "star")
     out = tmp_path / "new" / "back.safetensors"
     result = program("import_embedding", *map(str, paths[::-1]), "--out", str(out))
-    assert (result.returncode, result.stdout) == (0, f"{out}: 10 stages of width 128\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, f"{out}: 10 stages of width 128, called *\n"), result.stderr
     back, original = load_concept(out), load_concept(concept_file)
     assert torch.equal(back.vectors, original.vectors) and back.metadata == original.metadata
     result = program("import_embedding", str(paths[0]), "--out", str(out))

@@ -21,6 +21,7 @@ from ldm.cli.flags import (
 )
 from ldm.cli.prompts import concept_files, read_stages
 from ldm.cli.sample import MODEL_DEFAULTS, add_stage_flags
+from ldm.files.hub import is_hub
 from ldm.files.shipped import MODELS, shipped
 from ldm.files.writing import check_writable
 from ldm.request import PLACEHOLDER, ModelFacts, Request, check_prompt, model_facts, read_scale
@@ -101,8 +102,9 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     files = concept_files(options.concepts, PLACEHOLDER, options.prompt or PLACEHOLDER)
     config = MODELS[options.config].config if options.config in MODELS else options.config
     options.config = None if config is None else path(shipped(config))
-    check_paths({"CONCEPT": files.values(), "--ckpt": [options.ckpt], "--config": [options.config]})
-    check_paths({"--presets": [options.presets]})
+    here = [file for file in files.values() if not is_hub(file)]
+    paths = {"--ckpt": options.ckpt, "--config": options.config, "--presets": options.presets}
+    check_paths({"CONCEPT": here} | {flag: [given] for flag, given in paths.items()})
     from ldm.embeddings import load_concept
     from ldm.export.card import Card
     from ldm.export.files import Export

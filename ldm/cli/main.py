@@ -77,6 +77,14 @@ def import_(argv: Sequence[str]) -> None:
     say(import_module("ldm.cli.importing").run(import_.__doc__, argv, "prospect import"))
 
 
+def push(argv: Sequence[str]) -> None:
+    """Upload a concept to the Hugging Face hub, with its stage files and a model card.
+
+    prospect push logs/…/checkpoints/embeddings.safetensors user/name --images outputs/a-42.png
+    """
+    _say_all(import_module("ldm.cli.push").run(push.__doc__, argv, "prospect push"))
+
+
 def _say_all(paths: Sequence[object]) -> None:
     for path in paths:
         say(path)
@@ -89,6 +97,7 @@ COMMANDS: dict[str, Command] = {
     "generate": generate,
     "export": export,
     "import": import_,
+    "push": push,
 }
 # Modules with `run(docstring, argv, prog)`, where they are there: name -> module.
 OTHERS = {"invert": "ldm.cli.invert", "edit": "ldm.cli.edit", "page": "ldm.page.command"}

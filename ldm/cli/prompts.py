@@ -10,10 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ldm.files.hub import fetch, is_hub
 from ldm.files.shipped import shipped
 from ldm.request import PRESETS, check_placeholder, mentions
 
 MAX_SEEDS = 1000
+WHOLE_FILES = ("embeddings.safetensors", "learned_embeds.safetensors")  # of a concept's folder
 _RANGE = re.compile(r"(\d{1,4})(-(\d{1,4})?)?")
 
 
@@ -151,14 +153,19 @@ def placeholder_in(file: str) -> str | None:
 
     That is in a safetensors file's description, or in token_identifier.txt of a folder or beside the file.
     """
+    if is_hub(file):
+        file = str(fetch(file)[0])
     path = Path(file)
+    folder = path if path.is_dir() else path.parent
+    path = next((path / name for name in WHOLE_FILES if (path / name).is_file()), path)
     with suppress(OSError, ValueError, LookupError, TypeError):
-        beside = (path if path.is_dir() else path.parent) / "token_identifier.txt"
-        if beside.is_file():
+        if (beside := folder / "token_identifier.txt").is_file():
             return _usable(beside.read_text(encoding="utf-8").strip())
         with path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            return _usable(json.loads(stream.read(min(size, 1 << 20)))["__metadata__"]["placeholder"])
+            header = json.loads(stream.read(min(size, 1 << 20)))
+        own = header.pop("__metadata__", {}).get("placeholder")
+        return _usable(own or next(name for name in header if len(header) == 1 and name.startswith("<")))
     return None
 
 

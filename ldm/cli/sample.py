@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli.flags import Parser, add_field_flag, add_flag, check_paths, log_to_terminal, path, script_parser
 from ldm.cli.prompts import concept_files, read_prompts, read_stages, seeds
+from ldm.files.hub import is_hub
 from ldm.files.shipped import MODELS, name_of, shipped
 from ldm.files.writing import check_writable, writing_to
 from ldm.request import PLACEHOLDER, ModelFacts, Request, model_facts, read_scale, shown
@@ -65,7 +66,7 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     add_stage_flags(what)
     help_layers = "texts that replace * by U-Net layer (P+), in order of execution; numbers for learned tokens"
     add_field_flag(what, Request, "layer_words", nargs="+", type=word, metavar="TEXT", help=help_layers)
-    help_concept = "learned embedding; several: '<vase>=FILE', each with its own name in the prompt"
+    help_concept = "learned embedding, or hf:user/name[@revision]; several: '<vase>=FILE', each named in the prompt"
     add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     add_field_flag(what, Request, "any_base")
     add_flag(what, "--from", dest="source", type=path, metavar="PNG", help="repeat this image; other flags change it")
@@ -403,7 +404,8 @@ def _check_purpose(request: Request, editing: bool | None) -> None:
 def _check_files(request: Request, ckpt: str) -> None:
     if ckpt == MODELS["sd"].ckpt and not os.path.exists(ckpt):
         raise ValueError(f"Stable Diffusion's weights, '{ckpt}', are not there; put them there, or give --ckpt FILE.")
-    check_paths({"--ckpt": [ckpt], "--concept": (request.concepts or {}).values(), "--content": [request.content_dir]})
+    concepts = [file for file in (request.concepts or {}).values() if not is_hub(file)]
+    check_paths({"--ckpt": [ckpt], "--concept": concepts, "--content": [request.content_dir]})
 
 
 # --- from images to files --------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ __all__ = [
     "split_pattern",
     "stage_pieces",
     "warn_of_class",
+    "warn_of_unknown",
     "warn_of_unused",
 ]
 
@@ -97,6 +98,26 @@ def warn_of_class(name: str, captions: Sequence[str], prompt: str, words: Words 
         logger.warning(
             "The concept '%s' changes what '%s' means, which the prompt does not name; write that word into it.",
             *(name, min(classes, key=len)),
+        )
+
+
+def warn_of_unknown(
+    known: tuple[Sequence[str], Sequence[str]], texts: Iterable[str], placeholders: Iterable[str]
+) -> None:
+    """Warn of words that a model of a small world never read.
+
+    Args:
+        known: words that its captions differ in, which are listed, and others; both empty where it knows any word.
+        placeholders: learned tokens, which are known.
+    """
+    if not known[0]:
+        return
+    pattern = split_pattern(placeholders)
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", pattern.sub(" ", text).lower()))
+    if unknown := [word for word in words if word not in known[0] and word not in known[1]]:
+        logger.warning(
+            "This model does not know %s; it knows %s.",
+            *(", ".join(f"'{word}'" for word in unknown[:8]), ", ".join(known[0])),
         )
 
 

@@ -22,6 +22,7 @@ from ldm.embeddings import Concept
 from ldm.files.base_model import FINGERPRINT
 from ldm.files.images import open_image
 from ldm.files.records import PNG_KEY, read_parameters
+from ldm.methods.table import VECTORS
 
 # Base models that the hub knows under another name than that of their file.
 ON_THE_HUB = {
@@ -34,6 +35,7 @@ MAX_LENGTH = 120  # characters of a text that a file gives
 _HOW = {
     "py": "diffusers, with a callback that gives each timestep its prompt",
     "txt": "AUTOMATIC1111's web UI, as prompt editing for one sampler and number of steps",
+    "safetensors": "this program, the whole concept: `prospect generate --concept hf:user/name`",
     "json": "ComfyUI, a workflow with timestep ranges, for every sampler",
 }
 _TEMPLATE = """\
@@ -42,17 +44,21 @@ _TEMPLATE = """\
 ---
 # {title}
 
-Learned with ProSpect (Zhang et al., ACM TOG 2023): one token embedding for each stage of denoising. Stage 0 is the
-end of sampling (fine detail), the last stage its start (layout).
+{method}
 
 {concepts}
 
-Each `.safetensors` file holds one vector and can be loaded as a textual inversion by diffusers, by
-AUTOMATIC1111's web UI and by ComfyUI. An image is like the learned one only when each stage reads its own token at
-its own time:
+{how}:
 
 {uses}
 {images}"""
+_STAGES = """\
+Learned with ProSpect (Zhang et al., ACM TOG 2023): one token embedding for each stage of denoising. Stage 0 is the
+end of sampling (fine detail), the last stage its start (layout)."""
+_STAGE_FILES = """\
+Each `.safetensors` file of a stage holds one vector and can be loaded as a textual inversion by diffusers, by
+AUTOMATIC1111's web UI and by ComfyUI. An image is like the learned one only when each stage reads its own token at
+its own time"""
 
 
 @dataclass(frozen=True)
@@ -98,15 +104,16 @@ def model_card(concepts: Mapping[str, tuple[str, Concept]], uses: Sequence[str],
         pipeline_tag="text-to-image",
         tags=TAGS,
         base_model_relation="adapter" if base_model else None,
-        instance_prompt=", ".join(
-            f"{name}-{k}" for name, concept in concepts.values() for k in range(concept.num_stages)
-        ),
+        instance_prompt=", ".join(token for placeholder, of in concepts.items() for token in _tokens(placeholder, *of)),
         widget=[{"text": text, "output": {"url": _url(image)}} for image, text in captions.items()] or None,
     )
     called = {
         p: f" Called {escaped(p)} where the images' prompts are quoted." if len(names) > 1 else "" for p in concepts
     }
+    has_stages = all(VECTORS in concept.tensors for _, concept in concepts.values())
     content = _TEMPLATE.format(
+        method=_STAGES if has_stages else f"Learned with the method {escaped(first.method)}.",
+        how=_STAGE_FILES if has_stages else "To be used with",
         front=data.to_yaml(),
         title=names[0],
         concepts="\n".join(_described(*concepts[placeholder]) + called[placeholder] for placeholder in concepts),
@@ -116,16 +123,22 @@ def model_card(concepts: Mapping[str, tuple[str, Concept]], uses: Sequence[str],
     return str(ModelCard(content.rstrip() + "\n", ignore_metadata_errors=False))
 
 
+def _tokens(placeholder: str, name: str, concept: Concept) -> list[str]:
+    """The words of prompts that stand for a concept: of its stage files, or the placeholder of the whole."""
+    return [f"{name}-{k}" for k in range(concept.num_stages)] if VECTORS in concept.tensors else [placeholder]
+
+
 def _described(name: str, concept: Concept) -> str:
     """A concept's tokens, and how it was learned as far as it says."""
     known = {key: escaped(value) for key, value in concept.metadata.items()}
-    parts = [f"{concept.num_stages} stages of width {concept.width}, identity {concept.identity}"]
+    parts = [f"{concept}, identity {concept.identity}"]
     parts += [f"learned in {known['step']} steps"] if known.get("step") else []
     parts += [f"from the word “{known['init_word']}”"] if known.get("init_word") else []
     if "base_model" in known:
         digits = f" (fingerprint {known[FINGERPRINT]})" if FINGERPRINT in known else ""
         parts.append(f"for the base model {known['base_model']}{digits}")
-    return f"- `{name}-0` … `{name}-{concept.num_stages - 1}`: {', '.join(parts)}."
+    files = f"`{name}-0` … `{name}-{concept.num_stages - 1}`" if VECTORS in concept.tensors else f"`{name}`"
+    return f"- {files}: {', '.join(parts)}."
 
 
 def _shown(captions: Mapping[Path, str]) -> str:

@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 _NUMBERED = re.compile(r"(.+)-(\d+)\.(?:safetensors|pt|bin)")
 _ADAPTER = "clip_text_model_self_prefix.control_trans"  # ends the names in CatVersion's pytorch_adapter.bin
 _ADAPTED = {"9", "10", "11"}  # text layers that its code knows
+# A concept in a folder of the hub: of `prospect push`, and of diffusers and sd-concepts-library.
+WHOLE = "embeddings.safetensors"
+_WHOLE_FILES = (WHOLE, "learned_embeds.safetensors", "learned_embeds.bin")
+# kohya's train_textual_inversion_XTI.py names the U-Net's cross-attention layers so, in order of execution.
+_XTI = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02}" for k in range(3, 12))]
 _A1111_CHUNK = "sd-ti-embedding"  # of a PNG: base64 of JSON, tensors as {"TORCHTENSOR": lists of numbers}
 
 
@@ -71,6 +76,8 @@ def read_embeddings(
     tensors = named_tensors(path, _string_to_param(content) if state is None else state)
     if any(name.endswith(_ADAPTER) for name in tensors):
         return FlatPrefix(_flat_prefix(path, tensors)), {}
+    if set(tensors) == set(_XTI):
+        return {"table": _layers(path, [tensors[name] for name in _XTI])}, {"prospect.method": "xti"}
     kind = identify(tensors) if "prospect.version" not in metadata else "unknown"
     if state is not None or kind not in ("unknown", "a textual inversion embedding"):
         model = f"a base model ({kind})" if kind.startswith("Stable") else "a checkpoint"
@@ -90,6 +97,14 @@ def _flat_prefix(path: Path, tensors: Mapping[str, Tensor]) -> Tensor:
             f"'{path}': its {len(tensors)} copies of the prefix differ; use another copy of the file."
         )
     return first
+
+
+def _layers(path: Path, vectors: Sequence[Tensor]) -> Tensor:
+    """(1, layers, n, D) from a tensor (n, D) or (D,) for each layer."""
+    rows = [x.unsqueeze(0) if x.ndim == 1 else x for x in vectors]
+    if len({x.shape for x in rows}) != 1 or rows[0].ndim != 2:
+        raise TensorFileError(f"'{path}': its layers' vectors have different sizes; use another copy.")
+    return torch.stack(rows).unsqueeze(0).float()
 
 
 def _string_to_param(content: object) -> object:
@@ -167,6 +182,21 @@ def check_beside_mapper(path: Path) -> None:
     mapper = path.with_name(path.name.replace("learned_embeds-", "mapper-")).with_suffix(".pt")
     if path.name.startswith("learned_embeds-") and mapper.is_file():
         logger.warning("'%s' is only the word that NeTI begins with; what it learned is in '%s'.", path, mapper)
+
+
+def whole_in(folder: Path) -> Path | None:
+    """The file of a folder that holds a whole concept, where it has one of the names that the hub's have."""
+    return next((folder / name for name in _WHOLE_FILES if (folder / name).is_file()), None)
+
+
+def placeholder_beside(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """What another program calls its embedding: in token_identifier.txt beside it, or as its only name, like <this>."""
+    beside = path.with_name("token_identifier.txt")
+    text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+    found = text if text.isprintable() and len(text) <= 100 else ""
+    if not found and len(names) == 1 and re.fullmatch(r"<[^<>*]{1,100}>", names[0]):
+        found = names[0]
+    return {"placeholder": found} if found else {}
 
 
 # A concept in as many files as it has stages

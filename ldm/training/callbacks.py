@@ -19,6 +19,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ldm.conditioning.stages import stage_of
 from ldm.files.images import make_grid, to_pil
 from ldm.files.writing import replacing, writing_to
 from ldm.training.finite import FiniteGuard
@@ -265,6 +266,31 @@ class ImageLogger(pl.Callback):
             for board in boards:
                 pixels = np.asarray(grid)
                 board.experiment.add_image(f"{split}/{key}", pixels, trainer.global_step, dataformats="HWC")
+
+
+class StageLosses(pl.Callback):
+    """Log `train/loss_stage_k` whenever the trainer logs: the mean loss of the samples of stage k since it last did.
+
+    A stage without samples is left out.
+    """
+
+    def __init__(self) -> None:
+        self._sums: torch.Tensor | None = None  # (2, S): of losses, of samples
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        losses = getattr(module, "losses", None)
+        if losses is None:
+            return
+        if self._sums is None:
+            self._sums = torch.zeros(2, module.num_stages, device=losses.device)
+        stages = stage_of(module.timesteps, module.num_stages, module.num_timesteps)
+        self._sums.index_add_(1, stages, torch.stack([losses, torch.ones_like(losses)]))
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            sums, counts = self._sums.tolist()
+            means = {f"train/loss_stage_{k}": sums[k] / count for k, count in enumerate(counts) if count}
+            module.log_dict(means, batch_size=1)
+            self._sums.zero_()
 
 
 class StepBar(ProgressBar):

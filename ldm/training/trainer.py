@@ -26,7 +26,7 @@ from ldm.config import (
     resolved,
 )
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.training.callbacks import CheckpointWriter, ConfiguredRate, EmbeddingSaver, SaveLast, StepBar
+from ldm.training.callbacks import CheckpointWriter, ConfiguredRate, EmbeddingSaver, SaveLast, StageLosses, StepBar
 from ldm.training.checks import check_images, check_precision
 from ldm.training.finite import FiniteGuard
 from ldm.training.runs import Run
@@ -93,7 +93,7 @@ def _callbacks(lightning: dict[str, Any], run: Run, module: pl.LightningModule, 
     saving = (lightning.get("modelcheckpoint") or {}) | {"target": "ldm.training.callbacks.SaveLast"}
     saver: SaveLast = instantiate_from_config(saving, dirpath=run.checkpoints)
     saver.guard = FiniteGuard(saver.every_n_train_steps)
-    callbacks: list[pl.Callback] = [saver.guard, ConfiguredRate()]
+    callbacks: list[pl.Callback] = [saver.guard, ConfiguredRate(), StageLosses()]
     if bar:
         callbacks.append(StepBar())
     if getattr(module, "embedding_manager", None) is not None:

@@ -482,6 +482,18 @@ def test_a_concept_is_called_what_its_file_says(tmp_path: Path, concept_file: Pa
         assert sorted(record["concepts"]) == names
 
 
+def test_words_that_the_small_model_does_not_know(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    txt2img("--prompt", "A shiny dog, on a <cat> beach", "--negative_prompt", "blurry", "--outdir", tmp_path)
+    known = (ROOT / "models/demo/tokenizer/words.txt").read_text().splitlines()[0]
+    assert caplog.messages[-1] == (
+        f"This model does not know 'dog', 'cat', 'beach', 'blurry'; it knows {', '.join(known.split())}."
+    )
+    caplog.clear()
+    star = "models/demo/concepts/dotted-star.safetensors"
+    txt2img("--prompt", "a RED <toy>", "--concept", f"<toy>={star}", "--stages", "0=*", "--outdir", tmp_path)
+    assert not any("does not know" in message for message in caplog.messages)
+
+
 def test_short_names_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = read_parameters(txt2img("--prompt", "a star", "--config", "demo", "--outdir", tmp_path)[0])
     assert (record["config"], record["ckpt"]) == ("configs/demo/finetune.yaml", "models/demo/model.safetensors")

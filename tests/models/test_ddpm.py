@@ -132,7 +132,7 @@ def test_names_of_the_logged_losses(trainable: LatentDiffusion) -> None:
     for mode, prefix in ((True, "train"), (False, "val")):
         trainable.train(mode)
         _, parts = trainable.p_losses(RECORDED["x0"], stage_contexts(), torch.tensor([5]), RECORDED["noise"])
-        assert set(parts) == {f"{prefix}/loss{kind}" for kind in ("", "_simple", "_vlb")}
+        assert set(parts) == {"losses", *(f"{prefix}/loss{kind}" for kind in ("", "_simple", "_vlb"))}
         assert not any(value.requires_grad for value in parts.values())
 
 

@@ -118,6 +118,7 @@ class LatentDiffusion(pl.LightningModule):
         self.seed = 23
         self.base_model: dict[str, str] = {}
         self.timesteps: Tensor | None = None  # (B,), of the latest training batch
+        self.losses: Tensor | None = None  # (B,), of the latest training batch
         self._latents: LatentCache | None = None
         self._prompts: tuple[Any, PromptConditioning] | None = None  # of the latest training batch
         self._read_below: dict[tuple[str, int], Tensor] = {}  # caption, text layer -> what it reads (L, D)
@@ -326,7 +327,7 @@ class LatentDiffusion(pl.LightningModule):
         return at(self.sqrt_alphas_cumprod, t) * prediction + at(self.sqrt_one_minus_alphas_cumprod, t) * x_noisy
 
     def p_losses(self, x_start: Tensor, cond: Cond, t: Tensor, noise: Tensor | None = None) -> Step:
-        """Return the training loss, and the values to be logged.
+        """Return the training loss, and the values to be logged beside `losses`, those of the samples (B,).
 
         Args:
             x_start: scaled latents (B, C, H, W).
@@ -341,6 +342,7 @@ class LatentDiffusion(pl.LightningModule):
         per_sample = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
         prefix = "train" if self.training else "val"
         parts = {
+            "losses": per_sample,
             f"{prefix}/loss_simple": per_sample.mean(),
             f"{prefix}/loss_vlb": (self.lvlb_weights[t] * per_sample).mean(),
         }
@@ -468,6 +470,7 @@ class LatentDiffusion(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
         torch.manual_seed(batch["dropout_seed"] if "dropout_seed" in batch else self._dropout_seed(batch))
         loss, parts = self.shared_step(batch, "train")
+        self.losses = parts.pop("losses")
         self.log_dict(parts, prog_bar=False, batch_size=len(batch["sample"]))
         self.log("loss", loss.detach(), logger=False)  # for the bar, which asks for it when it moves
         return loss
@@ -475,6 +478,7 @@ class LatentDiffusion(pl.LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], _: int) -> None:
         parts = self.shared_step(batch, "val")[1]
+        del parts["losses"]
         # there are no averaged weights to compare with: the reference logs the same values under both names
         parts |= {f"{name}_ema": value for name, value in parts.items()}
         self.log_dict(parts, batch_size=len(batch["sample"]))

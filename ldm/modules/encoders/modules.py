@@ -84,6 +84,18 @@ class FrozenCLIPEmbedder(nn.Module):
         folder = hub_folder(self.version) if self.tokenizer_folder is None else Path(shipped(self.tokenizer_folder))
         return open_tokenizer(folder, self.transformer.config.vocab_size)
 
+    @cached_property
+    def known_words(self) -> tuple[list[str], list[str]]:
+        """The words of a small world, from words.txt beside its vocabulary: those that captions differ in, and others.
+
+        Both are empty where prompts may say anything.
+        """
+        path = Path(shipped(self.tokenizer_folder or "")) / "words.txt"
+        if self.tokenizer_folder is None or not path.is_file():
+            return [], []
+        first, _, others = path.read_text(encoding="utf-8").partition("\n")
+        return first.split(), others.split()
+
     def embed(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
         """Return the input embeddings (layers, N, L, D) of slots (N, L): a token id, or -(r + 1) for row r of vectors.
 

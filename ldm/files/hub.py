@@ -1,0 +1,119 @@
+"""Concepts on the Hugging Face hub: a repository `hf:user/name[@revision]` becomes a folder here, and a folder one.
+
+Only safetensors, JSON and YAML are ever fetched. With HF_HUB_OFFLINE=1 nobody is asked, and what was fetched is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "hf:"
+SUFFIXES = (".safetensors", ".json", ".yaml")
+MAX_BYTES = 100 << 20  # a concept has kilobytes; a whole model is none
+_SOURCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def is_hub(source: object) -> bool:
+    """Return whether a concept's source is a repository on the hub."""
+    return isinstance(source, str) and source.startswith(PREFIX)
+
+
+def fetch(source: str) -> tuple[Path, str]:
+    """Return the folder with a repository's files, and the source with the commit that they are of.
+
+    Raises:
+        ValueError: it is no such source, there is no such repository, or it holds no concept.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    match = _SOURCE.fullmatch(source)
+    if match is None:
+        raise ValueError(f"'{source}' must be hf:user/name, or hf:user/name@revision.")
+    repository, revision = match.groups()
+    with _one_sentence(source):
+        wanted = None if constants.HF_HUB_OFFLINE else _wanted(repository, revision, source)
+        only_here = wanted is None
+        found = snapshot_download(repository, revision=revision, allow_patterns=wanted, local_files_only=only_here)
+    folder = Path(found)
+    return folder, f"{PREFIX}{repository}@{folder.name}"
+
+
+def _wanted(repository: str, revision: str | None, source: str) -> list[str] | None:
+    """The files of a concept's repository; None where the hub does not answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except Exception as error:
+        if not _is_network(error):
+            raise
+        logger.warning("The hub does not answer; what was fetched of '%s' before is used.", source)
+        return None
+    files = {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
+    wanted = [name for name in files if name.endswith(SUFFIXES)]
+    if not any(name.endswith(SUFFIXES[0]) for name in wanted):
+        pickles = [name for name in files if name.endswith((".bin", ".pt", ".ckpt"))]
+        remedy = f"; download '{pickles[0]}' yourself and give the file" if pickles else ""
+        raise ValueError(f"'{source}' has no .safetensors file, and no other kind is fetched{remedy}.")
+    if large := [name for name in wanted if files[name] > MAX_BYTES]:
+        raise ValueError(f"'{source}' is no concept: '{large[0]}' has {files[large[0]] >> 20} MB.")
+    return wanted
+
+
+def upload(folder: Path, repository: str, private: bool, message: str) -> str:
+    """Make a repository, if there is none, and put the files of a folder into it; returns its address.
+
+    Raises:
+        ValueError: the name is none, nobody is logged in, or the hub refuses it.
+    """
+    from huggingface_hub import HfApi, constants
+
+    with _one_sentence(repository):
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    return f"{constants.ENDPOINT}/{repository}"
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Turn whatever the hub's client raises into a `ValueError` with the remedy."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"There is no repository '{what}' on the hub, or it is private; check the name, or log in with "
+            "`hf auth login`."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"'{what}' has no such revision; check what stands behind the @.") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ValueError(f"'{what}' was not fetched before, and the hub cannot be asked now.") from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"'{what}' is no name of a repository; it must be user/name.") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = "; log in with `hf auth login`, with a token that may write" if status in (401, 403) else ""
+        raise ValueError(f"The hub refuses '{what}' (status {status}){remedy}.") from error
+    except Exception as error:
+        if not _is_network(error) and not isinstance(error, errors.OfflineModeIsEnabled):
+            raise
+        raise ValueError(f"The hub cannot be reached for '{what}'; check the network and HF_HUB_OFFLINE.") from error
+
+
+def _is_network(error: Exception) -> bool:
+    """Whether the hub's client could not ask; its own client's errors, whichever version of httpx that is."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):  # it answered
+        return False
+    of_client = any(kind.__module__.startswith(("httpx", "httpcore")) for kind in type(error).__mro__)
+    return of_client or isinstance(error, (ConnectionError, TimeoutError))

@@ -1,0 +1,253 @@
+"""The Hugging Face hub, played by a server on this machine: what is fetched, what is pushed, and what is said."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from ldm.cli import push, sample
+from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept
+from ldm.files.hub import fetch
+
+COMMIT = "c0ffee" + 34 * "0"
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories as {name: {file: content}}; `asked` are the paths of all requests."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.sizes: dict[str, int] = {}
+        self.asked: list[str] = []
+
+    @property
+    def fetched(self) -> list[str]:
+        return sorted({path.rpartition("/")[2] for path in self.asked if "/resolve/" in path})
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def send(self, content: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append(f"{self.command} {path}")
+        if found := re.fullmatch(r"/api/models/(\w+/[\w-]+)(?:/revision/(.+))?", path):
+            files = self.server.repositories.get(found[1])
+            if files is None:
+                self.send(b"{}", 404, X_Error_Code="RepoNotFound")
+            elif found[2] not in (None, "main", COMMIT):
+                self.send(b"{}", 404, X_Error_Code="RevisionNotFound")
+            else:
+                siblings = [{"rfilename": n, "size": self.server.sizes.get(n, len(c))} for n, c in files.items()]
+                self.send(json.dumps({"id": found[1], "sha": COMMIT, "siblings": siblings}).encode())
+        elif found := re.fullmatch(rf"/api/models/(\w+/[\w-]+)/tree/{COMMIT}", path):
+            files = self.server.repositories[found[1]]
+            listed = [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in files.items()]
+            self.send(json.dumps(listed).encode())
+        elif found := re.fullmatch(r"/(\w+/[\w-]+)/resolve/\w+/(.+)", path):
+            content = self.server.repositories[found[1]][found[2]]
+            self.send(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+        else:
+            self.send(b"{}", 404)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        self.server.asked.append(f"{self.command} {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/api/repos/create":
+            if self.headers.get("Authorization") != "Bearer hf_good":
+                self.send(b'{"error": "no"}', 401)
+                return
+            asked = json.loads(body)
+            self.server.repositories.setdefault(f"me/{asked['name']}", {})
+            self.send(json.dumps({"url": f"{constants.ENDPOINT}/me/{asked['name']}"}).encode())
+        elif found := re.fullmatch(r"/api/models/(\w+/[\w-]+)/preupload/main", self.path):
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            files = [file | {"shouldIgnore": False} for file in files]
+            self.send(json.dumps({"files": files}).encode())
+        elif found := re.fullmatch(r"/api/models/(\w+/[\w-]+)/commit/main", self.path):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    self.server.repositories[found[1]][value["path"]] = base64.b64decode(value["content"])
+            answer = {"commitUrl": f"{constants.ENDPOINT}/me/x/commit/{COMMIT}", "commitOid": COMMIT}
+            self.send(json.dumps(answer).encode())
+        else:
+            self.send(b"{}")
+
+
+def answer_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does when huggingface_hub is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    answer_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def concept(tmp_path: Path) -> Path:
+    vectors = torch.randn(10, 128, generator=torch.Generator().manual_seed(1))
+    save_concept(Concept(vectors, {"base_model": "sd-v1-4.ckpt"}), tmp_path / "toy.safetensors", "<toy>")
+    return tmp_path / "toy.safetensors"
+
+
+def test_what_is_pushed_is_what_is_read(hub: Hub, concept: Path, tmp_path: Path) -> None:
+    address, use = push.run("Push.", [str(concept), "me/my-toy"])
+    assert address == f"{constants.ENDPOINT}/me/my-toy"
+    assert use == "prospect generate --concept hf:me/my-toy --prompt 'a <toy>'"
+    files = hub.repositories["me/my-toy"]
+    stages = {f"my-toy-{stage}.safetensors" for stage in range(10)}
+    assert set(files) == {"README.md", "embeddings.safetensors", "my-toy_diffusers.py"} | stages
+    card = files["README.md"].decode()
+    for line in ("model: CompVis/stable-diffusion-v1-4", "base_model_relation: adapter", "instance_prompt: my-toy-0"):
+        assert line in card
+    hub.asked.clear()
+    read = load_concept("hf:me/my-toy")
+    assert torch.equal(read.vectors, load_concept(concept).vectors) and read.source == f"hf:me/my-toy@{COMMIT}"
+    assert hub.fetched == sorted({"embeddings.safetensors"} | stages)
+    hub.repositories["me/my-toy"] |= {"README.md": b"changed"}
+    assert load_concept(read.source).identity == read.identity
+
+
+def test_only_descriptions_and_tensors_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    save_file({"<cat>": torch.ones(1, 128)}, tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    names = ("learned_embeds.safetensors", "evil.bin", "evil.pt", "run.py", "token.json", "deep/er.safetensors")
+    hub.repositories["a/cat"] = dict.fromkeys((*names, "c.yaml"), content)
+    read = load_concept("hf:a/cat@main")
+    assert read.metadata["placeholder"] == "<cat>" and read.num_stages == 1
+    assert hub.fetched == ["c.yaml", "learned_embeds.safetensors", "token.json"]
+
+
+def test_offline_uses_what_was_fetched(hub: Hub, concept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories["a/toy"] = {"embeddings.safetensors": concept.read_bytes()}
+    first = fetch("hf:a/toy")
+    hub.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch("hf:a/toy") == first and not hub.asked
+    with pytest.raises(ValueError, match="'hf:a/other' was not fetched before, and the hub cannot be asked now"):
+        fetch("hf:a/other")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    answer_at("http://127.0.0.1:9", monkeypatch)  # nobody is there
+    assert fetch("hf:a/toy") == first
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("hf:toy", "'hf:toy' must be hf:user/name, or hf:user/name@revision"),
+        ("hf:a/../b", "must be hf:user/name"),
+        ("hf:a/none", "There is no repository 'hf:a/none' on the hub, or it is private; check the name, or log in"),
+        ("hf:a/toy@v9", "'hf:a/toy@v9' has no such revision"),
+        ("hf:a/pickled", "no .safetensors file, and no other kind is fetched; download 'learned_embeds.bin' yourself"),
+        ("hf:a/model", "'hf:a/model' is no concept: 'unet.safetensors' has 200 MB"),
+    ],
+)
+def test_what_cannot_be_fetched(source: str, sentence: str, hub: Hub, concept: Path) -> None:
+    hub.repositories |= {"a/toy": {"embeddings.safetensors": b""}, "a/pickled": {"learned_embeds.bin": b""}}
+    hub.repositories["a/model"] = {"unet.safetensors": b""}
+    hub.sizes["unet.safetensors"] = 200 << 20
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        fetch(source)
+    assert not hub.fetched
+
+
+def test_pushing_needs_a_name_and_a_login(
+    hub: Hub, concept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    for flags, sentence in (
+        ([str(concept), "toy"], "'toy' is no name of a repository; it must be user/name."),
+        (["none.safetensors", "me/toy"], "There is no file 'none.safetensors', given with CONCEPT"),
+        ([str(concept), "me/toy"], "status 401); log in with `hf auth login`, with a token that may write."),
+    ):
+        with pytest.raises(SystemExit):
+            push.run("Push.", flags)
+        assert sentence in capsys.readouterr().err
+    assert not hub.repositories
+    files = push.run("Push.", [str(concept), "me/toy.v2", "--outdir", str(tmp_path / "out")])
+    assert {Path(file).name for file in files} >= {"README.md", "embeddings.safetensors", "toy-v2-9.safetensors"}
+    assert not hub.repositories and load_concept(tmp_path / "out").metadata["placeholder"] == "<toy>"
+
+
+def test_an_image_of_a_concept_on_the_hub(hub: Hub, concept: Path, tmp_path: Path) -> None:
+    hub.repositories["a/toy"] = {"embeddings.safetensors": concept.read_bytes()}
+    flags = ["--prompt", "a <toy>", "--steps", "1", "--height", "32", "--width", "32", "--device", "cpu", "--any_base"]
+    (image,) = sample.run("", argv=[*flags, "--concept", "hf:a/toy", "--outdir", str(tmp_path)])
+    from ldm.generate import read_parameters
+
+    assert read_parameters(image)["concepts"] == {"<toy>": f"hf:a/toy@{COMMIT}"}
+    (again,) = sample.run("", argv=["--from", str(image), "--outdir", str(tmp_path / "b")])
+    assert read_parameters(again)["concept_hashes"] == read_parameters(image)["concept_hashes"]
+
+
+def test_the_layout_of_sd_concepts_library(tmp_path: Path) -> None:
+    folder = tmp_path / "cat-toy"
+    folder.mkdir()
+    (folder / "token_identifier.txt").write_text("<cat-toy>\n")
+    (folder / "type_of_concept.txt").write_text("object")
+    torch.save({"<cat-toy>": torch.ones(128)}, folder / "learned_embeds.bin")
+    assert load_concept(folder).metadata == {"placeholder": "<cat-toy>"}
+    assert load_concept(folder / "learned_embeds.bin").metadata == {"placeholder": "<cat-toy>"}
+    flags = ["--prompt", "a <cat-toy>", "--steps", "1", "--height", "32", "--width", "32", "--device", "cpu"]
+    sample.run("", argv=[*flags, "--concept", str(folder), "--outdir", str(tmp_path)])
+    (folder / "learned_embeds.bin").write_bytes(b"\x80\x02cposix\nsystem\n.")
+    with pytest.raises(EmbeddingError, match="could run code and is not loaded"):
+        load_concept(folder)
+
+
+def test_kohyas_xti_file_is_a_concept_of_layers(tmp_path: Path) -> None:
+    names = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02}" for k in range(3, 12))]
+    vectors = torch.randn(16, 2, 768, generator=torch.Generator().manual_seed(0))
+    save_file(dict(zip(names, vectors.clone().half(), strict=True)), tmp_path / "xti.safetensors")
+    torch.save(dict(zip(reversed(names), vectors.flip(0)[:, 0], strict=True)), tmp_path / "xti.pt")
+    two, one = load_concept(tmp_path / "xti.safetensors"), load_concept(tmp_path / "xti.pt")
+    assert (two.method, one.method) == ("xti", "xti")
+    assert torch.equal(two.tensors["table"], vectors.half().float()[None])
+    assert torch.equal(one.tensors["table"], vectors[None, :, :1])
+    save_concept(one, tmp_path / "own.safetensors")
+    assert load_concept(tmp_path / "own.safetensors").identity == one.identity
+
+
+def test_onetrainers_output_embedding_is_named(tmp_path: Path) -> None:
+    save_file({"emp_params": torch.ones(1, 768), "emp_params_out": torch.ones(1, 768)}, tmp_path / "o.safetensors")
+    with pytest.raises(EmbeddingError, match="it is OneTrainer's with an output embedding .emp_params_out., which is"):
+        load_concept(tmp_path / "o.safetensors")
+    assert load_concept(tmp_path / "o.safetensors", key="emp_params").num_stages == 1
