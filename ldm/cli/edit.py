@@ -143,7 +143,7 @@ def _edit(options: argparse.Namespace) -> list[Path]:
         edit.check(source, len(edit.prospect_words or [None]))
     model = load(options)
     _load_concepts(model, options)
-    sheet = Edits(model, options.outdir, _slug(edits[0].target))
+    sheet = Edits(model, options.outdir, slug(edits[0].target))
     if concept is None:
         return sheet.generated(source, edits, options.seed, options.steps or 50, options.guidance_scale)
     from ldm.editing.invert import check_belongs
@@ -174,10 +174,14 @@ def _load_concepts(model: Any, options: argparse.Namespace) -> None:
 
 
 class Edits:
-    """Makes the edits of one image, and writes each beside a grid of all."""
+    """Makes the edits of one image, and writes each beside a grid of all.
 
-    def __init__(self, model: Any, folder: Path, stem: str) -> None:
-        self.model, self.folder, self.stem = model, folder, stem
+    Args:
+        report: called after each step of an edit of an inverted image, in place of a bar.
+    """
+
+    def __init__(self, model: Any, folder: Path, stem: str, report: Callable[[int, Any], None] | None = None) -> None:
+        self.model, self.folder, self.stem, self.report = model, folder, stem, report
 
     def inverted(self, concept: Any, edits: Sequence[Edit], image: Path | None) -> list[Path]:
         """Edit an inverted image; the grid shows it, as the autoencoder and the inversion see it, and the edits."""
@@ -185,7 +189,8 @@ class Edits:
 
         before = {} if image is None else {"image": original(concept, image)}
         before["autoencoder"] = rebuilt(self.model, concept)
-        return self._write(edits, (edit_image(self.model, concept, edit) for edit in edits), before)
+        made = (edit_image(self.model, concept, e, progress=self.report is None, report=self.report) for e in edits)
+        return self._write(edits, made, before)
 
     def generated(self, prompt: str, edits: Sequence[Edit], seed: int, steps: int, scale: float | None) -> list[Path]:
         """Edit an image that is generated."""
@@ -223,7 +228,7 @@ def tau_name(edit: Edit) -> str:
     return "-".join(f"{name[-1]}{shown(getattr(edit, name))}" for name in TAUS)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return re.sub(r"[^\w]+", "-", text).strip("-")[:60] or "edit"
 
 
@@ -276,7 +281,7 @@ def _is_finished(folder: Path, row: Row, edits: Sequence[Edit]) -> bool:
 
 def row_stem(row: Row) -> str:
     """Return what the names of a row's images begin with."""
-    return f"{row.case}-{_slug(row.cells.get('target') or row.prompt)}"
+    return f"{row.case}-{slug(row.cells.get('target') or row.prompt)}"
 
 
 def concept_file(folder: Path, row: Row) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def invert_image(
     options: InversionOptions | None = None,
     unfinished: str | Path | None = None,
     size: tuple[int | None, int | None] = (None, None),
-    progress: bool = True,
+    progress: bool | Callable[[Progress], object] = True,
     **start: Any,
 ) -> Concept:
     """Learn what reconstructs an image under guidance, as a concept.
@@ -161,6 +161,7 @@ def invert_image(
         method: stylediffusion, null-text or text.
         unfinished: file that keeps finished steps; one that is there is resumed. It is removed at the end.
         size: (height, width) in pixels.
+        progress: show a bar; a function in its place is called after each step.
         start: `clip`, `value_mode` and `seed` of `make_learner`.
 
     Raises:
@@ -178,11 +179,13 @@ def invert_image(
     sweep = Sweep(model, way, learner, *subject.contexts(), options)
 
     def keep(state: Progress) -> None:
+        if callable(progress):
+            progress(state)
         if unfinished is not None:
             place = {"progress.epoch": str(state.epoch), "progress.step": str(state.step)}
             save_state_dict(learner.state_dict() | {"z": state.z}, unfinished, said | place)
 
-    z = learn_path(sweep, resumed, finished=keep, progress=progress)
+    z = learn_path(sweep, resumed, finished=keep, progress=progress is True)
     concept = to_concept(subject, learner, way, said, z)
     if unfinished is not None:
         Path(unfinished).unlink(missing_ok=True)
@@ -344,12 +347,18 @@ def check_belongs(
 
 
 def edit_image(
-    model: LatentDiffusion, concept: Concept, edit: Edit, learned: bool = True, progress: bool = True
+    model: LatentDiffusion,
+    concept: Concept,
+    edit: Edit,
+    learned: bool = True,
+    progress: bool = True,
+    report: Callable[[int, Tensor], None] | None = None,
 ) -> Edited:
     """Edit the image that a concept was made of.
 
     Args:
         learned: without it, Prompt-to-Prompt alone upon the path of the inversion.
+        report: called after each step with its number and the latents.
 
     Raises:
         ValueError: the concept is for another model, or the edit does not fit its prompt.
@@ -365,4 +374,4 @@ def edit_image(
     )
     told = told.changed(change if learned else None, value_steps(len(change.timesteps), edit.tau_v))
     scale = float(concept.metadata[SCALE])
-    return decoded(model, denoise_pair(model, x_T, told, plan, change.timesteps, scale, progress))
+    return decoded(model, denoise_pair(model, x_T, told, plan, change.timesteps, scale, progress, report))

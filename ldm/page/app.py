@@ -12,6 +12,8 @@ from nicegui.events import MultiUploadEventArguments, ValueChangeEventArguments
 from ldm.page import uploads
 from ldm.page.command import HOST
 from ldm.page.compare_tab import CompareTab
+from ldm.page.edit_tab import EditTab
+from ldm.page.editing import opened
 from ldm.page.engine import Engine
 from ldm.page.export_tab import ExportTab
 from ldm.page.generate_tab import GenerateTab
@@ -75,6 +77,8 @@ class _Page:
                 self._learn = LearnTab(view)
             with ui.tab_panel("Compare"):
                 CompareTab(view)
+            with ui.tab_panel("Edit"):
+                self._edit = EditTab(view)
             with ui.tab_panel("Export"):
                 ExportTab(view)
         self._build_drop()
@@ -115,14 +119,24 @@ class _Page:
         except ValueError as error:
             say(error)
 
+    def _take_concepts(self, paths: list[Path]) -> None:
+        inversion = opened(paths[0], self.session.engine) if len(paths) == 1 else None
+        if inversion is None:
+            self._generate.take_concepts(paths)
+        else:
+            self.session.edit.inversion = inversion
+        self.view.show("Generate" if inversion is None else "Edit")
+
     def _take(self, paths: Sequence[Path]) -> None:
         """An image of ours restores the form, another one is to be edited or learned from, other files are concepts."""
         if not all(map(uploads.looks_like_image, paths)):
-            self._generate.take_concepts(list(paths))
-            self.view.show("Generate")
+            self._take_concepts(list(paths))
             return
         if self.session.tab == "Learn":
             self._learn.take(list(paths))
+            return
+        if self.session.tab == "Edit":
+            self._edit.take(paths[0])
             return
         for path in paths:
             uploads.check_image(path)

@@ -16,7 +16,7 @@ from PIL import Image
 from ldm.cli.sample import new_file
 from ldm.files.images import label_grid
 from ldm.files.records import PNG_KEY, save_png
-from ldm.page.engine import Engine, Job
+from ldm.page.engine import Engine, ImageJob
 from ldm.page.form import Form, Lane
 from ldm.request import PRESETS
 
@@ -183,7 +183,7 @@ class Comparison:
 
     def __init__(self, rows: Axis, columns: Axis, forms: list[list[Form]]) -> None:
         self.rows, self.columns, self.forms = rows, columns, forms
-        self.jobs: dict[tuple[int, int], Job] = {}
+        self.jobs: dict[tuple[int, int], ImageJob] = {}
         self.is_running, self.error = True, ""
         self.file: Path | None = None
 

@@ -37,33 +37,25 @@ PREVIEW_SHARE = 10  # a preview is made when this many times its own duration ha
 MENDABLE = (ValueError, OSError, ImportError, ArithmeticError)  # errors whose sentence is for the user
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """One request on its way to an image; read by the page while another thread works on it.
+    """Something that one thread works on, and the page reads meanwhile.
 
     Args:
         state: waiting, running, done, stopped or failed.
-        previews: stage -> what a step in it predicts.
         messages: (level, sentence) of the library, in order.
+        files: what was written.
         version: grows with every change.
     """
 
-    request: Request
     state: str = "waiting"
     step: int = 0
     steps: int = 0
-    timestep: int = 0
-    stage: int | None = None
-    seconds: float = 0.0
-    preview: Image.Image | None = None
-    previews: dict[int, Image.Image] = field(default_factory=dict)
     messages: list[tuple[str, str]] = field(default_factory=list)
     error: str = ""
-    image: Image.Image | None = None
     files: list[Path] = field(default_factory=list)
     version: int = 0
     stopping: bool = False
-    keep: bool = True
 
     @property
     def is_over(self) -> bool:
@@ -80,9 +72,50 @@ class Job:
             setattr(self, name, value)
         self.version += 1
 
+    def check_stop(self) -> None:
+        """Raise `Stopped` if the user has asked for it."""
+        if self.stopping:
+            raise Stopped
+
+    def do(self, engine: Engine) -> None:
+        """Do the work, in the engine's thread."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class ImageJob(Job):
+    """A request on its way to an image.
+
+    Args:
+        keep: save the image.
+        previews: stage -> what a step in it predicts.
+    """
+
+    request: Request = field(default_factory=Request)
+    keep: bool = True
+    timestep: int = 0
+    stage: int | None = None
+    seconds: float = 0.0
+    preview: Image.Image | None = None
+    previews: dict[int, Image.Image] = field(default_factory=dict)
+    image: Image.Image | None = None
+
+    def do(self, engine: Engine) -> None:
+        """Generate; batches that are finished when it is stopped are kept, as after Ctrl-C."""
+        start = time.monotonic()
+        try:
+            self.image = generate_image(self.request, engine.model, _Watch(self, engine), progress=False)
+        except Interrupted as stop:
+            self.image = stop.picture
+            raise Stopped from stop
+        finally:
+            self.seconds = time.monotonic() - start
+            if self.image is not None and self.keep:
+                self.files = save_images(self.image, {}, engine.setup, engine.outdir)
+
 
 class Stopped(KeyboardInterrupt):
-    """The user has stopped a generation; finished batches are kept, as after Ctrl-C."""
+    """The user has stopped a job."""
 
 
 class Engine:
@@ -132,53 +165,48 @@ class Engine:
         tokenizer = self.model.cond_stage_model.tokenizer
         return sum(len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]) for piece in pieces)
 
-    def submit(self, request: Request, keep: bool = True) -> Job:
+    def submit(self, request: Request, keep: bool = True) -> ImageJob:
         """Check a request and queue it; its image is saved if it is to be kept.
 
         Raises:
             ValueError: the model cannot do it.
         """
-        job = Job(request.for_model(self.facts), keep=keep)
-        job.steps = job.request.n_iter * job.request.denoising_steps
-        self._pool.submit(self._work, job)
+        request = request.for_model(self.facts)
+        job = ImageJob(request=request, keep=keep, steps=request.n_iter * request.denoising_steps)
+        self.queue(job)
         return job
+
+    def queue(self, job: Job) -> None:
+        """Do a job when those before it are over."""
+        self._pool.submit(self._work, job)
 
     def _work(self, job: Job) -> None:
         if job.stopping:
             return
         job.change(state="running")
-        start = time.monotonic()
         with heard(job):
             try:
-                image = generate_image(job.request, self.model, _Watch(job, self), progress=False)
-                self._keep(job, image, "done", start)
-            except Interrupted as stop:
-                self._keep(job, stop.picture, "stopped", start)
+                job.do(self)
+                job.change(state="done")
             except Stopped:
                 job.change(state="stopped")
             except MENDABLE as error:
                 job.change(state="failed", error=str(error))
             except Exception as error:
-                logger.exception("The page's request failed.")
+                logger.exception("A job of the page failed.")
                 job.change(state="failed", error=f"{type(error).__name__}: {error}")
-
-    def _keep(self, job: Job, image: Image.Image, state: str, start: float) -> None:
-        """Save an image with all that repeats it, if it is to be kept."""
-        files = save_images(image, {}, self.setup, self.outdir) if job.keep else []
-        job.change(state=state, image=image, files=files, seconds=time.monotonic() - start)
 
 
 class _Watch:
     """The callback of a generation: counts, shows and stops."""
 
-    def __init__(self, job: Job, engine: Engine) -> None:
+    def __init__(self, job: ImageJob, engine: Engine) -> None:
         self.job, self.engine = job, engine
         self._count, self._next = 0, 0.0
 
     def __call__(self, step: int, t: int, x: Tensor, x_0: Tensor) -> None:
         job, model = self.job, self.engine.model
-        if job.stopping:
-            raise Stopped
+        job.check_stop()
         self._count += 1
         stage = int(stage_of(t, model.num_stages, model.num_timesteps))
         now = time.monotonic()

@@ -10,11 +10,11 @@ from nicegui import ui
 from nicegui.events import MultiUploadEventArguments, ValueChangeEventArguments
 
 from ldm.page import uploads
-from ldm.page.engine import Job
+from ldm.page.engine import ImageJob
 from ldm.page.fields import Fields
 from ldm.page.form import Lane
 from ldm.page.timeline import Timeline
-from ldm.page.view import LOOK, View, button, file_button, offer, say, section, shown, url_of
+from ldm.page.view import LOOK, View, button, file_button, offer, progress_bar, say, section, shown, url_of
 from ldm.request import Request
 
 POLL = 0.15  # seconds between two looks at a running job
@@ -29,7 +29,7 @@ class GenerateTab:
 
     def __init__(self, view: View) -> None:
         self.view, self.session, self.engine = view, view.session, view.session.engine
-        self._seen: tuple[Job | None, int] | None = None
+        self._seen: tuple[ImageJob | None, int] | None = None
         with ui.element("div").classes("split").on("keydown.ctrl.enter", self.generate):
             with ui.element("div").classes("stack"):
                 self._build_prompt()
@@ -226,7 +226,7 @@ class GenerateTab:
             with ui.element("div").classes("picture"):
                 self._image = ui.image().props('alt="The generated image" fit=contain no-spinner no-transition')
                 self._empty = ui.label("The image appears here.").classes("soft empty")
-            self._bar = ui.linear_progress(value=0, show_value=False).props('instant-feedback aria-label="Progress"')
+            self._bar = progress_bar()
             self._status = ui.label().classes("status").props("role=status")
             with ui.element("div").classes("actions"):
                 self._go = button("Generate", self.generate, "primary").mark("generate")
@@ -269,7 +269,7 @@ class GenerateTab:
         if job is not None:
             self._show(job)
 
-    def _show(self, job: Job) -> None:
+    def _show(self, job: ImageJob) -> None:
         self._bar.value = job.step / max(1, job.steps)
         self._status.set_text(status_of(job))
         if job.error:
@@ -301,7 +301,7 @@ class GenerateTab:
                         shown(url_of(file), file.name)
 
 
-def status_of(job: Job) -> str:
+def status_of(job: ImageJob) -> str:
     """Where a job is, in a line."""
     if job.state == "waiting":
         return "Waiting for another tab's image…"

@@ -16,7 +16,7 @@ from nicegui.events import MultiUploadEventArguments
 from ldm.page import chart, learning, uploads
 from ldm.page.engine import Engine
 from ldm.page.learning import LearnForm
-from ldm.page.view import LOOK, View, button, file_button, say, section, shown, url_of
+from ldm.page.view import LOOK, View, button, file_button, progress_bar, say, section, shown, url_of
 
 POLL = 1.0
 LOGDIR = Path("logs") / "page"
@@ -65,7 +65,7 @@ class LearnTab:
     def _build_run(self) -> None:
         with section("Run"):
             self._status = ui.label().classes("status").props("role=status")
-            self._bar = ui.linear_progress(value=0, show_value=False).props('instant-feedback aria-label="Progress"')
+            self._bar = progress_bar()
             self._use = button("Use in Generate", self.use, "primary").mark("use")
             self._curve = ui.html("", sanitize=False)
             self._bars = ui.html("", sanitize=False)

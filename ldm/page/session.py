@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm.page.compare import Comparison
-from ldm.page.engine import Engine, Job
+from ldm.page.editing import EditForm
+from ldm.page.engine import Engine, ImageJob
 from ldm.page.exporting import ExportForm
 from ldm.page.form import Form
 from ldm.page.learning import LearnForm
@@ -37,12 +38,13 @@ class Session:
 
     engine: Engine
     form: Form
-    job: Job | None = None
+    job: ImageJob | None = None
     uploaded: list[str] = field(default_factory=list)
     history: list[Path] = field(default_factory=list)
     learn: LearnForm = field(default_factory=LearnForm)
     compare: CompareForm = field(default_factory=CompareForm)
     export: ExportForm = field(default_factory=ExportForm)
+    edit: EditForm = field(default_factory=EditForm)
     tab: str = "Generate"
     dark: bool | None = None
 

@@ -15,7 +15,7 @@ from ldm.page.compare import GRID_KEY, read_sheet
 from ldm.page.session import Session
 
 LOOK = "outlined dense stack-label"  # of inputs
-TABS = ("Generate", "Learn", "Compare", "Export")
+TABS = ("Generate", "Learn", "Compare", "Edit", "Export")
 
 
 class View:
@@ -111,6 +111,11 @@ def shown(image: Image.Image | str, alt: str, look: str = "") -> ui.element:
     made = ui.image(image).props("fit=contain no-spinner no-transition").classes(look)
     made.props["alt"] = alt
     return made
+
+
+def progress_bar() -> ui.linear_progress:
+    """A bar that follows its value at once."""
+    return ui.linear_progress(value=0, show_value=False).props('instant-feedback aria-label="Progress"')
 
 
 def offer(link: ui.link, file: Path) -> None:

@@ -69,9 +69,8 @@ def build_trainer(
     arguments = trainer_arguments(lightning.get("trainer") or {}, run)
     callbacks = _callbacks(lightning, run, module, arguments.get("enable_progress_bar", True))
     tensorboard = TensorBoardLogger(run.folder, name="", version="", sub_dir="tensorboard")
-    csv = CSVLogger(
-        run.folder, name="csv", version=run.started, flush_logs_every_n_steps=1
-    )  # it empties a folder it finds
+    # a folder of its own, since it empties one that it finds; written at once, for whoever watches the run
+    csv = CSVLogger(run.folder, name="csv", version=run.started, flush_logs_every_n_steps=1)
     try:
         trainer = pl.Trainer(
             default_root_dir=run.folder,

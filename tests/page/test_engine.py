@@ -10,14 +10,14 @@ from PIL import Image
 from runs import wait_for
 
 from ldm.generate import PNG_KEY, main, read_parameters, save_picture
-from ldm.page.engine import Engine, Job
+from ldm.page.engine import Engine, ImageJob
 from ldm.request import Request
 
 STAR = "models/demo/concepts/dotted-star.safetensors"
 PROMPT = "a large * heart on a black background"
 
 
-def finished(job: Job) -> Job:
+def finished(job: ImageJob) -> ImageJob:
     wait_for(lambda: job.is_over, 60)
     return job
 
