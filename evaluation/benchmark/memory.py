@@ -152,7 +152,7 @@ def editing_peak(model: LatentDiffusion, side: int = 64) -> int:
     """Return the peak in bytes of three steps of an edit with everything on, and of decoding both images."""
     model.eval()
     timesteps = [901, 501, 1]
-    edit = Edit("a thing", tau_v=1, tau_c=1, tau_s=1, tau_u=1, blend=("thing", "thing"))
+    edit = Edit("a thing", tau_v=1, tau_c=1, tau_s=1, tau_u=1, blend=(("thing",), ("thing",)))
     with FusedAttention(), PeakMemory(model) as memory:
         x = torch.empty(1, model.channels, side, side, device="meta")
         plan = plan_edit(model, Prompts(reader_of(model), "a thing", None, edit), timesteps, x)

@@ -10,14 +10,13 @@ from nicegui import app, ui
 from nicegui.events import MultiUploadEventArguments, ValueChangeEventArguments
 
 from ldm.page import uploads
-from ldm.page.command import HOST
 from ldm.page.compare_tab import CompareTab
 from ldm.page.edit_tab import EditTab
 from ldm.page.editing import opened
 from ldm.page.engine import Engine
 from ldm.page.export_tab import ExportTab
 from ldm.page.generate_tab import GenerateTab
-from ldm.page.guard import OwnHostOnly
+from ldm.page.guard import OWN, OwnHostOnly
 from ldm.page.learn_tab import LearnTab
 from ldm.page.session import Session
 from ldm.page.view import TABS, View, say
@@ -44,7 +43,7 @@ def serve(engine: Engine, port: int = 8080, show: bool = True) -> None:
     app.add_middleware(OwnHostOnly)
     app.on_shutdown(engine.close)
     ui.run(
-        host=HOST, port=port, title="ProSpect", favicon=FAVICON, dark=None, show=show, reload=False,
+        host=OWN[0], port=port, title="ProSpect", favicon=FAVICON, dark=None, show=show, reload=False,
         show_welcome_message=False, reconnect_timeout=30, storage_secret=None, language="en-US",
     )  # fmt: skip
 
