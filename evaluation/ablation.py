@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evaluation.concepts import MAX_STEPS, TRANSFERS, Subject, build, learn_concept, measure_transfer
-from evaluation.images import check
+from evaluation.images import Sampling, check
 from evaluation.jobs import Result, Workers, run_jobs
 from evaluation.world.attributes import FACTORS, words_of
 from ldm.conditioning.presets import PRESET_STAGES
@@ -36,12 +36,13 @@ class Ablation:
     seed: int  # of the subjects
     concepts: int  # subjects that are learned with each variant
     images: int  # for each prompt
-    steps: int  # DDIM
+    steps: int  # of sampling
     scale: float  # guidance
     default: str  # the variant that the others are compared with
     elsewhere: list[str]  # variants that are also counted with the concept in other stages than its presets'
     settings: dict[str, Any]  # {dotted key: value} of the configuration, for all variants
     variants: dict[str, dict[str, Any]]  # the same; `word: FACTOR` starts from the image's word of that factor
+    sampler: str = "ddim"
 
     def __post_init__(self) -> None:
         if self.seed < 0 or min(self.concepts, self.images) < 1:
@@ -78,6 +79,10 @@ class Ablation:
     def subjects(self) -> list[Subject]:
         return [Subject(number, self.seed) for number in range(self.concepts)]
 
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.steps, self.scale, self.sampler)
+
     def overrides(self, variant: str, subject: Subject) -> dict[str, Any]:
         """Return what the variant changes in the configuration."""
         values = self.settings | self.variants[variant]
@@ -87,7 +92,7 @@ class Ablation:
 
     def check(self) -> None:
         """Build every variant, so that a mistake is found before the first is learned; raises `ValueError`."""
-        check(self.config, self.ckpt, self.steps, self.scale)
+        check(self.config, self.ckpt, self.sampling)
         subject = self.subjects[0]
         with tempfile.TemporaryDirectory() as folder:
             subject.save(folder)
@@ -110,7 +115,7 @@ class Ablation:
     def measure(self, folder: Path, learned: Results, windows: Windows, workers: Workers = None) -> Results:
         """Count what the learned concepts transfer, see `measure_transfer`."""
         model = (self.config, self.ckpt, self.classifier)
-        shared = {"model": model, "count": self.images, "steps": self.steps, "scale": self.scale}
+        shared = {"model": model, "count": self.images, "sampling": self.sampling}
         jobs = {}
         for variant in self.variants:
             places = {PRESETS: windows} | (ELSEWHERE if variant in self.elsewhere else {})

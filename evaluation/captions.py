@@ -5,10 +5,12 @@ Shapes: N captions, F factors.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
-from evaluation.images import encode, generate, load, to_bytes
+from evaluation.images import Sampling, decode, encode, load, sample, to_bytes
 from evaluation.jobs import Result
 from evaluation.judges import load_judge
 from evaluation.world.attributes import caption, random_attributes
@@ -16,14 +18,21 @@ from evaluation.world.rendered import render
 
 
 def follow_captions(
-    config: str, ckpt: str, classifier: str, seed: int, count: int, held_out: bool, steps: int, scale: float
+    config: str, ckpt: str, classifier: str, seed: int, count: int, held_out: bool, sampling: Sampling
 ) -> Result:
-    """Return images of N = `count` random captions, and whether each attribute is the caption's: `correct` (N, F)."""
+    """Return images of N = `count` random captions, and whether each attribute is the caption's: `correct` (N, F).
+
+    Also their `latents` (N, C, H, W), and the `seconds` of processor time that sampling took.
+    """
     attributes = random_attributes(count, seed, held_out)
     captions = [caption(row) for row in attributes]
-    images = generate(load(config, ckpt), [captions], [seed * 100_000 + i for i in range(count)], steps, scale)
+    model, start = load(config, ckpt), time.process_time()
+    latents = sample(model, [captions], [seed * 100_000 + i for i in range(count)], sampling)
+    seconds = time.process_time() - start
+    images = decode(model, latents)
     correct = load_judge(classifier).read(images) == attributes
-    return {"correct": correct.numpy(), "images": to_bytes(images), "captions": np.array(captions)}
+    measured = {"correct": correct.numpy(), "latents": latents.numpy(), "seconds": np.array(seconds)}
+    return measured | {"images": to_bytes(images), "captions": np.array(captions)}
 
 
 @torch.no_grad()

@@ -49,8 +49,8 @@ def compare(ablation: Ablation, measured: Results, learned: Results, windows: Wi
     times = {v: [result["seconds"] for (owner, _), result in learned.items() if owner == v] for v in summaries}
     seconds = {variant: float(np.median(values)) for variant, values in times.items()}
     parts = [
-        f"{ablation.images} images for each prompt, DDIM {ablation.steps}, guidance {ablation.scale}; windows: "
-        + ", ".join(f"{preset} {list(windows[preset])}" for preset in TRANSFERS),
+        f"{ablation.images} images for each prompt, {ablation.sampler} {ablation.steps}, guidance {ablation.scale}; "
+        "windows: " + ", ".join(f"{preset} {list(windows[preset])}" for preset in TRANSFERS),
         main_table(ablation.default, rows, gains, seconds),
         leak_table(rows),
     ]

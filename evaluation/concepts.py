@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from evaluation.images import encode, generate, load, load_concepts, to_bytes
+from evaluation.images import Sampling, decode, encode, load, load_concepts, sample, to_bytes
 from evaluation.jobs import Result
 from evaluation.judges import load_judge
 from evaluation.world.attributes import COLUMNS, PREPOSITIONS, other_attributes, random_attributes, words_of
@@ -144,8 +144,7 @@ def measure_transfer(
     subject: Subject,
     placements: Mapping[str, Mapping[str, Sequence[int]]],
     count: int,
-    steps: int = 50,
-    scale: float = 2.5,
+    sampling: Sampling,
 ) -> Result:
     """Read the attributes of N = `count` images for each prompt with a learned concept.
 
@@ -156,7 +155,8 @@ def measure_transfer(
 
     Returns:
         image, attributes (F,) of the learned one; latent_distance (N,), root mean square, of the regenerated images to
-        it; read/reconstruction and read/PLACEMENT/PRESET (N, F) for all presets; images/… uint8 beside them.
+        it; read/reconstruction and read/PLACEMENT/PRESET (N, F) for all presets; images/… uint8 beside them; latents of
+        all of them, one group of N behind the other.
     """
     config, ckpt, classifier = model
     concept = Concept(torch.from_numpy(vectors))
@@ -168,11 +168,13 @@ def measure_transfer(
         for name, transfer in TRANSFERS.items():
             texts[f"{placement}/{name}"] = windowed(transfer.fill(subject.text), windows[name], stages)
     columns = [[texts[name][stage] for name in texts for _ in range(count)] for stage in range(stages)]
-    images = generate(network, columns, subject.seeds(count) * len(texts), steps, scale)
+    latents = sample(network, columns, subject.seeds(count) * len(texts), sampling)
+    images = decode(network, latents)
     apart = encode(network, images[:count]) - encode(network, subject.image[None])
     result = {
         "image": subject.attributes.numpy(),
         "latent_distance": apart.pow(2).mean(dim=(1, 2, 3)).sqrt().cpu().numpy(),
+        "latents": latents.numpy(),
     }
     for name, part, read in zip(texts, images.split(count), judge.read(images).split(count), strict=True):
         result |= {f"read/{name}": read.numpy(), f"images/{name}": to_bytes(part)}

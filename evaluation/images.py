@@ -6,6 +6,7 @@ Shapes: N images, R pixels a side, S stages.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,27 @@ from torch import Tensor
 from evaluation.world.attributes import RESOLUTION
 from ldm.conditioning.context import Conditioning, Context
 from ldm.config import check_generates, load_config
-from ldm.generate import load_model_from_config
-from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.generate import SAMPLERS, load_model_from_config
 from ldm.models.diffusion.sampling import draw_noise, seeded_generators
 from ldm.request import Request, model_facts
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled, as in `ldm.request.Request`; a sequence of scales has one for each stage."""
+
+    steps: int = 50
+    scale: float | Sequence[float] = 2.5
+    sampler: str = "ddim"
+    spacing: str | None = None
+
+    def request(self, **others: Any) -> Request:
+        """Return a request for it; raises `ValueError` for what cannot be."""
+        values = asdict(self)
+        return Request(ddim_steps=values.pop("steps"), **values, **others)
 
 
 @lru_cache(maxsize=2)
@@ -41,12 +56,12 @@ def load_concepts(model: LatentDiffusion, concepts: Mapping[str, Any]) -> None:
 
 
 def check(
-    config: str, ckpt: str, steps: int, scale: float, size: int = RESOLUTION, concepts: Mapping[str, str] | None = None
+    config: str, ckpt: str, sampling: Sampling, size: int = RESOLUTION, concepts: Mapping[str, str] | None = None
 ) -> None:
     """Raise `ValueError`, with the remedy, for what `generate` could not do with a model, before work starts."""
     settings = load_config(config, flag="--config")
     check_generates(settings)
-    Request(ddim_steps=steps, scale=scale, height=size, width=size, concepts=concepts).for_model(model_facts(settings))
+    sampling.request(height=size, width=size, concepts=concepts).for_model(model_facts(settings))
     if concepts:
         load_concepts(load(config, ckpt), concepts)
 
@@ -76,24 +91,46 @@ def generate(
     batch_size: int = 64,
 ) -> Tensor:
     """Return images (N, 3, R, R) in [-1, 1] for N seeds and texts (see `staged`), by DDIM; R is `size`."""
+    return decode(model, sample(model, texts, seeds, Sampling(steps, scale), size, batch_size), batch_size)
+
+
+@torch.no_grad()
+def decode(model: LatentDiffusion, latents: Tensor, batch_size: int = 64) -> Tensor:
+    """Return images (N, 3, R, R) in [-1, 1] on the CPU."""
+    parts = latents.split(batch_size)
+    return torch.cat([model.decode_first_stage(part.to(model.device)).clamp(-1, 1).cpu() for part in parts])
+
+
+@torch.no_grad()
+def sample(
+    model: LatentDiffusion,
+    texts: Sequence[Sequence[str]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    size: int = RESOLUTION,
+    batch_size: int = 64,
+) -> Tensor:
+    """Return latents (N, C, H, W) on the CPU for N seeds and texts (see `staged`)."""
     side = size // model.first_stage_model.downsampling
     shape = (model.channels, side, side)
-    sampler, images = DDIMSampler(model), []
+    sampler, latents = SAMPLERS[sampling.sampler](model), []
+    is_guided = sampling.request().is_guided
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
         x_T = draw_noise(seeded_generators(list(seeds[part])), (len(seeds[part]), *shape), model.device)
-        latents, _ = sampler.sample(
-            S=steps,
+        found, _ = sampler.sample(
+            S=sampling.steps,
             batch_size=len(x_T),
             shape=shape,
             conditioning=staged(model, [stage[part] for stage in texts]),
-            unconditional_guidance_scale=scale,
-            unconditional_conditioning=None if scale == 1.0 else model.get_learned_conditioning([""] * len(x_T)),
+            unconditional_guidance_scale=sampling.scale,
+            unconditional_conditioning=model.get_learned_conditioning([""] * len(x_T)) if is_guided else None,
             x_T=x_T,
             verbose=False,
+            spacing=sampling.spacing,
         )
-        images.append(model.decode_first_stage(latents).clamp(-1, 1).cpu())
-    return torch.cat(images)
+        latents.append(found.cpu())
+    return torch.cat(latents)
 
 
 def encode(model: LatentDiffusion, images: Tensor) -> Tensor:

@@ -129,3 +129,28 @@ def strip(examples: Mapping[str, np.ndarray], name: str, path: Path) -> None:
             axes[y, x].axis("off")
     figure.suptitle(f"{name}: stages", fontsize=9)
     _save(figure, path)
+
+
+def plot_steps(families: Mapping[str, Summaries], default: Mapping[str, np.ndarray], path: Path) -> None:
+    """Draw what images cost against what comes out, a line for each sampler; the default's interval shaded."""
+    shown = {"all attributes": "all six attributes right", "transferred/all": "transfer, mean of presets"}
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    full = np.median(default["seconds"])
+    for number, (name, settings) in enumerate(families.items()):
+        cost = [np.median(x["seconds"]) / full for x in settings.values()]
+        style: dict[str, Any] = {"label": name, "fmt": f"{'os^Dv<>'[number % 7]}-", "capsize": 2, "markersize": 4}
+        for axes, key in zip(panels, shown, strict=False):
+            means, errors = _bars([x[key] for x in settings.values()])
+            axes.errorbar(cost, means, yerr=errors, **style)
+        panels[2].plot(cost, [np.median(x["distance"]) for x in settings.values()], style["fmt"], markersize=4)
+    for axes, (key, title) in zip(panels, shown.items(), strict=False):
+        axes.axhspan(*share_interval(default[key]), color="k", alpha=0.08)
+        axes.set_title(title, fontsize=9)
+    panels[2].set_yscale("log")
+    panels[2].set_title("distance of latents to the reference, median", fontsize=9)
+    for axes in panels:
+        axes.set_xlabel("time of an image, the default's = 1")
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncol=4, loc="outside lower center")
+    _save(figure, path)

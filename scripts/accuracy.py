@@ -36,7 +36,7 @@ def count(args: argparse.Namespace) -> None:
     from PIL import Image
 
     from evaluation.captions import follow_captions, judge_itself
-    from evaluation.images import check
+    from evaluation.images import Sampling, check
     from evaluation.jobs import run_jobs
     from evaluation.judges import load_judge
     from evaluation.statistics import wilson
@@ -44,11 +44,12 @@ def count(args: argparse.Namespace) -> None:
     from ldm.files.images import make_grid
     from ldm.files.writing import check_writable, replace_text
 
-    check(args.config, args.ckpt, args.steps, args.scale)
+    sampling = Sampling(args.steps, args.scale)
+    check(args.config, args.ckpt, sampling)
     check_writable(args.outdir, "--outdir")
     load_judge(args.classifier)
     shared = {"config": args.config, "ckpt": args.ckpt, "classifier": args.classifier, "held_out": not args.seen}
-    settings = shared | {"steps": args.steps, "scale": args.scale}
+    settings = shared | {"sampling": sampling}
     chunks = {
         f"captions-{start:04d}": settings | {"seed": 1000 + start, "count": min(50, args.count - start)}
         for start in range(0, args.count, 50)

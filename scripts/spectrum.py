@@ -75,13 +75,13 @@ def refuse_misuse(parser: Parser, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> None:
     """Draw, judge and write."""
     from evaluation import spectrum
-    from evaluation.images import check
+    from evaluation.images import Sampling, check
     from evaluation.judges import AttributeJudge, DistanceJudge
     from evaluation.plots import plot_spectrum
     from ldm.files.writing import check_writable
 
     concepts = {"*": args.concept.partition("=")[0]} if args.concept else None
-    check(args.config, args.ckpt, args.steps, args.scale, args.size, concepts)
+    check(args.config, args.ckpt, Sampling(args.steps, args.scale), args.size, concepts)
     check_writable(args.outdir, "--outdir")
     if args.write_presets:
         check_presets_file(args.write_presets)

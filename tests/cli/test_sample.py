@@ -516,6 +516,14 @@ def test_guidance_by_stage(tmp_path: Path) -> None:
         txt2img("--prompt", "a star", "--scale", "2.5,10:1", "--outdir", tmp_path)
 
 
+def test_fast_is_a_name_for_a_sampler_and_its_steps(tmp_path: Path) -> None:
+    slow = txt2img("--prompt", "a star", "--outdir", tmp_path)[0]
+    fast = read_parameters(run("", argv=["--from", str(slow), "--fast", "--outdir", str(tmp_path)])[0])
+    assert fast["spacing"] == "trailing" and {name: fast[name] for name in ldm.generate.FAST} == ldm.generate.FAST
+    fewer = read_parameters(txt2img("--prompt", "a star", "--fast", "--outdir", tmp_path)[0])
+    assert (fewer["sampler"], fewer["ddim_steps"]) == ("dpmpp_2m", 3)
+
+
 def test_a_preset_means_the_same_stages_wherever_it_is_asked_for(tmp_path: Path, capsys) -> None:
     """Command line, `main`, `preset` with the model's windows, and exports, for a concept of the small model."""
     file, ckpt = "models/demo/concepts/dotted-star.safetensors", "models/demo/model.safetensors"

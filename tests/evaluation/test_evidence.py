@@ -12,7 +12,7 @@ from evaluation import spectrum
 from evaluation.ablation import Ablation
 from evaluation.captions import follow_captions
 from evaluation.concepts import TRANSFERS, Subject, transferred, windowed
-from evaluation.images import encode, generate, load, staged
+from evaluation.images import Sampling, encode, generate, load, staged
 from evaluation.judges import AttributeJudge, DistanceJudge, load_judge
 from evaluation.world.attributes import FACTORS, random_attributes
 from evaluation.world.rendered import render
@@ -73,7 +73,7 @@ def test_judges_that_are_not_at_hand_are_named_before_work_starts(tmp_path: Path
 
 
 def test_captions_are_followed_on_combinations_that_training_never_showed():
-    found = follow_captions(CONFIG, MODEL, CLASSIFIER, seed=5, count=32, held_out=True, steps=20, scale=2.5)
+    found = follow_captions(CONFIG, MODEL, CLASSIFIER, seed=5, count=32, held_out=True, sampling=Sampling(20))
     correct = found["correct"]
     assert (correct.mean(axis=0) >= 0.8).all(), dict(zip(FACTORS, correct.mean(axis=0), strict=True))
 
