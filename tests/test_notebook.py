@@ -91,3 +91,16 @@ def test_a_missing_concept_is_said_in_one_sentence(
     assert failed.value.ename == "TensorFileError"
     assert failed.value.evalue.startswith("There is no file 'nowhere.safetensors'")
     assert nbformat.read(outputs / "short.ipynb", as_version=4).cells[-1].outputs  # written though it failed
+
+
+def test_the_editing_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved without outputs, in short cells; every cell that shows an image shows one."""
+    saved = nbformat.read(ROOT / "editing.ipynb", as_version=4)
+    code = [cell for cell in saved.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert all(len(cell.source.splitlines()) <= 16 for cell in code)
+    monkeypatch.setenv("PROSPECT_STEPS", "2")
+    execute(ROOT / "editing.ipynb", tmp_path / "editing.ipynb")
+    shown = nbformat.read(tmp_path / "editing.ipynb", as_version=4)
+    images = [o for cell in shown.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(images) == 7

@@ -22,6 +22,7 @@ from ldm.editing.invert import check_belongs, edit_image, invert_image, word_mas
 from ldm.editing.masks import mask_of
 from ldm.editing.request import Edit, InversionOptions, grid_of
 from ldm.embeddings import Concept
+from ldm.files.images import fit
 from ldm.generate import main
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import Site
@@ -157,7 +158,7 @@ def test_upright_images(demo: LatentDiffusion, tmp_path: Any) -> None:
     exif[274] = 6  # turn by 90 degrees to the right to show it
     image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     concept = invert_image(demo, tmp_path / "turned.png", PROMPT, options=InversionOptions(1, 2.5, 1), progress=False)
-    assert torch.equal(concept.tensors["z_0"], image_latents(demo, image))
+    assert torch.equal(concept.tensors["z_0"], image_latents(demo, fit(image, 128, 128, "crop")))
 
 
 def test_stages_of_prospect(demo: LatentDiffusion, concepts: dict[str, Concept]) -> None:
