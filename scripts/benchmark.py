@@ -59,6 +59,7 @@ def build_parser() -> Parser:
     names: dict[str, Any] = {"nargs": "+", "choices": tuple(SWITCHES), "default": [], "metavar": "NAME"}
     add_flag(parser, "--on", help="switches to turn on everywhere but in the reference", **names)
     add_flag(parser, "--off", help="a row without this switch, for each of these", **names)
+    add_flag(parser, "--also", help="a row with this switch and those named before it, for each of these", **names)
     add_flag(parser, "--stages", type=positive, nargs="+", metavar="S", help="train: a row for each number of stages")
     add_flag(parser, "--batch", type=positive, default=1, metavar="N", help="images, or samples of a step (1)")
     add_flag(parser, "--steps", type=positive, default=10, metavar="N", help="sampling steps (10)")
@@ -66,6 +67,7 @@ def build_parser() -> Parser:
     add_flag(parser, "--repeats", type=positive, default=10, metavar="N", help="timed runs of each row (10)")
     add_flag(parser, "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, where others work")
     add_flag(parser, "--ckpt", type=path, metavar="FILE", help="load: the file to open")
+    add_flag(parser, "--figure", type=path, metavar="PNG", help="scaling: draw it there")
     add_flag(parser, "--json", type=path, metavar="FILE", help="write the numbers there")
     return parser
 
@@ -77,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> bool:
     for text in rest:
         if text.startswith("-") or "=" not in text:
             parser.refuse(text)
-    for name in dict.fromkeys([*options.on, *options.off]):
+    for name in dict.fromkeys([*options.on, *options.off, *options.also]):
         whats = SWITCHES[name][1] + (("load",) if name in PRECISIONS else ())
-        if options.what not in whats:
+        if options.what not in (*whats, "scaling"):
             parser.error(f"'{name}' makes no difference to --what {options.what}, only to {', '.join(whats)}")
     if set(options.on) >= PRECISIONS:
         parser.error(f"--on takes one precision, not {' and '.join(sorted(PRECISIONS))}")
@@ -111,6 +113,8 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> bool:
     }
     if options.what == "load":
         rows, agree = loads(options, device), True
+    elif options.what == "scaling":
+        rows, agree = scalings(options, device), True
     else:
         rows, agree, ceilings = timed(options, contenders_of(options, device), device)
         about["ceiling_gflop_per_s"] = {name: ceiling / 1e6 for name, ceiling in ceilings.items()}
@@ -118,6 +122,18 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> bool:
         report.write_json(options.json, rows, about)
     print("\n".join(f"{key}: {value}" for key, value in about.items()), report.table(rows), sep="\n\n")
     return agree
+
+
+def scalings(options: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Measure how cost grows, and draw it."""
+    from evaluation.benchmark import scaling
+
+    resolution, switches = options.resolution or RESOLUTIONS[options.size], DEFAULTS | frozenset(options.on)
+    found = scaling.axes(options.size, device, switches, resolution, options.overrides)
+    rows = scaling.measure(found, device, options.repeats, options.clock)
+    if options.figure is not None:
+        scaling.plot(rows, options.figure)
+    return rows
 
 
 def contenders_of(options: argparse.Namespace, device: torch.device) -> list[Contender]:
@@ -129,6 +145,8 @@ def contenders_of(options: argparse.Namespace, device: torch.device) -> list[Con
     neti = any(text.endswith(".method=neti") for text in options.overrides)
     ways = {"reference": NETI_REFERENCE if neti else REFERENCE} if options.mode == "reference" else {}
     ways |= {"ours": ours, **{f"ours without {name}": ours - {name} for name in options.off}}
+    added = [options.also[: i + 1] for i in range(len(options.also))]
+    ways |= {f"ours with {', '.join(names)}": ours | frozenset(names) for names in added}
     kinds = {"sample": sample.sampling_contender, "text": sample.text_contender, "vae": sample.vae_contender}
 
     def make(base: LatentDiffusion, name: str, switches: frozenset[str]) -> Contender:
@@ -161,7 +179,8 @@ def timed(
         str(dtype).removeprefix("torch."): matmul_ceiling(device, dtype) for dtype in {c.dtype for c in contenders}
     }
     # with other numbers of stages other things are learned: nothing to compare
-    distances = {} if options.stages else deviations({c.name: c.result() for c in contenders}, oracle)
+    alike = [c for c in contenders if c.other_images == contenders[0].other_images]
+    distances = {} if options.stages else deviations({c.name: c.result() for c in alike}, oracle)
     tolerances = {name: TOLERANCES[precision] for name, precision in precisions.items()}
     agree = all(distance <= max(tolerances[name], tolerances[oracle]) for name, distance in distances.items())
     found = alternate(contenders, device, options.repeats)

@@ -31,6 +31,7 @@ class Contender:
     samples: int = 1  # images, or samples of a training step, that one run makes
     opaque: bool = False  # a compiled or captured call hides its operations from the counter
     details: dict[str, Any] = field(default_factory=dict)
+    other_images: bool = False  # the result is another one on purpose
 
 
 @dataclass

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from evaluation.benchmark.measure import Contender
 from evaluation.benchmark.models import dtype_of, variant
-from evaluation.benchmark.switches import is_opaque
+from evaluation.benchmark.switches import OTHER_IMAGES, is_opaque
 from evaluation.benchmark.train import RandomImages, every_layer, every_stage, num_layers
 from evaluation.images import encode
 from ldm.conditioning.context import Conditioning, Context, as_conditioning
-from ldm.models.diffusion.ddim import ddim
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.sampling import Denoiser, draw_noise, guided, seeded_generators
-from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
+from ldm.models.diffusion.schedule import ddim_timesteps
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -41,9 +42,10 @@ class Sampling:
         self.switches, self.batch = switches, batch
         side = resolution // self.model.first_stage_model.downsampling
         self.shape = (self.model.channels, side, side)
-        timesteps = ddim_timesteps(steps, self.model.num_timesteps)
-        alphas_cumprod = self.model.host_alphas_cumprod
-        self.schedule: Any = (timesteps, *ddim_parameters(alphas_cumprod, timesteps, 0.0))
+        self.sampler = (DPMSolverSampler if "fast" in switches else DDIMSampler)(self.model)
+        self.steps = round(0.4 * steps) if "fast" in switches else steps
+        self.sampler.make_schedule(self.steps)
+        self.scale: Any = [1.0] * 5 + [SCALE] * 5 if "half_guided" in switches else SCALE
         self.text_rows, self.details = 0, {"text_rows": 0}
         encoder: Any = self.model.cond_stage_model
         encoder.transformer.text_model.register_forward_hook(self._count)
@@ -69,7 +71,7 @@ class Sampling:
 
         if "guidance_batch" in self.switches:
             if kv:
-                return guided(model, cond, uncond, SCALE)
+                return guided(model, cond, uncond, self.scale)
             return lambda x, t: mix(*predict(torch.cat([x, x]), t, Context.cat(uncond.at(t), cond.at(t))).chunk(2))
         if kv:
             one, two = guided(model, uncond), guided(model, cond)
@@ -83,7 +85,7 @@ class Sampling:
         images = []
         for seeds in groups:
             x = draw_noise(seeded_generators(seeds), (len(seeds), *self.shape), self.model.device)
-            latents = ddim(self.denoiser(len(seeds)), x, *self.schedule)
+            latents = self.sampler.run(self.denoiser(len(seeds)), x, self.steps, no_noise, None)
             images.append(self.model.decode_first_stage(latents))
         return torch.cat(images)
 
@@ -94,6 +96,10 @@ class Sampling:
         return images
 
 
+def no_noise() -> Tensor:
+    raise AssertionError("eta is 0")
+
+
 def mix(eps_uncond: Tensor, eps_cond: Tensor) -> Tensor:
     return eps_uncond + SCALE * (eps_cond - eps_uncond)
 
@@ -102,7 +108,8 @@ def sampling_contender(
     base: LatentDiffusion, name: str, switches: frozenset[str], batch: int, resolution: int, steps: int
 ) -> Contender:
     x = Sampling(base, switches, batch, resolution, steps)
-    return Contender(name, x.run, x.result, dtype_of(switches), batch, is_opaque(switches), x.details)
+    others = bool(switches & OTHER_IMAGES)
+    return Contender(name, x.run, x.result, dtype_of(switches), batch, is_opaque(switches), x.details, others)
 
 
 def text_contender(

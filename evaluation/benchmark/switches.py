@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-WHATS = ("train", "sample", "text", "vae", "load")
+WHATS = ("train", "sample", "text", "vae", "load", "scaling")
 
 # name -> (on by default, where it matters, what it does)
 SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
@@ -18,6 +18,8 @@ SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
     "token_table": (True, ("train",), "NeTI: no gradient of the token table, which its code computes and never uses"),
     "guidance_batch": (True, ("sample",), "both predictions of guidance in one batch"),
     "kv": (True, ("sample",), "keys and values of the context kept while the stage does not change"),
+    "fast": (False, ("sample",), "DPM-Solver++ in two fifths of the steps: other images (docs/evidence.md)"),
+    "half_guided": (False, ("sample",), "no guidance in the last half of the stages: other images"),
     "fused_attention": (False, ("train", "sample", "vae"), "PyTorch's fused attention everywhere"),
     "channels_last": (False, ("train", "sample", "vae"), "memory format of the convolutions"),
     "bfloat16": (False, ("train", "sample", "text", "vae"), "frozen weights in bfloat16"),
@@ -31,6 +33,7 @@ DEFAULTS = frozenset(name for name, (on, _, _) in SWITCHES.items() if on)
 # ProSpect's code too keeps no gradients of frozen weights, and makes both predictions of guidance in one batch.
 REFERENCE = frozenset({"frozen", "guidance_batch", "token_table"})
 NETI_REFERENCE = REFERENCE - {"token_table"} | {"batch"}
+OTHER_IMAGES = frozenset({"fast", "half_guided"})  # whose results are not compared
 PEERS = ("diffusers", "diffusers-compiled")
 
 

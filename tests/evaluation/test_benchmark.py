@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from evaluation.benchmark import measure, models, sample, train
+from evaluation.benchmark import measure, models, sample, scaling, train
 from evaluation.benchmark.load import alternate_loads
 from evaluation.benchmark.measure import Contender, alternate, count_flop, deviations, matmul_ceiling
 from evaluation.benchmark.peer import peer_contender
 from evaluation.benchmark.report import make_row
-from evaluation.benchmark.switches import DEFAULTS, NETI_REFERENCE, REFERENCE, SWITCHES
+from evaluation.benchmark.switches import DEFAULTS, NETI_REFERENCE, OTHER_IMAGES, REFERENCE, SWITCHES
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from scripts import benchmark
@@ -53,7 +56,7 @@ def reference(base: LatentDiffusion) -> dict[str, torch.Tensor]:
         (what, name)
         for name, (_, whats, _) in SWITCHES.items()
         for what in whats
-        if name not in COMPILED and (what, name) not in SLOW
+        if name not in COMPILED | OTHER_IMAGES and (what, name) not in SLOW
     ],
 )
 def test_every_switch_computes_the_same(
@@ -192,6 +195,38 @@ def test_loading_is_measured_in_a_process_of_its_own() -> None:
     checkpoint = ROOT / models.DEMO_WEIGHTS
     found = alternate_loads(["ours"], "demo", checkpoint, "float16", 1, "cpu")["ours"]
     assert 0 < found.median("wall") < 60_000 and found.peak_bytes > checkpoint.stat().st_size
+
+
+def test_fewer_and_cheaper_calls_are_rows_beside_the_usual_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--what sample --also fast half_guided --steps 10 --resolution 64 --device cpu --repeats 1"
+    assert benchmark.main(flags.split())
+    rows = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines() if line.startswith("ours")]
+    assert [row[0] for row in rows] == ["ours", "ours with fast", "ours with fast, half_guided"]
+    assert [row[-2] for row in rows] == ["0.0e+00", "-", "-"]  # the images are others
+    work = [float(row[6]) for row in rows]  # GFLOP
+    assert work[0] > 2 * work[1] > 2.5 * work[2]
+
+
+def test_how_cost_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "calls": {n: Contender(f"{n}", lambda n=n: time.sleep(0.01 * n), lambda: torch.zeros(1)) for n in (1, 2, 4)}
+    }
+    monkeypatch.setattr(scaling, "axes", lambda *_: found)
+    flags = ["--what", "scaling", "--repeats", "1", "--device", "cpu", "--figure", str(tmp_path / "a.png")]
+    assert benchmark.main([*flags, "--json", str(tmp_path / "a.json")])
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["calls: 1", "calls: 2", "calls: 4"]
+    assert 0.15 < rows[-1]["times_first"] < 0.4 and Image.open(tmp_path / "a.png").width > 300
+    x = np.array([1, 2, 4, 8])
+    assert scaling.exponent(x, 5 * x**1.5) == pytest.approx(1.5)
+
+
+@pytest.mark.slow
+def test_everything_that_grows_can_be_run() -> None:
+    found = scaling.axes("demo", torch.device("cpu"), DEFAULTS, 64, [])
+    for axis in found.values():
+        assert [*axis] == sorted(axis) and len({c.name for c in axis.values()}) == len(axis)
+        next(iter(axis.values())).run()
 
 
 @pytest.mark.parametrize(
