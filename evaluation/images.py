@@ -124,7 +124,7 @@ def sample(
             shape=shape,
             conditioning=staged(model, [stage[part] for stage in texts]),
             unconditional_guidance_scale=sampling.scale,
-            unconditional_conditioning=model.get_learned_conditioning([""] * len(x_T)) if is_guided else None,
+            unconditional_conditioning=model.get_unconditional(count=len(x_T)) if is_guided else None,
             x_T=x_T,
             verbose=False,
             spacing=sampling.spacing,

@@ -9,11 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.metrics.backbones import open_clip_folder
 from evaluation.networks.classifier import AttributeClassifier
 from evaluation.world.attributes import FACTORS
 from ldm.checkpoint import load_weights, read_state_dict
@@ -102,11 +104,7 @@ def structure_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _clip_distance(folder: str | Path) -> Distance:
-    from transformers import CLIPModel
-
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"There is no CLIP model in '{folder}'; give a folder with its config.json and .safetensors.")
-    model = CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True).eval()
+    model: Any = open_clip_folder(folder)
     size = model.config.vision_config.image_size
     mean, std = torch.tensor([0.4815, 0.4578, 0.4082]), torch.tensor([0.2686, 0.2613, 0.2758])
 

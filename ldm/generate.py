@@ -262,7 +262,7 @@ def prepare(request: Request, model: LatentDiffusion) -> Prepared:
         prompt, words = request.prompt, request.prospect_words
         if request.preset is not None:
             windows = model.presets if isinstance(model.presets, Windows) else Windows(model.presets, "model.presets")
-            words = preset_words(request.preset, prompt, tuple(request.concepts or ()), model.num_stages, windows)
+            words = preset_words(request.preset, prompt, _placeholders(request, model), model.num_stages, windows)
             made_of = {"preset": request.preset, "preset_prompt": prompt, "preset_windows": windows.source}
             prompt = PLACEHOLDER
         cond, uncond = _conditionings(request, model, prompt, words)
@@ -281,6 +281,24 @@ def prepare(request: Request, model: LatentDiffusion) -> Prepared:
             *(request.strength, request.ddim_steps, math.ceil(1e4 / request.ddim_steps) / 1e4),
         )
     return Prepared(cond, uncond, sampler, posterior, request.denoising_steps, record)
+
+
+def _placeholders(request: Request, model: LatentDiffusion) -> tuple[str, ...]:
+    """The request's concepts that a preset can place in stages.
+
+    Raises:
+        ValueError: there are concepts, and none has a placeholder.
+    """
+    manager, names = model.embedding_manager, tuple(request.concepts or ())
+    if manager is None or not names:
+        return names
+    placed = tuple(name for name in names if name in manager.rows())
+    if not placed:
+        raise ValueError(
+            f"A preset says in which stages a concept's token stands, and '{names[0]}' "
+            f"({manager.loaded[names[0]].method}) has none: it changes every prompt; omit the preset."
+        )
+    return placed
 
 
 @contextmanager

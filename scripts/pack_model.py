@@ -1,7 +1,9 @@
-"""Pack a model trained from scratch into one file: a diffusion model in the CompVis layout, or the classifier.
+"""Pack a model trained from scratch into one file: a diffusion model in the CompVis layout, the classifier, or
+what the contrastive towers have beside the text transformer.
 
     python scripts/pack_model.py logs/…_small models/demo/model.safetensors --force
     python scripts/pack_model.py logs/…_classifier models/demo/classifier.safetensors --force
+    python scripts/pack_model.py logs/…_text models/demo/clip.safetensors --force
 
 Averaged weights where the run averaged them. Half precision by default.
 """
@@ -21,6 +23,7 @@ from ldm.files.writing import check_new_file
 
 PARTS = ("model.", "first_stage_model.", "cond_stage_model.")
 CLASSIFIER = ("features.", "heads.")
+TOWERS = ("image_tower.", "text_projection.", "log_scale")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,13 +43,15 @@ def pack(arguments: argparse.Namespace) -> None:
     path = arguments.run / "checkpoints" / "last.ckpt"
     checkpoint = read_checkpoint(path, ["state_dict", "global_step"])
     saved = checkpoint["state_dict"]
-    if not any(key.startswith((PARTS[0], CLASSIFIER[0])) for key in saved):
+    if not any(key.startswith((PARTS[0], CLASSIFIER[0], TOWERS[0])) for key in saved):
         raise ValueError(
-            f"'{path}' holds no whole model; give the log folder of a run of configs/demo/diffusion.yaml or "
-            "configs/demo/classifier.yaml."
+            f"'{path}' holds no whole model; give the log folder of a run of configs/demo/diffusion.yaml, "
+            "classifier.yaml or text.yaml."
         )
     dtype = getattr(torch, arguments.dtype)
-    state = {key: value.to(dtype) for key, value in saved.items() if key.startswith((*PARTS, *CLASSIFIER))}
+    # the text transformer of the towers is that of the diffusion model
+    kept = TOWERS if any(key.startswith(TOWERS) for key in saved) else (*PARTS, *CLASSIFIER)
+    state = {key: value.to(dtype) for key, value in saved.items() if key.startswith(kept)}
     save_state_dict(state, arguments.out, {"format": "pt", "step": str(checkpoint["global_step"])})
     size = arguments.out.stat().st_size / 1e6
     say(f"{arguments.out}: {len(state)} tensors, {size:.1f} MB, step {checkpoint['global_step']}")

@@ -39,6 +39,7 @@ __all__ = [
     "check_placeholder",
     "check_prompt",
     "check_words",
+    "class_words",
     "foreign_syntax",
     "split_pattern",
     "stage_pieces",
@@ -85,19 +86,24 @@ def warn_of_unused(
             logger.warning("The concept '%s' has no effect: write %s into the prompt where it belongs.", name, name)
 
 
+def class_words(captions: Sequence[str]) -> list[str]:
+    """Return what captions such as 'teddybear' or 'a teddybear' name, the shortest first, without the article."""
+    return sorted((re.sub(r"^(an?|the) ", "", caption, flags=re.IGNORECASE) for caption in captions), key=len)
+
+
 def warn_of_class(name: str, captions: Sequence[str], prompt: str, words: Words | None) -> None:
     """Warn where no text names what a concept without a placeholder (CatVersion) was learned as.
 
     Args:
         name: of the concept.
-        captions: that it was learned in, such as 'teddybear' or 'a teddybear'; the article does not count.
+        captions: that it was learned in.
     """
-    classes = [re.sub(r"^(an?|the) ", "", caption.lower()) for caption in captions]
+    classes = class_words(captions)
     texts = [prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None]]
-    if classes and not any(mentions(text.lower(), word) for text in texts for word in classes):
+    if classes and not any(mentions(text.lower(), word.lower()) for text in texts for word in classes):
         logger.warning(
             "The concept '%s' changes what '%s' means, which the prompt does not name; write that word into it.",
-            *(name, min(classes, key=len)),
+            *(name, classes[0]),
         )
 
 

@@ -135,6 +135,15 @@ def test_a_prompt_without_the_class_word_is_reported(
     assert any("means, which the prompt does not name" in record.message for record in caplog.records) is warned
 
 
+def test_a_preset_needs_a_placeholder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_concept(small(captions="a thing"), tmp_path / "c.safetensors")
+    flags = ["--prompt", "a thing", "--concept", str(tmp_path / "c.safetensors"), "--preset", "style"]
+    with pytest.raises(SystemExit):
+        run("", argv=[*flags, "--outdir", str(tmp_path / "out")])
+    assert "'*' (catversion) has none: it changes every prompt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_concepts_at_once(model: LatentDiffusion, tmp_path: Path) -> None:
     """Their prefixes are stacked, in any order, beside each other and not in each other's place."""
 

@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from evaluation.metrics.alignment import alignment, cut_out, geometric_mean, masked_alignment
+from evaluation.metrics.backbones import Backbone, clip_pixels
 from ldm.conditioning.learned import Learned
 from ldm.config import instantiate_from_config, load_config
 from ldm.data.personalized import PersonalizedBase
@@ -27,11 +29,11 @@ from ldm.request import Request
 
 FOLDER = Path(tiny.GOLDEN) / "catversion"
 META: dict[str, Any] = json.loads((FOLDER / "meta.json").read_text(encoding="utf-8"))
-NAMES = ("prefix", "text", "attention", "train", "sample", "shipped")
-PREFIX, TEXT, ATTENTION, TRAIN, SAMPLE, SHIPPED = (load_file(FOLDER / f"{name}.safetensors") for name in NAMES)
+NAMES = ("prefix", "text", "attention", "train", "sample", "shipped", "metric")
+PREFIX, TEXT, ATTENTION, TRAIN, SAMPLE, SHIPPED, METRIC = (load_file(FOLDER / f"{name}.safetensors") for name in NAMES)
 SEED = META["weight_seed"]
 PROMPTS = {name: record["prompt"] for name, record in META["text"].items()}
-CONTEXT = {"rtol": 0, "atol": 1e-4}
+CONTEXT, SCORE = {"rtol": 0, "atol": 1e-4}, {"rtol": 0, "atol": 1e-5}
 
 
 def prefix_of(name: str, bias: float = 1.0) -> CatVersionPrefix:
@@ -383,3 +385,65 @@ def test_mistakes_would_show(model: LatentDiffusion) -> None:
     swapped.prefix.copy_(right.prefix.flip(1))
     for wrong in (prefix_of("prefix", bias=0.0), swapped):
         assert (encoded(model, ids, wrong) - encoded(model, ids, right)).abs().max() > 0.3
+
+
+# Scores
+
+
+def recorded(name: str) -> tuple[Image.Image, Image.Image]:
+    """A recorded image and its mask."""
+    return Image.fromarray(METRIC[f"image.{name}"].numpy()), Image.fromarray(METRIC[f"mask.{name}"].numpy())
+
+
+@pytest.fixture(scope="module")
+def stub() -> Backbone:
+    """The recorded stub encoders, behind CLIP's preprocessing."""
+    image = torch.from_numpy(tiny.uniform("clip_stub.image", 150528 * 16, SEED)).view(150528, 16)
+    text = torch.from_numpy(tiny.uniform("clip_stub.text", 49408 * 16, SEED)).view(49408, 16)
+    ids = METRIC["text.ids"][METRIC["text.ids"] != 0]
+    return Backbone(
+        "stub",
+        "as CLIP's",
+        clip_pixels,
+        lambda pixels: pixels.flatten(1) @ image / 224 + 1.5,
+        lambda texts: (text[ids].sum(0) / 4 + 1.5).expand(len(texts), -1),
+    )
+
+
+@pytest.mark.parametrize("name", ["ref0", "ref1", "ref2", "gen0", "gen1"])
+def test_what_clip_reads(stub: Backbone, name: str) -> None:
+    plain, mask = recorded(name)
+    for kind, image in {"plain": plain, "masked": cut_out(plain, mask)}.items():
+        pixels = clip_pixels(image)
+        record = {key.rpartition(".")[2]: x for key, x in METRIC.items() if key.startswith(f"{kind}.{name}.")}
+        torch.testing.assert_close(pixels[:, ::14, ::14], record["pixels_every14"], **SCORE)
+        features = stub.image_features([image])
+        torch.testing.assert_close(features[0], record["encode_image"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.nn.functional.normalize(features)[0], record["feature"], **SCORE)
+
+
+@pytest.mark.parametrize("name", ["ref0", "ref2"])
+def test_transparency_is_dropped_after_the_resize(name: str) -> None:
+    """So transparent parts become black where there is a resize, and show what is under them where there is none."""
+    image, mask = recorded(name)
+    image.putalpha(mask)
+    torch.testing.assert_close(clip_pixels(image)[:, ::14, ::14], METRIC[f"rgba.{name}.pixels_every14"], **SCORE)
+
+
+def test_scores(stub: Backbone) -> None:
+    text = META["metric"]["prompt"]
+    torch.testing.assert_close(stub.encode_text([text]), METRIC["text.encode_text"], rtol=1e-5, atol=1e-5)
+    references, generated = (
+        {n: recorded(n)[0] for n in names} for names in (("ref0", "ref1", "ref2"), ("gen0", "gen1"))
+    )
+    masks = {name: recorded(name)[1] for name in (*references, *generated)}
+    whole = alignment(stub, [*references.values()], [*generated.values()], text)
+    masked = masked_alignment(stub, references, generated, masks, text)
+    for kind, found in {"plain": whole, "masked": masked}.items():
+        torch.testing.assert_close(found["image"], METRIC[f"scores.{kind}_image_pairs"], **SCORE)
+        torch.testing.assert_close(found["text"], METRIC[f"scores.{kind}_text"], **SCORE)
+        said = META["metric"][f"geometric_script_on_{kind}"]
+        means = [found[name].mean().item() for name in ("text", "image")]
+        assert [*means, geometric_mean(*means)] == pytest.approx(list(said.values())[:3], abs=1e-5)
+    wrong = METRIC["scores.upstream_wo_mask_pairs"]  # of the last masked reference, whatever the reference
+    assert torch.equal(wrong, wrong[:1].expand(3, 2)) and abs(wrong.mean() - whole["image"].mean()) > 0.05
