@@ -102,8 +102,8 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     config = MODELS[options.config].config if options.config in MODELS else options.config
     options.config = None if config is None else path(shipped(config))
     here = [file for file in files.values() if not is_hub(file)]
-    paths = {"--ckpt": options.ckpt, "--config": options.config, "--presets": options.presets}
-    check_paths({"CONCEPT": here} | {flag: [given] for flag, given in paths.items()})
+    flags = {"--ckpt": options.ckpt, "--config": options.config, "--presets": options.presets}
+    check_paths({"CONCEPT": here} | {flag: [given] for flag, given in flags.items()})
     from ldm.embeddings import load_concept
     from ldm.export.card import Card
     from ldm.export.files import Export
