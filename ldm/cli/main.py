@@ -133,7 +133,8 @@ def _exists(module: str) -> bool:
 def _other(name: str, module: str) -> Command:
     def run(argv: Sequence[str]) -> None:
         found = import_module(module)
-        _say_all(found.run(found.__doc__, argv, f"prospect {name}") or [])
+        examples = (found.__doc__ or "").replace(f"python scripts/{name}.py", f"prospect {name}")
+        _say_all(found.run(examples, argv, f"prospect {name}") or [])
 
     return run
 
