@@ -103,6 +103,12 @@ class Concept:
         object.__setattr__(self, "tensors", {name: _own(tensor) for name, tensor in tensors.items()})
         object.__setattr__(self, "metadata", {key: str(value) for key, value in (metadata or {}).items()})
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {'x'.join(map(str, t.shape))}" for name, t in sorted(self.tensors.items())[:3])
+        more = f", … ({len(self.tensors)} tensors)" if len(self.tensors) > 3 else ""
+        known = [f"{key}={value!r:.60}" for key in ("init_word", "base_model") if (value := self.metadata.get(key))]
+        return f"Concept({', '.join([repr(self.method), shapes + more, *known, *filter(None, [self.source])])})"
+
     @property
     def vectors(self) -> Tensor:
         """(S, D): one vector for each stage.

@@ -176,6 +176,9 @@ def main(
 
 
 _REQUESTED = {field.name for field in fields(Request)}
+# What `help(main)` and `main?` show: the request's own words, where the source refers to them.
+_MEANINGS = (Request.__doc__ or "").partition("    Args:\n")[2].partition("\n\n")[0]
+main.__doc__ = (main.__doc__ or "").replace("        All others: see `ldm.request.Request`.", _MEANINGS)
 
 
 def facts_of(model: LatentDiffusion) -> ModelFacts:

@@ -1,18 +1,25 @@
 """`ProSpect.ipynb`: saved without outputs, and it runs from its first cell to its last."""
 
+import functools
+import re
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
 import pytest
 import torch
+from IPython.core.oinspect import Inspector
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
+from safetensors.torch import load_file
 
 from ldm.conditioning.presets import load_presets
-from ldm.embeddings import Concept, save_concept
-from ldm.generate import read_parameters
+from ldm.embeddings import Concept, load_concept, save_concept
+from ldm.generate import main, read_parameters
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from scripts.demo import execute
 
 ROOT = Path(__file__).parents[1]
@@ -34,39 +41,94 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_notebook_is_saved_stripped_and_short() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-    assert all(len(cell.source.splitlines()) <= 25 for cell in code)
+    settings, *code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in (settings, *code))
+    assert all(len(cell.source.splitlines()) <= 16 for cell in code)
     assert not any(cell.metadata for cell in notebook.cells)
-    settings = code[0].source
-    assert all(f"\n{name} = " in settings for name in ("CONFIG", "CKPT", "CONCEPT", "SIZE", "SCALE"))
-    named = [line.split('"')[1] for line in settings.splitlines() if line.startswith(("CONFIG", "CKPT"))]
-    named += [line.split('"')[3] for line in settings.splitlines() if line.startswith("CONCEPT")]
-    assert len(named) == 4 and all((ROOT / path).is_file() for path in named)
+    assert not any("models/" in cell.source or " heart" in cell.source for cell in code)  # it stands in the first cell
+    table: dict[str, Any] = {}
+    exec(settings.source, table)
+    for world in table["WORLDS"].values():
+        assert world.keys() == table["WORLDS"]["demo"].keys()
+    demo = table["WORLDS"]["demo"]
+    files = [demo[name] for name in ("config", "ckpt", "concept", "second", "image")] + list(demo["joint"].values())
+    assert len(files) == 9 and all((ROOT / file).is_file() for file in files)
+
+
+NAMES = ["editing", "prompt-to-prompt", "content", "layout", "material"]
+NAMES += ["flexible", "two-concepts", "joint", "between", "previews"]
+
+
+def images_of(outputs: Path) -> dict[str, Image.Image]:
+    """The images that the notebook has written and shown."""
+    written = {path.name: Image.open(path) for path in outputs.glob("*.png")}
+    assert {name.rpartition("-")[0] for name in written} == set(NAMES)
+    assert all(np.asarray(image).std() > 0 for image in written.values())
+    shown = [
+        output
+        for cell in nbformat.read(outputs / NOTEBOOK.name, as_version=4).cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(shown) == len(NAMES)
+    return written
 
 
 def test_the_notebook_runs(outputs: Path) -> None:
     execute(NOTEBOOK, outputs / NOTEBOOK.name)
-    written = {path.name: Image.open(path) for path in outputs.glob("*.png")}
-    names = ["editing", "prompt-to-prompt", "content", "layout", "material", "attributes"]
-    names += ["flexible", "two-concepts", "joint", "between", "previews"]
-    assert {name.rpartition("-")[0] for name in written} == set(names)
-    assert all(np.asarray(picture).std() > 0 for picture in written.values())
+    written = images_of(outputs)
     assert written["content-2.png"].size == (4 * 128, 128)
     words = read_parameters(outputs / "content-2.png")["prospect_words"]
     measured = load_presets(ROOT / "models/demo/presets.yaml")["content"]
     assert [stage for stage, entry in enumerate(words) if "*" in entry] == list(measured)
     assert read_parameters(outputs / "flexible-3.png")["prospect_words"] == [9] * 10
-    joint = read_parameters(outputs / "joint-2.png")["prospect_words"]
+    joint = read_parameters(outputs / "joint-1.png")["prospect_words"]
     assert [entry.count("<") for entry in joint] == [0, 0, 0, 1, 1, 2, 3, 2, 1, 1]
-    executed = nbformat.read(outputs / NOTEBOOK.name, as_version=4)
-    shown = [
-        cell.id
-        for cell in executed.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(shown) == len(names)
+
+
+def test_the_notebook_runs_for_stable_diffusion_by_its_first_cell_alone(
+    outputs: Path, tmp_path: Path, tiny_config: Path, tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On random weights of Stable Diffusion's layout and width, and files where its table looks for them."""
+    for variable in ("PROSPECT_CONCEPT", "PROSPECT_CONCEPT_2"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    folder = tmp_path / "elsewhere"
+    (folder / "configs/stable-diffusion").mkdir(parents=True)
+    (folder / "models/sd/concepts").mkdir(parents=True)
+    (folder / "models/sd/images").mkdir()
+    shutil.copyfile(tiny_config, folder / "configs/stable-diffusion/v1-inference.yaml")
+    torch.save({"state_dict": load_file(tiny_config.with_suffix(".safetensors"))}, folder / "models/sd/sd-v1-4.ckpt")
+    for number, name in enumerate(("teapot", "teddy")):
+        vectors = torch.randn(10, 768, generator=torch.Generator().manual_seed(number))
+        save_concept(Concept(vectors), folder / f"models/sd/concepts/{name}.safetensors")
+    shutil.copyfile(ROOT / "models/demo/references/dotted-star/dotted-star.png", folder / "models/sd/images/teapot.png")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    settings = next(cell for cell in notebook.cells if cell.id == "settings")
+    settings.source = settings.source.replace('MODEL = "demo"', 'MODEL = "sd"')
+    nbformat.write(notebook, folder / NOTEBOOK.name)
+    execute(folder / NOTEBOOK.name, outputs / NOTEBOOK.name, folder)
+    images_of(outputs)
+    words = read_parameters(outputs / "material-2.png")["prospect_words"]
+    assert [stage for stage, entry in enumerate(words) if "*" in entry] == [0, 1, 2, 3, 4]  # the paper's
+
+
+def test_what_the_notebook_shows_of_objects_and_functions_is_short(tiny_model: LatentDiffusion) -> None:
+    assert re.fullmatch(
+        r"LatentDiffusion\(.*: [\d.]+ M parameters, 10 stages, torch.float32 on cpu; .*\)", repr(tiny_model)
+    )
+    concept = load_concept(ROOT / "models/demo/concepts/dotted-star.safetensors")
+    assert (
+        repr(concept).startswith("Concept('prospect', vectors 10x128, init_word='thing'") and len(repr(concept)) < 200
+    )
+
+    @functools.wraps(main)
+    def generate(*arguments: Any, **settings: Any) -> Any: ...
+
+    found = Inspector(theme_name="nocolor").info(generate)
+    lines = f"{found['definition']}\n{found['docstring']}".splitlines()
+    assert len(lines) < 100 and not any("All others" in line for line in lines)
+    assert any("strength: how much of the content image is given up" in line for line in lines)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the platform has no such sockets")

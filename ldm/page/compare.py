@@ -18,7 +18,7 @@ from ldm.files.images import label_grid
 from ldm.files.records import PNG_KEY, save_png
 from ldm.page.engine import Engine, ImageJob
 from ldm.page.form import Form, Lane
-from ldm.request import PRESETS
+from ldm.request import PRESETS, SAMPLERS
 
 GRID_KEY = "prospect_grid"  # name of the PNG text chunk that holds a grid's record
 WAIT = 0.05  # seconds between two looks at a job
@@ -173,7 +173,7 @@ def usual_values(kind: str, form: Form, engine: Engine) -> str:
         "Seed": [f"{seed}-{seed + 3}"],
         "Guidance scale": [1, engine.facts.scale, 2 * engine.facts.scale],
         "Steps": [10, 25, 50],
-        "Sampler": ["ddim", "plms"],
+        "Sampler": list(SAMPLERS),
     }
     return "\n".join(map(str, usual[kind]))
 

@@ -86,4 +86,5 @@ def _use(form: Form, engine: Engine, stages: int) -> Use:
         width=width,
         height=height,
         negative_prompt=request.negative_prompt,
+        rescale=request.rescale,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nicegui import ui
@@ -58,7 +58,7 @@ class Fields:
         elif name in RANGES:
             made = self._number(name)
         else:
-            made = ui.input(name_of(name), value=self._value(name))
+            made = ui.input(name_of(name), value=self.value_of(name))
         made.props(LOOK).tooltip(meaning_of(name)).mark(name)
         made.on_value_change(lambda event: self._take(name, event.value))
         self.inputs[name] = made
@@ -67,24 +67,28 @@ class Fields:
         """Show what the form holds now."""
         self._quiet = True
         for name, made in self.inputs.items():
-            made.value = self._value(name)
+            made.value = self.value_of(name)
+            made.set_enabled(not (name == "scale" and self.form.scales is not None))
         self._quiet = False
 
-    def _value(self, name: str) -> Any:
-        return self.form.settings.get(name, default_of(name, self.facts))
+    def value_of(self, name: str) -> Any:
+        """What the form holds; None for guidance by stage, which the timeline shows."""
+        value = self.form.settings.get(name, default_of(name, self.facts))
+        return None if isinstance(value, Sequence) and name in RANGES else value
 
     def _choice(self, name: str) -> Any:
         known = CHOICES[name]
         if known == (False, True):
-            return ui.checkbox(name_of(name), value=bool(self._value(name)))
-        return ui.select([choice for choice in known if choice], label=name_of(name), value=self._value(name))
+            return ui.checkbox(name_of(name), value=bool(self.value_of(name)))
+        options = [choice for choice in known if choice]
+        return ui.select(options, label=name_of(name), value=self.value_of(name), clearable=None in known)
 
     def _number(self, name: str) -> Any:
         whole = str(Request.__dataclass_fields__[name].type).startswith("int")
         low, high, _ = RANGES[name]
         step = self.facts.size_unit if name in ("height", "width") else 1 if whole or high > 1 else 0.05
         # no limits: what is out of range is answered by the library's sentence
-        return ui.number(name_of(name), value=self._value(name), step=step, min=None, max=None)
+        return ui.number(name_of(name), value=self.value_of(name), step=step, min=None, max=None)
 
     def _take(self, name: str, value: Any) -> None:
         if self._quiet:

@@ -54,6 +54,18 @@ class Form:
     def every_stage(self) -> set[int]:
         return set(range(self.num_stages))
 
+    @property
+    def scales(self) -> list[float] | None:
+        """The guidance scale of each stage; None where one holds for all."""
+        found = self.settings.get("scale")
+        return list(found) if isinstance(found, Sequence) else None
+
+    def set_scales(self, scales: Sequence[float] | None) -> None:
+        """Give each stage a guidance scale of its own, or (None) all the model's."""
+        self.settings.pop("scale", None)
+        if scales is not None:
+            self.settings["scale"] = tuple(scales)
+
     def add_concept(self, file: str) -> Lane:
         """Add a lane, called `*` or, where that is taken, `<b>`, `<c>`, …; all stages read it."""
         names = [PLACEHOLDER, *(f"<{letter}>" for letter in "bcdefghijklmnopqrstuvwxyz")]

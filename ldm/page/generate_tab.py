@@ -14,7 +14,7 @@ from ldm.page.engine import ImageJob
 from ldm.page.fields import Fields
 from ldm.page.form import Lane
 from ldm.page.timeline import Timeline
-from ldm.page.view import LOOK, View, button, file_button, offer, progress_bar, say, section, shown, url_of
+from ldm.page.view import LOOK, View, button, file_button, inline, offer, progress_bar, say, section, shown, url_of
 from ldm.request import Request
 
 POLL = 0.15  # seconds between two looks at a running job
@@ -70,6 +70,7 @@ class GenerateTab:
                 with self._fields.inputs["seed"].add_slot("append"):
                     dice = ui.button(icon="casino", on_click=self._new_seed).mark("new-seed")
                     dice.props('flat dense round size=sm aria-label="New seed"')
+            self._by_stage = button("Guidance by stage", self._switch_scales, "chip").mark("scales")
             with ui.expansion("Edit an image").classes("more"):
                 self._content = ui.element("div").classes("line")
                 upload = ui.upload(auto_upload=True, max_file_size=uploads.MOST_BYTES).mark("content-upload")
@@ -89,6 +90,9 @@ class GenerateTab:
         self._prompt.value = form.prompt
         self._negative.value = form.settings.get("negative_prompt", "")
         self._fields.refresh()
+        is_by_stage = form.scales is not None
+        self._by_stage.classes(add="on" if is_by_stage else "", remove="on")
+        self._by_stage.props(f"aria-pressed={str(is_by_stage).lower()}")
         self._show_concepts()
         self._show_content()
         self.timeline.rebuild()
@@ -110,6 +114,13 @@ class GenerateTab:
 
     def _write_negative(self, event: ValueChangeEventArguments) -> None:
         self.session.form.settings["negative_prompt"] = event.value or ""
+        self._changed()
+
+    def _switch_scales(self) -> None:
+        """One guidance scale for all stages, or one for each."""
+        form, one = self.session.form, self._fields.value_of("scale")
+        form.set_scales([one] * form.num_stages if form.scales is None else None)
+        self.refresh()
         self._changed()
 
     def _new_seed(self) -> None:
@@ -281,7 +292,7 @@ class GenerateTab:
                 self.session.history = [job.files[0], *self.session.history][:MOST_HISTORY]
                 self._show_history()
         elif (image := job.image or job.preview) is not None:
-            self._image.set_source(image)
+            self._image.set_source(inline(image))
         self.timeline.show_frames(job.previews)
         self._messages.clear()
         with self._messages:

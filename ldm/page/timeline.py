@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 from nicegui import ui
+from nicegui.events import ValueChangeEventArguments
 from PIL import Image
 
 from ldm.conditioning.presets import Windows
 from ldm.page.form import Form, Lane
-from ldm.page.view import button
+from ldm.page.view import button, inline
 from ldm.request import PLACEHOLDER, PRESETS
 
 HUES = (285, 30)  # of the first and the last stage in time, degrees in OKLCH
@@ -58,6 +59,7 @@ class Timeline:
         self._cells: dict[tuple[int, int], ui.element] = {}
         self._heads: dict[int, ui.element] = {}
         self._frames: dict[int, ui.image] = {}
+        self._shown: dict[int, Image.Image] = {}
         self._presets: dict[str | None, ui.element] = {}
         self._texts: list[_Row] = []
 
@@ -85,6 +87,7 @@ class Timeline:
             self._build_heads()
             for number, lane in enumerate(self.form.lanes):
                 self._build_lane(number, lane)
+            self._build_scales()
             self._build_frames()
         self.refresh()
 
@@ -118,9 +121,11 @@ class Timeline:
         """Show what was predicted in each stage."""
         self._strip.set_visibility(bool(previews))
         for stage, frame in self._frames.items():
-            frame.set_visibility(stage in previews)
-            if stage in previews:
-                frame.set_source(previews[stage])
+            image = previews.get(stage)
+            frame.set_visibility(image is not None)
+            if image is not None and image is not self._shown.get(stage):
+                frame.set_source(inline(image))
+        self._shown = dict(previews)
 
     # --- building --------------------------------------------------------------------------------------------------
 
@@ -161,8 +166,21 @@ class Timeline:
                 self._drawn(cell, partial(self._toggle, number, stage))
                 self._cells[number, stage] = cell
 
+    def _build_scales(self) -> None:
+        """The guidance scale of each stage, where each has its own."""
+        scales = self.form.scales
+        if scales is None:
+            return
+        ui.label("guidance scale").classes("soft axis")
+        with ui.element("div").classes("stages scales"):
+            for stage in self.stages:
+                entry = ui.number(value=scales[stage], on_change=partial(self._set_scale, stage))
+                entry.props(f'outlined dense hide-bottom-space aria-label="Guidance scale of stage {stage}"')
+                entry.mark(f"scale-{stage}")
+
     def _build_frames(self) -> None:
         self._frames.clear()
+        self._shown.clear()
         self._strip = ui.element("div").classes("stages frames").props("aria-hidden=true")
         self._strip.set_visibility(False)
         with self._strip:
@@ -242,6 +260,12 @@ class Timeline:
             self._paint = stage not in self.selected
         (self.selected.add if self._paint else self.selected.discard)(stage)
         self.refresh()
+
+    def _set_scale(self, stage: int, event: ValueChangeEventArguments) -> None:
+        scales = self.form.scales
+        if scales is not None:
+            self.form.set_scales([*scales[:stage], event.value, *scales[stage + 1 :]])
+            self._changed()
 
     def _preset(self, attribute: str | None) -> None:
         self.form.set_preset(self.form.lanes[self._lane], attribute, self.windows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -76,6 +78,13 @@ def url_of(file: Path) -> str:
     return app.add_static_file(local_file=file)
 
 
+def inline(image: Image.Image) -> str:
+    """An image as a URL that holds it: a file for each preview would be gone before it is fetched."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
 def section(title: str, hint: str = "") -> ui.element:
     """A titled panel to build into."""
     panel = ui.element("section").classes("panel").props(f'aria-label="{title}"')
@@ -108,7 +117,8 @@ def file_button(text: str, upload: ui.upload, label: str = "") -> ui.element:
 
 def shown(image: Image.Image | str, alt: str, look: str = "") -> ui.element:
     """An image that fills its place, with a text in its place."""
-    made = ui.image(image).props("fit=contain no-spinner no-transition").classes(look)
+    source = image if isinstance(image, str) else inline(image)
+    made = ui.image(source).props("fit=contain no-spinner no-transition").classes(look)
     made.props["alt"] = alt
     return made
 

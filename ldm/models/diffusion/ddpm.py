@@ -227,6 +227,14 @@ class LatentDiffusion(pl.LightningModule):
         """Return float32 images (B, 3, f·H, f·W), about [-1, 1], not clamped, for scaled latents z (B, C, H, W)."""
         return latents.decode(self.first_stage_model, (z / self.scale_factor).to(self.device), self.decode_batch)
 
+    def __repr__(self) -> str:
+        """One line, where `nn.Module` would list hundreds of layers; `print(model.model)` does."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        base = self.base_model.get("base_model", "no base model")
+        names = ", ".join([] if self.embedding_manager is None else self.embedding_manager.loaded) or "none"
+        where = f"{self.num_stages} stages, {self.model.diffusion_model.dtype} on {self.device}"
+        return f"LatentDiffusion({base}: {total / 1e6:.1f} M parameters, {where}; concepts: {names})"
+
     # --- prompts -----------------------------------------------------------------------------------------------
 
     def get_learned_conditioning(
