@@ -241,7 +241,12 @@ def test_a_tokenizer_is_replaced_with_force_only(tmp_path: Path, monkeypatch, ca
     assert "use --force" in capsys.readouterr().err and (tmp_path / "vocab.json").read_text() == "{}"
     monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path), "--force"])
     make_demo_tokenizer.main()
-    assert {path.name for path in tmp_path.iterdir()} == {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "vocab.json",
+        "merges.txt",
+        "words.txt",
+        "tokenizer_config.json",
+    }
 
 
 # Sets
