@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from ldm.checkpoint import CheckpointError, read_state_dict
-from ldm.cli.sample import build_parser, build_request, read_words
+from ldm.cli.prompts import read_prompts
+from ldm.cli.sample import build_parser, build_requests
 from ldm.conditioning.presets import PRESET_STAGES, load_presets, preset
 from ldm.conditioning.prompts import PromptReader, check_words
 from ldm.embeddings import EmbeddingError, load_concept
@@ -131,9 +132,9 @@ YAML = st.recursive(
 def test_yaml_files_of_words_and_presets(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "file.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-    for read in (read_words, load_presets):
+    for read, kind in ((lambda path: read_prompts(path, ["prompt", "seed"], 10), list), (load_presets, dict)):
         try:
-            assert isinstance(read(path), dict)
+            assert isinstance(read(path), kind)
         except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
 
@@ -147,7 +148,8 @@ def test_records_of_images(tmp_path: Path, record: str) -> None:
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prospect": record})
     options = build_parser("", editing=True).parse_args(["--from", str(tmp_path / "a.png")])
     try:
-        assert isinstance(build_request(options, read_parameters(tmp_path / "a.png"), ModelFacts()), Request)
+        (request,) = build_requests(options, read_parameters(tmp_path / "a.png"), ModelFacts())
+        assert isinstance(request, Request)
     except ValueError as error:
         assert "\n" not in str(error)
 

@@ -411,7 +411,7 @@ def test_a_whole_inversion(model: LatentDiffusion, way: Trajectory, contexts: di
         np.testing.assert_allclose(losses[i], recorded[f"loss.i{i}.latent_attn_total"][:, 2], rtol=2e-2)
 
 
-@pytest.mark.parametrize("run", META["short_runs"].keys() - {"early_eps_rule"})
+@pytest.mark.parametrize("run", sorted(META["short_runs"].keys() - {"early_eps_rule"}))
 def test_short_runs(model: LatentDiffusion, way: Trajectory, contexts: dict[str, Context], run: str) -> None:
     entry, recorded = META["short_runs"][run], golden("short_runs")
     short = record(model, way.path[0], as_conditioning(contexts[META["prompt"]]), entry["N"], maps=True)
