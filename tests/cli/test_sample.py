@@ -504,10 +504,10 @@ def test_short_names_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_guidance_by_stage(tmp_path: Path) -> None:
     """From a flag, repeated from the image, and from YAML."""
     scales = [1.0, 1.0, *[2.5] * 7, 4.0]
-    (tmp_path / "all.yaml").write_text(f"prompt: a star\nscale: {scales}\nrescale: 0.5\n", encoding="utf-8")
+    (tmp_path / "all.yaml").write_text(f"- {{prompt: a star, scale: {scales}, rescale: 0.5}}\n")
     first = txt2img("--prompt", "a star", "--scale", "2.5,0-1:1,9:4", "--rescale", "0.5", "--outdir", tmp_path)[0]
     again = txt2img("--from", first, "--outdir", tmp_path)[0]
-    yaml = txt2img("--words", tmp_path / "all.yaml", "--outdir", tmp_path)[0]
+    yaml = txt2img("--prompts", tmp_path / "all.yaml", "--outdir", tmp_path)[0]
     assert [read_parameters(path)["scale"] for path in (first, again, yaml)] == [scales] * 3
     assert (pixels(first) == pixels(again)).all() and (pixels(first) == pixels(yaml)).all()
     plain = txt2img("--from", first, "--scale", "2.5", "--outdir", tmp_path)[0]
