@@ -204,7 +204,7 @@ def test_fewer_and_cheaper_calls_are_rows_beside_the_usual_ones(capsys: pytest.C
     assert [row[0] for row in rows] == ["ours", "ours with fast", "ours with fast, half_guided"]
     assert [row[-2] for row in rows] == ["0.0e+00", "-", "-"]  # the images are others
     work = [float(row[6]) for row in rows]  # GFLOP
-    assert work[0] > 2 * work[1] > 2.5 * work[2]
+    assert work[0] > 2 * work[1] and work[1] > 1.15 * work[2]
 
 
 def test_how_cost_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
