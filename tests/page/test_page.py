@@ -207,7 +207,7 @@ def test_other_files_go_where_they_belong(engine: Engine) -> None:
     async def script(user: User) -> None:
         await hand_in(user, "drop", ("star.safetensors", Path(STAR).read_bytes()))
         await until(lambda: len(session(user).form.lanes) == 2, 5)
-        assert session(user).form.lanes[1].placeholder == "<b>"
+        assert session(user).form.lanes[1].placeholder == "<star>"
         assert one(user, "cell-1-9").props["aria-pressed"] == "true"
         await hand_in(user, "drop", ("cat.png", REFERENCE.read_bytes()))
         await until(lambda: session(user).form.settings.get("content_dir"), 5)
@@ -215,8 +215,8 @@ def test_other_files_go_where_they_belong(engine: Engine) -> None:
         user.find(marker="generate").trigger("click")
         await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
         record = read_parameters(session(user).job.files[0])  # type: ignore[union-attr]
-        assert record["content_hash"] and set(record["concepts"]) == {"*", "<b>"}
-        assert session(user).form.text(9) == "a large heart on a black background <b>"
+        assert record["content_hash"] and set(record["concepts"]) == {"*", "<star>"}
+        assert session(user).form.text(9) == "a large heart on a black background <star>"
 
     drive(engine, script)
 
