@@ -94,7 +94,7 @@ class _Page:
                     ui.tab(name)
             self.view.tabs.value = self.session.tab
             with ui.element("div").classes("where"):
-                ui.label(f"{Path(engine.setup['ckpt']).stem} · {engine.model.device}").classes("soft")
+                ui.label(f"{engine.title} · {engine.model.device}").classes("soft")
                 ui.button(icon="contrast", on_click=self._switch_dark).props(
                     'flat round dense aria-label="Light or dark"'
                 )

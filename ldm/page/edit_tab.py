@@ -19,6 +19,12 @@ from ldm.page.engine import Job
 from ldm.page.view import LOOK, View, button, file_button, offer, progress_bar, say, section, shown, url_of
 
 POLL = 0.3
+TITLES = {
+    "tau_v": "Learned values (tau_v)",
+    "tau_c": "Word attention (tau_c)",
+    "tau_s": "Self-attention (tau_s)",
+    "tau_u": "Unconditional (tau_u)",
+}
 
 
 class EditTab:
@@ -73,7 +79,7 @@ class EditTab:
             with ui.element("div").classes("fields"):
                 self._field(ui.select(list(KINDS), label="Kind"), "kind", meanings["kind"])
                 for name in TAUS:
-                    made = ui.input(name).bind_value(self.form.taus, name).props(LOOK).mark(f"edit-{name}")
+                    made = ui.input(TITLES[name]).bind_value(self.form.taus, name).props(LOOK).mark(f"edit-{name}")
                     made.tooltip(f"{' '.join(meanings[name].split())}; several values make a grid")
                 self._field(ui.input("Blend", placeholder="dog:tiger"), "blend", meanings["blend"])
                 self._field(ui.input("Weights", placeholder="tiger=2"), "weights", meanings["weights"])

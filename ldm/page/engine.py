@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.cli.sample import save_images
 from ldm.conditioning.presets import Windows
 from ldm.conditioning.stages import stage_of
+from ldm.files.shipped import MODELS, shipped
 from ldm.generate import Interrupted, facts_of, generate_image
 from ldm.page.learning import EMBEDDINGS, Learning
 from ldm.page.preview import Preview
@@ -135,6 +136,12 @@ class Engine:
         self.runs: list[Learning] = []
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
         logging.getLogger(TALKATIVE).setLevel(logging.INFO)
+
+    @property
+    def title(self) -> str:
+        """What the base model is called."""
+        ckpt = Path(self.setup["ckpt"])
+        return "small model" if ckpt == Path(shipped(MODELS["demo"].ckpt)) else ckpt.stem
 
     def close(self) -> None:
         """Let what is being learned save and end, drop what waits, and the files that were uploaded."""

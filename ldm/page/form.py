@@ -6,9 +6,11 @@ The form knows no browser. It becomes a `Request`, and it is restored from the r
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import groupby, product
+from itertools import chain, count, groupby, product
+from pathlib import Path
 from typing import Any
 
 from ldm.conditioning.presets import Windows, preset_stages, with_only
@@ -17,6 +19,7 @@ from ldm.request import PLACEHOLDER, Request, Words
 # Fields that the prompt, the lanes and the timeline decide; all others are settings.
 DERIVED = ("prompt", "prospect_words", "preset", "concepts")
 MOST_LANES = 6
+MOST_NAME = 30  # characters of a placeholder
 Entry = str | int  # a text, or the stage whose learned token stands for `*`
 
 
@@ -67,8 +70,9 @@ class Form:
             self.settings["scale"] = tuple(scales)
 
     def add_concept(self, file: str) -> Lane:
-        """Add a lane, called `*` or, where that is taken, `<b>`, `<c>`, …; all stages read it."""
-        names = [PLACEHOLDER, *(f"<{letter}>" for letter in "bcdefghijklmnopqrstuvwxyz")]
+        """Add a lane, called `*` or, where that is taken, like the file; all stages read it."""
+        name = re.sub(r"\W+", "-", Path(file).stem).strip("-")[:MOST_NAME] or "concept"
+        names = chain([PLACEHOLDER, f"<{name}>"], (f"<{name}-{number}>" for number in count(2)))
         taken = {lane.placeholder for lane in self.lanes}
         self.lanes.append(Lane(next(name for name in names if name not in taken), file, self.every_stage))
         return self.lanes[-1]

@@ -145,7 +145,7 @@ class GenerateTab:
                 shown(url_of(picture), f"The image that {known[lane.file]} was learned from", "thumb")
             else:
                 ui.element("div").classes("thumb")
-            name = ui.input("In the prompt", value=lane.placeholder).props(LOOK)
+            name = ui.input("Name", value=lane.placeholder).props(LOOK)
             name.on("change", lambda: self._rename(lane, name.value))
             choice = ui.select(known, label="Concept", value=lane.file).props(LOOK).mark("concept")
             choice.on_value_change(lambda event: self._choose(lane, event.value))

@@ -1,5 +1,6 @@
 """The page in Chromium, as a user has it before him: `make test-page`."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
 from ldm.generate import PNG_KEY, load_model_from_config, main, read_parameters, save_picture
 from ldm.page.command import free_port
@@ -356,3 +358,29 @@ def test_every_tab_is_readable_and_labelled(
         assert page.evaluate(NAMELESS) == []
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (dark == "rgb(18, 17, 21)") == (scheme == "dark")
+
+
+def test_screenshots(open_page: Callable[..., Any], tmp_path: Path) -> None:
+    """The images of the documentation: `SCREENSHOTS=docs/images make test-page` renews them."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    for width, scheme, name in ((1500, "light", "page"), (1500, "dark", "page-dark"), (390, "dark", "page-phone")):
+        page = open_page(width, scheme)
+        set_number(page, "Seed", 44)
+        generate(page)
+        page.get_by_text("Done in").wait_for(timeout=60_000)
+        page.wait_for_timeout(500)
+        _keep(page, folder / f"{name}.png")
+    page = open_page()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.get_by_role("link", name="Save as one PNG").wait_for(timeout=120_000)
+    _keep(page, folder / "page-compare.png")
+
+
+def _keep(page: Any, file: Path) -> None:
+    """Save a screenshot with 256 colours: a quarter of the bytes."""
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(500)
+    image = Image.open(io.BytesIO(page.screenshot()))
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+    assert file.stat().st_size < 300_000

@@ -140,22 +140,9 @@ def test_an_image_comes_with_previews_and_restores_the_form(engine: Engine) -> N
         await hand_in(user, "drop", ("ours.png", job.files[0].read_bytes()))
         await until(lambda: one(user, "prompt").value == "a small * circle", 5)
         assert marked_stages(user) == [3, 4, 5, 6, 7]
-        assert session(user).form.request() == job.request.__class__(**_given(record))
+        assert session(user).form.request().for_model(engine.facts) == job.request
 
     drive(engine, script)
-
-
-def _given(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "prompt": record["preset_prompt"],
-        "preset": record["preset"],
-        "seed": 9,
-        "ddim_steps": 5,
-        "concepts": record["concepts"],
-        "scale": record["scale"],
-        "height": record["height"],
-        "width": record["width"],
-    }
 
 
 def test_mistakes_are_answered_with_the_librarys_sentence(engine: Engine) -> None:
@@ -207,7 +194,7 @@ def test_other_files_go_where_they_belong(engine: Engine) -> None:
     async def script(user: User) -> None:
         await hand_in(user, "drop", ("star.safetensors", Path(STAR).read_bytes()))
         await until(lambda: len(session(user).form.lanes) == 2, 5)
-        assert session(user).form.lanes[1].placeholder == "<b>"
+        assert session(user).form.lanes[1].placeholder == "<star>"
         assert one(user, "cell-1-9").props["aria-pressed"] == "true"
         await hand_in(user, "drop", ("cat.png", REFERENCE.read_bytes()))
         await until(lambda: session(user).form.settings.get("content_dir"), 5)
@@ -215,8 +202,8 @@ def test_other_files_go_where_they_belong(engine: Engine) -> None:
         user.find(marker="generate").trigger("click")
         await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
         record = read_parameters(session(user).job.files[0])  # type: ignore[union-attr]
-        assert record["content_hash"] and set(record["concepts"]) == {"*", "<b>"}
-        assert session(user).form.text(9) == "a large heart on a black background <b>"
+        assert record["content_hash"] and set(record["concepts"]) == {"*", "<star>"}
+        assert session(user).form.text(9) == "a large heart on a black background <star>"
 
     drive(engine, script)
 
