@@ -23,7 +23,9 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def picture(name: str) -> Image.Image:
-    small = Image.fromarray(RECORDED[f"ns.{name}.small"].numpy())
+    """A recorded image; masks have three equal channels, of which the record's first one is meant."""
+    values = RECORDED[f"ns.{name}.small"]
+    small = Image.fromarray((values[..., :1].expand(-1, -1, 3) if name.startswith("mask") else values).numpy())
     return small.resize(tuple(META[f"ns.{name}.size_wh"]), Image.Resampling.BICUBIC)
 
 
