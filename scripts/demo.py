@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONCEPTS = ("dotted-star", "striped-heart")
 NOTEBOOK = "ProSpect.ipynb"
 OUTPUTS = Path("outputs")
+FAST = "configs/demo/fast.yaml"
 REFERENCES, SHIPPED = Path("models/demo/references"), Path("models/demo/concepts")
 
 
@@ -62,10 +63,10 @@ def execute(notebook: Path, executed: Path, folder: Path = ROOT, timeout: int = 
             nbformat.write(content, executed)
 
 
-def learn(concept: str) -> Path:
-    """Learn one reference picture with `main.py`; returns the embedding file."""
+def learn(concept: str, *more: str) -> Path:
+    """Learn one reference image with `main.py`, with `more` configurations; returns the embedding file."""
     run = Path("logs") / "demo" / concept
-    command = ["main.py", "--base", "configs/demo/finetune.yaml", "-t"]
+    command = ["main.py", "--base", "configs/demo/finetune.yaml", *more, "-t"]
     command += ["--actual_resume", "models/demo/model.safetensors"]
     command += ["--data_root", (REFERENCES / concept).as_posix(), "-p", run.as_posix()]
     shutil.rmtree(ROOT / run, ignore_errors=True)  # of an earlier demo
@@ -91,7 +92,7 @@ def main() -> None:
         ship()
         return
     start = time.monotonic()
-    learned = [learn(concept) for concept in CONCEPTS]
+    learned = [learn(concept, FAST) for concept in CONCEPTS]
     os.environ |= dict(zip(("PROSPECT_CONCEPT", "PROSPECT_CONCEPT_2"), map(str, learned), strict=True))
     print(f"Executing {NOTEBOOK}", flush=True)
     before = time.time()
