@@ -158,7 +158,7 @@ def main(
 
     Args:
         model: from `load_model_from_config`.
-        sampler, ddim_steps: `main(…, **FAST)` for images in two fifths of the time (docs/evidence.md).
+        sampler, ddim_steps: `main(…, **FAST)` makes two fifths of the default's U-Net calls.
         C, f: accepted because the reference's calls give them; the model knows its own.
         callback, progress: see `generate_image`.
         All others: see `ldm.request.Request`.

@@ -18,7 +18,7 @@ SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
     "token_table": (True, ("train",), "NeTI: no gradient of the token table, which its code computes and never uses"),
     "guidance_batch": (True, ("sample",), "both predictions of guidance in one batch"),
     "kv": (True, ("sample",), "keys and values of the context kept while the stage does not change"),
-    "fast": (False, ("sample",), "DPM-Solver++ in two fifths of the steps: other images (docs/evidence.md)"),
+    "fast": (False, ("sample",), "DPM-Solver++ in two fifths of the steps: other images"),
     "half_guided": (False, ("sample",), "no guidance in the last half of the stages: other images"),
     "fused_attention": (False, ("train", "sample", "vae"), "PyTorch's fused attention everywhere"),
     "channels_last": (False, ("train", "sample", "vae"), "memory format of the convolutions"),
