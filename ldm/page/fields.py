@@ -95,7 +95,8 @@ class Fields:
             return
         if isinstance(value, float) and value.is_integer() and name in RANGES:
             value = int(value)
-        if value == default_of(name, self.facts) or value is None:
+        own = Request.__dataclass_fields__[name].default  # None: left empty, it is the model's
+        if value == default_of(name, self.facts) or (value is None and own is None):
             self.form.settings.pop(name, None)
         else:
             self.form.settings[name] = value

@@ -115,6 +115,8 @@ class Form:
             ValueError: see `Request`.
         """
         concepts = {lane.placeholder: lane.file for lane in self.lanes}
+        if len(concepts) < len(self.lanes):
+            raise ValueError("Two concepts have the same name; give every concept a name of its own in the prompt.")
         given = self.settings | {"concepts": concepts or None}
         if len(self.lanes) == 1 and self.lanes[0].preset and not self.own:
             return Request(prompt=self.prompt, preset=self.lanes[0].preset, **given)

@@ -53,6 +53,14 @@ def test_a_toggled_stage_makes_words_of_its_own() -> None:
     assert made.groups() == [[9, 8], [7, 6, 5, 4, 3, 2, 1, 0]]
 
 
+def test_two_concepts_of_one_name_are_refused() -> None:
+    made = form("star", "heart")
+    assert [lane.placeholder for lane in made.lanes] == ["*", "<heart>"]
+    made.lanes[1].placeholder = "*"
+    with pytest.raises(ValueError, match="Two concepts have the same name"):
+        made.request()
+
+
 def test_a_text_of_its_own_stands_in_its_stages_alone() -> None:
     made = form("star")
     made.own = {3: "a cat"}

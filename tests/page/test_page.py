@@ -20,7 +20,7 @@ from ldm.page.engine import Engine
 from ldm.page.session import Session
 
 STAR = "models/demo/concepts/dotted-star.safetensors"
-REFERENCE = Path("models/demo/references/dotted-star/dotted-star.png")
+REFERENCE = Path(__file__).parents[2] / "models/demo/references/dotted-star/dotted-star.png"
 
 
 def drive(engine: Engine, script: Callable[[User], Awaitable[None]]) -> None:
@@ -75,15 +75,15 @@ async def hand_in(user: User, marker: str, *files: tuple[str, bytes]) -> None:
     await one(user, marker).handle_uploads([SmallFileUpload(name, "", content) for name, content in files])
 
 
-@pytest.mark.parametrize("attribute", ["content", "layout", "material", "style"])
-def test_a_preset_marks_exactly_its_window(engine: Engine, attribute: str) -> None:
+def test_a_preset_marks_exactly_its_window(engine: Engine) -> None:
     async def script(user: User) -> None:
-        user.find(marker="preset-all").trigger("click")
-        assert marked_stages(user) == list(range(10))
-        user.find(marker=f"preset-{attribute}").trigger("click")
-        assert marked_stages(user) == sorted(engine.windows[attribute])
-        texts = {stage: session(user).form.text(stage) for stage in range(10)}
-        assert [stage for stage, text in texts.items() if "*" in text] == sorted(engine.windows[attribute])
+        for attribute in ("content", "layout", "material", "style"):
+            user.find(marker="preset-all").trigger("click")
+            assert marked_stages(user) == list(range(10))
+            user.find(marker=f"preset-{attribute}").trigger("click")
+            assert marked_stages(user) == sorted(engine.windows[attribute])
+            texts = {stage: session(user).form.text(stage) for stage in range(10)}
+            assert [stage for stage, text in texts.items() if "*" in text] == sorted(engine.windows[attribute])
 
     drive(engine, script)
 
@@ -153,6 +153,8 @@ def test_mistakes_are_answered_with_the_librarys_sentence(engine: Engine) -> Non
         assert session(user).job is None
         one(user, "width").value = 96
         await user.should_not_see("width must be a multiple")
+        one(user, "ddim_steps").value = None
+        await user.should_see("ddim_steps must be a whole number, not None.")
         one(user, "ddim_steps").value = 2.5
         await user.should_see("ddim_steps must be a whole number, not 2.5.")
         one(user, "ddim_steps").value = 2
@@ -167,24 +169,21 @@ def test_mistakes_are_answered_with_the_librarys_sentence(engine: Engine) -> Non
     drive(engine, script)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "sentence"),
-    [
-        ("page.png", b"<!doctype html>", "'page.png' is a web page, perhaps of a login"),
-        ("cut.png", b"cut", "'cut.png' "),
-        ("big.png", b"\x07" * 30_000_000, "'big.png' is no image that Pillow can read"),
-        ("page.pt", b"<!doctype html>", "'page.pt' is a web page, perhaps of a login"),
-        ("notes.txt", b"hello", "'notes.txt' "),
-    ],
-)
-def test_files_that_are_none_are_named(engine: Engine, name: str, content: bytes, sentence: str) -> None:
-    if name == "cut.png":
-        content = REFERENCE.read_bytes()[:200]
+WRONG_FILES = [
+    ("page.png", b"<!doctype html>", "'page.png' is a web page, perhaps of a login"),
+    ("cut.png", REFERENCE.read_bytes()[:200], "'cut.png' "),
+    ("big.png", b"\x07" * 30_000_000, "'big.png' is no image that Pillow can read"),
+    ("page.pt", b"<!doctype html>", "'page.pt' is a web page, perhaps of a login"),
+    ("notes.txt", b"hello", "'notes.txt' "),
+]
 
+
+def test_files_that_are_none_are_named(engine: Engine) -> None:
     async def script(user: User) -> None:
         before = sorted(Path().iterdir())
-        await hand_in(user, "drop", (name, content))
-        await until(lambda: any(sentence in message for message in user.notify.messages), 10)
+        for name, content, sentence in WRONG_FILES:
+            await hand_in(user, "drop", (name, content))
+            await until(lambda sentence=sentence: any(sentence in text for text in user.notify.messages), 10)
         assert sorted(Path().iterdir()) == before
 
     drive(engine, script)
