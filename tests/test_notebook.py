@@ -55,7 +55,7 @@ def test_the_notebook_is_saved_stripped_and_short() -> None:
     assert len(files) == 9 and all((ROOT / file).is_file() for file in files)
 
 
-NAMES = ["editing", "prompt-to-prompt", "content", "layout", "material"]
+NAMES = ["editing", "prompt-to-prompt", "content", "layout", "material", "attributes"]
 NAMES += ["flexible", "two-concepts", "joint", "between", "previews"]
 
 
