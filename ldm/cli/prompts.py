@@ -158,7 +158,7 @@ def placeholder_in(file: str) -> str | None:
     path = Path(file)
     folder = path if path.is_dir() else path.parent
     path = next((path / name for name in WHOLE_FILES if (path / name).is_file()), path)
-    with suppress(OSError, ValueError, LookupError, TypeError):
+    with suppress(OSError, ValueError, LookupError, TypeError, StopIteration):
         if (beside := folder / "token_identifier.txt").is_file():
             return _usable(beside.read_text(encoding="utf-8").strip())
         with path.open("rb") as stream:

@@ -803,6 +803,6 @@ def test_a_text_for_each_layer(tmp_path: Path, mapper_file: Path) -> None:
 def test_every_flag_of_a_request_is_a_field_of_it() -> None:
     """A flag whose `dest` is none would silently do nothing; and each field has a flag."""
     own = {"help", "stages", "prompts", "concept", "source", "config", "ckpt", "dtype", "device", "outdir", "debug"}
-    own |= {"allow_targets", "allow_resolvers", "layout"}
+    own |= {"allow_targets", "allow_resolvers", "layout", "fast"}
     dests = {action.dest for action in build_parser("", editing=True)._actions}
     assert dests - own == {field.name for field in fields(Request)} - {"concepts", "prospect_words"}
