@@ -85,7 +85,7 @@ def test_a_context_is_computed_once_for_each_bucket() -> None:
 def test_prompts_are_remembered_only_without_gradients() -> None:
     weight = torch.ones(1, requires_grad=True)
     slots = torch.arange(2 * 3 * 5).view(2, 3, 5)  # S = 2, B = 3, L = 5
-    encode = lambda s, t, learned: Context.of(s.unsqueeze(-1).float() * weight)  # noqa: E731
+    encode = lambda s, t, learned, *_: Context.of(s.unsqueeze(-1).float() * weight)  # noqa: E731
     cond = PromptConditioning(slots, SlotEncoder(encode, NOTHING_LEARNED))
     one = cond.at(100).k
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_distinct_rows_are_found_on_the_cpu() -> None:
     slots = torch.arange(10).view(10, 1, 1).expand(10, 2, 5)
     encoded: list[torch.Tensor] = []
 
-    def encode(slots: torch.Tensor, t: torch.Tensor, learned: Learned | None) -> Context:
+    def encode(slots: torch.Tensor, t: torch.Tensor, learned: Learned | None, *_: object) -> Context:
         encoded.append(slots)
         return Context.of(slots.unsqueeze(-1).float())
 

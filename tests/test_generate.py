@@ -307,7 +307,8 @@ def test_odd_texts_are_taken(
     model.embedding_manager.load(Concept(torch.ones(10, 128)))
     image = draw(prompt, prospect_words=words, legacy_word_tokens=legacy, ddim_steps=1)
     if not legacy or not warning:  # the reference cuts without a word
-        assert [warning in message for message in caplog.messages] == [True] * bool(warning)
+        messages = [message for message in caplog.messages if not message.startswith("This model does not know")]
+        assert [warning in message for message in messages] == [True] * bool(warning)
     save_picture(image, tmp_path / "a.png")
     assert read_parameters(tmp_path / "a.png")["prompt"] == prompt
 

@@ -107,6 +107,9 @@ def warn_of_class(name: str, captions: Sequence[str], prompt: str, words: Words 
         )
 
 
+_IN_BRACKETS = re.compile(r"<[^<>\s]*>")  # a placeholder, of which others warn where nothing is loaded for it
+
+
 def warn_of_unknown(
     known: tuple[Sequence[str], Sequence[str]], texts: Iterable[str], placeholders: Iterable[str]
 ) -> None:
@@ -119,11 +122,12 @@ def warn_of_unknown(
     if not known[0]:
         return
     pattern = split_pattern(placeholders)
-    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", pattern.sub(" ", text).lower()))
+    plain = (_IN_BRACKETS.sub(" ", pattern.sub(" ", text)) for text in texts)
+    words = dict.fromkeys(word for text in plain for word in re.findall(r"\w+", text.lower()))
     if unknown := [word for word in words if word not in known[0] and word not in known[1]]:
         logger.warning(
             "This model does not know %s; it knows %s.",
-            *(", ".join(f"'{word}'" for word in unknown[:8]), ", ".join(known[0])),
+            *(", ".join(f"'{word[:30]}'" for word in unknown[:8]), ", ".join(known[0])),
         )
 
 
