@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,13 +113,14 @@ def test_what_lightning_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         f"{LOGGER}.MLFlowLogger lightning.logger.params.tracking_uri=file:{{}}/victim",
     ],
 )
-def test_a_configuration_writes_into_its_run_only(
-    overrides: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = refusal(capsys, "-p", str(tmp_path / "run"), *overrides.format(tmp_path).split())
-    assert "is outside the log folder" in line and "--allow_outside" in line
-    assert not list(tmp_path.iterdir())
-    check_inside({"monitor": "val/loss", "filename": "a/b", "sub_dir": "a", "dirpath": f"{tmp_path}/a"}, tmp_path, "x")
+def test_a_configuration_writes_into_its_run_only(overrides: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:  # a short one: messages shorten long values
+        folder = Path(name)
+        line = refusal(capsys, "-p", str(folder / "run"), *overrides.format(folder).split())
+        assert "victim' is outside the log folder" in line and "--allow_outside" in line
+        assert not list(folder.iterdir())
+        values = {"monitor": "val/loss", "filename": "a/b", "sub_dir": "a", "dirpath": f"{folder}/a"}
+        check_inside(values, folder, "x")
 
 
 def test_a_logger_and_a_callback_of_ones_own(tmp_path: Path) -> None:
