@@ -140,10 +140,10 @@ def encode(model: LatentDiffusion, images: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
-    """(N, 3, R, R) in [-1, 1] to uint8 (N, R, R, 3)."""
+    """Return images (N, 3, R, R) in [-1, 1] as uint8 (N, R, R, 3)."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def from_bytes(images: np.ndarray) -> Tensor:
-    """uint8 (N, R, R, 3) to (N, 3, R, R) in [-1, 1]."""
+    """Return images uint8 (N, R, R, 3) as (N, 3, R, R) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -92,13 +92,13 @@ def add(prompts: Sequence[str], longer: Sequence[str], seeds: list[int], windows
 
 
 def switch(first: Sequence[str], then: Sequence[str], seeds: list[int]) -> Experiment:
-    """Condition k: `first` from the start down to stage k, `then` below; k = 0 is all `first`, 10 all `then`."""
+    """Return conditions k = 0 … 10 with `first` from the start down to stage k and `then` below; 0 is all `first`."""
     conditions = {str(k): inside((k, STAGES - 1), first, then) for k in range(STAGES + 1)}
     return Experiment(conditions, seeds, throughout(first), throughout(then))
 
 
 def place(prompts: Sequence[str], seeds: list[int], windows: Sequence[Window], concepts: Concepts) -> Experiment:
-    """Prompts with the placeholder of a concept, which stands there in a window only."""
+    """Return prompts with the placeholder of a concept in a window only."""
     named = [(prompt, next(name for name in concepts if name in prompt)) for prompt in prompts]
     plain, with_it = (
         [preset("content", prompt, stages=stages, placeholder=name)[0] for prompt, name in named]

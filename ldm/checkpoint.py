@@ -82,7 +82,7 @@ def read_state_dict(path: str | Path, dtype: torch.dtype | None = None) -> dict[
 
 
 def read_base_model(path: str | Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """`read_state_dict` with a `dtype`, and `base_model_of`, which is the same for every `dtype`."""
+    """Return `read_state_dict` with a `dtype`, and `base_model_of`, which is the same for every `dtype`."""
     path = Path(path).expanduser()
     state, mapped = _open(path)
     base = {NAME: path.name, FINGERPRINT: fingerprint(state)}
@@ -90,12 +90,12 @@ def read_base_model(path: str | Path, dtype: torch.dtype) -> tuple[dict[str, Ten
 
 
 def base_model_of(path: str | Path) -> dict[str, str]:
-    """What a concept's metadata says of the base model in a file or folder: its name and its fingerprint."""
+    """Return what a concept's metadata says of the base model in a file or folder: its name and its fingerprint."""
     return {NAME: Path(path).name, FINGERPRINT: fingerprint(read_state_dict(path))}
 
 
 def _open(path: Path, only: Collection[str] | None = None) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a file or folder, and whether they are views of a mapped file; `only` may leave out others."""
+    """Return the tensors of a file or folder (`only` some of them), and whether they are views of a mapped file."""
     if path.is_dir():
         return _open_folder(path)
     file = read_file(path, wanted=None if only is None else lambda name: _compvis_name(name) in only)
@@ -122,7 +122,7 @@ def _open_folder(folder: Path) -> tuple[dict[str, Tensor], bool]:
 
 
 def _copied(path: Path, state: dict[str, Tensor], mapped: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`state` as tensors of their own, floating ones in `dtype`, without averaged weights.
+    """Return `state` as tensors of their own, floating ones in `dtype`, without averaged weights.
 
     The pages of a mapped file stay in memory as long as a view of them is left, so that a large file is opened anew
     for each portion.
@@ -267,7 +267,7 @@ def save_state_dict(state: Mapping[str, Tensor], path: str | Path, metadata: Map
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 (hexadecimal) of a checkpoint file, or of a diffusers folder's weight files in a fixed order.
+    """Return SHA-256 (hexadecimal) of a checkpoint file, or of a diffusers folder's weight files in a fixed order.
 
     Raises:
         CheckpointError: there is no such file, or the folder is not a diffusers folder.

@@ -144,7 +144,7 @@ def _in_one_sentence(what: str) -> Iterator[None]:
 
 
 def _yaml_problem(error: Exception) -> str:
-    """The place and the reason of an error, in one line."""
+    """Return the place and the reason of an error, in one line."""
     if isinstance(error, UnicodeDecodeError):
         line = error.object[: error.start].count(b"\n") + 1
         return f"line {line} is not UTF-8 text"
@@ -162,7 +162,7 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def _count_nodes(node: yaml.Node | None, counts: dict[int, float]) -> float:
-    """Entries of a YAML tree with its aliases written out; infinite for one that contains itself."""
+    """Count the entries of a YAML tree with its aliases written out; infinite for one that contains itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in counts:
@@ -255,7 +255,7 @@ def _check_resolvers(config: DictConfig) -> None:
 
 
 def flatten(config: DictConfig) -> dict[str, object]:
-    """{dotted key: value} of all that is not a mapping or a list itself; interpolations stay as they are written."""
+    """Return {dotted key: value} of all values but mappings and lists; interpolations stay as they are written."""
     flat: dict[str, object] = {}
 
     def walk(value: object, key: str) -> None:
@@ -271,7 +271,7 @@ def flatten(config: DictConfig) -> dict[str, object]:
 
 
 def literal(value: object) -> object:
-    """A value that OmegaConf takes as it is: `${` in a name or a word is no interpolation."""
+    """Return a value that OmegaConf takes as it is: `${` in a name or a word is no interpolation."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return [literal(item) for item in value] if isinstance(value, list) else value
@@ -323,13 +323,13 @@ def check_generates(config: DictConfig) -> None:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of a sentence: `; did you mean 'x'?` for the closest known name, or what is known."""
+    """Return the end of a sentence: `; did you mean 'x'?` for the closest known name, or what is known."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}."
 
 
 def get_class(target: str) -> type:
-    """The class that the dotted path `target` names.
+    """Return the class that the dotted path `target` names.
 
     Raises:
         ConfigError: the path is outside the allow-list, does not exist, or is not a class.

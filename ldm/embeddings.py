@@ -144,11 +144,11 @@ class Concept:
         return digest.hexdigest()[:16]
 
     def rows_for(self, num_stages: int) -> list[int]:
-        """The row that each of `num_stages` stages reads: the one at the middle of that stage's timesteps."""
+        """Return the row that each of `num_stages` stages reads: the one at the middle of that stage's timesteps."""
         return [matching_stage(s, num_stages, self.num_stages) for s in range(num_stages)]
 
     def lerp(self, other: Concept, weight: float | Sequence[float], any_base: bool = False) -> Concept:
-        """A concept between this one (weight 0) and another (weight 1), stage by stage.
+        """Return a concept between this one (weight 0) and another (weight 1), stage by stage.
 
         Directions are interpolated linearly and brought to the interpolated length, because a shorter vector is a
         weaker one: between two unlike vectors the plain mean is. Concepts of different S are read by time, and
@@ -184,7 +184,7 @@ class Concept:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A contiguous copy without gradient, float32 if it is floating."""
+    """Return a contiguous copy without gradient, float32 if it is floating."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     own = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     if own.is_floating_point() and not torch.isfinite(own).all():
@@ -267,7 +267,7 @@ def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:
 
 
 def stage_paths(concept: Concept, folder: str | Path, name: str) -> list[Path]:
-    """Where `save_stages` writes."""
+    """Return where `save_stages` writes."""
     return [Path(folder).expanduser() / f"{name}-{stage}.safetensors" for stage in range(concept.num_stages)]
 
 
@@ -339,7 +339,7 @@ def _from(source: str, concept: Concept) -> Concept:
 
 
 def _read_list(paths: Sequence[Path]) -> Concept:
-    """The concept in its stage files, or in the two files of NeTI: mapper, and word with the placeholder's name."""
+    """Return the concept in its stage files, or in NeTI's two files: the mapper, and the word that names it."""
     words = [path for path in paths if path.name.startswith("learned_embeds-")]
     if len(paths) != 2 or len(words) != 1:
         return _join(paths[0].parent, in_order(paths))
@@ -365,7 +365,7 @@ def _read_path(path: Path, key: str | None, rows_are_stages: bool) -> Concept:
 
 
 def _read(path: Path, key: str | None = None, rows_are_stages: bool = False) -> Concept:
-    """The concept in one file, which may be one stage of a whole."""
+    """Return the concept in one file, which may be one stage of a whole."""
     content, metadata = read_embeddings(path)
     with naming(path):
         if metadata.get(_VERSION_KEY, _VERSION) != _VERSION:
@@ -430,7 +430,7 @@ def _check_stages(rows: int, metadata: Mapping[str, str], rows_are_stages: bool)
 
 
 def _join(folder: Path, paths: Sequence[Path]) -> Concept:
-    """One concept from a file for each stage, the END of generation first."""
+    """Return one concept from a file for each stage, the END of generation first."""
     parts = [_read(path) for path in paths]
     width = parts[0].width
     for path, part in zip(paths, parts, strict=True):
@@ -455,5 +455,5 @@ def _join(folder: Path, paths: Sequence[Path]) -> Concept:
 
 
 def _origin(part: Concept) -> dict[str, str]:
-    """What the files of all stages of a concept say alike."""
+    """Return what the files of all stages of a concept say alike."""
     return {key: value for key, value in part.metadata.items() if key not in (_STAGE, _OF)}

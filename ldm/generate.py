@@ -64,11 +64,11 @@ _LOADING = threading.Lock()  # one thread at a time changes which concepts a mod
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C when some batches are finished; `picture` is what `main` returns for these alone."""
+    """Ctrl-C when some batches are finished; `image` is what `main` returns for these alone."""
 
-    def __init__(self, picture: Image.Image) -> None:
+    def __init__(self, image: Image.Image) -> None:
         super().__init__()
-        self.picture = picture
+        self.image = image
 
 
 def load_model_from_config(
@@ -104,7 +104,7 @@ def load_model_from_config(
 
 
 def _for_generating(config: DictConfig, ckpt: Path, dtype: str) -> dict[str, Any]:
-    """The section `model:` as plain values, with the checkpoint and nothing to learn.
+    """Return the section `model:` as plain values, with the checkpoint and nothing to learn.
 
     Plain values, because a `${` in a path would be read as an interpolation.
     """
@@ -287,7 +287,7 @@ def prepare(request: Request, model: LatentDiffusion) -> Prepared:
 
 
 def _placeholders(request: Request, model: LatentDiffusion) -> tuple[str, ...]:
-    """The request's concepts that a preset can place in stages.
+    """Return the request's concepts that a preset can place in stages.
 
     Raises:
         ValueError: there are concepts, and none has a placeholder.
@@ -320,7 +320,7 @@ def _concepts_of(request: Request, model: LatentDiffusion) -> Iterator[None]:
 def _conditionings(
     request: Request, model: LatentDiffusion, prompt: str, words: Words | None
 ) -> tuple[Conditioning, Conditioning | None]:
-    """The prompt and what guidance leads away from, with the learned vectors of this moment."""
+    """Return the prompt and what guidance leads away from, with the learned vectors of this moment."""
     manager = model.embedding_manager
     check_negative_prompt(request.negative_prompt, manager.rows() if manager is not None else ())
     prompts = [prompt] * request.n_samples
@@ -355,7 +355,7 @@ def _warn_of_names(request: Request, model: LatentDiffusion, prompt: str, words:
 
 
 def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:
-    """For the record, where the prompts are too long: how many words of them were read, `prompt` in each stage."""
+    """Return for the record how many words of too long prompts were read, those of `prompt` in each stage."""
     manager, encoder = model.embedding_manager, model.cond_stage_model
     rows = {} if manager is None else manager.rows()
     reader = PromptReader(encoder.tokenizer, rows, model.num_stages, encoder.max_length)
@@ -411,7 +411,7 @@ def _naming_switches(request: Request, model: LatentDiffusion) -> Iterator[None]
 
 
 def _record(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:
-    """What repeats the image: the request as it was carried out, and what it was made with."""
+    """Return what repeats the image: the request as it was carried out, and what it was made with."""
     written = {field.name: getattr(request, field.name) for field in fields(Request)}
     del written["preset"]
     loaded = {} if model.embedding_manager is None else model.embedding_manager.loaded
@@ -431,13 +431,13 @@ def _record(request: Request, model: LatentDiffusion, prompt: str, words: Words 
 
 
 def _with_record(images: Sequence[Image.Image], request: Request, record: Mapping[str, Any]) -> Image.Image:
-    """The image or the grid of finished batches, with the record that repeats it."""
+    """Return the image or the grid of finished batches, with the record that repeats it."""
     result = images[0] if len(images) == 1 else make_grid(images, request.n_rows or None)
     result.info[PNG_KEY] = json.dumps({**record, "n_iter": len(images) // request.n_samples})
     return result
 
 
-def save_picture(picture: Image.Image, path: str | Path) -> None:
+def save_picture(image: Image.Image, path: str | Path) -> None:
     """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`.
 
     A second chunk, `parameters`, says it the way AUTOMATIC1111's web UI does, for other tools.
@@ -446,11 +446,11 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         ValueError: the file is not called .png, the one format that keeps the parameters.
         WriteError: no room or no right; nothing is left then.
     """
-    texts = {PNG_KEY: picture.info[PNG_KEY]} if PNG_KEY in picture.info else {}
+    texts = {PNG_KEY: image.info[PNG_KEY]} if PNG_KEY in image.info else {}
     record = json.loads(texts.get(PNG_KEY, "{}"))
     if record.keys() >= NEEDED:
         texts["parameters"] = infotext(record)
-    save_png(picture, path, texts)
+    save_png(image, path, texts)
 
 
 def open_content(content: Content) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What an image is asked for: one dataclass that checks itself.
+"""The request for an image: one dataclass that checks itself.
 
 Flags, the YAML file of `--words`, the record in a PNG and the arguments of `ldm.generate.main` all become a `Request`.
 Nothing heavy is imported here, so that a mistake is reported before PyTorch is loaded.
@@ -84,7 +84,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What an image is asked for. Numbers of NumPy become Python's, paths get their `~` expanded.
+    """Everything that an image is asked for. Numbers of NumPy become Python's, paths get their `~` expanded.
 
     Args:
         prompt: in it, * stands for the concept or for the entries of `prospect_words`
@@ -215,7 +215,7 @@ class Request:
 
     @property
     def is_guided(self) -> bool:
-        """Whether a stage has a guidance scale other than 1."""
+        """True where a stage has a guidance scale other than 1."""
         return any(scale != 1 for scale in (self.scale if isinstance(self.scale, tuple) else (self.scale,)))
 
     @property
@@ -385,7 +385,7 @@ def shown(value: object) -> str:
 
 
 def _number(name: str, value: Any) -> int | float | None:
-    """A value as Python's int or float, as its field wants it, within its range; None where that is the default."""
+    """Return a value as the int or float that its field wants, within its range; None where that is the default."""
     is_open = value is None and Request.__dataclass_fields__[name].default is None
     return None if is_open else _in_range(name, value, name)
 
@@ -395,7 +395,7 @@ def _scales(values: Sequence[Any]) -> tuple[float, ...]:
 
 
 def _in_range(name: str, value: Any, label: str) -> int | float:
-    """A value as Python's number; `label` is what an error calls it."""
+    """Return a value as Python's number; `label` is what an error calls it."""
     field = Request.__dataclass_fields__[name]
     whole = str(field.type).startswith("int")
     is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
@@ -438,7 +438,7 @@ def read_scale(text: str, num_stages: int, default: float) -> float | list[float
 
 
 def _content(content: Any) -> Any:
-    """The content image: None, a path with `~` expanded, an open file, or Pillow's image."""
+    """Return the content image: None, a path with `~` expanded, an open file, or Pillow's image."""
     if isinstance(content, (str, os.PathLike)):
         if not os.fspath(content):
             raise ValueError("content_dir is an empty path; give the image to edit (--content FILE), or None.")
@@ -449,7 +449,7 @@ def _content(content: Any) -> Any:
 
 
 def _concepts(concepts: object) -> dict[str, Any] | None:
-    """{placeholder: path with `~` expanded, or a loaded concept}; None for none."""
+    """Return {placeholder: path with `~` expanded, or a loaded concept}; None for none."""
     if not isinstance(concepts, Mapping):
         raise ValueError(f"concepts must be {{name: file}}, not {shown(concepts)}; give them with --concept NAME=FILE.")
     if len(concepts) > MAX_CONCEPTS:

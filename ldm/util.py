@@ -17,12 +17,12 @@ __all__ = ["instantiate_from_config", "mix_seed", "pick_device", "seed_step", "t
 
 
 def to_device(tensor: Tensor, device: torch.device | str | None) -> Tensor:
-    """A CPU tensor on `device`, without waiting on CUDA; others may read memory that is no longer the tensor's."""
+    """Return a CPU tensor on `device`, without waiting on CUDA; other devices may read memory that is freed by then."""
     return tensor.to(device, non_blocking=device is not None and torch.device(device).type == "cuda")
 
 
 def pick_device(wanted: str | torch.device | None = None) -> torch.device:
-    """`wanted` if it is given and usable, else `PROSPECT_DEVICE`, else CUDA, else Apple's MPS, else the CPU.
+    """Return `wanted` if it is given and usable, else `PROSPECT_DEVICE`, else CUDA, else Apple's MPS, else the CPU.
 
     The environment variable is for machines whose GPU is there and does not work.
 
@@ -61,7 +61,7 @@ def usual_torch(keep_meta: bool = False) -> Iterator[None]:
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several non-negative numbers."""
+    """Return one 63-bit seed from several non-negative numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -1,7 +1,7 @@
 """Learn two concepts with the small model that ships, then execute the notebook with them.
 
 make demo       python scripts/demo.py
-make concepts   python scripts/demo.py --concepts: learn every reference picture, for models/demo/concepts
+make concepts   python scripts/demo.py --concepts: learn every reference image, for models/demo/concepts
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def learn(concept: str, *more: str) -> Path:
     command += ["--actual_resume", "models/demo/model.safetensors"]
     command += ["--data_root", (REFERENCES / concept).as_posix(), "-p", run.as_posix()]
     shutil.rmtree(ROOT / run, ignore_errors=True)  # of an earlier demo
-    print(f"Learning '{concept}' from one picture: python {' '.join(command)}", flush=True)
+    print(f"Learning '{concept}' from one image: python {' '.join(command)}", flush=True)
     exit_code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     if exit_code:
         sys.exit(exit_code)
@@ -78,7 +78,7 @@ def learn(concept: str, *more: str) -> Path:
 
 
 def ship() -> None:
-    """Learn every reference picture anew and keep the concepts beside the model they were learned for."""
+    """Learn every reference image anew and keep the concepts beside the model they were learned for."""
     (ROOT / SHIPPED).mkdir(exist_ok=True)
     for reference in sorted(path.name for path in (ROOT / REFERENCES).iterdir() if path.is_dir()):
         shutil.copyfile(ROOT / learn(reference), ROOT / SHIPPED / f"{reference}.safetensors")
@@ -98,10 +98,10 @@ def main() -> None:
     before = time.time()
     executed = ROOT / OUTPUTS / NOTEBOOK
     execute(ROOT / NOTEBOOK, executed)
-    pictures = sorted(path for path in executed.parent.glob("*.png") if path.stat().st_mtime >= before - 1)
+    images = sorted(path for path in executed.parent.glob("*.png") if path.stat().st_mtime >= before - 1)
     print(f"Learned:  {', '.join(map(str, learned))}")
     print(f"Notebook: {OUTPUTS / NOTEBOOK}")
-    print(f"Pictures: {OUTPUTS}: {', '.join(path.name for path in pictures)}")
+    print(f"Images: {OUTPUTS}: {', '.join(path.name for path in images)}")
     print(f"Done in {time.monotonic() - start:.0f} s")
 
 

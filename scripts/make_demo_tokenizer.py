@@ -19,13 +19,13 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable characters that stand for bytes in CLIP's vocabulary, in its order."""
+    """Return the 256 printable characters that stand for bytes in CLIP's vocabulary, in its order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first, until every word is one token.
+    """Learn byte-pair merges, most frequent pair first, until every word is one token.
 
     Encoding repeats the merges in the order they were learnt, so no word can break another one's merges.
     """

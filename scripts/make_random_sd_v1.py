@@ -23,7 +23,7 @@ LAYOUT = Path(__file__).resolve().parents[1] / "tests" / "golden" / "sd_v1_state
 
 
 def random_weights(layout: dict[str, dict], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """A tensor for each key of `layout` ({key: {"shape", "kind"}}): weights in `dtype`, buffers as they are.
+    """Return a tensor for each key of `layout` ({key: {"shape", "kind"}}): weights in `dtype`, buffers as they are.
 
     Biases are 0 and norm gains 1; the others are normal with deviation min(0.02, 1/sqrt(fan-in)), so that no
     layer amplifies and activations stay finite in half precision.

@@ -246,7 +246,7 @@ def test_an_interrupt_brings_what_is_finished(draw: Draw) -> None:
     with pytest.raises(Interrupted) as stopped:
         draw(n_iter=4, callback=stop)
     expected = draw(n_iter=2)
-    assert difference(stopped.value.picture, expected) == 0 and stopped.value.picture.info == expected.info
+    assert difference(stopped.value.image, expected) == 0 and stopped.value.image.info == expected.info
     seen = [0] * 7
     with pytest.raises(KeyboardInterrupt) as stopped:
         draw(n_iter=4, callback=stop)

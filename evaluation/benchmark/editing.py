@@ -101,7 +101,7 @@ class Bench:
         return Sweep(self.model, self.way, self.learner(), cond, uncond, options)
 
     def invert(self) -> Tensor:
-        """The path again, and the first two steps learned."""
+        """Record the path again, and learn the first two steps."""
         record(self.model, self.way.path[0], self.prompts[PROMPT], STEPS, maps=True)
         sweep, z = self.sweep(), self.way.path[-1]
         for i in range(2):
@@ -167,7 +167,7 @@ class Bench:
 
     @torch.no_grad()
     def edit_as_reference(self) -> Tensor:
-        """Both branches in a call of their own, and everything made in each layer."""
+        """Edit with both branches in a call of their own, and everything made in each layer."""
         _, edit, timesteps = self._edited()
         plan = plan_edit(self.model, Prompts(reader_of(self.model), PROMPT, None, edit), timesteps, self.way.path[-1])
         assert plan.blend is not None and plan.control.store is not None

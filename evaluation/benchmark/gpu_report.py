@@ -106,7 +106,7 @@ class GpuReport:
     # --- sections ----------------------------------------------------------------------------------------------
 
     def parity(self, say: Callable[[str], None]) -> list[Row]:
-        """The reference's recorded numbers on this device, in every precision."""
+        """Compare with the reference's recorded numbers on this device, in every precision."""
         from evaluation.benchmark.parity import deviations
 
         half = ("float16", "bfloat16") if self.device.type == "cuda" else ("bfloat16",)
@@ -116,7 +116,7 @@ class GpuReport:
         return rows
 
     def learn(self, say: Callable[[str], None]) -> Row:
-        """One concept: 600 steps with start-up excluded, and `main.py` as a whole."""
+        """Learn one concept: 600 steps without start-up, and `main.py` as a whole."""
         steps = 600 if self.size == "sd-v1" else 40
         captured = self._here(HALF | {"cuda_graph"})
         start = time.perf_counter()
@@ -149,11 +149,11 @@ class GpuReport:
         return {"command_s": seconds, "command_code": done.returncode, "command_tail": done.stderr[-600:]}
 
     def train(self, say: Callable[[str], None]) -> list[Row]:
-        """A training step, batch 1, in every way."""
+        """Time a training step, batch 1, in every way."""
         return self._rows(TRAINING, "train", 1, say)
 
     def methods(self, say: Callable[[str], None]) -> list[Row]:
-        """A training step of every method, eager and captured."""
+        """Time a training step of every method, eager and captured."""
         rows: list[Row] = []
         for method in METHODS:
             base, self._base = self._base, build_model(self.size, self.device, [f"{METHOD}={method}"])
@@ -163,13 +163,13 @@ class GpuReport:
         return rows
 
     def sample(self, say: Callable[[str], None]) -> list[Row]:
-        """DDIM from noise to images, batch 1 and 8, in every way."""
+        """Time DDIM from noise to images, batch 1 and 8, in every way."""
         self._rows(SAMPLING, "sample", 1, say)
         some = {name: ways for name, ways in SAMPLING.items() if "compiled" not in name and "autotune" not in name}
         return self._rows(some, "sample", 8 if self.device.type == "cuda" else 2, say)
 
     def profile(self, say: Callable[[str], None]) -> Row:
-        """Kernels of one training step and of one sampling call: how many, how long, and the gaps between them."""
+        """Profile one training step and one sampling call: number and time of the kernels, and the gaps between them."""
         ways = self._here(HALF | {"cuda_graph"})
         found: Row = {}
         for name, run in {
@@ -197,7 +197,7 @@ class GpuReport:
         return found
 
     def tests(self, say: Callable[[str], None]) -> Row:
-        """The tests that need a CUDA device."""
+        """Run the tests that need a CUDA device."""
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--show-capture=no", "--tb=short", "tests"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         lines = done.stdout.strip().splitlines()
@@ -226,7 +226,7 @@ class GpuReport:
         return rows
 
     def _here(self, switches: frozenset[str]) -> frozenset[str]:
-        """The switches without those that only a GPU gains from."""
+        """Return the switches without those that only a GPU gains from."""
         return switches if self.device.type == "cuda" else switches - {"float16", "channels_last", "cuda_graph"}
 
     def _contender(self, name: str, switches: frozenset[str] | None, what: str, batch: int) -> Contender:
@@ -272,7 +272,7 @@ class GpuReport:
     # --- goals and tables --------------------------------------------------------------------------------------
 
     def goals(self) -> list[tuple[str, str, bool | None]]:
-        """(goal, what was measured, whether it is reached; None: not measured)."""
+        """Return (goal, what was measured, whether it is reached; None: not measured)."""
         train = {row["name"]: row.get("ms") for row in self.results.get("train", [])}
         sample = {row["name"]: row.get("ms") for row in self.results.get("sample", []) if row["batch"] == 1}
         memory = {row["name"]: row.get("peak_gb") for row in self.results.get("train", [])}
@@ -294,7 +294,7 @@ class GpuReport:
         ]
 
     def markdown(self) -> str:
-        """The tables, with the device's name."""
+        """Return the tables, with the device's name."""
         lines = [f"Measured on {self.results['device']}, torch {self.results['torch']}, {self.results['size']}.", ""]
         lines += ["| goal | measured | |", "|---|---|---|"]
         marks = {True: "pass", False: "miss", None: "waiting"}

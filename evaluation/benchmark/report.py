@@ -29,7 +29,7 @@ def make_row(
     deviation: float | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> Row:
-    """`ceiling` in FLOP per millisecond; `times_first` is how many times as fast as the first row this one is."""
+    """Return a row; `times_first` is how many times as fast as the first one it is. `ceiling` is in FLOP per ms."""
     ms, times = measurement.median(clock), measurement.times(clock)
     rate = measurement.flop / ms if measurement.flop else None
     return {

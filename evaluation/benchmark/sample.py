@@ -80,7 +80,7 @@ class Sampling:
 
     @torch.no_grad()
     def run(self) -> Tensor:
-        """Images (B, 3, R, R)."""
+        """Return images (B, 3, R, R)."""
         groups = [range(self.batch)] if "batch" in self.switches else [range(i, i + 1) for i in range(self.batch)]
         images = []
         for seeds in groups:

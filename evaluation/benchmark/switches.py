@@ -27,7 +27,7 @@ SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
     "compile": (False, ("train", "sample"), "torch.compile of the U-Net (reduce-overhead)"),
     "max_autotune": (False, ("train", "sample"), "torch.compile of the U-Net in its mode max-autotune"),
     "cuda_graph": (False, ("train", "sample"), "U-Net call, or the whole step, captured in a CUDA graph"),
-    "decode_slices": (False, ("sample", "vae"), "the first stage decodes one picture at a time"),
+    "decode_slices": (False, ("sample", "vae"), "the first stage decodes one image at a time"),
 }
 DEFAULTS = frozenset(name for name, (on, _, _) in SWITCHES.items() if on)
 # ProSpect's code too keeps no gradients of frozen weights, and makes both predictions of guidance in one batch.
@@ -38,7 +38,7 @@ PEERS = ("diffusers", "diffusers-compiled")
 
 
 def describe() -> str:
-    """The switches as lines for `--help`."""
+    """Return the switches as lines for `--help`."""
     lines = ["switches (--on, --off; those marked * are on):"]
     for name, (on, whats, text) in SWITCHES.items():
         lines.append(f"  {'*' if on else ' '} {name:15} {text} ({', '.join(whats)})")
@@ -46,10 +46,10 @@ def describe() -> str:
 
 
 def is_opaque(switches: frozenset[str]) -> bool:
-    """Whether a compiled or captured call hides its operations from torch's counter."""
+    """Return whether a compiled or captured call hides its operations from torch's counter."""
     return bool(switches & {"compile", "max_autotune", "cuda_graph"})
 
 
 def dtype_name(switches: frozenset[str]) -> str:
-    """The precision of the frozen weights, as LatentDiffusion's `frozen_dtype`."""
+    """Return the precision of the frozen weights, as LatentDiffusion's `frozen_dtype`."""
     return next((name for name in ("bfloat16", "float16") if name in switches), "float32")

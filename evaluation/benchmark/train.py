@@ -26,22 +26,22 @@ class RandomImages:
     flips = False
 
     def __init__(self, count: int, resolution: int, caption: str = "*") -> None:
-        self.num_pictures, self.resolution, self.caption = count, resolution, caption
+        self.num_images, self.resolution, self.caption = count, resolution, caption
         self.with_images = True
 
-    def picture(self, i: int, flipped: bool = False) -> Tensor:
+    def image(self, i: int, flipped: bool = False) -> Tensor:
         generator = torch.Generator().manual_seed(i)
         return torch.rand(3, self.resolution, self.resolution, generator=generator) * 2 - 1
 
     def all(self) -> Tensor:
-        return torch.stack([self.picture(i) for i in range(self.num_pictures)])
+        return torch.stack([self.image(i) for i in range(self.num_images)])
 
     def batch(self, numbers: range, with_images: bool) -> dict[str, Any]:
         """Return what a data loader gives for the samples of these numbers; sample n shows image n."""
         ids, flipped = torch.tensor(numbers), torch.zeros(len(numbers), dtype=torch.bool)
-        batch = {"caption": [self.caption] * len(numbers), "picture": ids, "flipped": flipped, "sample": ids}
+        batch = {"caption": [self.caption] * len(numbers), "image_number": ids, "flipped": flipped, "sample": ids}
         if with_images:
-            batch["image"] = torch.stack([self.picture(i) for i in numbers]).permute(0, 2, 3, 1).contiguous()
+            batch["image"] = torch.stack([self.image(i) for i in numbers]).permute(0, 2, 3, 1).contiguous()
         return batch
 
 
@@ -87,7 +87,7 @@ class TrainingStep:
         self.model.zero_grad()
 
     def result(self) -> Tensor:
-        """The loss, then its gradient by everything that is learned."""
+        """Return the loss, then its gradient by everything that is learned."""
         loss = self.backward()
         gradients = [p.grad.flatten() for p in self.model.trainable_parameters() if p.grad is not None]
         values = torch.cat([loss.view(1), *gradients]).clone()

@@ -68,7 +68,7 @@ def clip_pixels(image: Image.Image, antialias: bool = True, side: int = 224) -> 
 
 
 def _values(image: Image.Image) -> Tensor:
-    """An image as RGB (3, H, W) in [0, 1]."""
+    """Return an image as RGB (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
@@ -115,7 +115,7 @@ def clip_backbone(folder: str | Path, antialias: bool = True) -> Backbone:
 
 
 def _projected(features: Any) -> Tensor:
-    """The projected features, which newer transformers wrap."""
+    """Return the projected features, which newer transformers wrap."""
     return getattr(features, "pooler_output", features)
 
 

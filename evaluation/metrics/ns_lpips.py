@@ -21,7 +21,7 @@ SIDE = 256  # pixels: every image is squeezed to it
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights, whose sum is 0.9999
 MODES = ("paper", "standard")
 Distance = Callable[[Tensor, Tensor], Tensor]  # of images (1, 3, 256, 256) and (1, 3, 256, 256): (1,)
-Pictures = tuple[Image.Image, Image.Image, Image.Image]  # source, edit, mask of the background
+Images = tuple[Image.Image, Image.Image, Image.Image]  # source, edit, mask of the background
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ def masked_pair(
     return ((2 * one - 1) * hard)[None], ((2 * other - 1) * hard)[None]
 
 
-def ns_lpips(cases: Mapping[str, Pictures], distance: Distance, mode: str = "paper") -> Scores:
+def ns_lpips(cases: Mapping[str, Images], distance: Distance, mode: str = "paper") -> Scores:
     """Return the scores of named cases.
 
     Args:
         distance: LPIPS with AlexNet (`lpips_alex`).
     """
-    pairs = {name: masked_pair(*pictures, mode=mode) for name, pictures in cases.items()}
+    pairs = {name: masked_pair(*images, mode=mode) for name, images in cases.items()}
     return Scores(mode, {name: float(distance(*pair)) for name, pair in pairs.items()})
 
 
@@ -100,7 +100,7 @@ def score_folders(
     Raises:
         ValueError: no case has all files, or a mask is empty: it would compare nothing.
     """
-    cases: dict[str, Pictures] = {}
+    cases: dict[str, Images] = {}
     missing = []
     for name in names or sorted(path.stem for path in sources.iterdir()):
         files = [next(iter(sorted(folder.glob(f"{_escaped(name)}.*"))), None) for folder in (sources, edits, masks)]

@@ -37,7 +37,7 @@ class AttributeClassifier(pl.LightningModule):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in FACTORS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] to the logits of every factor, {name: (B, words)}."""
+        """Return, for images (B, 3, H, W) in [-1, 1], the logits of every factor, {name: (B, words)}."""
         features = self.features(F.adaptive_avg_pool2d(images, self.resolution))
         return {name: head(features) for name, head in self.heads.items()}
 

@@ -56,11 +56,11 @@ class CLIP(pl.LightningModule):
         self.log_scale = nn.Parameter(torch.tensor(2.6))  # log(1 / 0.07), as in the paper
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images (B, 3, R, R) in [-1, 1] to unit vectors (B, D)."""
+        """Return unit vectors (B, D) of images (B, 3, R, R) in [-1, 1]."""
         return F.normalize(self.image_tower(images), dim=-1)
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
-        """Captions to unit vectors (B, D), read off at the end mark."""
+        """Return unit vectors (B, D) of captions, read off at the end mark."""
         encoder = self.cond_stage_model
         reader = PromptReader(encoder.tokenizer, {}, 1, encoder.max_length)
         slots = reader.read(captions)[0].to(self.device)  # (B, L)

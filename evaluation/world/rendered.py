@@ -122,33 +122,33 @@ class RenderedWorld(Dataset):
             raise ValueError(f"need size >= 1, repeats >= 1, seed >= 0; got {self.size}, {self.repeats}, {self.seed}")
         if min(self.empty, self.drop, self.wrong) < 0 or max(self.empty, self.drop, self.wrong) > 1:
             raise ValueError(f"empty, drop, wrong must be probabilities; got {self.empty}, {self.drop}, {self.wrong}")
-        self.num_pictures, self.with_images = self.size, True
+        self.num_images, self.with_images = self.size, True
         self.attributes = random_attributes(self.size, self.seed, self.held_out)  # long (size, F)
 
     def __len__(self) -> int:
         return self.size * self.repeats
 
-    def pictures(self, indices: Sequence[int] | Tensor) -> Tensor:
+    def images(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return images, float32 (N, 3, R, R) in [-1, 1], for N image numbers below `size`."""
         indices = torch.as_tensor(indices, dtype=torch.long)
         return render(self.attributes[indices], (self.seed << 32) + indices, self.resolution)
 
-    def picture(self, i: int, flipped: bool = False) -> Tensor:
+    def image(self, i: int, flipped: bool = False) -> Tensor:
         """Return image number i, float32 (3, R, R) in [-1, 1]."""
         if flipped:
             raise ValueError("an image of this world cannot be flipped: its caption says left or right")
-        return self.pictures([i])[0]
+        return self.images([i])[0]
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        """Sample n >= 0: image float32 (R, R, 3) in [-1, 1], attributes (F,), caption, picture, flipped, sample."""
+        """Return sample n >= 0: image float32 (R, R, 3) in [-1, 1], attributes (F,), caption, image_number, flipped."""
         return self.__getitems__([n])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Several samples at once, which `DataLoader` asks for: the images are drawn together."""
+        """Return several samples at once, as `DataLoader` asks for them: the images are drawn together."""
         samples = [self._captioned(n) for n in numbers]
         if self.with_images:
-            for sample, image in zip(samples, self.pictures([sample["picture"] for sample in samples]), strict=True):
-                sample["image"] = self._view(sample["sample"], sample["picture"], image)
+            for sample, image in zip(samples, self.images([sample["image_number"] for sample in samples]), strict=True):
+                sample["image"] = self._view(sample["sample"], sample["image_number"], image)
         return samples
 
     def _captioned(self, n: int) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class RenderedWorld(Dataset):
         rng = np.random.default_rng((self.seed, n, 1))
         errors = (self.drop, self.wrong) if n >= self.errors_from else (0.0, 0.0)
         text = "" if rng.random() < self.empty else caption(self.attributes[i], rng, *errors)
-        return {"caption": text, "picture": i, "flipped": False, "sample": n, "attributes": self.attributes[i]}
+        return {"caption": text, "image_number": i, "flipped": False, "sample": n, "attributes": self.attributes[i]}
 
     def _view(self, n: int, i: int, image: Tensor) -> Tensor:
         """Return what sample n shows of image i (3, R, R): all of it, or a part around the object; (·, ·, 3)."""

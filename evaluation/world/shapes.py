@@ -34,7 +34,7 @@ def triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def star(x: Tensor, y: Tensor, radius: float = 1.1, inner: float = 0.5) -> Tensor:
-    """Five points; the plane is folded onto half of one point, which is a line segment."""
+    """Draw five points; the plane is folded onto half of one point, which is a line segment."""
     cos, sin = math.cos(math.pi / 5), math.sin(math.pi / 5)
     x = x.abs()
     for side in (1.0, -1.0):
@@ -69,7 +69,7 @@ def _tone(distance: Tensor, pixel: Tensor) -> Tensor:
 
 
 def _wave(x: Tensor, period: Tensor) -> Tensor:
-    """Distance to the edge of the nearest band: bands of half a period, positive around multiples of it."""
+    """Return the distance to the edge of the nearest band: bands of half a period, positive around multiples of it."""
     return 0.25 * period - (x - (x / period).round() * period).abs()
 
 
@@ -97,7 +97,7 @@ def ringed(x: Tensor, y: Tensor, period: Tensor, pixel: Tensor) -> Tensor:
 
 
 def shiny(x: Tensor, y: Tensor, period: Tensor, pixel: Tensor) -> Tensor:
-    """A highlight at the upper left that fades to a dark lower right."""
+    """Return a highlight at the upper left that fades to a dark lower right."""
     return (1.15 - 0.75 * torch.hypot(x + 0.4, y - 0.4)).clamp_(0, 1)
 
 
@@ -132,7 +132,7 @@ TEXTURE_CONTRAST = 0.36  # light minus dark tone, in Oklab lightness
 
 
 def apply_by_number(functions: Iterable[Callable[..., Tensor]], choice: Tensor, *fields: Tensor) -> Tensor:
-    """Row n of the result is function number choice[n] of row n of the fields."""
+    """Return rows, of which row n is function number choice[n] of row n of the fields."""
     result = torch.empty_like(fields[0])
     for number, function in enumerate(functions):
         rows = (choice == number).nonzero()[:, 0]
@@ -142,7 +142,7 @@ def apply_by_number(functions: Iterable[Callable[..., Tensor]], choice: Tensor, 
 
 
 def srgb(lightness: Tensor, chroma: Tensor, hue: Tensor) -> Tensor:
-    """Oklab lightness, chroma and hue (radians), each (N,), to sRGB in [-1, 1], (N, 3), clipped."""
+    """Return sRGB (N, 3) in [-1, 1], clipped, of Oklab lightness, chroma and hue (radians), each (N,)."""
     a, b = chroma * hue.cos(), chroma * hue.sin()
     l_ = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     m_ = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3

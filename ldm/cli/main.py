@@ -42,7 +42,7 @@ def learn(argv: Sequence[str]) -> int:
 def learn_many(argv: Sequence[str]) -> int:
     """Learn a concept from each of many folders of images, on all cores or on a Ray cluster.
 
-    prospect learn-many PICTURES --out CONCEPTS
+    prospect learn-many IMAGES --out CONCEPTS
     prospect learn-many concepts.csv --out CONCEPTS --workers 4 --max_steps 75
     """
     return int(import_module("ldm.many.command").run(learn_many.__doc__, argv, "prospect learn-many"))

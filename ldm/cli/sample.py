@@ -218,7 +218,7 @@ def draw(
     try:
         image = generate_image(request, model)
     except Interrupted as stop:
-        paths = save_images(stop.picture, recorded, setup, folder, layout)
+        paths = save_images(stop.image, recorded, setup, folder, layout)
         kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} images in it are kept"
         raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
     return save_images(image, recorded, setup, folder, layout)

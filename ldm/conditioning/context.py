@@ -31,7 +31,7 @@ class Context(NamedTuple):
         return cls(tensor, tensor)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """(k, v), each (B, L, D), for cross-attention layer `index` in order of execution."""
+        """Return (k, v), each (B, L, D), for cross-attention layer `index` in order of execution."""
         return (self.k, self.v) if self.k.ndim == 3 else (self.k[index], self.v[index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Context:
@@ -129,7 +129,7 @@ class Conditioning:
         return self._memo[bucket]
 
     def at(self, t: int | Tensor) -> Context:
-        """The context at timestep t: an int for the whole batch, or (B,) with one timestep for each sample."""
+        """Return the context at timestep t: an int for the whole batch, or (B,) with one timestep for each sample."""
         if not isinstance(t, Tensor):
             return self.of_bucket(self.bucket(int(t)))
         self._check_batch(t)
@@ -145,7 +145,7 @@ class Conditioning:
             raise ValueError(f"{len(t)} timesteps were given for {self.batch_size} prompts.")
 
     def stages(self) -> list[Tensor]:
-        """The keys' input of every bucket, entry 0 = end of generation: S tensors (B, L, D)."""
+        """Return the keys' input of every bucket, entry 0 = end of generation: S tensors (B, L, D)."""
         return [self.of_bucket(bucket).k for bucket in range(self.num_buckets)]
 
 
@@ -153,7 +153,7 @@ Cond = Conditioning | Context | Tensor | Sequence[Tensor]  # what LDM code passe
 
 
 def as_conditioning(cond: Cond, num_timesteps: int = 1000) -> Conditioning:
-    """A `Conditioning` from what LDM code passes around: a tensor (B, L, D), or a list of S of them.
+    """Return a `Conditioning` from what LDM code passes around: a tensor (B, L, D), or a list of S of them.
 
     Raises:
         TypeError, ValueError: something else, or tensors of different shapes.

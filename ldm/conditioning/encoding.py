@@ -30,7 +30,7 @@ class SlotEncoder:
         return self._encode(slots, t, self.learned, plain)
 
     def joins(self, other: SlotEncoder) -> bool:
-        """Whether the rows of both can be encoded in one batch: prompts of `other` read nothing else."""
+        """Return whether the rows of both can be encoded in one batch: prompts of `other` read nothing else."""
         if self._encode != other._encode:
             return False
         if self.learned.prefixes != other.learned.prefixes:
@@ -105,7 +105,7 @@ class PromptConditioning(Conditioning):
         return contexts.map(lambda x: x[..., place[stage], :, :])
 
     def _of_timestep(self, t: int) -> Context:
-        """The context of a timestep that has one of its own; prompts that are equal are encoded once."""
+        """Return the context of a timestep that has one of its own; prompts that are equal are encoded once."""
         stage = self.bucket(t)
         key = stage, *self._encoder.learned.bucket(t)
         if self._latest is None or self._latest[0] != key:

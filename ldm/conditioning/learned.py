@@ -128,7 +128,7 @@ class Learned:
 
     @property
     def logit_bias(self) -> float | Mapping[int, Sequence[float]]:
-        """What is added to the logits of `prefix`; layer -> one number for each of its keys, where concepts differ."""
+        """Number that is added to the logits of `prefix`; layer -> one for each of its keys, where concepts differ."""
         biases = {prefix.logit_bias for prefix in self.prefixes}
         if len(biases) < 2:
             return next(iter(biases), 0.0)

@@ -139,7 +139,7 @@ def split_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:
 def stage_pieces(
     prompt: str, entry: str | int | None, stage: int, pattern: re.Pattern[str], placeholders: Container[str]
 ) -> list[str | tuple[str, int]]:
-    """A prompt in one stage, cut into texts and (placeholder, stage whose learned token stands there).
+    """Return a prompt in one stage, cut into texts and (placeholder, stage whose learned token stands there).
 
     Args:
         entry: the stage's entry of `prospect_words`.
@@ -182,7 +182,7 @@ class PromptReader:
         self._warnings: dict[str, None] = {}  # of the text that is being read, each once and in order
 
     def read(self, prompts: Sequence[str], words: Words | None = None, legacy_word_tokens: bool = False) -> Tensor:
-        """Slots (S, B, L) for B prompts, each with the same `words`.
+        """Return slots (S, B, L) for B prompts, each with the same `words`.
 
         Raises:
             ValueError: see `check_words`; or a prompt is not a string.
@@ -240,7 +240,7 @@ class PromptReader:
             self._warn(f"'{found}' is read as letters: weights and extra networks of other programs mean nothing here.")
 
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
-        """The L slots of one prompt in one stage, the whole text tokenised by BPE."""
+        """Return the L slots of one prompt in one stage, the whole text tokenised by BPE."""
         entry = None if words is None else words[stage]
         body: list[int] = []
         for piece in stage_pieces(prompt, entry, stage, self._pattern, self.placeholders):
@@ -256,7 +256,7 @@ class PromptReader:
         return self._close(body[:room])
 
     def _learned(self, placeholder: str, stage: int) -> list[int]:
-        """The slots of a placeholder in a stage, one for each consecutive learned token."""
+        """Return the slots of a placeholder in a stage, one for each consecutive learned token."""
         return [-(row + 1) for row in self.placeholders[placeholder][stage]]
 
     def _ids(self, text: str) -> list[int]:
@@ -281,7 +281,7 @@ class PromptReader:
         return tokens + [end] * (self.max_length - len(tokens))
 
     def _legacy_slots(self, prompt: str, words: list[str | int | None] | None) -> list[list[int]]:
-        """Slots of all stages by the reference's rule, to repeat results made with it.
+        """Return slots of all stages by the reference's rule, to repeat results made with it.
 
         The prompt is tokenised whole and only a `*` that is a token of its own counts. Entries are split at single
         spaces and only the first BPE piece of each word is kept; an empty piece is the end mark. An int reads

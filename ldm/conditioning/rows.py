@@ -23,7 +23,7 @@ class Rows(Conditioning):
         self._latest: tuple[list[Context], Context] | None = None
 
     def at(self, t: int | Tensor) -> Context:
-        """The context at timestep t; the same object as before while no row's context changes."""
+        """Return the context at timestep t; the same object as before while no row's context changes."""
         encode_together(*self.parts)
         contexts = [part.at(t) for part in self.parts]
         if self._latest is None or any(new is not old for new, old in zip(contexts, self._latest[0], strict=True)):

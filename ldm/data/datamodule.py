@@ -53,7 +53,7 @@ class RunningSampler(Sampler[int]):
 class DataModuleFromConfig(pl.LightningDataModule):
     """`train`, `validation` and `test` data sets as the YAML files name them, batched.
 
-    Data sets that do not take running sample numbers (they have no `num_pictures`) are `Repeated`.
+    Data sets that do not take running sample numbers (they have no `with_images`) are `Repeated`.
 
     Data sets that hold their images in memory (`in_memory = True`) are read in this process: worker processes
     would only copy.

@@ -32,7 +32,7 @@ ORDER, FLIP = 1, 2
 class PersonalizedBase(Dataset):
     """All images of a folder (or one image file), in the order of their names.
 
-    Samples are numbered without end: sample n >= 0 belongs to epoch n // num_pictures, and an epoch shows
+    Samples are numbered without end: sample n >= 0 belongs to epoch n // num_images, and an epoch shows
     every image once, in an order drawn from (seed, epoch). Whether sample n is mirrored is drawn from
     (seed, n). There is no other state, so sample n is the same in every process and after every interruption.
 
@@ -57,7 +57,7 @@ class PersonalizedBase(Dataset):
             there too the caption is always the placeholder.
 
     Attributes:
-        num_pictures: number of images.
+        num_images: number of images.
         paths: their files, in order.
         with_images: set to False, samples come without "image".
 
@@ -109,13 +109,13 @@ class PersonalizedBase(Dataset):
         if names := ", ".join(name for name, is_set in unused.items() if is_set):
             logger.info("PersonalizedBase: accepted and not used: %s (a caption is the placeholder)", names)
         self.paths = find_images(data_root)
-        self.num_pictures = len(self.paths)
+        self.num_images = len(self.paths)
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
         self._told = not self.is_training
         self._epoch: tuple[int, np.ndarray] | None = None
         if self.in_memory:
-            for i in range(self.num_pictures):
+            for i in range(self.num_images):
                 self._bytes(i)
 
     @property
@@ -126,17 +126,17 @@ class PersonalizedBase(Dataset):
     @property
     def in_memory(self) -> bool:
         """Whether all images have been read, so that worker processes would not help."""
-        return self.num_pictures <= READ_AHEAD
+        return self.num_images <= READ_AHEAD
 
-    def picture(self, i: int, flipped: bool = False) -> Tensor:
-        """Image i of `paths`, float32 (3, size, size) in [-1, 1], mirrored left to right where asked."""
-        if not 0 <= i < self.num_pictures:
-            raise IndexError(f"image numbers run from 0 to {self.num_pictures - 1}, got {i}")
+    def image(self, i: int, flipped: bool = False) -> Tensor:
+        """Return image i of `paths`, float32 (3, size, size) in [-1, 1], mirrored left to right where asked."""
+        if not 0 <= i < self.num_images:
+            raise IndexError(f"image numbers run from 0 to {self.num_images - 1}, got {i}")
         image = bytes_to_tensor(self._bytes(i))
         return image.flip(-1) if flipped else image
 
     def _bytes(self, i: int) -> Tensor:
-        """Image i as uint8 (3, H, W), from memory as far as there is room."""
+        """Return image i as uint8 (3, H, W), from memory as far as there is room."""
         if i in self._cache:
             return self._cache[i]
         image = open_image(self.paths[i])
@@ -158,25 +158,25 @@ class PersonalizedBase(Dataset):
                 "resize=pad adds to its shorter one.", path, *size, self.size, self.size,
             )  # fmt: skip
 
-    def picture_number(self, n: int) -> int:
-        """The image that sample n shows."""
+    def image_number(self, n: int) -> int:
+        """Return the image that sample n shows."""
         if n < 0:
             raise IndexError(f"sample number {n} is negative")
-        epoch, place = divmod(n, self.num_pictures)
+        epoch, place = divmod(n, self.num_images)
         if self._epoch is None or self._epoch[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch, ORDER)).permutation(self.num_pictures)
+            order = np.random.default_rng((self.seed, epoch, ORDER)).permutation(self.num_images)
             self._epoch = epoch, order
         return int(self._epoch[1][place])
 
     def is_flipped(self, n: int) -> bool:
-        """Whether sample n is mirrored."""
+        """Return whether sample n is mirrored."""
         return self.flips and bool(np.random.default_rng((self.seed, n, FLIP)).random() < self.flip_p)
 
     def __len__(self) -> int:
-        return self.num_pictures * (self.repeats if self.is_training else 1)
+        return self.num_images * (self.repeats if self.is_training else 1)
 
     def __iter__(self) -> Iterator[dict[str, object]]:
-        """The samples 0 … len - 1; without it, a loop over the data set would have no end."""
+        """Return the samples 0 … len - 1; without it, a loop over the data set would have no end."""
         return (self[n] for n in range(len(self)))
 
     def caption(self, n: int) -> str:
@@ -185,21 +185,21 @@ class PersonalizedBase(Dataset):
         return self.templates[choice].replace("{}", self.placeholder_token)
 
     def __getitem__(self, n: int) -> dict[str, object]:
-        """Sample n >= 0, also beyond the length.
+        """Return sample n >= 0, also beyond the length.
 
         Returns:
-            image float32 (H, W, 3) in [-1, 1] (left out when `with_images` is False), caption, picture (its
+            image float32 (H, W, 3) in [-1, 1] (left out when `with_images` is False), caption, image_number (its
             image's number), flipped, sample (n).
         """
-        i, flipped = self.picture_number(n), self.is_flipped(n)
+        i, flipped = self.image_number(n), self.is_flipped(n)
         sample: dict[str, object] = {
             "caption": self.caption(n),
-            "picture": i,
+            "image_number": i,
             "flipped": flipped,
             "sample": n,
         }
         if self.with_images:
-            sample["image"] = self.picture(i, flipped).permute(1, 2, 0).contiguous()
+            sample["image"] = self.image(i, flipped).permute(1, 2, 0).contiguous()
         return sample
 
 

@@ -47,14 +47,14 @@ class Repeated(Dataset):
 
 
 def running(dataset: SizedDataset) -> SizedDataset:
-    """Make a data set take running sample numbers; one that has `num_pictures` does so already."""
-    return dataset if hasattr(dataset, "num_pictures") else Repeated(dataset)
+    """Make a data set take running sample numbers; one that has `with_images` does so already."""
+    return dataset if hasattr(dataset, "with_images") else Repeated(dataset)
 
 
-def picture_sides(
+def image_sides(
     dataset: SizedDataset, image_key: str = "image", caption_key: str = "caption"
 ) -> tuple[int, int] | None:
-    """Height and width of the images, as the data set says or its first sample shows; None where it does not say.
+    """Return height and width of the images, as the data set says or its first sample shows; None: not said.
 
     Raises:
         ValueError: the first sample has no image and caption to learn from.

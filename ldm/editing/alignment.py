@@ -43,7 +43,7 @@ class PromptTokens:
 
     @classmethod
     def by_length(cls, text: str, ids: Sequence[int], spell: Callable[[int], str], length: int = 77) -> PromptTokens:
-        """As the reference finds words (`compat`): by the lengths of decoded tokens; blanks in a row shift them.
+        """Find words as the reference does (`compat`): by the lengths of decoded tokens; blanks in a row shift them.
 
         Args:
             ids: with both end marks.
@@ -118,7 +118,7 @@ def refinement_mapper(source: PromptTokens, target: PromptTokens) -> tuple[Tenso
 
 
 def _align(a: Sequence[int], b: Sequence[int]) -> list[int]:
-    """For each of b the place of its partner in a, or -1; on ties b's token stays alone, then a's."""
+    """Return for each of b the place of its partner in a, or -1; on ties b's token stays alone, then a's."""
     score = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a, start=1):
         for j, y in enumerate(b, start=1):

@@ -19,7 +19,7 @@ _VALUES = 16
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits that identify a model: a hash of the first values of every weight.
+    """Return 16 hexadecimal digits that identify a model: a hash of the first values of every weight.
 
     Of the U-Net and the text transformer, rounded to float16: float32 and float16 copies of a model, and its
     files in different formats, have the same fingerprint. A model that is held in bfloat16 has another.
@@ -35,7 +35,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def same_base(first: Mapping[str, str], second: Mapping[str, str]) -> bool | None:
-    """Whether two concepts, or a concept and a model, have one base model; None where that is not known.
+    """Return whether two concepts, or a concept and a model, have one base model; None where that is not known.
 
     Fingerprints decide where both have one, else the names of the files without their endings.
     """
@@ -47,7 +47,7 @@ def same_base(first: Mapping[str, str], second: Mapping[str, str]) -> bool | Non
 
 
 def describe_base(metadata: Mapping[str, str]) -> str:
-    """How a message calls a base model: its file's name, and its fingerprint where that is known."""
+    """Return how a message calls a base model: its file's name, and its fingerprint where that is known."""
     known = f" (fingerprint {metadata[FINGERPRINT]})" if metadata.get(FINGERPRINT) else ""
     return f"'{metadata.get(NAME) or 'unknown'}'{known}"
 

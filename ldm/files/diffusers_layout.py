@@ -69,7 +69,7 @@ Sizes = Counter[tuple[str, int, str]]  # (down | up, level, kind of block) → h
 
 
 def find_weights(folder: Path) -> dict[str, Path]:
-    """The weight file of each part: full precision before half, safetensors before pickle.
+    """Return the weight file of each part: full precision before half, safetensors before pickle.
 
     Raises:
         ValueError: not such a folder, or a part is missing; the message reads on after the folder's name.
@@ -89,7 +89,7 @@ def find_weights(folder: Path) -> dict[str, Path]:
 
 
 def to_compvis(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The state dicts of `unet`, `vae` and `text_encoder` as one CompVis state dict; tensors are not copied.
+    """Return the state dicts of `unet`, `vae` and `text_encoder` as one CompVis state dict; tensors are not copied.
 
     Raises:
         ValueError: keys that Stable Diffusion v1 does not have; the message lists them and reads on after the

@@ -54,7 +54,7 @@ class PickledMapper(NamedTuple):
 def read_embeddings(
     path: Path,
 ) -> tuple[dict[str, Tensor] | PickledBlock | PickledMapper | FlatPrefix, dict[str, str]]:
-    """The embeddings of a file by name, and its metadata.
+    """Return the embeddings of a file by name, and its metadata.
 
     Raises:
         TensorFileError: missing, damaged, of another kind, or it names code.
@@ -87,7 +87,7 @@ def read_embeddings(
 
 
 def _flat_prefix(path: Path, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The one vector that CatVersion's adapter holds under up to four names."""
+    """Return the one vector that CatVersion's adapter holds under up to four names."""
     first, *others = tensors.values()
     layers = {found[1] for name in tensors if (found := re.search(r"\.layers\.(\d+)\.", name))}
     if layers - _ADAPTED or not all(name.endswith(_ADAPTER) for name in tensors):
@@ -100,7 +100,7 @@ def _flat_prefix(path: Path, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _layers(path: Path, vectors: Sequence[Tensor]) -> Tensor:
-    """(1, layers, n, D) from a tensor (n, D) or (D,) for each layer."""
+    """Return (1, layers, n, D) from a tensor (n, D) or (D,) for each layer."""
     rows = [x.unsqueeze(0) if x.ndim == 1 else x for x in vectors]
     if len({x.shape for x in rows}) != 1 or rows[0].ndim != 2:
         raise TensorFileError(f"'{path}': its layers' vectors have different sizes; use another copy.")
@@ -108,13 +108,13 @@ def _layers(path: Path, vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _string_to_param(content: object) -> object:
-    """A1111 and rinongal keep the tensors one level down, rinongal in an nn.ParameterDict."""
+    """Return the tensors of A1111 and rinongal, kept one level down, by rinongal in an nn.ParameterDict."""
     found = content.get("string_to_param", content) if isinstance(content, Mapping) else None
     return found.part("_parameters") if isinstance(found, StandIn) else found
 
 
 def _read_png(path: Path) -> object:
-    """What A1111 stores in an image of an embedding."""
+    """Return what A1111 stores in an image of an embedding."""
     try:
         with Image.open(path) as image:
             chunk = image.info.get(_A1111_CHUNK)
@@ -128,7 +128,7 @@ def _read_png(path: Path) -> object:
 
 
 def read_modules(path: Path) -> list[dict[str, Tensor]]:
-    """The parameters of the modules that a file of StyleDiffusion lists, one for each denoising step.
+    """Return the parameters of the modules that a file of StyleDiffusion lists, one for each denoising step.
 
     Raises:
         TensorFileError: missing, damaged, of another kind, or it names code.
@@ -144,7 +144,7 @@ def _parameters(
     module: object,
     refusal: str = "its 'attention' is not ProSpect's generator; use a file of ProSpect",
 ) -> dict[str, object]:
-    """The parameters of a pickled module tree under their dotted names."""
+    """Return the parameters of a pickled module tree under their dotted names."""
     parameters: dict[str, object] = {}
     pending: list[tuple[str, object]] = [("", module)]
     seen: set[int] = set()
@@ -185,12 +185,12 @@ def check_beside_mapper(path: Path) -> None:
 
 
 def whole_in(folder: Path) -> Path | None:
-    """The file of a folder that holds a whole concept, where it has one of the names that the hub's have."""
+    """Return the file of a folder that holds a whole concept, where it has one of the names that the hub's have."""
     return next((folder / name for name in _WHOLE_FILES if (folder / name).is_file()), None)
 
 
 def placeholder_beside(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """What another program calls its embedding: in token_identifier.txt beside it, or as its only name, like <this>."""
+    """Return the name of another program's embedding: token_identifier.txt beside it, or the only name like <this>."""
     beside = path.with_name("token_identifier.txt")
     text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
     found = text if text.isprintable() and len(text) <= 100 else ""
@@ -203,7 +203,7 @@ def placeholder_beside(path: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def in_order(paths: Sequence[Path]) -> list[Path]:
-    """Files `name-0`, `name-1`, … by their numbers (a shell puts 10 before 2); others as they are."""
+    """Return files `name-0`, `name-1`, … by their numbers (a shell puts 10 before 2); others as they are."""
     found = [match for path in paths if (match := _NUMBERED.fullmatch(path.name))]
     if len(found) == len(paths) and len({match[1] for match in found}) == 1:
         return [path for _, path in sorted(zip((int(match[2]) for match in found), paths, strict=True))]
@@ -211,7 +211,7 @@ def in_order(paths: Sequence[Path]) -> list[Path]:
 
 
 def series_of(path: Path) -> str:
-    """The `name` of a stage file `name-3`."""
+    """Return the `name` of a stage file `name-3`."""
     match = _NUMBERED.fullmatch(path.name)
     if match is None:
         raise TensorFileError(
@@ -221,7 +221,7 @@ def series_of(path: Path) -> str:
 
 
 def series(folder: Path, name: str | None) -> list[Path]:
-    """The files `name-0`, … of a folder; without such a name, those of the only series that there is."""
+    """Return the files `name-0`, … of a folder; without such a name, those of the only series that there is."""
     found: dict[str, dict[int, Path]] = {}
     with naming(folder):
         for path in sorted(folder.iterdir()):

@@ -45,7 +45,7 @@ def fetch(source: str) -> tuple[Path, str]:
 
 
 def _wanted(repository: str, revision: str | None, source: str) -> list[str] | None:
-    """The files of a concept's repository; None where the hub does not answer."""
+    """Return the files of a concept's repository; None where the hub does not answer."""
     from huggingface_hub import HfApi
 
     try:
@@ -110,7 +110,7 @@ def _one_sentence(what: str) -> Iterator[None]:
 
 
 def _is_network(error: Exception) -> bool:
-    """Whether the hub's client could not ask; its own client's errors, whichever version of httpx that is."""
+    """Return whether the hub's client could not ask; its own client's errors, whichever version of httpx that is."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):  # it answered

@@ -58,8 +58,8 @@ def open_image(path: str | Path, background: Colour = WHITE) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image), background)
 
 
-def picture_info(path: str | Path) -> dict[str, Any]:
-    """What an image file says beside its pixels, such as the text chunks of a PNG; errors as of `open_image`."""
+def image_info(path: str | Path) -> dict[str, Any]:
+    """Return what an image file says beside its pixels, such as the text chunks of a PNG; errors as of `open_image`."""
     with _opened(path) as image:
         return {str(key): value for key, value in image.info.items()}
 
@@ -89,7 +89,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def is_heic_file(path: str | Path) -> bool:
-    """Whether a file begins like an image of an iPhone, which Pillow does not read."""
+    """Return whether a file begins like an image of an iPhone, which Pillow does not read."""
     return is_heic(_head(path))
 
 
@@ -99,7 +99,7 @@ def _head(path: str | Path) -> bytes:
 
 
 def _foreign(path: Path) -> str:
-    """What a file is that is no image, and the remedy."""
+    """Return what a file is that is no image, and the remedy."""
     head = _head(path)
     if is_heic(head):
         return "is a HEIC image, which Pillow does not read; save it as PNG or JPEG"
@@ -107,7 +107,7 @@ def _foreign(path: Path) -> str:
 
 
 def is_image_file(path: str | Path) -> bool:
-    """Whether the file's beginning is that of an image; nothing is decoded.
+    """Return whether the file's beginning is that of an image; nothing is decoded.
 
     A file that may not be read counts as one, so that `open_image` says so and it is not passed over.
     """
@@ -121,7 +121,7 @@ def is_image_file(path: str | Path) -> bool:
 
 
 def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
-    """An image of any mode as 8-bit RGB in sRGB; see `open_image`.
+    """Return an image of any mode as 8-bit RGB in sRGB; see `open_image`.
 
     Raises:
         ValueError: its pixels are numbers of unknown range.
@@ -139,7 +139,7 @@ def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
-    """An image with its colour profile applied; one whose profile is sRGB's, or cannot be used, is left as it is."""
+    """Apply an image's colour profile; one that is sRGB's, or cannot be used, changes nothing."""
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     opaque = image.convert(_OPAQUE.get(image.mode, image.mode))
     try:
@@ -166,7 +166,7 @@ def _tell(message: str) -> None:
 
 
 def _from_16_bit(image: Image.Image, background: Colour) -> Image.Image:
-    """0 … 65535 to 0 … 255, rounded; Pillow's own conversion clips everything above 255 to white."""
+    """Scale 0 … 65535 to 0 … 255, rounded; Pillow's own conversion clips everything above 255 to white."""
     if image.info.get("icc_profile"):
         _tell("The colour profiles of 16-bit images are not applied; their values are read as sRGB.")
     values = np.asarray(image).astype(np.int64)
@@ -205,7 +205,7 @@ def fit(
 
 
 def check_fit(width: int, height: int, resize: str, interpolation: str) -> Image.Resampling:
-    """Pillow's name of the filter, or the `ValueError` that `fit` raises with these arguments."""
+    """Return Pillow's name of the filter; raises the `ValueError` that `fit` raises with these arguments."""
     if not (1 <= width <= LARGEST and 1 <= height <= LARGEST):
         limits = f"at least 1 x 1 pixels and at most {LARGEST} x {LARGEST}"
         raise ValueError(f"An image needs {limits}, not {width} x {height}.")
@@ -217,7 +217,7 @@ def check_fit(width: int, height: int, resize: str, interpolation: str) -> Image
 
 
 def _centre_crop(image: Image.Image, aspect: float) -> Image.Image:
-    """The largest centred part with width / height = aspect, in whole pixels.
+    """Return the largest centred part with width / height = aspect, in whole pixels.
 
     For a square it is the part that the reference's `center_crop` takes.
     """
@@ -229,18 +229,18 @@ def _centre_crop(image: Image.Image, aspect: float) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as float32 (3, H, W) in [-1, 1]: value / 127.5 - 1."""
+    """Return an RGB image as float32 (3, H, W) in [-1, 1]: value / 127.5 - 1."""
     values = torch.from_numpy(np.array(image.convert("RGB")))  # (H, W, 3) uint8
     return bytes_to_tensor(values.permute(2, 0, 1).contiguous())
 
 
 def bytes_to_tensor(values: Tensor) -> Tensor:
-    """uint8 0 … 255 to float32 in [-1, 1], any shape."""
+    """Return uint8 0 … 255 as float32 in [-1, 1], any shape."""
     return values.to(torch.float32) / 127.5 - 1
 
 
 def to_pil(tensor: Tensor) -> Image.Image:
-    """A tensor (3, H, W) as an RGB image: clamped to [-1, 1] and rounded to the nearest of 256 values.
+    """Return a tensor (3, H, W) as an RGB image: clamped to [-1, 1] and rounded to the nearest of 256 values.
 
     Raises:
         ValueError: another shape.
@@ -312,7 +312,7 @@ def label_grid(
 
 
 def _wrapped(text: str, width: int, font: Any) -> list[str]:
-    """A text in lines of at most `width` pixels, a longer word in a line of its own."""
+    """Return a text in lines of at most `width` pixels, a longer word in a line of its own."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

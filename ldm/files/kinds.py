@@ -15,7 +15,7 @@ _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM
 
 
 def foreign_kind(head: bytes) -> tuple[str, str] | None:
-    """What came instead of the file that was wanted, by the first 512 bytes; None for every other content.
+    """Return what came instead of the file that was wanted, by the first 512 bytes; None for every other content.
 
     Returns:
         What it is, to be read after the file's name, and the remedy.
@@ -31,7 +31,7 @@ def foreign_kind(head: bytes) -> tuple[str, str] | None:
 
 
 def is_utf8(path: str | Path) -> bool:
-    """Whether the name of a file can be written into other files; on Linux it may be any bytes."""
+    """Return whether the name of a file can be written into other files; on Linux it may be any bytes."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -40,23 +40,23 @@ def is_utf8(path: str | Path) -> bool:
 
 
 def is_heic(head: bytes) -> bool:
-    """Whether a file begins like the images of an iPhone."""
+    """Return whether a file begins like the images of an iPhone."""
     return head[4:8] == b"ftyp" and head[8:12] in _HEIC
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file begins like one of the usual image formats."""
+    """Return whether a file begins like one of the usual image formats."""
     return head.startswith(_IMAGES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or is_heic(head)
 
 
 def context_width(state: Mapping[str, Tensor]) -> int | None:
-    """Width of the text features that the U-Net's cross-attention reads (768 for Stable Diffusion v1)."""
+    """Return the width of the text features that the U-Net's cross-attention reads (768 for Stable Diffusion v1)."""
     widths = (w.shape[1] for key, w in state.items() if key.endswith("attn2.to_k.weight") and w.ndim == 2)
     return next(widths, None)
 
 
 def identify(state: Mapping[str, Tensor]) -> str:
-    """What a state dict is, from its key names and the context width.
+    """Return what a state dict is, from its key names and the context width.
 
     Returns:
         'Stable Diffusion v1' (of any size), 'Stable Diffusion 2', 'Stable Diffusion XL', 'a LoRA', 'a VAE',

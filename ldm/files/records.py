@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.files.images import picture_info
+from ldm.files.images import image_info
 from ldm.files.writing import replacing, writing_to
 
 PNG_KEY = "prospect"  # name of the PNG text chunk that holds the parameters
@@ -45,7 +45,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the image has none, or is none.
     """
-    info = picture_info(Path(path).expanduser())
+    info = image_info(Path(path).expanduser())
     if PNG_KEY not in info:
         raise ValueError(f"'{path}' has no ProSpect parameters; only PNG files saved by this program do.")
     try:

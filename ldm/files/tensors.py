@@ -57,7 +57,7 @@ class StandIn:
         self.state = state
 
     def part(self, name: str) -> Mapping[object, object]:
-        """`_parameters` or `_modules` of a pickled module; empty when there is no such thing."""
+        """Return `_parameters` or `_modules` of a pickled module; empty where there are none."""
         found = self.state.get(name) if isinstance(self.state, Mapping) else None
         return found if isinstance(found, Mapping) else {}
 
@@ -102,7 +102,7 @@ def read_file(
 
 
 def named_tensors(path: Path, content: object) -> dict[str, Tensor]:
-    """The tensors of nested dicts under dotted names; everything else is dropped.
+    """Return the tensors of nested dicts under dotted names; everything else is dropped.
 
     Raises:
         TensorFileError: a tensor whose values are not all in the file: sparse, nested, or a few that are repeated.
@@ -135,7 +135,7 @@ def _flatten(content: object) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_checkpoint(path: Path, keys: Collection[str]) -> Mapping[str, Any]:
-    """What a training run saved, read as by `read_file`; also its checksums are compared.
+    """Return what a training run saved, read as by `read_file`; also its checksums are compared.
 
     Raises:
         TensorFileError: not a torch file with these keys, or a part has a wrong checksum.
@@ -158,7 +158,7 @@ def read_checkpoint(path: Path, keys: Collection[str]) -> Mapping[str, Any]:
 
 
 def _unpickle(path: Path, kind: str, mapped: bool) -> object:
-    """Torch's `weights_only` reader, which has one list of allowed names for all threads."""
+    """Read with torch's `weights_only` reader, which has one list of allowed names for all threads."""
     with _READING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols
         modules: list[str] = []
@@ -188,7 +188,7 @@ def _refusal(path: Path, kind: str, error: Exception) -> TensorFileError:
 
 
 def read_head(path: Path) -> bytes:
-    """The first 512 bytes of a file.
+    """Return the first 512 bytes of a file.
 
     Raises:
         TensorFileError: there is no such file, or it may not be read.
@@ -206,7 +206,7 @@ def read_head(path: Path) -> bytes:
 
 
 def _kind(path: Path, head: bytes | None = None) -> str:
-    """'safetensors', 'zip' (torch), 'packed zip' (compressed by someone) or 'pickle' (torch before 1.6)."""
+    """Return 'safetensors', 'zip' (torch), 'packed zip' (compressed by someone) or 'pickle' (torch before 1.6)."""
     head = read_head(path) if head is None else head
     if head[8:9] == b"{":
         return "safetensors"
@@ -237,7 +237,7 @@ def _kind_of_zip(path: Path) -> str:
 
 
 def missing(path: Path) -> TensorFileError:
-    """The error of a file that is not there, with the nearest one that is."""
+    """Return the error of a file that is not there, with the nearest one that is."""
     if path.is_dir():
         return TensorFileError(f"'{path}' is a folder; give a file.")
     if path.exists():
@@ -253,7 +253,7 @@ def missing(path: Path) -> TensorFileError:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Names of the files in a folder that may hold tensors."""
+    """Return names of the files in a folder that may hold tensors."""
     return sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
 
 

@@ -43,7 +43,7 @@ def _refused(folder: str | Path, error: OSError) -> WriteError:
 
 
 def _is_related(path: Path, folder: Path) -> bool:
-    """Whether `path` is in `folder`, or is a folder above it (one that cannot be made)."""
+    """Return whether `path` is in `folder`, or is a folder above it (one that cannot be made)."""
     path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     return path.is_relative_to(folder) or folder.is_relative_to(path)
 
@@ -66,7 +66,7 @@ def check_writable(folder: str | Path, flag: str) -> None:
 def check_new_file(
     path: str | Path, force: bool = False, inputs: Iterable[str | Path] = (), suffix: str = ".safetensors"
 ) -> Path:
-    """The path of a file that a user wants written, with `~` expanded.
+    """Return the path of a file that a user wants written, with `~` expanded.
 
     Args:
         force: a file that is there may be overwritten.
@@ -92,7 +92,7 @@ def check_new_file(
 
 
 def _partial(folder: Path) -> Path:
-    """A new name in `folder` for something that is not finished."""
+    """Return a new name in `folder` for something that is not finished."""
     return folder / f".prospect-{os.getpid()}-{secrets.token_hex(4)}.partial"
 
 
@@ -196,7 +196,7 @@ def _sync(path: Path) -> None:
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a file or folder of this name is what this program had begun to write."""
+    """Return whether a file or folder of this name is what this program had begun to write."""
     return _PARTIAL.fullmatch(name) is not None
 
 

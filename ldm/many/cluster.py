@@ -120,7 +120,7 @@ def stamp_of(path: Path, times: bool = True) -> tuple[tuple[str, int, int], ...]
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """Name below `path` -> file; a file itself has no name."""
+    """Return {name below `path`: file}; a file itself has no name."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return {"" if file == path else file.relative_to(path).as_posix(): file for file in files}
 

@@ -12,8 +12,8 @@ from ldm.files.shipped import MODELS, shipped
 
 def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
     parser = script_parser(docstring, prog)
-    help_pictures = "a folder with a folder of images (or an image) for each concept, or a CSV"
-    parser.add_argument("pictures", type=path, metavar="PICTURES", help=help_pictures)
+    help_images = "a folder with a folder of images (or an image) for each concept, or a CSV"
+    parser.add_argument("images", type=path, metavar="IMAGES", help=help_images)
     add_flag(parser, "--out", type=path, required=True, metavar="CONCEPTS", help="folder of the results")
     help_base = "configurations: demo, sd or files (demo)"
     add_flag(parser, "--base", nargs="+", default=["demo"], metavar="NAME|YAML", help=help_base)
@@ -41,7 +41,7 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
                 raise ValueError("Say which base model to learn against: --ckpt FILE.")
             options.ckpt = known
         options.base, options.ckpt = [configuration(name) for name in options.base], shipped(options.ckpt)
-        check_paths({"PICTURES": [options.pictures], "--base": options.base, "--ckpt": [options.ckpt]})
+        check_paths({"IMAGES": [options.images], "--base": options.base, "--ckpt": [options.ckpt]})
         return _learn(options)
 
 
@@ -53,7 +53,7 @@ def _learn(options: argparse.Namespace) -> int:
     from ldm.many.learn import learn_many, write_table
 
     given = {"init_word": options.init_word, "method": options.method, "steps": options.max_steps}
-    jobs = read_jobs(options.pictures.absolute(), {name: value for name, value in given.items() if value})
+    jobs = read_jobs(options.images.absolute(), {name: value for name, value in given.items() if value})
     setting = Setting(
         tuple(path(file).absolute() for file in options.base), path(options.ckpt).absolute(), tuple(options.set)
     )

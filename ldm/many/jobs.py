@@ -82,7 +82,7 @@ class Changed(ValueError):
 # --- what to learn -------------------------------------------------------------------------------------------------
 
 
-def read_jobs(pictures: Path, defaults: Mapping[str, Any] | None = None) -> list[Job]:
+def read_jobs(images: Path, defaults: Mapping[str, Any] | None = None) -> list[Job]:
     """Return the jobs of a folder (each image or sub-folder in it is a concept) or of a CSV.
 
     The CSV's columns are those of `Job`; only `image` must be there, relative to the CSV.
@@ -93,27 +93,27 @@ def read_jobs(pictures: Path, defaults: Mapping[str, Any] | None = None) -> list
     Raises:
         ValueError: with the line, where it is the CSV's.
     """
-    if pictures.is_file() and pictures.suffix.lower() == ".csv":
-        jobs = _read_csv(pictures)
-    elif pictures.is_dir():
-        found = [path for path in sorted(pictures.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        alone = [path for path in sorted(pictures.iterdir()) if path.is_file()] and not found
-        found += find_images(pictures) if alone else []
+    if images.is_file() and images.suffix.lower() == ".csv":
+        jobs = _read_csv(images)
+    elif images.is_dir():
+        found = [path for path in sorted(images.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        alone = [path for path in sorted(images.iterdir()) if path.is_file()] and not found
+        found += find_images(images) if alone else []
         jobs = [Job(path, path.name if path.is_dir() else path.stem) for path in found]
     else:
-        raise ValueError(f"'{pictures}' is neither a folder nor a .csv file; give a folder of folders with images.")
+        raise ValueError(f"'{images}' is neither a folder nor a .csv file; give a folder of folders with images.")
     if not jobs:
-        raise ValueError(f"There is nothing to learn in '{pictures}'; put a folder with images there for each concept.")
+        raise ValueError(f"There is nothing to learn in '{images}'; put a folder with images there for each concept.")
     jobs = [replace(job, **{k: v for k, v in (defaults or {}).items() if getattr(job, k) is None}) for job in jobs]
-    _check(jobs, pictures)
+    _check(jobs, images)
     return jobs
 
 
-def _check(jobs: Sequence[Job], pictures: Path) -> None:
+def _check(jobs: Sequence[Job], images: Path) -> None:
     seen: dict[str, Job] = {}
     for job in jobs:
         if not _NAME.fullmatch(job.name):
-            raise ValueError(f"'{job.name}' in '{pictures}' cannot be the name of a concept's file; use letters.")
+            raise ValueError(f"'{job.name}' in '{images}' cannot be the name of a concept's file; use letters.")
         if (other := seen.setdefault(job.name.casefold(), job)) is not job:
             raise ValueError(f"'{other.image}' and '{job.image}' are both called '{job.name}'; rename one of them.")
         try:
@@ -135,7 +135,7 @@ def _read_csv(path: Path) -> list[Job]:
 
 
 def _job(row: dict[str, str], path: Path, line: int) -> Job:
-    """A line of a CSV."""
+    """Return the job in a line of a CSV."""
     values = {key: value.strip() for key, value in row.items() if isinstance(value, str) and value.strip()}
     where = f"'{path}', line {line}"
     if None in row:

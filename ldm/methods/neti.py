@@ -100,12 +100,12 @@ class NeTIMapper(LearnedModule):
         layer.weight.copy_(self.features(t.repeat_interleave(self.num_layers), layers.repeat(len(t))))
 
     def features(self, t: Tensor, layer: Tensor) -> Tensor:
-        """Fourier features of norm 1, float32 (N, 2048), of raw timesteps and layers (N,) each."""
+        """Return Fourier features of norm 1, float32 (N, 2048), of raw timesteps and layers (N,) each."""
         phase = torch.stack([t, layer], dim=-1).float() @ self.w.T
         return torch.cat([phase.sin(), phase.cos()], dim=-1) / FREQUENCIES**0.5
 
     def encode(self, t: Tensor, layer: Tensor) -> Tensor:
-        """What the network reads: features (N, 2048), or numbers (N, 2)."""
+        """Return what the network reads: features (N, 2048), or numbers (N, 2)."""
         if self.settings.positional_encoding:
             return self.features(t, layer)
         return torch.stack([2 * t.float() / 999 - 1, 2 * layer.float() / (self.num_layers - 1) - 1], dim=-1)
@@ -131,7 +131,7 @@ class NeTIMapper(LearnedModule):
         return torch.cat([norm * F.normalize(e, dim=-1), rest], dim=-1)
 
     def draw_kept(self, batch: int) -> Tensor:
-        """Nested dropout: how many hidden values are kept, (layers, batch), from PyTorch's global state on the CPU.
+        """Draw how many hidden values nested dropout keeps, (layers, batch), from PyTorch's global state on the CPU.
 
         For each layer's call one draw says whether it drops anything; then each sample draws its own number.
         """

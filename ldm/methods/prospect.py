@@ -108,7 +108,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def generate_vectors(parameters: Mapping[str, Tensor], initial: Tensor | None) -> Tensor:
-    """The vectors (S, D) of a saved block for the initial embedding (1, D), without dropout.
+    """Return the vectors (S, D) of a saved block for the initial embedding (1, D), without dropout.
 
     Args:
         parameters: the block's state dict; S and D are those of its tensors.

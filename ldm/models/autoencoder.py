@@ -1,4 +1,4 @@
-"""First stages: pictures (B, 3, H, W) in [-1, 1] to latents (B, z, H/f, W/f) and back."""
+"""First stages: images (B, 3, H, W) in [-1, 1] to latents (B, z, H/f, W/f) and back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """mean + std · noise; `noise` (B, z, h, w) is standard normal, drawn from the global state if None."""
+        """Return mean + std · noise; `noise` (B, z, h, w) is standard normal, drawn from the global state if None."""
         noise = torch.randn_like(self.mean) if noise is None else noise.to(self.mean)
         return self.mean + self.std * noise
 
@@ -38,7 +38,7 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL divergence from the standard normal, summed over a picture: (B,)."""
+        """Return the KL divergence from the standard normal, summed over an image: (B,)."""
         return 0.5 * (self.mean**2 + self.std**2 - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
@@ -69,7 +69,7 @@ class FirstStage(pl.LightningModule, ABC):
         return self.decoder(self.post_quant_conv(z))
 
     def in_range(self, function: Callable[[Tensor], Encoded], x: Tensor) -> Encoded:
-        """`encode` or `decode` of x, which may be of any dtype, in this network's own.
+        """Return `encode` or `decode` of x, of any dtype, computed in this network's own.
 
         Where float16 is too narrow for a finite x, the network becomes float32, once, and says so in the log.
         """
@@ -83,18 +83,18 @@ class FirstStage(pl.LightningModule, ABC):
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor | DiagonalGaussianDistribution:
-        """Images -> latents, or their posterior."""
+        """Return the latents of images, or their posterior."""
 
     @abstractmethod
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures -> (reconstructions, the regulariser's value as a scalar to be added to the loss)."""
+        """Return (reconstructions of images, the regulariser's value as a scalar to be added to the loss)."""
 
     def _loss(self, batch: Mapping[str, Any], split: str) -> Tensor:
         images = batch[self.image_key].permute(0, 3, 1, 2)  # (B, H, W, 3) as data sets give it
         reconstructions, regulariser = self.reconstruct(images)
         mse = F.mse_loss(reconstructions, images)
         loss = F.l1_loss(reconstructions, images) + self.mse_weight * mse + regulariser
-        psnr = 10 * torch.log10(4.0 / mse.detach())  # pictures span 2 units, so the peak power is 4
+        psnr = 10 * torch.log10(4.0 / mse.detach())  # images span 2 units, so the peak power is 4
         values = {"rec_loss": loss.detach(), "regulariser": regulariser.detach(), "psnr": psnr}
         for name, value in values.items():
             self.log(f"{split}/{name}", value, prog_bar=name == "psnr", batch_size=len(images))
@@ -185,7 +185,7 @@ class VQModelInterface(FirstStage):
 
 
 def cosine_to_zero(optimizer: torch.optim.Optimizer, trainer: pl.Trainer, warmup: int = 200) -> dict[str, Any]:
-    """Linear warm-up, then a half cosine to zero at the trainer's `max_steps`; for training from scratch."""
+    """Return Lightning's dict of a linear warm-up and a half cosine that is zero at the trainer's `max_steps`."""
     total = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
     warmup = min(warmup, max(1, total // 10))
 

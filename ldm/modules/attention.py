@@ -56,7 +56,7 @@ def attend(
     hook: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention; q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d).
+    """Compute softmax attention; q (B, heads, N, d), k and v (B, heads, L, d) -> (B, heads, N, d).
 
     Args:
         causal: query i reads keys 0 … i only.
@@ -146,7 +146,7 @@ class CrossAttention(nn.Module):
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def project(self, k_in: Tensor, v_in: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, heads, L, d) of `k_in`, `v_in` (B, L, D)."""
+        """Return keys and values (B, heads, L, d) of `k_in`, `v_in` (B, L, D)."""
         return self._heads(self.to_k(k_in)), self._heads(self.to_v(v_in))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -138,12 +138,12 @@ class EmbeddingManager(nn.Module):
         raise ValueError("What is learned has no stage vectors; see model.learned.")
 
     def _tokens(self) -> dict[str, LearnedTokens]:
-        """Placeholder -> its tokens, in the order of their rows; several placeholders may share one."""
+        """Return placeholder -> its tokens, in the order of their rows; several placeholders may share one."""
         tokens: dict[str, Any] = {p: self.learned for p in self._trained_placeholders() if not is_prefix(self.learned)}
         return tokens | {p: module for p, module in self._modules_loaded.items() if not is_prefix(module)}
 
     def rows(self) -> dict[str, list[list[int]]]:
-        """Placeholder -> for each of the S stages, the rows of the table of all vectors that stand there.
+        """Return placeholder -> for each of the S stages, the rows of the table of all vectors that stand there.
 
         A concept with another number of stages is read by time: stage s takes the concept's stage at the middle
         of s.
@@ -177,7 +177,7 @@ class EmbeddingManager(nn.Module):
         return [p for p in self.placeholder_strings if self.learning and p not in self.loaded]
 
     def _module_of(self, concept: Concept) -> LearnedTokens | LearnedPrefix:
-        """What prompts read of a concept.
+        """Return what prompts read of a concept.
 
         Raises:
             ValueError: it was learned for a U-Net with other layers.
@@ -228,7 +228,7 @@ class EmbeddingManager(nn.Module):
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """What is loaded inside is there until the end of the context only."""
+        """Forget at the end of the context what is loaded inside."""
         kept = self.loaded.copy(), self._modules_loaded.copy()
         try:
             yield
@@ -278,7 +278,7 @@ class EmbeddingManager(nn.Module):
         save_concept(concept, path, self.placeholder_strings[0])
 
     def distance_to_initial(self) -> Tensor:
-        """Squared distance to the initial word's embedding, mean over stages: Textual Inversion's regulariser."""
+        """Return Textual Inversion's regulariser: the squared distance to the initial word, mean over stages."""
         return (self._stage_vectors(self.learned) - self.initial_embeddings).pow(2).sum(dim=1).mean()
 
     def embedding_parameters(self) -> list[nn.Parameter]:

@@ -107,7 +107,7 @@ class ImageJob(Job):
         try:
             self.image = generate_image(self.request, engine.model, _Watch(self, engine), progress=False)
         except Interrupted as stop:
-            self.image = stop.picture
+            self.image = stop.image
             raise Stopped from stop
         finally:
             self.seconds = time.monotonic() - start

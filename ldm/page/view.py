@@ -11,7 +11,7 @@ from typing import Literal
 from nicegui import app, ui
 from PIL import Image
 
-from ldm.files.images import picture_info
+from ldm.files.images import image_info
 from ldm.files.records import PNG_KEY, read_parameters
 from ldm.page.compare import GRID_KEY, read_sheet
 from ldm.page.session import Session
@@ -41,13 +41,13 @@ class View:
     @staticmethod
     def is_ours(file: Path) -> bool:
         """Whether an image says how it was made."""
-        return bool({PNG_KEY, GRID_KEY} & picture_info(file).keys())
+        return bool({PNG_KEY, GRID_KEY} & image_info(file).keys())
 
     def restore(self, file: Path) -> None:
         """Fill in the form that an image was made with, and show it."""
         session = self.session
         try:
-            info = picture_info(file)
+            info = image_info(file)
             if GRID_KEY in info:
                 rows, columns, record = read_sheet(str(info[GRID_KEY]))
                 session.compare.rows, session.compare.columns = (

@@ -38,12 +38,12 @@ LISTED = 8
 
 
 def run_config(run: Run, resolvers: bool = False) -> DictConfig:
-    """The configuration that a run was started with, or resumed with the last time."""
+    """Return the configuration that a run was started with, or resumed with the last time."""
     return load_config(*run.saved("project", "lightning"), flag="-r", resolvers=resolvers)
 
 
 def differing(before: DictConfig, now: DictConfig) -> dict[str, tuple[object, object]]:
-    """{key: (value before, value now)}; a key that is not there counts as null."""
+    """Return {key: (value before, value now)}; a key that is not there counts as null."""
     old, new = flatten(before), flatten(now)
     keys = [*old, *(key for key in new if key not in old)]
     pairs = {key: (old.get(key), new.get(key)) for key in keys if key not in FREE}
@@ -68,7 +68,7 @@ def check_applies(run: Run, before: DictConfig, now: DictConfig) -> None:
 
 
 def hashes_of(data: DataModuleFromConfig, module: pl.LightningModule) -> dict[str, str]:
-    """What the files that a run learns from hold, as hashes: the training images, and the base model."""
+    """Return what the files that a run learns from hold, as hashes: the training images, and the base model."""
     found = {}
     if paths := getattr(data.datasets["train"], "paths", None):
         found["images"] = _hash(paths)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.checkpoint import read_state_dict
 from ldm.config import ConfigError, nearest
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.data.repeated import picture_sides
+from ldm.data.repeated import image_sides
 from ldm.modules.embedding_manager import is_prefix
 from ldm.request import MAX_SCALE
 from ldm.training.callbacks import ImageLogger
@@ -103,7 +103,7 @@ def check_sizes(module: Any, data: DataModuleFromConfig) -> None:
     if not hasattr(module, "size_unit"):
         return
     for split, dataset in data.datasets.items():
-        sides = picture_sides(dataset, module.image_key, module.caption_key)
+        sides = image_sides(dataset, module.image_key, module.caption_key)
         if sides is None:
             raise ValueError(f"data.params.{split}.params.size is needed: images are learned at one size.")
         for size in sides:

@@ -34,7 +34,7 @@ class FiniteGuard(pl.Callback):
             self._check_losses(trainer, module)
 
     def reads_at_once(self, loss: Tensor) -> bool:
-        """Whether nothing has to be waited for."""
+        """Return whether nothing has to be waited for."""
         return loss.device.type == "cpu"
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:

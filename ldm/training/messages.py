@@ -58,7 +58,7 @@ def quiet_threads(debug: bool = False) -> Iterator[None]:
 
 
 def sentence(error: Exception) -> str | None:
-    """The sentence of an error that the user can mend; None for a defect, which shows its trace."""
+    """Return the sentence of an error that the user can mend; None for a defect, which shows its trace."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return f"The memory is not enough ({str(error).partition(chr(10))[0]:.200}); these help: {LESS_MEMORY}."
     mendable = isinstance(error, ValueError | OSError | ImportError | MisconfigurationException)
@@ -66,7 +66,7 @@ def sentence(error: Exception) -> str | None:
 
 
 def _is_lightnings(error: Exception) -> bool:
-    """Whether Lightning itself raised a `RuntimeError`, to refuse something: no other program's code is below it."""
+    """Return whether Lightning itself raised a `RuntimeError`, to refuse something: no other code is below it."""
     if not isinstance(error, RuntimeError) or error.__traceback__ is None:
         return False
     innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

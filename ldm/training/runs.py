@@ -58,7 +58,7 @@ class Run:
         return resume_command(self.folder)
 
     def saved(self, *kinds: str) -> list[Path]:
-        """The files `configs/<time>-<kind>.yaml` of the latest start; that of the kind `project` is written last."""
+        """Return the files `configs/<time>-<kind>.yaml` of the latest start; the kind `project` is written last."""
         for last in sorted(self.configs.glob("*-project.yaml"))[-1:]:
             paths = [last.with_name(last.name.replace("-project.yaml", f"-{kind}.yaml")) for kind in kinds]
             return [path for path in paths if path.is_file()]
@@ -89,7 +89,7 @@ class Run:
                         place.rmdir()
 
     def _make(self) -> bool:
-        """Whether the folder was made; False where it is there and is the one that was asked for."""
+        """Return whether the folder was made; False where it is there and is the one that was asked for."""
         wanted, number = self.folder, 1
         wanted.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -106,18 +106,18 @@ class Run:
 
 
 def is_first_process() -> bool:
-    """Whether this is the one process of a run that writes."""
+    """Return whether this is the one process of a run that writes."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def resume_command(place: Path) -> str:
-    """What to type to resume the run in a log folder, or from a checkpoint."""
+    """Return what to type to resume the run in a log folder, or from a checkpoint."""
     called = command("main.py", "learn")
     return f"{called} -r {shlex.quote(str(place))}{'' if IS_INSTALLED else ' -t'}"
 
 
 def open_run(options: argparse.Namespace) -> Run:
-    """The log folder of a new run, which is not made yet, or of the run to resume.
+    """Return the log folder of a new run, which is not made yet, or of the run to resume.
 
     Raises:
         ValueError: there is nothing to resume at the place given, or it is damaged; a new run would overwrite files.
@@ -150,7 +150,7 @@ def _check_empty(run: Run) -> None:
 
 
 def _folder_name(options: argparse.Namespace, now: str) -> str:
-    """`<data folder><time>_<name><postfix>`, of which the data folder's name is cut to what fits."""
+    """Return `<data folder><time>_<name><postfix>`, of which the data folder's name is cut to what fits."""
     for flag, text in (("-n", options.name), ("-f", options.postfix)):
         if text and re.search(r"[/\\]", text):
             raise ValueError(f"{flag}: '{text:.80}' must be a name, not a path; a path goes to -l or -p.")
@@ -164,7 +164,7 @@ def _folder_name(options: argparse.Namespace, now: str) -> str:
 
 
 def _shortened(text: str, size: int) -> str:
-    """The beginning of a file's name in at most `size` bytes of UTF-8."""
+    """Return the beginning of a file's name in at most `size` bytes of UTF-8."""
     return os.fsencode(text)[:size].decode(errors="ignore")
 
 
@@ -197,7 +197,7 @@ def _run_to_resume(path: Path, now: str) -> Run:
 
 
 def _step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was saved at.
+    """Return the step that a checkpoint was saved at.
 
     Raises:
         CheckpointError: it is foreign, cut off, has holes, or lacks what a run needs beside the weights.
@@ -206,7 +206,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _way_on(folder: Path, damaged: Path) -> str:
-    """What to do instead of resuming from the checkpoint `damaged`: the latest that is whole."""
+    """Return what to do instead of resuming from the checkpoint `damaged`: the latest that is whole."""
     previous = folder / "checkpoints" / PREVIOUS
     if previous != damaged and previous.is_file():
         with suppress(CheckpointError):
@@ -218,7 +218,7 @@ def _way_on(folder: Path, damaged: Path) -> str:
 
 
 def latest_embeddings(checkpoints: Path) -> Path | None:
-    """The saved embeddings of the highest step that can be read."""
+    """Return the saved embeddings of the highest step that can be read."""
     steps: dict[Path, int] = {}
     for path in checkpoints.glob("embeddings*.safetensors"):
         with suppress(EmbeddingError):

@@ -137,7 +137,7 @@ def trainer_arguments(section: Mapping[str, Any], run: Run) -> dict[str, Any]:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value from a YAML file is of an annotated type; a bool is no number, and an int is a float."""
+    """Return whether a value from a YAML file is of an annotated type; a bool is no number, and an int is a float."""
     kind = get_origin(hint) or hint
     if kind in (Union, types.UnionType):
         return any(fits(value, option) for option in get_args(hint))
@@ -151,7 +151,7 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def translate_gpus(gpus: str | None) -> list[int] | int | None:
-    """`0,` -> [0], `0,1` -> [0, 1]; a bare number counts: `2` -> [0, 1], `0` -> [], `-1` -> -1 (all); '' -> None.
+    """Translate `0,` to [0], `0,1` to [0, 1]; a bare number counts: `2` is [0, 1], `0` [], `-1` -1 (all); '' is None.
 
     Raises:
         ConfigError: not a list of device numbers.

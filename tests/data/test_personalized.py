@@ -29,23 +29,23 @@ def folder(tmp_path: Path) -> Path:
 
 def test_pictures_are_found_by_name_and_squashed(folder: Path) -> None:
     data = PersonalizedBase(folder, size=16)
-    assert [path.stem for path in data.paths] == list("abcde") and data.num_pictures == 5
+    assert [path.stem for path in data.paths] == list("abcde") and data.num_images == 5
     for i, path in enumerate(data.paths):
         squashed = np.asarray(Image.open(path).resize((16, 16), Image.Resampling.BICUBIC))
         expected = torch.from_numpy((squashed / 127.5 - 1.0).astype(np.float32)).permute(2, 0, 1)
-        torch.testing.assert_close(data.picture(i), expected, rtol=0, atol=6e-8)
-        assert torch.equal(data.picture(i, flipped=True), data.picture(i).flip(2))
+        torch.testing.assert_close(data.image(i), expected, rtol=0, atol=6e-8)
+        assert torch.equal(data.image(i, flipped=True), data.image(i).flip(2))
     with pytest.raises(IndexError):
-        data.picture(5)
+        data.image(5)
 
 
 def test_size_none_and_resizes(folder: Path) -> None:
-    assert PersonalizedBase(folder).picture(1).shape == (3, 14, 23)
+    assert PersonalizedBase(folder).image(1).shape == (3, 14, 23)
     picture = open_image(folder / "a.png")
     crop = PersonalizedBase(folder, size=8, center_crop=True)
-    assert torch.equal(crop.picture(0), to_tensor(fit(picture, 8, 8, "crop")))
+    assert torch.equal(crop.image(0), to_tensor(fit(picture, 8, 8, "crop")))
     pad = PersonalizedBase(folder, size=8, resize="pad", interpolation="lanczos")
-    assert torch.equal(pad.picture(0), to_tensor(fit(picture, 8, 8, "pad", "lanczos")))
+    assert torch.equal(pad.image(0), to_tensor(fit(picture, 8, 8, "pad", "lanczos")))
 
 
 def test_what_is_no_image_is_skipped_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,8 +97,8 @@ def test_keys_without_a_meaning_are_named_in_one_line(folder: Path, caplog: pyte
 
 def test_one_picture_file(folder: Path) -> None:
     data = PersonalizedBase(folder / "b.png", size=8, repeats=3)
-    assert (data.num_pictures, len(data)) == (1, 3)
-    assert torch.equal(data.picture(0), PersonalizedBase(folder, size=8).picture(1))
+    assert (data.num_images, len(data)) == (1, 3)
+    assert torch.equal(data.image(0), PersonalizedBase(folder, size=8).image(1))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_sample(folder: Path) -> None:
     sample = data[12]
     assert sample["caption"] == "<toy>" and sample["sample"] == 12
     assert sample["image"].shape == (8, 8, 3) and sample["image"].dtype == torch.float32
-    expected = data.picture(sample["picture"], sample["flipped"])
+    expected = data.image(sample["image_number"], sample["flipped"])
     assert torch.equal(sample["image"], expected.permute(1, 2, 0))
     data.with_images = False
     assert data[12] == {key: value for key, value in sample.items() if key != "image"}
@@ -169,7 +169,7 @@ def test_a_sample(folder: Path) -> None:
 def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own(folder: Path) -> None:
     data = PersonalizedBase(folder, size=8)
     data.with_images = False
-    orders = [tuple(data[n]["picture"] for n in range(5 * e, 5 * e + 5)) for e in range(20)]
+    orders = [tuple(data[n]["image_number"] for n in range(5 * e, 5 * e + 5)) for e in range(20)]
     assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders)
     assert len(set(orders)) > 10
 
@@ -177,7 +177,7 @@ def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own(folder: Pat
 def test_samples_depend_on_seed_and_number_only(folder: Path) -> None:
     def draws(data: PersonalizedBase, numbers: range) -> dict[int, tuple]:
         data.with_images = False
-        return {n: (data[n]["picture"], data[n]["flipped"]) for n in numbers}
+        return {n: (data[n]["image_number"], data[n]["flipped"]) for n in numbers}
 
     forwards = draws(PersonalizedBase(folder, size=8), range(200))
     np.random.seed(1)
@@ -211,7 +211,7 @@ def test_length_iteration_and_batches(folder: Path) -> None:
         validation[-1]
     batch = next(iter(DataLoader(validation, batch_size=5)))
     assert batch["image"].shape == (5, 8, 8, 3) and batch["flipped"].dtype == torch.bool
-    assert batch["caption"] == ["*"] * 5 and sorted(batch["picture"].tolist()) == [0, 1, 2, 3, 4]
+    assert batch["caption"] == ["*"] * 5 and sorted(batch["image_number"].tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_files_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,11 +231,11 @@ def test_large_folders_are_read_on_demand_within_the_memory_limit(
     assert not data.in_memory
     for _ in range(2):
         for i in range(5):
-            assert torch.equal(data.picture(i), expected.picture(i))
+            assert torch.equal(data.image(i), expected.image(i))
     folder.joinpath("e.png").unlink()
     with pytest.raises(ImageError, match=r"no file.*e\.png"):
-        data.picture(4)
-    assert torch.equal(data.picture(0), expected.picture(0))
+        data.image(4)
+    assert torch.equal(data.image(0), expected.image(0))
 
 
 @pytest.mark.parametrize(("resize", "told"), [("squash", 1), ("crop", 0), ("pad", 0)])

@@ -150,14 +150,14 @@ def test_the_vocabulary_covers_every_caption_and_some_are_empty():
 
 def test_samples():
     samples = RenderedWorld(20, seed=4, resolution=32, repeats=3)
-    assert len(samples) == 60 and samples.num_pictures == 20 and samples.attributes.shape == (20, 6)
+    assert len(samples) == 60 and samples.num_images == 20 and samples.attributes.shape == (20, 6)
     sample = samples[5]
     assert sample["sample"] == 5 and sample["flipped"] is False
     assert sample["image"].shape == (32, 32, 3)
-    assert torch.equal(sample["image"].permute(2, 0, 1), samples.pictures(range(20))[sample["picture"]])
+    assert torch.equal(sample["image"].permute(2, 0, 1), samples.images(range(20))[sample["image_number"]])
     samples.with_images = False
-    assert set(samples[5]) == {"attributes", "caption", "picture", "flipped", "sample"}
-    assert torch.equal(sample["attributes"], samples.attributes[sample["picture"]])
+    assert set(samples[5]) == {"attributes", "caption", "image_number", "flipped", "sample"}
+    assert torch.equal(sample["attributes"], samples.attributes[sample["image_number"]])
 
 
 def test_the_first_samples_are_crops_around_the_object():
@@ -165,13 +165,13 @@ def test_the_first_samples_are_crops_around_the_object():
     assert {samples[n]["image"].shape for n in range(20)} == {(64, 64, 3)}
     assert samples[20]["image"].shape == (128, 128, 3)
     for sample in (samples[n] for n in range(20)):
-        full = samples.picture(sample["picture"]).permute(1, 2, 0)
+        full = samples.image(sample["image_number"]).permute(1, 2, 0)
         assert sample["image"].std() > full.std() * 0.9, "the object is in it"
 
 
 def test_every_epoch_shows_every_image_in_its_own_order():
     samples = world(50)
-    orders = [[samples[n]["picture"] for n in range(start, start + 50)] for start in (0, 50, 50_000_000)]
+    orders = [[samples[n]["image_number"] for n in range(start, start + 50)] for start in (0, 50, 50_000_000)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
 
@@ -189,7 +189,7 @@ def test_a_sample_depends_on_its_number_only():
     [
         (lambda: RenderedWorld(10, drop=1.5), "probabilities"),
         (lambda: RenderedWorld(0), "size"),
-        (lambda: RenderedWorld(10).picture(0, flipped=True), "flipped"),
+        (lambda: RenderedWorld(10).image(0, flipped=True), "flipped"),
         (lambda: attributes_from_words(["furry"]), "furry"),
         (lambda: attributes_from_words(["large", "striped", "red", "star", "left"]), "every factor"),
         (lambda: attributes_from_words(["large", "striped", "red", "star", "left", "right"]), "every factor"),

@@ -632,7 +632,7 @@ def test_a_step_does_not_synchronise(cuda_graph: bool) -> None:
     def step(n: int) -> None:
         batch = batch_of(dataset, [n])
         batch["draw"] = {k: v.pin_memory() for k, v in model._draw(batch, "train").items()}
-        batch["picture"], batch["flipped"] = batch["picture"].pin_memory(), batch["flipped"].pin_memory()
+        batch["image_number"], batch["flipped"] = batch["image_number"].pin_memory(), batch["flipped"].pin_memory()
         model.shared_step(batch, "train")[0].backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -75,7 +75,7 @@ def learn(model: LatentDiffusion, side: int) -> None:
     model._latents.moments = torch.empty(4, 2 * model.channels, side, side, device="meta")
     batch = {
         "caption": ["*", "*"],
-        "picture": torch.tensor([0, 1]),
+        "image_number": torch.tensor([0, 1]),
         "flipped": torch.tensor([False, True]),
         "sample": torch.tensor([0, 1]),
     }

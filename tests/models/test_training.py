@@ -206,7 +206,7 @@ def test_standardised_latents_reconstruct_the_same() -> None:
     first_stage.quant_conv.weight.data[:2] *= 3.0
     first_stage.quant_conv.bias.data += 0.7
     world = RenderedWorld(size=48, seed=9)
-    images = world.pictures(range(4))
+    images = world.images(range(4))
     with torch.no_grad():
         before = first_stage.encode(images)
         noise = torch.randn(before.mean.shape)
@@ -229,7 +229,7 @@ def test_half_precision_latents_are_standardised(dtype: str) -> None:
 
     @torch.no_grad()
     def reconstructed() -> Tensor:
-        return model.decode_first_stage(model.encode_first_stage(world.pictures(range(4))).mode())
+        return model.decode_first_stage(model.encode_first_stage(world.images(range(4))).mode())
 
     before = reconstructed()
     LatentCache(model.encode_first_stage, world).standardize(model.first_stage_model)

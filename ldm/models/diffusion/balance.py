@@ -20,7 +20,7 @@ class LossBalance(nn.Module):
         self.register_buffer("mean", torch.zeros(bins))
 
     def forward(self, losses: Tensor, time: Tensor) -> Tensor:
-        """losses (B,) at times (B,) in [0, 1) -> balanced losses (B,)."""
+        """Return the balanced losses (B,), of losses (B,) at times (B,) in [0, 1)."""
         place = (time * len(self.mean)).long()
         # one after the other, as several samples may share a level; by index operations, which need no waiting
         for level, loss in zip(place.split(1), losses.detach().split(1), strict=True):

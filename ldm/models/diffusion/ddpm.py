@@ -203,7 +203,7 @@ class LatentDiffusion(pl.LightningModule):
 
     @property
     def size_unit(self) -> int:
-        """What the height and width of images, in pixels, must be multiples of: 64 for Stable Diffusion v1."""
+        """Pixels that the height and width of images must be multiples of: 64 for Stable Diffusion v1."""
         return self.first_stage_model.downsampling * self.model.diffusion_model.downsampling
 
     @contextlib.contextmanager
@@ -228,7 +228,7 @@ class LatentDiffusion(pl.LightningModule):
         return latents.decode(self.first_stage_model, (z / self.scale_factor).to(self.device), self.decode_batch)
 
     def __repr__(self) -> str:
-        """One line, where `nn.Module` would list hundreds of layers; `print(model.model)` does."""
+        """Return one line, where `nn.Module` would list hundreds of layers; `print(model.model)` does."""
         total = sum(parameter.numel() for parameter in self.parameters())
         base = self.base_model.get("base_model", "no base model")
         names = ", ".join([] if self.embedding_manager is None else self.embedding_manager.loaded) or "none"
@@ -377,7 +377,7 @@ class LatentDiffusion(pl.LightningModule):
                 captures = self._captures("train")
             logger.info(CAPTURED if captures else NOT_CAPTURED)
         datasets = self._datasets()
-        if self.options.cache_latents and "train" in datasets and hasattr(datasets["train"], "num_pictures"):
+        if self.options.cache_latents and "train" in datasets and hasattr(datasets["train"], "with_images"):
             self._latents = LatentCache(self.encode_first_stage, datasets["train"])
             if self.options.standardize_latents and self.trainer.ckpt_path is None:
                 self._latents.standardize(self.first_stage_model)  # type: ignore[arg-type]  # KL only
@@ -415,7 +415,7 @@ class LatentDiffusion(pl.LightningModule):
     def posterior(self, batch: Mapping[str, Any]) -> Posterior:
         """Return the posterior of a batch's latents, from the cache or from the first stage."""
         if self.image_key not in batch and self._latents is not None:
-            return self._latents.posterior(batch["picture"], batch["flipped"])
+            return self._latents.posterior(batch["image_number"], batch["flipped"])
         return self.encode_first_stage(batch[self.image_key].permute(0, 3, 1, 2))
 
     def shared_step(self, batch: Mapping[str, Any], split: str) -> Step:

@@ -31,7 +31,7 @@ class FirstBad:
             self._timesteps = torch.where(first, timesteps, known)
 
     def read(self) -> tuple[int, list[int]] | None:
-        """The first bad step with its batch's timesteps, or None."""
+        """Return the first bad step with its batch's timesteps, or None."""
         if self._step is None or (step := int(self._step)) < 0:
             return None
         return step, [] if self._timesteps is None else self._timesteps.tolist()

@@ -49,13 +49,13 @@ def mode(posterior: Posterior) -> Tensor:
 
 
 class ImageSet(Protocol):
-    """What a data set offers to be cached; its samples name their image (`picture`) and whether it is `flipped`."""
+    """A data set that can be cached: its samples name their `image_number` and whether it is `flipped`."""
 
-    num_pictures: int
+    num_images: int
     flips: bool
     with_images: bool
 
-    def picture(self, i: int, flipped: bool = False) -> Tensor: ...
+    def image(self, i: int, flipped: bool = False) -> Tensor: ...
 
 
 class LatentCache:
@@ -71,13 +71,13 @@ class LatentCache:
 
     @torch.no_grad()
     def __init__(self, encode: Callable[[Tensor], Posterior], dataset: ImageSet) -> None:
-        keys = [(i, f) for i in range(dataset.num_pictures) for f in ((False, True) if dataset.flips else (False,))]
+        keys = [(i, f) for i in range(dataset.num_images) for f in ((False, True) if dataset.flips else (False,))]
         self._flips = dataset.flips
         self._is_gaussian = True
         parts = []
-        size = max(1, self.PIXELS // dataset.picture(0)[0].numel())
+        size = max(1, self.PIXELS // dataset.image(0)[0].numel())
         for start in tqdm(range(0, len(keys), size), desc="encoding images", disable=len(keys) <= 2 * size):
-            posterior = encode(torch.stack([dataset.picture(i, flip) for i, flip in keys[start : start + size]]))
+            posterior = encode(torch.stack([dataset.image(i, flip) for i, flip in keys[start : start + size]]))
             self._is_gaussian = isinstance(posterior, DiagonalGaussianDistribution)
             parts.append(posterior.parameters if isinstance(posterior, DiagonalGaussianDistribution) else posterior)
         self.moments = torch.cat(parts)

@@ -1,4 +1,4 @@
-"""What the samplers share: guidance, noise for each picture, and the LDM-named methods of their classes.
+"""What the samplers share: guidance, noise for each image, and the LDM-named methods of their classes.
 
 A sampler proper is a pure function of a denoiser, a start, and a schedule. Which stage's prompt is read is
 decided here, in the closure around the model, by the timestep of the call.
@@ -148,7 +148,7 @@ class AtTimestep:
 
 
 def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator on the CPU for each picture: a picture depends neither on its batch nor on the device.
+    """Return one generator on the CPU for each image, which depends neither on its batch nor on the device.
 
     PyTorch's CPU generator reads the low 32 bits of a seed, so longer seeds are mixed first.
     """
@@ -158,7 +158,7 @@ def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def draw_noise(
     generators: Sequence[torch.Generator] | None, shape: Sequence[int], device: torch.device | str
 ) -> Tensor:
-    """Standard normal float32 noise `shape` (B, C, H, W): sample i from generator i, or from global state if None."""
+    """Return standard normal noise (B, C, H, W) in float32, sample i from generator i; None: from the global state."""
     if generators is None:
         return torch.randn(tuple(shape), device=device, dtype=torch.float32)
     options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever PyTorch's defaults are
@@ -226,7 +226,7 @@ class Sampler(ABC):
         guidance_rescale: float = 0.0,
         spacing: str | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Latents (B, C, H, W) after S steps, and the intermediate ones as LDM returns them.
+        """Return latents (B, C, H, W) after S steps, and the intermediate ones as LDM returns them.
 
         Args:
             shape: (C, H, W).

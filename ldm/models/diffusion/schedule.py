@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def make_betas(linear_start: float, linear_end: float, timesteps: int = 1000) -> np.ndarray:
-    """Betas (T,) float64, linear in their square roots ("scaled linear", Stable Diffusion v1)."""
+    """Return betas (T,) float64, linear in their square roots ("scaled linear", Stable Diffusion v1)."""
     return np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
 
 
 def schedule_buffers(betas: np.ndarray) -> dict[str, Tensor]:
-    """The 12 buffers (T,) float32 of a CompVis checkpoint, in its order (Ho et al. 2020, eq. 4, 6, 7)."""
+    """Return the 12 buffers (T,) float32 of a CompVis checkpoint, in its order (Ho et al. 2020, eq. 4, 6, 7)."""
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas)
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
@@ -45,7 +45,7 @@ def host_alphas_cumprod(betas: np.ndarray) -> np.ndarray:
 
 
 def vlb_weights(betas: np.ndarray) -> Tensor:
-    """Weights (T,) float32 of the variational bound for eps-prediction; logged only (train/loss_vlb)."""
+    """Return the weights (T,) float32 of the variational bound for eps-prediction; logged only (train/loss_vlb)."""
     buffers = schedule_buffers(betas)
     betas32 = buffers["betas"]
     alphas = torch.tensor(1.0 - betas, dtype=torch.float32)
@@ -55,12 +55,12 @@ def vlb_weights(betas: np.ndarray) -> Tensor:
 
 
 def at(values: Tensor, t: Tensor) -> Tensor:
-    """Entries t (B,) of a schedule buffer (T,), shaped (B, 1, 1, 1)."""
+    """Return entries t (B,) of a schedule buffer (T,), shaped (B, 1, 1, 1)."""
     return values[t].view(-1, 1, 1, 1)
 
 
 def ddim_timesteps(steps: int, num_timesteps: int = 1000, spacing: str = "leading") -> np.ndarray:
-    """Exactly `steps` increasing timesteps, evenly spaced.
+    """Return exactly `steps` increasing timesteps, evenly spaced.
 
     Args:
         spacing: `leading`, floor(i·T/S) + 1, equal to the reference (`arange(0, T, T // S) + 1`) wherever S divides T;
@@ -81,7 +81,7 @@ def ddim_timesteps(steps: int, num_timesteps: int = 1000, spacing: str = "leadin
 def ddim_parameters(
     alphas_cumprod: np.ndarray, timesteps: np.ndarray, eta: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(alphas, alphas_prev, sigmas), each (S,), for DDIM (Song et al. 2021, eq. 16).
+    """Return (alphas, alphas_prev, sigmas), each (S,), for DDIM (Song et al. 2021, eq. 16).
 
     `alphas_prev[i]` is the cumulative alpha that step i leads to; the last step (i = 0) leads to that of t = 0.
     """

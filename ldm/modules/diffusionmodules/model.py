@@ -1,6 +1,6 @@
 """Encoder and decoder of the first stage (Rombach et al. 2022, appendix), in the CompVis key layout.
 
-Shapes: pictures (B, 3, H, W) in [-1, 1]; latents (B, z, H/f, W/f) with f = 2^(levels - 1).
+Shapes: images (B, 3, H, W) in [-1, 1]; latents (B, z, H/f, W/f) with f = 2^(levels - 1).
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class _Coder(nn.Module):
 
 
 class Encoder(_Coder):
-    """Pictures (B, 3, H, W) -> features (B, 2z, H/f, W/f), before the 1x1 `quant_conv`."""
+    """Images (B, 3, H, W) -> features (B, 2z, H/f, W/f), before the 1x1 `quant_conv`."""
 
     def _build(self, widths, attention, blocks, in_channels, z_channels, double_z, groups, dropout, **_) -> None:
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
@@ -175,7 +175,7 @@ class Encoder(_Coder):
 
 
 class Decoder(_Coder):
-    """Latents (B, z, h, w), after the 1x1 `post_quant_conv`, -> pictures (B, 3, f·h, f·w), not clamped."""
+    """Latents (B, z, h, w), after the 1x1 `post_quant_conv`, -> images (B, 3, f·h, f·w), not clamped."""
 
     def _build(self, widths, attention, blocks, out_channels, z_channels, groups, dropout, **_) -> None:
         previous = widths[-1]

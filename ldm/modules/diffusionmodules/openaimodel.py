@@ -192,7 +192,7 @@ class UNetModel(nn.Module):
         return next(self.out.parameters()).dtype
 
     def project(self, context: Context) -> Projected:
-        """The keys and values that all cross-attention layers make of a context; they do not depend on x or t."""
+        """Return the keys and values that all cross-attention layers make of a context, whatever x and t are."""
         context = context.map(lambda c: c.to(self.dtype))
         blocks = [module for module in self.modules() if isinstance(module, BasicTransformerBlock)]
         blocks.sort(key=lambda block: block.layer_index)

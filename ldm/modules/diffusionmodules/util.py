@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Gradients pass through float16 layers enlarged by this power of two: those of a picture's mean loss would vanish.
+# Gradients pass through float16 layers enlarged by this power of two: those of an image's mean loss would vanish.
 FLOAT16_GRADIENT_SCALE = 2.0**10
 
 
@@ -26,14 +26,14 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def enter(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as layers in `dtype` read it; float16 layers give back enlarged gradients, see `leave`."""
+    """Return x as layers in `dtype` read it; float16 layers give back enlarged gradients, see `leave`."""
     if dtype == torch.float16 and x.requires_grad:
         x = ScaleGradient.apply(x.float(), 1 / FLOAT16_GRADIENT_SCALE)
     return x.to(dtype)
 
 
 def leave(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What layers in `dtype` give, as float32; the gradient that enters float16 layers here is enlarged.
+    """Return what layers in `dtype` give, as float32; the gradient that enters float16 layers here is enlarged.
 
     What counts is the dtype of the layers' weights, as in `enter`: under autocast to float16 the trainer's own scaler
     enlarges the gradients of float32 weights.
@@ -43,7 +43,7 @@ def leave(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding (B,) -> (B, dim) float32; cosines first, then sines (Vaswani et al. 2017)."""
+    """Return the sinusoidal embedding (B, dim) float32 of t (B,); cosines first, then sines (Vaswani et al. 2017)."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)

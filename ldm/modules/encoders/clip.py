@@ -90,12 +90,12 @@ class CLIPAttention(nn.Module):
 
 
 def _before(prefix: Tensor, x: Tensor) -> Tensor:
-    """A prefix (P, heads, d) for the prompts x (B, L, D): (B, heads, P, d)."""
+    """Return a prefix (P, heads, d) for the prompts x (B, L, D): (B, heads, P, d)."""
     return prefix.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1)
 
 
 def _prefix_bias(length: int, prefix_length: int, logit_bias: float | Sequence[float], like: Tensor) -> Tensor:
-    """What is added to the logits (L, P + L): `logit_bias` for the prefix, the causal mask for the tokens."""
+    """Return what is added to the logits (L, P + L): `logit_bias` for the prefix, the causal mask for the tokens."""
     each = [logit_bias] * prefix_length if isinstance(logit_bias, int | float) else logit_bias
     columns = [like.new_full((length, 1), bias) for bias in each]
     return torch.cat([*columns, like.new_full((length, length), float("-inf")).triu(1)], dim=1)

@@ -199,7 +199,7 @@ def open_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
 
 
 def hub_folder(repository: str) -> Path:
-    """The folder of the hub's cache with a CLIP vocabulary, which is fetched if it is not there yet.
+    """Return the folder of the hub's cache with a CLIP vocabulary, which is fetched if it is not there yet.
 
     Raises:
         OSError: it is not there, and cannot be fetched.
