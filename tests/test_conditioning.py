@@ -49,8 +49,6 @@ def test_wrong_shapes_are_refused() -> None:
         as_conditioning([torch.zeros(1, 3, 4), torch.zeros(1, 2, 4)])
     with pytest.raises(ValueError, match="3 timesteps were given for 2 prompts"):
         as_conditioning(stages()).at(torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match="cannot be joined"):
-        Context.cat(Context.of(torch.zeros(1, 3, 4)), Context.of(torch.zeros(1, 3, 5)))
 
 
 def test_layers() -> None:

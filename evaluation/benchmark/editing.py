@@ -21,7 +21,7 @@ from evaluation.benchmark.models import build_model
 from evaluation.benchmark.report import make_row, table
 from ldm.conditioning.context import Context
 from ldm.editing.control import MapStore
-from ldm.editing.edit import Prompts, Told, denoise_pair, plan_edit, reader_of
+from ldm.editing.edit import Plan, Prompts, Told, denoise_pair, plan_edit
 from ldm.editing.inversion import Step, Sweep, Trajectory, move, predict, record, step_of
 from ldm.editing.request import Edit, InversionOptions
 from ldm.methods.stylediffusion import LearnedValues, StyleDiffusion, inner_iterations
@@ -152,24 +152,24 @@ class Bench:
             eps = again + SCALE * (behind(Everywhere(None)) - again)
             return move(step.z, eps, step.level, step.below)
 
-    def _edited(self) -> tuple[LearnedValues, Edit, list[int]]:
-        learner = self.learner()
-        with torch.no_grad():
-            values = torch.stack([learner.values(i) for i in range(STEPS)])
+    def _plan(self) -> tuple[Plan, list[int]]:
         timesteps = self.way.timesteps[::-1].tolist()
-        return LearnedValues(values, tuple(timesteps)), Edit(TARGET, blend=(("star",), ("star",)), tau_v=1), timesteps
+        edit = Edit(TARGET, blend=(("star",), ("star",)), tau_v=1)
+        prompts = Prompts(self.model.prompt_reader(), PROMPT, None, edit)
+        return plan_edit(self.model, prompts, timesteps, self.way.path[-1]), timesteps
 
     def edit(self) -> Tensor:
-        change, edit, timesteps = self._edited()
-        plan = plan_edit(self.model, Prompts(reader_of(self.model), PROMPT, None, edit), timesteps, self.way.path[-1])
+        learner, (plan, timesteps) = self.learner(), self._plan()
+        with torch.no_grad():
+            values = torch.stack([learner.values(i) for i in range(STEPS)])
+        change = LearnedValues(values, tuple(timesteps))
         told = Told(*(self.prompts[text] for text in (PROMPT, TARGET, ""))).changed(change, range(STEPS))
         return denoise_pair(self.model, self.way.path[-1], told, plan, timesteps, SCALE, progress=False)
 
     @torch.no_grad()
     def edit_as_reference(self) -> Tensor:
         """Edit with both branches in a call of their own, and everything made in each layer."""
-        _, edit, timesteps = self._edited()
-        plan = plan_edit(self.model, Prompts(reader_of(self.model), PROMPT, None, edit), timesteps, self.way.path[-1])
+        plan, timesteps = self._plan()
         assert plan.blend is not None and plan.control.store is not None
         learner, x = self.learner(), self.way.path[-1].repeat(2, 1, 1, 1)
         cond = Context.cat(*(self.prompts[text].at(0) for text in (PROMPT, TARGET)))

@@ -169,7 +169,7 @@ class GpuReport:
         return self._rows(some, "sample", 8 if self.device.type == "cuda" else 2, say)
 
     def profile(self, say: Callable[[str], None]) -> Row:
-        """Profile one training step and one sampling call: number and time of the kernels, and the gaps between them."""
+        """Profile one training step and one sampling call: number and time of kernels, and gaps between them."""
         ways = self._here(HALF | {"cuda_graph"})
         found: Row = {}
         for name, run in {

@@ -44,14 +44,7 @@ class Context(NamedTuple):
 
     @staticmethod
     def cat(*parts: Context) -> Context:
-        """Join along the batch; a part without layers is repeated for the layers of the others.
-
-        Raises:
-            ValueError: the parts differ in the number of tokens or in width.
-        """
-        shapes = {tuple(part.k.shape[-2:]) for part in parts}
-        if len(shapes) > 1:
-            raise ValueError(f"Contexts of different (tokens, width) cannot be joined: {sorted(shapes)}.")
+        """Join along the batch; a part without layers is repeated for the layers of the others."""
         layers = max((part.k.shape[0] for part in parts if part.k.ndim == 4), default=0)
 
         def join(tensors: Sequence[Tensor]) -> Tensor:

@@ -78,13 +78,8 @@ def replacement_mapper(source: PromptTokens, target: PromptTokens, compat: bool 
     the reference (`compat`) pairs equal places instead of equal words.
 
     Raises:
-        ValueError: prompts of different numbers of words.
+        ValueError: a word without a token, or prompts of different numbers of words.
     """
-    if len(source.words) != len(target.words):
-        raise ValueError(
-            f"--kind replace needs as many words in both prompts, but '{' '.join(source.words)}' has "
-            f"{len(source.words)} and '{' '.join(target.words)}' has {len(target.words)}; use --kind refine."
-        )
     length = source.length
     exchanged = [k for k, (a, b) in enumerate(zip(source.words, target.words, strict=True)) if a != b]
     if lacking := [f"'{p.words[k]}'" for p in (source, target) for k in exchanged if not p.places[k]]:

@@ -205,13 +205,6 @@ def decoded(model: LatentDiffusion, latents: Tensor) -> Edited:
     return Edited(image, source, latents)
 
 
-def reader_of(model: LatentDiffusion) -> PromptReader:
-    """Return the reader of a model's prompts, with what is loaded now."""
-    manager, encoder = model.embedding_manager, model.cond_stage_model
-    rows = {} if manager is None else manager.rows()
-    return PromptReader(encoder.tokenizer, rows, model.num_stages, encoder.max_length)
-
-
 def edit_generated(
     model: LatentDiffusion,
     prompt: str,
@@ -235,7 +228,7 @@ def edit_generated(
     shape = (1, model.channels, facts.height // facts.factor, facts.width // facts.factor)
     x_T = draw_noise(seeded_generators([seed]), shape, model.device)
     timesteps = inversion_timesteps(steps, model.num_timesteps)[::-1].tolist()
-    plan = plan_edit(model, Prompts(reader_of(model), prompt, words, edit), timesteps, x_T)
+    plan = plan_edit(model, Prompts(model.prompt_reader(), prompt, words, edit), timesteps, x_T)
     told = Told(
         model.get_learned_conditioning([prompt], words),
         model.get_learned_conditioning([edit.target], edit.prospect_words),

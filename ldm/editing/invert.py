@@ -21,7 +21,7 @@ from ldm.conditioning.context import Context
 from ldm.conditioning.encoding import encode_together
 from ldm.conditioning.prompts import check_prompt
 from ldm.editing.alignment import value_steps
-from ldm.editing.edit import Edited, Prompts, Told, decoded, denoise_pair, plan_edit, read_tokens, reader_of
+from ldm.editing.edit import Edited, Prompts, Told, decoded, denoise_pair, plan_edit, read_tokens
 from ldm.editing.image import clip_features, image_latents, patch_features, psnr
 from ldm.editing.inversion import (
     Progress,
@@ -265,7 +265,7 @@ def word_masks(
     prompt = concept.metadata[PROMPT]
     z_0 = concept.tensors[FIRST].to(model.device)
     average = average_maps(model, z_0, model.get_unconditional(prompt), steps)
-    tokens = read_tokens(reader_of(model), prompt)
+    tokens = read_tokens(model.prompt_reader(), prompt)
     masks = {word: mask_of(average, tokens, word) for word in words}
     return {word: (mask, background(mask)) for word, mask in masks.items()}
 
@@ -366,7 +366,7 @@ def edit_image(
     check_belongs(concept, model)
     change, prompt = change_of(concept).to(model.device), concept.metadata[PROMPT]
     x_T = concept.tensors[START].to(model.device)
-    plan = plan_edit(model, Prompts(reader_of(model), prompt, None, edit), change.timesteps, x_T)
+    plan = plan_edit(model, Prompts(model.prompt_reader(), prompt, None, edit), change.timesteps, x_T)
     told = Told(
         model.get_unconditional(prompt),
         model.get_learned_conditioning([edit.target], edit.prospect_words),

@@ -240,13 +240,7 @@ def bytes_to_tensor(values: Tensor) -> Tensor:
 
 
 def to_pil(tensor: Tensor) -> Image.Image:
-    """Return a tensor (3, H, W) as an RGB image: clamped to [-1, 1] and rounded to the nearest of 256 values.
-
-    Raises:
-        ValueError: another shape.
-    """
-    if tensor.ndim != 3 or tensor.shape[0] != 3:
-        raise ValueError(f"An image is a tensor (3, H, W), not {tuple(tensor.shape)}.")
+    """Return a tensor (3, H, W) as an RGB image: clamped to [-1, 1] and rounded to the nearest of 256 values."""
     values = ((tensor.detach().cpu().to(torch.float32) + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
 
@@ -264,16 +258,12 @@ def make_grid(
         padding: pixels between two images.
 
     Raises:
-        ValueError: no images, images of different sizes, or columns below 1.
+        ValueError: no images, or images of different sizes.
     """
     sizes = {image.size for image in images}
     if len(sizes) != 1:
         raise ValueError(f"A grid needs images of one size, not {sorted(sizes) or 'none'}.")
-    if columns is None:
-        columns = math.ceil(math.sqrt(len(images)))
-    if columns < 1:
-        raise ValueError(f"A grid needs at least 1 column, not {columns}.")
-    columns = min(columns, len(images))
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     rows = math.ceil(len(images) / columns)
     width, height = (side + padding for side in sizes.pop())
     grid = Image.new("RGB", (columns * width - padding, rows * height - padding), background)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning.learned import Learned, LearnedPrefix, LearnedTokens
 from ldm.conditioning.prompts import check_placeholder
-from ldm.embeddings import Concept, load_concept, refuse_other_width, save_concept
+from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files.base_model import describe_base, refuse_other_base, same_base
 from ldm.methods import find_method
 from ldm.methods.base import LearnedModule, Start, StepChange
@@ -69,8 +69,6 @@ class EmbeddingManager(nn.Module):
         norm: str = "free",
     ) -> None:
         super().__init__()
-        if num_stages < 1:
-            raise ValueError(f"The number of stages must be at least 1, not {num_stages}.")
         if generator not in ("block", "table"):
             raise ValueError(f"generator must be 'block' or 'table', not '{generator}'.")
         if norm not in ("free", "word"):
@@ -218,9 +216,8 @@ class EmbeddingManager(nn.Module):
             check_placeholder(placeholder)
         concepts = {p: s if isinstance(s, Concept) else load_concept(s, p) for p, s in sources.items()}
         for placeholder, concept in concepts.items():
-            what = f"The embedding for '{placeholder}'{f' ({concept.source})' if concept.source else ''}"
-            refuse_other_width(concept, placeholder, self.width, self.base_model.get("base_model", "unknown"))
             if not any_base:
+                what = f"The embedding for '{placeholder}'{f' ({concept.source})' if concept.source else ''}"
                 refuse_other_base(concept.metadata, self.base_model, what)
         modules = {placeholder: self._module_of(concept) for placeholder, concept in concepts.items()}
         self.loaded.update(concepts)

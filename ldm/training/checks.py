@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import read_state_dict
-from ldm.config import ConfigError, nearest
+from ldm.config import ConfigError, check_parameters
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.repeated import image_sides
 from ldm.modules.embedding_manager import is_prefix
-from ldm.request import MAX_SCALE
 from ldm.training.callbacks import ImageLogger
 
 CASTS_ALL = {"bf16-true": "bfloat16", "16-true": "float16"}  # Lightning casts the whole module, buffers too
@@ -48,38 +45,20 @@ def check_asked_for(config: DictConfig) -> None:
 
 
 def check_images(callbacks: Sequence[pl.Callback], module: Any) -> None:
-    """Raise `ConfigError` where the images of the log folder would fail when the first ones are due."""
+    """Raise `ConfigError` for an unknown key of `log_images_kwargs`, before the first images are due."""
     for callback in callbacks:
-        if not isinstance(callback, ImageLogger) or callback.disabled or not hasattr(module, "log_images"):
-            continue
-        given, known = callback.log_images_kwargs, inspect.signature(module.log_images).parameters
-        settable = [name for name in known if name not in ("batch", "N", "split", "_")]
-        for key, value in given.items():
-            if key not in settable and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-                raise ConfigError(f"log_images_kwargs: unknown key '{key}'{nearest(str(key), settable)}")
-            if key == "ddim_steps" and not (isinstance(value, int) and 1 <= value <= module.num_timesteps):
-                raise ConfigError(f"log_images_kwargs.ddim_steps must be in 1..{module.num_timesteps}, not {value}.")
-            if key == "scale" and not (isinstance(value, int | float) and 0 <= value <= MAX_SCALE):
-                raise ConfigError(f"log_images_kwargs.scale must be in 0..{MAX_SCALE}, not {value}.")
+        if isinstance(callback, ImageLogger) and not callback.disabled and hasattr(module, "log_images"):
+            check_parameters(module.log_images, {"batch": None, **callback.log_images_kwargs})
 
 
-def check_precision(module: pl.LightningModule, trainer: pl.Trainer) -> None:
-    """Raise `ConfigError` where the trainer's precision would spoil what is learned, or fail in the first step.
-
-    `64-true` is let through: nothing loses digits.
-    """
+def check_precision(trainer: pl.Trainer) -> None:
+    """Raise `ConfigError` where the trainer's precision would spoil what is learned; `64-true` loses no digits."""
     precision = trainer.precision
     if precision in CASTS_ALL:
         mixed = precision.replace("true", "mixed")
         raise ConfigError(
             f"precision '{precision}' would round the noise schedule and what is learned; to halve frozen weights use "
             f"model.params.frozen_dtype={CASTS_ALL[precision]}, and to train from scratch --precision {mixed}."
-        )
-    on_cpu = trainer.strategy.root_device.type == "cpu"
-    if on_cpu and precision == "bf16-mixed" and any(p.dtype == torch.float16 for p in module.parameters()):
-        raise ConfigError(
-            "frozen_dtype=float16 does not go with the precision bf16-mixed on the CPU (where 16-mixed becomes it); "
-            "use model.params.frozen_dtype=bfloat16, or --precision 32-true."
         )
 
 

@@ -83,7 +83,7 @@ def build_trainer(
         )
     except MISMATCHES as error:  # a value of a wrong type; others Lightning explains itself
         raise ConfigError(f"lightning.trainer cannot be used: {str(error).partition(chr(10))[0]}") from error
-    check_precision(module, trainer)
+    check_precision(trainer)
     set_learning_rate(config, module, data, trainer)
     return trainer
 

@@ -16,7 +16,7 @@ from ldm.editing.alignment import PromptTokens
 from ldm.editing.blend import LocalBlend
 from ldm.editing.control import Rules, edit_attention, map_factor, map_layers, reweight
 from ldm.editing.control import replace as exchange
-from ldm.editing.edit import Prompts, denoise_pair, edit_generated, plan_edit, reader_of
+from ldm.editing.edit import Prompts, denoise_pair, edit_generated, plan_edit
 from ldm.editing.image import image_latents
 from ldm.editing.invert import check_belongs, edit_image, invert_image, word_masks
 from ldm.editing.masks import mask_of
@@ -229,7 +229,7 @@ def inverted_in_half(model: LatentDiffusion, concept: Concept) -> object:
 
 
 def empty_mask(model: LatentDiffusion, concept: Concept) -> object:
-    prompt = Prompts(reader_of(model), PROMPT, None, Edit(PROMPT)).tokens(0)[0]
+    prompt = Prompts(model.prompt_reader(), PROMPT, None, Edit(PROMPT)).tokens(0)[0]
     return mask_of(torch.zeros(8, 8, 32), prompt, "star")
 
 
@@ -301,7 +301,7 @@ def test_a_predicted_velocity_is_no_obstacle(demo: LatentDiffusion, concepts: di
 def test_hooks_only_where_they_are_needed(demo: LatentDiffusion) -> None:
     """Without a blend, and after all taus, no probabilities are made any more."""
     z, called = torch.randn(1, 4, 16, 16), []
-    plan = plan_edit(demo, Prompts(reader_of(demo), PROMPT, None, Edit(PROMPT, tau_c=0.5)), [751, 501, 251, 1], z)
+    plan = plan_edit(demo, Prompts(demo.prompt_reader(), PROMPT, None, Edit(PROMPT, tau_c=0.5)), [751, 501, 251, 1], z)
     for t, is_cross, queries in [(751, True, 64), (251, True, 64), (501, False, 64), (1, False, 64), (751, False, 65)]:
         called.append(plan.control.wants(Site(0, is_cross, t), queries))
     assert called == [True, False, True, False, False]

@@ -238,8 +238,6 @@ def test_to_pil_clamps_and_rounds() -> None:
     assert [shown(v) for v in (-1.5, -1, 1, 7)] == [0, 0, 255, 255]
     assert [shown((v / 127.5) - 1) for v in (99.6, 100.4, 100.6)] == [100, 100, 101]
     assert to_pil(torch.zeros(3, 4, 6, dtype=torch.bfloat16, requires_grad=True)).size == (6, 4)
-    with pytest.raises(ValueError, match=r"\(1, 3, 4, 4\)"):
-        to_pil(torch.zeros(1, 3, 4, 4))
 
 
 def test_grid() -> None:
@@ -255,5 +253,3 @@ def test_grid() -> None:
         make_grid([*pictures, noise_image(4, 4)])
     with pytest.raises(ValueError, match="none"):
         make_grid([])
-    with pytest.raises(ValueError, match="0"):
-        make_grid(pictures, columns=0)

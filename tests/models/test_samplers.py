@@ -485,9 +485,9 @@ def test_guidance_needs_an_unconditional_prompt(tiny_model: LatentDiffusion) -> 
     [
         (DDIMSampler, {"ddim_num_steps": 0}, "1..1000, not 0"),
         (DDIMSampler, {"ddim_num_steps": 1001}, "1..1000, not 1001"),
-        (DDIMSampler, {"ddim_num_steps": 10, "ddim_eta": -0.1}, "must not be negative, but is -0.1"),
-        (DDIMSampler, {"ddim_num_steps": 10, "ddim_eta": float("nan")}, "must not be negative"),
-        (DDIMSampler, {"ddim_num_steps": 10, "ddim_eta": 1.05}, "must be at most 1 .*, not 1.05"),
+        (DDIMSampler, {"ddim_num_steps": 10, "ddim_eta": -0.1}, "must be in 0..1 .*, not -0.1"),
+        (DDIMSampler, {"ddim_num_steps": 10, "ddim_eta": float("nan")}, "must be in 0..1"),
+        (DDIMSampler, {"ddim_num_steps": 10, "ddim_eta": 1.05}, "must be in 0..1 .*, not 1.05"),
         (DDIMSampler, {"ddim_num_steps": 10, "ddim_discretize": "quad"}, "not 'quad'"),
         (PLMSSampler, {"ddim_num_steps": 10, "ddim_eta": 0.5}, "ddim_eta must be 0, not 0.5; use DDIM"),
     ],

@@ -39,7 +39,7 @@ def ddim(
 
 
 class DDIMSampler(Sampler):
-    """LDM's door to `ddim`."""
+    """LDM's sampler class, over `ddim`."""
 
     def run(self, denoise: Denoiser, x: Tensor, steps: int, noise: NoiseSource, callback: Callback | None) -> Tensor:
         timesteps, alphas = self.ddim_timesteps[:steps], self.ddim_alphas[:steps]

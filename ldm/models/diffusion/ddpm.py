@@ -253,13 +253,20 @@ class LatentDiffusion(pl.LightningModule):
             ValueError: `prospect_words` of the wrong length or with a wrong entry.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        slots = self.prompt_reader().read(prompts, prospect_words, legacy_word_tokens)
+        # what is loaded now, as for the reader, whatever another thread loads meanwhile
+        encoder = SlotEncoder(self.encode_slots, self.learned_now(truncation))
+        return PromptConditioning(slots, encoder, self.num_timesteps, self.device)
+
+    def prompt_reader(self, plain: bool = False) -> PromptReader:
+        """Return what turns prompts into token slots, with what is learned or loaded now; `plain` without it."""
         manager, encoder = self.embedding_manager, self.cond_stage_model
-        rows = manager.rows() if manager is not None else {}
-        reader = PromptReader(encoder.tokenizer, rows, self.num_stages, encoder.max_length)
-        slots = reader.read(prompts, prospect_words, legacy_word_tokens)
-        # what is loaded now, as `rows` is, whatever another thread loads meanwhile
-        learned = NOTHING_LEARNED if manager is None else manager.learned_now(truncation)
-        return PromptConditioning(slots, SlotEncoder(self.encode_slots, learned), self.num_timesteps, self.device)
+        rows = {} if manager is None or plain else manager.rows()
+        return PromptReader(encoder.tokenizer, rows, self.num_stages, encoder.max_length)
+
+    def learned_now(self, truncation: int | None = None) -> Learned:
+        """Return everything learned that prompts read at this moment."""
+        return NOTHING_LEARNED if self.embedding_manager is None else self.embedding_manager.learned_now(truncation)
 
     def get_layered_conditioning(
         self, prompts: str | Sequence[str], layer_words: Words, truncation: int | None = None
@@ -287,8 +294,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def get_unconditional(self, negative: str = "", count: int = 1) -> PromptConditioning:
         """Return `count` times the plain text that guidance leads away from, every concept switched off."""
-        encoder = self.cond_stage_model
-        slots = PromptReader(encoder.tokenizer, {}, self.num_stages, encoder.max_length).read([negative] * count)
+        slots = self.prompt_reader(plain=True).read([negative] * count)
         plain = SlotEncoder(self.encode_slots, NOTHING_LEARNED)
         return PromptConditioning(slots, plain, self.num_timesteps, self.device)
 
@@ -299,8 +305,7 @@ class LatentDiffusion(pl.LightningModule):
             learned: None is what is learned or loaded now.
             plain: how many tokens at the beginning are no learned ones in any row.
         """
-        if learned is None:
-            learned = NOTHING_LEARNED if self.embedding_manager is None else self.embedding_manager.learned_now()
+        learned = self.learned_now() if learned is None else learned
         vectors = learned.vectors(t)
         return self.cond_stage_model.encode(slots, vectors, learned.prefix, learned.logit_bias, plain)
 
@@ -434,8 +439,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def _prompts_to_learn(self, captions: tuple[str, ...]) -> PromptConditioning:
         """Return the prompts of a step, read anew only where they differ from those of the step before."""
-        manager = self.embedding_manager
-        learned = NOTHING_LEARNED if manager is None else manager.learned_now()
+        manager, learned = self.embedding_manager, self.learned_now()
         key = captions, None if manager is None else manager.rows(), learned.tokens, learned.prefixes
         if self._prompts is None or self._prompts[0] != key or self._prompts[1].slots.device != self.device:
             self._prompts = key, self.get_learned_conditioning(captions)
@@ -443,12 +447,10 @@ class LatentDiffusion(pl.LightningModule):
 
     def _from_below(self, captions: tuple[str, ...]) -> Context | None:
         """Return the context of captions by the layers with a prefix alone; None where something else is learned."""
-        manager = self.embedding_manager
-        learned = NOTHING_LEARNED if manager is None else manager.learned_now()
+        learned = self.learned_now()
         if not self.options.cache_text or not learned.prefixes or learned.tokens:
             return None
-        layer, encoder = min(learned.prefix), self.cond_stage_model
-        reader = PromptReader(encoder.tokenizer, {}, 1, encoder.max_length)
+        layer, encoder, reader = min(learned.prefix), self.cond_stage_model, self.prompt_reader(plain=True)
         for key in {(caption, layer) for caption in captions} - self._read_below.keys():
             slots = reader.read([key[0]])[0].to(self.device)  # alone: its last digits do not depend on other captions
             self._read_below[key] = encoder.read_below(slots, layer)[0]

@@ -50,7 +50,7 @@ def plms(
 
 
 class PLMSSampler(Sampler):
-    """LDM's door to `plms`; deterministic, so eta must be 0."""
+    """LDM's sampler class, over `plms`."""
 
     name, deterministic = "PLMS", True
 

@@ -193,10 +193,8 @@ class Sampler(ABC):
             raise ValueError(f"Timesteps are spaced {', '.join(SPACINGS)} (uniform) here, not '{ddim_discretize}'.")
         if self.deterministic and ddim_eta != 0:
             raise ValueError(f"{self.name} is deterministic: ddim_eta must be 0, not {ddim_eta}; use DDIM for eta > 0.")
-        if not ddim_eta >= 0:
-            raise ValueError(f"ddim_eta must not be negative, but is {ddim_eta}.")
-        if ddim_eta > 1:  # a step would have to add more noise than is left after it
-            raise ValueError(f"ddim_eta must be at most 1 (as random as DDPM), not {ddim_eta}.")
+        if not 0 <= ddim_eta <= 1:  # above 1 a step would have to add more noise than is left after it
+            raise ValueError(f"ddim_eta must be in 0..1 (1 is as random as DDPM), not {ddim_eta}.")
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, spacing)
         alphas, alphas_prev, sigmas = ddim_parameters(self.model.host_alphas_cumprod, self.ddim_timesteps, ddim_eta)
         self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas = alphas, alphas_prev, sigmas
