@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,7 +16,7 @@ from evaluation.images import Sampling, check
 from evaluation.jobs import Result, Workers, run_jobs
 from evaluation.world.attributes import FACTORS, words_of
 from ldm.conditioning.presets import PRESET_STAGES
-from ldm.config import read_yaml
+from ldm.yaml_files import read_yaml
 
 EXAMPLE = "configs/evidence/ablation.yaml is an example"
 INITIAL_WORDS = "model.params.personalization_config.params.initializer_words"
@@ -24,6 +24,18 @@ PRESETS = "presets"  # where a concept's `*` stands: in the windows of the prese
 Windows = Mapping[str, Sequence[int]]  # preset -> stages
 ELSEWHERE: dict[str, Windows] = {"all stages": dict.fromkeys(TRANSFERS, range(10)), "the paper's stages": PRESET_STAGES}
 Results = dict[tuple[str, int], Result]  # (variant, number of the subject) -> result
+Settings = TypeVar("Settings")
+
+
+def read_settings(kind: type[Settings], path: Path, example: str) -> Settings:
+    """Return a dataclass that a YAML file fills; raises `ValueError` for what is missing, unknown or out of range."""
+    text = read_yaml(path, "the command", "file of settings", example)
+    try:
+        content = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(text))
+        values: Any = OmegaConf.to_container(content, throw_on_missing=True)
+        return kind(**values)
+    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{path}': {str(error).partition(chr(10))[0].rstrip('.')}; {example}.") from error
 
 
 @dataclass
@@ -58,19 +70,13 @@ class Ablation:
 
     def _check_names(self, names: Sequence[str]) -> None:
         if unknown := [name for name in names if name not in self.variants]:
-            raise ValueError(f"there are no variants {', '.join(unknown)}; there are {', '.join(self.variants)}")
+            raise ValueError(f"There are no variants {', '.join(unknown)}; there are {', '.join(self.variants)}.")
 
     @classmethod
     def read(cls, path: Path, only: Sequence[str] | None = None, limit: int | None = None) -> Ablation:
         """Read a YAML file, `only` these variants and at most `limit` concepts; raises `ValueError`."""
-        text = read_yaml(path, "the command", "file of variants", EXAMPLE)
-        try:
-            content = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(text))
-            values: Any = OmegaConf.to_container(content, throw_on_missing=True)
-            ablation = cls(**values)
-            ablation._check_names(only or ())
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise ValueError(f"'{path}': {str(error).partition(chr(10))[0]}; {EXAMPLE}.") from error
+        ablation = read_settings(cls, path, EXAMPLE)
+        ablation._check_names(only or ())
         ablation.concepts = min(ablation.concepts, limit or ablation.concepts)
         ablation.variants = {name: x for name, x in ablation.variants.items() if only is None or name in only}
         return ablation

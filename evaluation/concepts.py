@@ -1,4 +1,4 @@
-"""What a learned concept is worth: does it regenerate its image, and does it transfer one attribute without the rest?
+"""Score learned concepts: do they regenerate their image, and do they transfer one attribute without the rest?
 
 Counted on the rendered world, where image and text have known attributes that differ in every factor.
 
@@ -109,7 +109,7 @@ def learn_concept(config: str, ckpt: str, subject: Subject, overrides: Mapping[s
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a preset should take from the learned image, and the prompt that names what it should not."""
+    """The attribute that a preset should take from the learned image, and a prompt that names the others."""
 
     prompt: str  # with {words of the text's factors}, and `*` for the concept
     wanted: str  # the factor that should be the image's

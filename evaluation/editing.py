@@ -38,7 +38,7 @@ LOOSE = {"tau_v": 0.2, "tau_c": 0.4, "tau_s": 0.2, "tau_u": 0.0}
 
 @dataclass(frozen=True)
 class EditStudy:
-    """What is edited, and how.
+    """A study of edits: the images, and the settings of every method.
 
     Args:
         count: N. seed: of the images.

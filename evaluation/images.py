@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled, as in `ldm.request.Request`; a sequence of scales has one for each stage."""
+    """Settings of sampling, as in `ldm.request.Request`; a sequence of scales has one for each stage."""
 
     steps: int = 50
     scale: float | Sequence[float] = 2.5

@@ -120,7 +120,7 @@ def draw(
 
 @dataclass
 class Spectrum:
-    """What `run` found of each experiment: scores toward its first pole, and the first images of each condition."""
+    """Results of `run`, for each experiment: scores toward its first pole, and the first images of each condition."""
 
     scores: dict[str, Scores]
     examples: dict[str, Mapping[str, np.ndarray]]  # condition -> uint8 (up to EXAMPLES, R, R, 3)

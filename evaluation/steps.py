@@ -1,4 +1,4 @@
-"""What a sampling step is worth: samplers and guidance scales compared on the same captions, concepts and seeds.
+"""Quality for time: samplers and guidance scales compared on the same captions, concepts and seeds.
 
 Shapes: N images, F factors.
 """
@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from evaluation.ablation import PRESETS, Ablation, Results, Windows
+from evaluation.ablation import PRESETS, Ablation, Results, Windows, read_settings
 from evaluation.captions import follow_captions
 from evaluation.comparison import Summary, difference, share, summary, table
 from evaluation.concepts import TRANSFERS, measure_transfer
 from evaluation.images import Sampling, check
 from evaluation.jobs import Result, Workers, run_jobs
 from evaluation.plots import plot_steps
-from ldm.config import read_yaml
 from ldm.files.writing import replace_text
 from ldm.request import read_scale
 
@@ -46,19 +43,15 @@ class Steps:
     default: str  # FAMILY, STEPS
     families: dict[str, dict[str, Any]]  # {name: {steps: [numbers], sampler, spacing, scale}}
 
+    def __post_init__(self) -> None:
+        for sampling in self.settings.values():
+            sampling.request()
+        if self.default not in self.settings:
+            raise ValueError(f"the default '{self.default}' is none of {', '.join(self.settings)}")
+
     @classmethod
     def read(cls, path: Path) -> Steps:
-        text = read_yaml(path, "the command", "file of samplers", EXAMPLE)
-        try:
-            content = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(text))
-            values: Any = OmegaConf.to_container(content, throw_on_missing=True)
-            steps = cls(**values)
-            for sampling in steps.settings.values():
-                sampling.request()
-            steps.settings[steps.default]
-        except (OmegaConfBaseException, TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"'{path}': {str(error).partition(chr(10))[0]}; {EXAMPLE}.") from error
-        return steps
+        return read_settings(cls, path, EXAMPLE)
 
     @property
     def settings(self) -> dict[str, Sampling]:

@@ -1,4 +1,4 @@
-"""Load, merge and check YAML configurations, and build the objects they name."""
+"""Load, merge and check configurations, and build the objects they name."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import difflib
 import importlib
 import inspect
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml.error import MarkedYAMLError
-from yaml.reader import ReaderError
+
+from ldm.yaml_files import MISMATCHES, ConfigError, in_one_sentence, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -47,130 +43,16 @@ SECTIONS = (
     *("lightning.trainer", "lightning.callbacks", "lightning.logger", "lightning.logger.params"),
     *("lightning.modelcheckpoint", "lightning.modelcheckpoint.params"),
 )
-# What constructors do with values of a wrong type or size, beside the ValueErrors that they raise themselves.
-MISMATCHES = (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-MAX_NODES = 100_000  # of a YAML file whose aliases are written out
 
 _PLAIN_INTERPOLATION = re.compile(r"\$\{[^{}:$]*\}")
 _ESCAPED = re.compile(r"(?<!\\)(?:\\\\)*\\\$\{")
-_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\x00-\x1f\x85\xa0\u2028\u2029]")
-_MERGE = "tag:yaml.org,2002:merge"  # the key `<<`
-_BACKSLASH = "in double quotes a backslash begins an escape: put paths in single quotes, or write /"
 
 _allowed: set[str] = set()
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says which key and what to do."""
 
 
 def allow_targets(*packages: str) -> None:
     """Let the configurations of this process name classes of `packages` too, as in `allow_targets("my_package")`."""
     _allowed.update(packages)
-
-
-def read_yaml(path: str | Path, flag: str, what: str = "configuration file", hint: str = "correct that place") -> str:
-    """Return the text of a YAML file that is safe to parse; `flag` is where the path came from.
-
-    Raises:
-        ConfigError: there is no such file, it is not YAML, a key is there twice, or its aliases or its depth would
-            fill the memory. The message names the line and the column.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        problem = f"'{path}' is a folder and no {what}" if path.is_dir() else f"There is no {what} '{path}'"
-        raise ConfigError(f"{problem}; check the path given with {flag}.")
-    try:
-        text = path.read_bytes().decode("utf-8")
-        _check_yaml(text)
-    except RecursionError as error:
-        raise ConfigError(f"'{path}' is nested too deeply; write it with fewer levels.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not a readable YAML file ({_yaml_problem(error)}); {hint}.") from error
-    except ConfigError as error:
-        raise ConfigError(f"'{path}' {error}") from error
-    return text
-
-
-def read_yaml_content(path: str | Path, flag: str, what: str, hint: str = "correct that place") -> object:
-    """Return the content of a YAML file as plain Python values; see `read_yaml`."""
-    return yaml.safe_load(read_yaml(path, flag, what, hint))
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses text that loaders read as something else than it says."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE):
-            if key.value in seen:
-                raise MarkedYAMLError(problem=f"the key '{key.value}' is there twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return node
-
-    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        node = super().compose_scalar_node(anchor)
-        if node.style == '"' and _WINDOWS_PATH.match(node.value):
-            raise MarkedYAMLError(problem=_BACKSLASH, problem_mark=node.start_mark)
-        try:
-            if node.tag != _MERGE:
-                yaml.SafeLoader("").construct_object(node)
-        except (ValueError, *MISMATCHES) as error:
-            problem = f"'{node.value:.40}' is no value of the type {node.tag.rpartition(':')[2]}"
-            raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
-        return node
-
-
-def _check_yaml(text: str) -> None:
-    """Raise `YAMLError` for text that no loader reads, or reads as something else than it says."""
-    root = yaml.compose(text, _Loader)
-    if root is None:
-        return
-    if _count_nodes(root, {}) > MAX_NODES:
-        raise ConfigError(f"has aliases that stand for more than {MAX_NODES} entries; write it without them.")
-    yaml.SafeLoader("").construct_document(root)
-
-
-@contextmanager
-def _in_one_sentence(what: str) -> Iterator[None]:
-    """Turn any error of YAML or OmegaConf into a `ConfigError` that begins with `what`."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, OmegaConfBaseException, AssertionError, ValueError, *MISMATCHES) as error:
-        raise ConfigError(f"{what} ({_yaml_problem(error)}).") from error
-
-
-def _yaml_problem(error: Exception) -> str:
-    """Return the place and the reason of an error, in one line."""
-    if isinstance(error, UnicodeDecodeError):
-        line = error.object[: error.start].count(b"\n") + 1
-        return f"line {line} is not UTF-8 text"
-    if isinstance(error, ReaderError):
-        return f"character {error.position + 1} is #x{error.character:04x}, which YAML does not allow"
-    if not isinstance(error, MarkedYAMLError) or error.problem is None:
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    problem = " ".join(error.problem.split())
-    if "escape" in problem:
-        problem += f"; {_BACKSLASH}" if problem != _BACKSLASH else ""
-    elif "'\\t'" in problem:
-        problem += "; indent with spaces"
-    mark = error.problem_mark or error.context_mark
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
-
-
-def _count_nodes(node: yaml.Node | None, counts: dict[int, float]) -> float:
-    """Count the entries of a YAML tree with its aliases written out; infinite for one that contains itself."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in counts:
-        counts[id(node)] = math.inf  # until it is known
-        pairs = isinstance(node, yaml.MappingNode)
-        children = [child for pair in node.value for child in pair] if pairs else node.value
-        counts[id(node)] = 1 + sum(_count_nodes(child, counts) for child in children)
-    return counts[id(node)]
 
 
 def load_config(
@@ -202,7 +84,7 @@ def merge(first: DictConfig | dict[str, Any], second: DictConfig) -> DictConfig:
     Raises:
         ConfigError: one has a list or a section where the other has something else.
     """
-    with _in_one_sentence("The configuration cannot be merged"):
+    with in_one_sentence("The configuration cannot be merged"):
         merged = OmegaConf.merge(first, second)
         assert isinstance(merged, DictConfig)
         return merged
@@ -210,7 +92,7 @@ def merge(first: DictConfig | dict[str, Any], second: DictConfig) -> DictConfig:
 
 def _parse_file(path: str | Path, flag: str) -> DictConfig:
     text = read_yaml(path, flag)
-    with _in_one_sentence(f"'{path}' is not a readable YAML file"):
+    with in_one_sentence(f"'{path}' is not a readable YAML file"):
         config = OmegaConf.create(text) if text.strip() else OmegaConf.create()
     if not isinstance(config, DictConfig):
         raise ConfigError(f"'{path}' must hold a YAML mapping with the sections {', '.join(TOP_LEVEL_KEYS)}.")
@@ -230,7 +112,7 @@ def _find_beside(config: DictConfig, folder: Path) -> None:
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     parsed = OmegaConf.create()
     for text in overrides:
-        with _in_one_sentence(f"{text!r:.80} cannot be read as key=value"):
+        with in_one_sentence(f"{text!r:.80} cannot be read as key=value"):
             parsed.merge_with_dotlist([text])
     return parsed
 
@@ -283,7 +165,7 @@ def as_config(config: Mapping[str, Any] | DictConfig) -> DictConfig:
     """
     if not isinstance(config, Mapping | DictConfig):
         raise ConfigError(f"A configuration must be a mapping, not {config!r:.80}.")
-    with _in_one_sentence("The configuration cannot be used"):
+    with in_one_sentence("The configuration cannot be used"):
         copy = OmegaConf.create(OmegaConf.to_container(config) if OmegaConf.is_config(config) else dict(config))
         assert isinstance(copy, DictConfig)
         return copy
@@ -297,7 +179,7 @@ def resolved(section: Mapping[str, Any] | DictConfig, what: str) -> dict[str, An
     """
     if not isinstance(section, DictConfig):
         return dict(section)
-    with _in_one_sentence(f"{what} cannot be filled in"):
+    with in_one_sentence(f"{what} cannot be filled in"):
         values = OmegaConf.to_container(section, resolve=True)
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 

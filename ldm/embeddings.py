@@ -68,7 +68,7 @@ Source = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True, eq=False, init=False)
 class Concept:
-    """What one method learned from a few images.
+    """The tensors that one method learned from a few images.
 
     Args:
         tensors: by name, finite; floating ones are kept as float32 copies without gradient. A single tensor (S, D)

@@ -236,7 +236,7 @@ def generate_image(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all batches of a request share.
+    """State that all batches of a request share.
 
     Args:
         cond, uncond: the prompt, and what guidance leads away from (None: no guidance).

@@ -57,7 +57,7 @@ _LETTER = r"[^\W\u0e00-\U0010ffff]"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a request is checked against; by default Stable Diffusion v1's.
+    """Facts of a model that a request is checked against; by default Stable Diffusion v1's.
 
     Args:
         num_stages: S, entries of `prospect_words`.

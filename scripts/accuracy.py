@@ -1,4 +1,4 @@
-"""How often the small model draws what its captions say, on combinations that training never showed.
+"""Count how often the small model draws what its captions say, on combinations that training never showed.
 
     python scripts/accuracy.py                                 # the model that ships
     python scripts/accuracy.py --ckpt logs/model.safetensors --count 100

@@ -32,15 +32,15 @@ def main() -> None:
         from ldm.embeddings import load_concept, save_new_concept
 
         first, second = load_concept(options.first), load_concept(options.second)
-        weight, said = options.weight, f"{1 - options.weight:g} {options.first.name} + {options.weight:g} "
+        weight, mixed_of = options.weight, f"{1 - options.weight:g} {options.first.name} + {options.weight:g} "
         if options.stages is not None:
             taken, count = set(chain(*options.stages)), max(first.num_stages, second.num_stages)
             if max(taken) >= count:
                 raise ValueError(f"--stages names {max(taken)}, but the concepts have the stages 0..{count - 1}.")
-            weight, said = [float(stage in taken) for stage in range(count)], f"{options.first.name}; of stages "
-            said += f"{', '.join(map(str, sorted(taken)))} "
+            weight, mixed_of = [float(stage in taken) for stage in range(count)], f"{options.first.name}; of stages "
+            mixed_of += f"{', '.join(map(str, sorted(taken)))} "
         mixed = first.lerp(second, weight, options.any_base)
-        mixed.metadata["mixed"] = f"{said}{options.second.name}"
+        mixed.metadata["mixed"] = f"{mixed_of}{options.second.name}"
         save_new_concept(mixed, options.out, force=options.force, inputs=[options.first, options.second])
     say(f"{options.out}: {mixed.num_stages} stages of width {mixed.width}")
 

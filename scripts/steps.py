@@ -1,4 +1,4 @@
-"""What a sampling step is worth: samplers, numbers of steps and guidance by stage, counted on known attributes.
+"""Compare quality and time of samplers, numbers of steps and guidance by stage, counted on known attributes.
 
     python scripts/steps.py configs/evidence/steps.yaml --outdir outputs/steps
 

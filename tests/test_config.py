@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.config import ConfigError, allow_targets, as_config, get_class, instantiate_from_config, load_config, read_yaml
+from ldm.config import ConfigError, allow_targets, as_config, get_class, instantiate_from_config, load_config
 from ldm.util import instantiate_from_config as from_util
 from ldm.util import pick_device, to_device
+from ldm.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 ATTENTION = "ldm.modules.attention.CrossAttention"

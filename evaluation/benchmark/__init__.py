@@ -1,1 +1,1 @@
-"""What `scripts/benchmark.py` does: the same work in several ways, compared first, then timed in turns."""
+"""Benchmarks of `scripts/benchmark.py`: the same work in several ways, compared first, then timed in turns."""

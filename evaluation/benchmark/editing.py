@@ -21,7 +21,7 @@ from evaluation.benchmark.models import build_model
 from evaluation.benchmark.report import make_row, table
 from ldm.conditioning.context import Context
 from ldm.editing.control import MapStore
-from ldm.editing.edit import Plan, Prompts, Told, denoise_pair, plan_edit
+from ldm.editing.edit import Branches, Plan, Prompts, denoise_pair, plan_edit
 from ldm.editing.inversion import Step, Sweep, Trajectory, move, predict, record, step_of
 from ldm.editing.request import Edit, InversionOptions
 from ldm.methods.stylediffusion import LearnedValues, StyleDiffusion, inner_iterations
@@ -163,8 +163,8 @@ class Bench:
         with torch.no_grad():
             values = torch.stack([learner.values(i) for i in range(STEPS)])
         change = LearnedValues(values, tuple(timesteps))
-        told = Told(*(self.prompts[text] for text in (PROMPT, TARGET, ""))).changed(change, range(STEPS))
-        return denoise_pair(self.model, self.way.path[-1], told, plan, timesteps, SCALE, progress=False)
+        branches = Branches(*(self.prompts[text] for text in (PROMPT, TARGET, ""))).changed(change, range(STEPS))
+        return denoise_pair(self.model, self.way.path[-1], branches, plan, timesteps, SCALE, progress=False)
 
     @torch.no_grad()
     def edit_as_reference(self) -> Tensor:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from evaluation.benchmark.models import CONFIGS, ROOT, set_tokenizer
 from ldm.config import instantiate_from_config, load_config
-from ldm.editing.edit import Prompts, Told, denoise_pair, plan_edit
+from ldm.editing.edit import Branches, Prompts, denoise_pair, plan_edit
 from ldm.editing.inversion import Sweep, record, step_of
 from ldm.editing.request import Edit, InversionOptions
 from ldm.methods.stylediffusion import FEATURE_TOKENS, StyleDiffusion
@@ -156,8 +156,8 @@ def editing_peak(model: LatentDiffusion, side: int = 64) -> int:
     with FusedAttention(), PeakMemory(model) as memory:
         x = torch.empty(1, model.channels, side, side, device="meta")
         plan = plan_edit(model, Prompts(model.prompt_reader(), "a thing", None, edit), timesteps, x)
-        told = Told(*(model.get_unconditional(text) for text in ("a thing", "a thing", "")))
-        model.decode_first_stage(denoise_pair(model, x, told, plan, timesteps, 7.5, progress=False))
+        branches = Branches(*(model.get_unconditional(text) for text in ("a thing", "a thing", "")))
+        model.decode_first_stage(denoise_pair(model, x, branches, plan, timesteps, 7.5, progress=False))
     return memory.peak
 
 

@@ -1,4 +1,4 @@
-"""How cost grows: training steps, images and text passes over stages, steps, batch, pixels and concepts."""
+"""Scaling of cost: training steps, images and text passes over stages, steps, batch, pixels and concepts."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ SMALL, SMALL_MODEL = "models/demo/clip.safetensors", "models/demo/model.safetens
 
 @dataclass(frozen=True)
 class Backbone:
-    """What images and texts are compared by; features need not be of length 1.
+    """A network that images and texts are compared by; features need not be of length 1.
 
     Args:
         name, preprocessing: for the report: without them a score means nothing.

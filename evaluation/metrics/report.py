@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What is scored together: a prompt's images and its references.
+    """Images that are scored together: a prompt's images and its references.
 
     Args:
         concept, prompt: for the report.
@@ -72,16 +72,16 @@ def score(backbone: Backbone, case: Case, background: str = "black") -> list[Row
         references = {f"reference {name}": image for name, image in case.references.items()}
         generated = {f"generated {name}": image for name, image in case.generated.items()}
         found["masked_"] = masked_alignment(backbone, references, generated, case.masks, case.text, background)
-    said = (case.concept, case.prompt, case.text)
+    names = (case.concept, case.prompt, case.text)
     settings = (backbone.name, f"{backbone.preprocessing}, background {background}")
     rows = []
     for kind, values in found.items():
         means = {name: float(x.double().mean()) for name, x in values.items()}
         for name, x in values.items():
             spread = float(x.double().std(correction=0))
-            rows.append(Row(*said, f"{kind}{name}", means[name], spread, x.numel(), *settings))
+            rows.append(Row(*names, f"{kind}{name}", means[name], spread, x.numel(), *settings))
         overall = _number(geometric_mean(means["text"], means["image"]))
-        rows.append(Row(*said, f"{kind}geometric_mean", overall, None, len(case.generated), *settings))
+        rows.append(Row(*names, f"{kind}geometric_mean", overall, None, len(case.generated), *settings))
     return rows
 
 

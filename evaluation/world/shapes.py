@@ -1,4 +1,4 @@
-"""What the words of the rendered world look like: places, sizes, outlines (signed distances), textures and colours.
+"""Draw the words of the rendered world: places, sizes, outlines (signed distances), textures and colours.
 
 Every outline and texture takes x and y, two tensors of one shape (N, H, W), in the object's own coordinates:
 x to the right, y upwards, the object inside about [-1, 1] x [-1, 1]. Distances are in the same units. An

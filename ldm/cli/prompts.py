@@ -87,7 +87,7 @@ def read_prompts(file: str | Path, names: Sequence[str], num_stages: int) -> lis
     if Path(file).suffix.lower() not in (".yaml", ".yml"):
         entries: object = _lines(Path(file).expanduser())
     else:
-        from ldm.config import read_yaml_content
+        from ldm.yaml_files import read_yaml_content
 
         content = read_yaml_content(file, "--prompts", "file", "a text that begins with * needs quotes")
         entries = [content] if isinstance(content, dict) else content

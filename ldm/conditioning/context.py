@@ -1,4 +1,4 @@
-"""What the U-Net is told: a prompt as a function of the timestep.
+"""Conditioning of the U-Net: a prompt as a function of the timestep.
 
 A prompt is never "a tensor" here. It is a `Conditioning`; `at(t)` gives the `Context` that one U-Net call reads.
 Timesteps with the same `bucket` share one context: a plain prompt has one bucket, ProSpect has S.

@@ -1,4 +1,4 @@
-"""What can stand in a prompt beside text: learned tokens, learned prefixes, and changes of the finished context.
+"""Interfaces of the learned parts of a prompt: learned tokens, learned prefixes, and changes of the finished context.
 
 A method of personalisation is one of these (docs/extending.md). The frozen model knows no method; it asks for the
 vectors of a timestep, and methods whose answers change at other places of time say so by their `bucket`.
@@ -100,7 +100,7 @@ class Learned:
 
     @property
     def changes_with_time(self) -> bool:
-        """Whether the table of vectors changes with the timestep; ProSpect's holds those of all stages."""
+        """True where the table of vectors changes with the timestep; ProSpect's holds those of all stages."""
         return any(tokens.bucket(0) != tokens.bucket(999) for tokens in self.tokens)
 
     @property

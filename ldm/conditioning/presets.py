@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm.conditioning.stages import matching_stage
-from ldm.config import read_yaml_content
 from ldm.request import PLACEHOLDER, PRESETS, mentions, placeholder_pattern
+from ldm.yaml_files import read_yaml_content
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Which stage of denoising a timestep belongs to: the one rule that everything calls.
+"""The stage rule: which stage of denoising a timestep belongs to. Everything calls this one.
 
 Timesteps 0 … T-1 are cut into S equal parts. Stage 0 is the end of sampling (low noise, fine detail), stage S-1 its
 start (high noise, layout).

@@ -120,12 +120,12 @@ class PersonalizedBase(Dataset):
 
     @property
     def flips(self) -> bool:
-        """Whether samples may be mirrored."""
+        """True where samples may be mirrored."""
         return self.flip_p > 0
 
     @property
     def in_memory(self) -> bool:
-        """Whether all images have been read, so that worker processes would not help."""
+        """True where all images have been read, so that worker processes would not help."""
         return self.num_images <= READ_AHEAD
 
     def image(self, i: int, flipped: bool = False) -> Tensor:

@@ -54,7 +54,7 @@ def running(dataset: SizedDataset) -> SizedDataset:
 def image_sides(
     dataset: SizedDataset, image_key: str = "image", caption_key: str = "caption"
 ) -> tuple[int, int] | None:
-    """Return height and width of the images, as the data set says or its first sample shows; None: not said.
+    """Return height and width of the images, as the data set says or its first sample shows; None: unknown.
 
     Raises:
         ValueError: the first sample has no image and caption to learn from.

@@ -1,4 +1,4 @@
-"""Which tokens of two prompts belong together: host-side, exact (Hertz et al. 2022, with the reference's code checked).
+"""Alignment of the tokens of two prompts: host-side, exact (Hertz et al. 2022, with the reference's code checked).
 
 Everything here is made of words and token numbers; no tokenizer is asked. Shapes: L tokens of a context (77), N steps.
 `compat` repeats what StyleDiffusion's code, taken over from Prompt-to-Prompt, does where it differs from what is right.

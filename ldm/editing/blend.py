@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass
 class LocalBlend:
-    """Where an edit may change the image: at the places of some words, summed up over all steps so far.
+    """The mask of an edit, which may change the image at the places of some words, summed up over all steps so far.
 
     Args:
         tokens: for each of N steps, 1 at the tokens of the words whose places may change, (B, L).

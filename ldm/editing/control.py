@@ -40,7 +40,7 @@ def reweight(edit: CrossEdit, factors: Tensor) -> CrossEdit:
 
 @dataclass(frozen=True)
 class Rules:
-    """What happens to the attention of the last row, the target, given the one before it, the source.
+    """Rules that change the attention of the last row, the target, given the one before it, the source.
 
     Args:
         cross: of the conditional branch's cross-attention.

@@ -91,7 +91,7 @@ def rules_for(edit: Edit, source: PromptTokens, target: PromptTokens, steps: int
 
 
 class Plan(NamedTuple):
-    """What an edit does, step by step."""
+    """The hook and the local blend of an edit."""
 
     control: AttentionControl
     blend: LocalBlend | None
@@ -128,14 +128,14 @@ def _places(words: Pair, tokens: Mapping[int, tuple[PromptTokens, PromptTokens]]
 # --- denoising -------------------------------------------------------------------------------------------------
 
 
-class Told(NamedTuple):
-    """What the rows are told: source and edit, and what guidance leads both away from."""
+class Branches(NamedTuple):
+    """The prompts of source and edit, and the unconditional one that guidance leads both away from."""
 
     source: Conditioning
     target: Conditioning
     uncond: Conditioning
 
-    def changed(self, change: StepChange | None, value_steps: range = range(0)) -> Told:
+    def changed(self, change: StepChange | None, value_steps: range = range(0)) -> Branches:
         """Return the same with what was learned of an image.
 
         Args:
@@ -148,14 +148,14 @@ class Told(NamedTuple):
         source, target = Modulated(self.source, change), self.target
         if change.branch == "values":
             target = Modulated(target, change, change.timesteps[value_steps.start : value_steps.stop])
-        return Told(source, target, self.uncond)
+        return Branches(source, target, self.uncond)
 
 
 @torch.no_grad()
 def denoise_pair(
     model: LatentDiffusion,
     x_T: Tensor,
-    told: Told,
+    branches: Branches,
     plan: Plan,
     timesteps: Sequence[int],
     guidance_scale: float,
@@ -168,8 +168,8 @@ def denoise_pair(
         timesteps: decreasing.
         report: called after each step with its number and the latents.
     """
-    encode_together(told.source, told.target, told.uncond)
-    cond, uncond = Rows([told.source, told.target]), Rows([told.uncond, told.uncond])
+    encode_together(branches.source, branches.target, branches.uncond)
+    cond, uncond = Rows([branches.source, branches.target]), Rows([branches.uncond, branches.uncond])
     denoise = guided(model, cond, uncond, guidance_scale, plan.control)
     watch, store = FirstBad(), plan.control.store
     increasing = np.asarray(timesteps)[::-1]
@@ -229,10 +229,10 @@ def edit_generated(
     x_T = draw_noise(seeded_generators([seed]), shape, model.device)
     timesteps = inversion_timesteps(steps, model.num_timesteps)[::-1].tolist()
     plan = plan_edit(model, Prompts(model.prompt_reader(), prompt, words, edit), timesteps, x_T)
-    told = Told(
+    branches = Branches(
         model.get_learned_conditioning([prompt], words),
         model.get_learned_conditioning([edit.target], edit.prospect_words),
         model.get_unconditional(),
     )
     scale = facts.scale if guidance_scale is None else guidance_scale
-    return decoded(model, denoise_pair(model, x_T, told, plan, timesteps, scale, progress))
+    return decoded(model, denoise_pair(model, x_T, branches, plan, timesteps, scale, progress))

@@ -213,7 +213,7 @@ class Sweep:
 
 
 class Progress(NamedTuple):
-    """How far a sweep is: finished (epoch, step), latents behind it."""
+    """The progress of a sweep: finished (epoch, step), latents behind it."""
 
     epoch: int
     step: int

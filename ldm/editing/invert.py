@@ -21,7 +21,7 @@ from ldm.conditioning.context import Context
 from ldm.conditioning.encoding import encode_together
 from ldm.conditioning.prompts import check_prompt
 from ldm.editing.alignment import value_steps
-from ldm.editing.edit import Edited, Prompts, Told, decoded, denoise_pair, plan_edit, read_tokens
+from ldm.editing.edit import Branches, Edited, Prompts, decoded, denoise_pair, plan_edit, read_tokens
 from ldm.editing.image import clip_features, image_latents, patch_features, psnr
 from ldm.editing.inversion import (
     Progress,
@@ -134,8 +134,8 @@ def make_learner(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             learner: Learner = StyleDiffusion(options.steps, features, encoder.max_length, value_mode)
-        said = {FEATURES: name, "inversion.value_mode": value_mode, "inversion.seed": str(seed)}
-        return learner.to(model.device), said
+        described = {FEATURES: name, "inversion.value_mode": value_mode, "inversion.seed": str(seed)}
+        return learner.to(model.device), described
     if method == "null-text" and options.guidance_scale == 1:
         raise ValueError("null-text learns what guidance leads away from; give a guidance_scale other than 1.")
     cond, uncond = subject.contexts()
@@ -171,9 +171,9 @@ def invert_image(
     if model.model.diffusion_model.dtype != torch.float32:
         raise ValueError("An inversion does not converge in half precision; load the model with dtype float32.")
     subject = Subject(model, content, prompt, *size)
-    learner, said = make_learner(subject, method, options, **start)
-    said = describe(subject, learner, options) | said
-    resumed = None if unfinished is None else read_unfinished(Path(unfinished), learner, said, model.device)
+    learner, described = make_learner(subject, method, options, **start)
+    described = describe(subject, learner, options) | described
+    resumed = None if unfinished is None else read_unfinished(Path(unfinished), learner, described, model.device)
     maps = learner.reads_maps and options.attention_loss
     way = record(model, subject.z_0, subject.cond, options.steps, maps, options.half_maps)
     sweep = Sweep(model, way, learner, *subject.contexts(), options)
@@ -183,10 +183,10 @@ def invert_image(
             progress(state)
         if unfinished is not None:
             place = {"progress.epoch": str(state.epoch), "progress.step": str(state.step)}
-            save_state_dict(learner.state_dict() | {"z": state.z}, unfinished, said | place)
+            save_state_dict(learner.state_dict() | {"z": state.z}, unfinished, described | place)
 
     z = learn_path(sweep, resumed, finished=keep, progress=progress is True)
-    concept = to_concept(subject, learner, way, said, z)
+    concept = to_concept(subject, learner, way, described, z)
     if unfinished is not None:
         Path(unfinished).unlink(missing_ok=True)
     return concept
@@ -207,7 +207,7 @@ def describe(subject: Subject, learner: Learner, options: InversionOptions) -> d
     }
 
 
-def read_unfinished(path: Path, learner: Learner, said: dict[str, str], device: torch.device) -> Progress | None:
+def read_unfinished(path: Path, learner: Learner, described: dict[str, str], device: torch.device) -> Progress | None:
     """Take up what a file keeps of an inversion that was stopped; None where there is none.
 
     Raises:
@@ -216,7 +216,7 @@ def read_unfinished(path: Path, learner: Learner, said: dict[str, str], device: 
     if not path.exists():
         return None
     content, metadata, _ = read_file(path)
-    other = [key for key, value in said.items() if metadata.get(key) != value]
+    other = [key for key, value in described.items() if metadata.get(key) != value]
     if other or not isinstance(content, dict):
         names = ", ".join(key.removeprefix("inversion.") for key in other) or "content"
         raise ValueError(f"'{path}' keeps an unfinished inversion with another {names}; delete it to start anew.")
@@ -227,7 +227,7 @@ def read_unfinished(path: Path, learner: Learner, said: dict[str, str], device: 
 
 
 @torch.no_grad()
-def to_concept(subject: Subject, learner: Learner, way: Trajectory, said: dict[str, str], z: Tensor) -> Concept:
+def to_concept(subject: Subject, learner: Learner, way: Trajectory, described: dict[str, str], z: Tensor) -> Concept:
     """Return what was learned as a concept, and log how well it reconstructs the image."""
     values = torch.stack([learner.values(i) for i in range(len(way.timesteps))])
     pixels, decode = to_tensor(subject.image)[None].to(z.device), subject.model.decode_first_stage
@@ -238,9 +238,9 @@ def to_concept(subject: Subject, learner: Learner, way: Trajectory, said: dict[s
             "or a prompt that says more of what is seen, help.",
             *(rebuilt, own - rebuilt, own),
         )
-    said = said | {PSNR: f"{rebuilt:.2f}", AUTOENCODER: f"{own:.2f}"}
+    described = described | {PSNR: f"{rebuilt:.2f}", AUTOENCODER: f"{own:.2f}"}
     tensors = {learner.learned: values.cpu(), START: way.path[-1].cpu(), FIRST: subject.z_0.cpu()}
-    return Concept(tensors, said, learner.method)
+    return Concept(tensors, described, learner.method)
 
 
 def original(concept: Concept, content: Content) -> Image.Image:
@@ -310,9 +310,9 @@ def import_networks(
     learner = StyleDiffusion(len(networks), features, model.cond_stage_model.max_length)
     learner.networks = torch.nn.ModuleList(networks)
     learner.to(model.device)
-    said = describe(subject, learner, given) | {FEATURES: name, "inversion.value_mode": "affine"}
+    described = describe(subject, learner, given) | {FEATURES: name, "inversion.value_mode": "affine"}
     way = record(model, subject.z_0, subject.cond, given.steps)
-    return to_concept(subject, learner, way, said, follow(Sweep(model, way, learner, *subject.contexts(), given)))
+    return to_concept(subject, learner, way, described, follow(Sweep(model, way, learner, *subject.contexts(), given)))
 
 
 def check_belongs(
@@ -324,24 +324,24 @@ def check_belongs(
     any_base: bool = False,
 ) -> None:
     """Raise `ValueError` where a concept is for another image, prompt, number of steps, or base model."""
-    change, said = change_of(concept), concept.metadata
+    change, described = change_of(concept), concept.metadata
     if not any_base:
-        refuse_other_base(said, model.base_model, "The concept")
+        refuse_other_base(described, model.base_model, "The concept")
     _, length, width = change.values.shape
     encoder = model.cond_stage_model
     length = length // 2 if change.branch == "values" else length
     if (length, width) != (encoder.max_length, encoder.width) or concept.tensors[START].shape[1] != model.channels:
         raise ValueError(
             f"The concept has {length} tokens of width {width}, but this model's text encoder has {encoder.max_length} "
-            f"of {encoder.width}: it was learned for another base model, {describe_base(said)}."
+            f"of {encoder.width}: it was learned for another base model, {describe_base(described)}."
         )
-    if content is not None and (found := content_hash(open_content(content))) != said.get(IMAGE):
+    if content is not None and (found := content_hash(open_content(content))) != described.get(IMAGE):
         raise ValueError(
-            f"The concept is of another image ({said.get(IMAGE, 'unknown')}, not {found}); every image has to be "
+            f"The concept is of another image ({described.get(IMAGE, 'unknown')}, not {found}); every image has to be "
             "inverted by itself: scripts/invert.py IMAGE --prompt …"
         )
-    if prompt is not None and prompt != said.get(PROMPT):
-        raise ValueError(f"The concept was learned with the prompt '{said.get(PROMPT)}', not '{prompt}'.")
+    if prompt is not None and prompt != described.get(PROMPT):
+        raise ValueError(f"The concept was learned with the prompt '{described.get(PROMPT)}', not '{prompt}'.")
     if steps is not None and steps != len(change.timesteps):
         raise ValueError(f"The concept was learned with {len(change.timesteps)} steps, not {steps}; omit them.")
 
@@ -367,11 +367,11 @@ def edit_image(
     change, prompt = change_of(concept).to(model.device), concept.metadata[PROMPT]
     x_T = concept.tensors[START].to(model.device)
     plan = plan_edit(model, Prompts(model.prompt_reader(), prompt, None, edit), change.timesteps, x_T)
-    told = Told(
+    branches = Branches(
         model.get_unconditional(prompt),
         model.get_learned_conditioning([edit.target], edit.prospect_words),
         model.get_unconditional(),
     )
-    told = told.changed(change if learned else None, value_steps(len(change.timesteps), edit.tau_v))
+    branches = branches.changed(change if learned else None, value_steps(len(change.timesteps), edit.tau_v))
     scale = float(concept.metadata[SCALE])
-    return decoded(model, denoise_pair(model, x_T, told, plan, change.timesteps, scale, progress, report))
+    return decoded(model, denoise_pair(model, x_T, branches, plan, change.timesteps, scale, progress, report))

@@ -1,4 +1,4 @@
-"""Where a word is in an image: soft masks from attention, as NS-LPIPS uses them.
+"""The place of a word in an image: soft masks from attention, as NS-LPIPS uses them.
 
 Shapes: H W latents, f how much smaller maps are, L tokens, N steps.
 """

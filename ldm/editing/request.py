@@ -1,4 +1,4 @@
-"""What is asked for when an image is inverted and edited: dataclasses that check themselves.
+"""Requests to invert and to edit an image: dataclasses that check themselves.
 
 Neither PyTorch nor a model is needed here, so that mistakes answer at once.
 """
@@ -22,7 +22,7 @@ TAUS = ("tau_v", "tau_c", "tau_s", "tau_u")
 
 @dataclass(frozen=True)
 class InversionOptions:
-    """How an image is inverted.
+    """Settings of an inversion.
 
     Args:
         steps: denoising steps, N
@@ -54,7 +54,7 @@ class InversionOptions:
 
 @dataclass(frozen=True)
 class Edit:
-    """What is changed in an image.
+    """Settings of an edit.
 
     A tau is the share of steps, from the first one on, that something lasts, in 0..1; or the two ends of a part.
 

@@ -1,4 +1,4 @@
-"""Which base model a concept belongs to."""
+"""The base model that a concept belongs to: fingerprints and comparisons."""
 
 from __future__ import annotations
 

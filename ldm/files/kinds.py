@@ -1,4 +1,4 @@
-"""What a file is: told by its first bytes, or by the names of the tensors in it."""
+"""Recognise kinds of files by its first bytes, or by the names of the tensors in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an image was made, in the text chunks of its PNG file."""
+"""Parameters of an image in the text chunks of its PNG file."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class StandIn:
 
 
 class TensorFile(NamedTuple):
-    """What a file holds: nested dicts of tensors, plain data and stand-ins, and a safetensors file's metadata.
+    """The content of a file: nested dicts of tensors, plain data and stand-ins, and a safetensors file's metadata.
 
     The tensors of a `mapped` file are views of it: nothing is read before it is used.
     """

@@ -196,12 +196,12 @@ def _sync(path: Path) -> None:
 
 
 def is_unfinished(name: str) -> bool:
-    """Return whether a file or folder of this name is what this program had begun to write."""
+    """Return whether a file or folder of this name is unfinished output of this program."""
     return _PARTIAL.fullmatch(name) is not None
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete what a process that was killed had begun to write below `folder`; links are not followed."""
+    """Delete unfinished output of killed processes below `folder`; links are not followed."""
     if os.path.islink(folder):
         return
     for place, folders, files in os.walk(folder):

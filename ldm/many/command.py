@@ -69,7 +69,7 @@ def _learn(options: argparse.Namespace) -> int:
                 tqdm.write(printable(f"{learned.job.name}: {learned.error}"))
     except KeyboardInterrupt:
         done = sum(finished(out, job).is_file() for job in jobs)
-        raise KeyboardInterrupt(f"{done} of {len(jobs)} concepts are learned; the same command goes on") from None
+        raise KeyboardInterrupt(f"{done} of {len(jobs)} concepts are learned; the same command resumes") from None
     table = write_table(jobs, results, out)
     if not options.no_sheet:
         write_sheet([job for job in jobs if finished(out, job).is_file()], setting, out)

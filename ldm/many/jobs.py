@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all concepts are learned with: configurations, base model, further values as `key=value`."""
+    """Settings that all concepts share: configurations, base model, further values as `key=value`."""
 
     base: tuple[Path, ...]
     ckpt: Path
@@ -67,7 +67,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Learned:
-    """What came of a job: the file's content, or in `error` why there is none."""
+    """The result of a job: the file's content, or in `error` why there is none."""
 
     job: Job
     seconds: float
@@ -156,7 +156,7 @@ def unfinished(jobs: Sequence[Job], setting: Setting, out: Path) -> list[Job]:
     """Return the jobs that are still to be done, and note what each is.
 
     Raises:
-        Changed: a concept that was learned, or begun, had other images or settings.
+        Changed: a concept that was learned, or started, had other images or settings.
         ValueError: a folder without an image.
     """
     asked = {}
@@ -168,7 +168,7 @@ def unfinished(jobs: Sequence[Job], setting: Setting, out: Path) -> list[Job]:
         note = noted(out, job)
         if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != asked[job.name]:
             raise Changed(
-                f"'{job.name}' was begun in '{out}' with other images or settings; use another --out, or remove "
+                f"'{job.name}' was started in '{out}' with other images or settings; use another --out, or remove "
                 f"'{note.with_suffix('')}*' and '{finished(out, job)}'."
             )
     (out / "runs").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What can be learned: one file for each method, and one line here.
+"""Methods of personalisation: one file for each, and one line here.
 
 A method of another package is named by its class, as in `my_package.MyMethod`, where `--allow_targets` allows it.
 """

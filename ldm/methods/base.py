@@ -1,4 +1,4 @@
-"""What a method of personalisation is: a module that is learned, and the concept that it is saved as."""
+"""Base classes of the methods: a module that is learned, and the concept that it is saved as."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Branch = Literal["values", "unconditional", "source"]
 
 @dataclass(frozen=True)
 class Start:
-    """What learning begins with: the initial word, and sizes of the frozen model.
+    """Starting point of learning: the initial word, and sizes of the frozen model.
 
     Args:
         word: mean token embedding of the initial word or words (1, D), float32.
@@ -87,7 +87,7 @@ class StepChange:
 
 
 class Method(NamedTuple):
-    """How a concept of a method is read.
+    """Functions of a method: check, load and learn.
 
     Args:
         check: raises `ValueError` unless the tensors are what the method learns; the sentence is read on after the

@@ -1,4 +1,4 @@
-"""What concepts that invert one image share: latents, and one learned context change for each denoising step.
+"""Base of the concepts that invert one image: latents, and one learned context change for each denoising step.
 
 Shapes: N denoising steps, in their order; C H W of latents.
 """
@@ -14,7 +14,7 @@ TIMESTEPS = "inversion.timesteps"  # in its metadata, in the order of denoising
 
 
 class Learner(nn.Module):
-    """What is optimised step by step so that denoising follows an image's own path back.
+    """Parameters that are optimised step by step so that denoising follows an image's own path back.
 
     Args:
         steps: N.

@@ -26,7 +26,7 @@ SETTINGS = "neti.settings"  # in a concept's metadata
 
 @dataclass(frozen=True)
 class NeTISettings:
-    """What a mapper is made with; the defaults are the published ones.
+    """Settings of a mapper; the defaults are the published ones.
 
     Args:
         num_layers: cross-attention layers of the U-Net.
@@ -249,10 +249,10 @@ def load_mapper(tensors: Tensors, metadata: Metadata) -> NeTIMapper:
         ValueError: the settings are missing or do not fit the tensors.
     """
     try:
-        said = json.loads(metadata[SETTINGS])
-        if lacking := ", ".join(field.name for field in fields(NeTISettings) if field.name not in said):
+        values = json.loads(metadata[SETTINGS])
+        if lacking := ", ".join(field.name for field in fields(NeTISettings) if field.name not in values):
             raise ValueError(f"its settings lack {lacking}")
-        settings = NeTISettings(**said)
+        settings = NeTISettings(**values)
         mapper = NeTIMapper(settings)
         names = ("weight", "bias") if settings.positional_encoding else ()
         mapper.load_state_dict({**tensors, **{f"net.0.{name}": tensors[f"input_layer.{name}"] for name in names}})

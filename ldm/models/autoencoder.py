@@ -43,7 +43,7 @@ class DiagonalGaussianDistribution:
 
 
 class FirstStage(pl.LightningModule, ABC):
-    """What KL and VQ autoencoders share: the two networks, reconstruction training, decoding."""
+    """Base of the KL and VQ autoencoders: the two networks, reconstruction training, decoding."""
 
     ignored_keys = {
         "lossconfig": "training from scratch uses L1 + MSE and the regulariser's own weight",

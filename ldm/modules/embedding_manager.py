@@ -1,4 +1,4 @@
-"""What stands behind the placeholders of a model: one concept that is learned, and those that are loaded.
+"""The concepts behind the placeholders of a model: one that is learned, and those that are loaded.
 
 Shapes: S stages, D width of the text transformer, R rows of the table of all learned vectors.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddingManager(nn.Module):
-    """What stands behind the placeholders: what is being learned, and concepts loaded from files.
+    """The concepts behind the placeholders: one that is being learned, and those loaded from files.
 
     Args:
         embedder: gives the initial word's embedding; not kept.
@@ -103,7 +103,7 @@ class EmbeddingManager(nn.Module):
 
     @property
     def learning(self) -> bool:
-        """Whether something is learned here."""
+        """True where something is learned here."""
         return self.learned is not None
 
     @property

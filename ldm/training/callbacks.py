@@ -199,7 +199,7 @@ class AveragedWeights(WeightAveraging):
         self._average_model.to(module.device)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Leave the weights as they are: they are saved after this, and a resumed run goes on with them."""
+        """Leave the weights as they are: they are saved after this, and a resumed run continues with them."""
 
 
 class ImageLogger(pl.Callback):

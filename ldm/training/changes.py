@@ -1,4 +1,4 @@
-"""What differs from a run's own configuration and data when it is resumed: said in one line, or refused."""
+"""Compare a resumed run with its own configuration and data: changes are logged in one line, or refused."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import logging
 from pathlib import Path
 
 import pytorch_lightning as pl
-import yaml
 from omegaconf import DictConfig
 
-from ldm.config import ConfigError, flatten, load_config, read_yaml
+from ldm.config import ConfigError, flatten, load_config
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.files.base_model import FINGERPRINT
 from ldm.training.runs import Run
+from ldm.yaml_files import read_yaml_content
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,6 @@ def log_changes(run: Run, before: DictConfig, now: DictConfig, hashes: dict[str,
 
 def _saved_hashes(run: Run) -> dict[str, str]:
     for path in run.saved("data"):
-        content = yaml.safe_load(read_yaml(path, "-r"))
+        content = read_yaml_content(path, "-r")
         return content if isinstance(content, dict) else {}
     return {}

@@ -1,4 +1,4 @@
-"""What can be wrong with a training run, found before its log folder is made."""
+"""Checks of a training run, made before its log folder is."""
 
 from __future__ import annotations
 

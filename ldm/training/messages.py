@@ -1,4 +1,4 @@
-"""What a training run says: its log lines, its errors in one sentence, and how to use what it leaves."""
+"""Messages of a training run: its log lines, its errors in one sentence, and how to use what it leaves."""
 
 from __future__ import annotations
 

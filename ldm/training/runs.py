@@ -29,7 +29,7 @@ MAX_NAME = 250  # bytes of a folder's name: file systems take 255, and a number 
 
 @dataclass
 class Run:
-    """Where a run logs, and what it resumes from.
+    """A run: its log folder, and the checkpoint that it resumes from.
 
     Args:
         resumed: whether the folder and its configuration are of an earlier start.
@@ -128,7 +128,7 @@ def open_run(options: argparse.Namespace) -> Run:
         run, flag = _run_to_resume(Path(options.resume), now), "-r"
     elif options.project:
         run, flag = Run(Path(options.project), now), "-p"
-        if is_first_process():  # for the others, it has begun to write
+        if is_first_process():  # for the others, it has started to write
             _check_empty(run)
     else:
         run, flag = Run(Path(options.logdir) / _folder_name(options, now), now, exact=False), "-l"
@@ -139,7 +139,7 @@ def open_run(options: argparse.Namespace) -> Run:
 def _check_empty(run: Run) -> None:
     """Raise `ValueError` where a new run would overwrite what is in its folder.
 
-    Empty folders, and what a process that was killed had begun to write, do not count.
+    Empty folders, and what a process that was killed had started to write, do not count.
     """
     places = (path.relative_to(run.folder) for path in run.folder.rglob("*") if path.is_symlink() or not path.is_dir())
     if all(any(is_unfinished(part) for part in place.parts) for place in places):

@@ -17,19 +17,13 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
-from ldm.config import (
-    MISMATCHES,
-    ConfigError,
-    check_parameters,
-    get_class,
-    instantiate_from_config,
-    resolved,
-)
+from ldm.config import ConfigError, check_parameters, get_class, instantiate_from_config, resolved
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.training.callbacks import CheckpointWriter, ConfiguredRate, EmbeddingSaver, SaveLast, StageLosses, StepBar
 from ldm.training.checks import check_images, check_precision
 from ldm.training.finite import FiniteGuard
 from ldm.training.runs import Run
+from ldm.yaml_files import MISMATCHES
 
 logger = logging.getLogger(__name__)
 

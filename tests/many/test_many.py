@@ -132,7 +132,7 @@ def test_a_failing_concept_stops_no_other_and_what_is_there_is_not_learned_again
     assert unfinished(jobs, SETTING, out) == jobs[:1]
     table = write_table(jobs, list(first.values()), out)
     assert "learned" in table and "word of one token" in (out / "concepts.csv").read_text()
-    with pytest.raises(Changed, match="'c1' was begun in .* with other images or settings"):
+    with pytest.raises(Changed, match="'c1' was started in .* with other images or settings"):
         unfinished([Job(jobs[1].image, "c1", steps=2)], SETTING, out)
     image(99).save(jobs[1].image / "another.png")
     with pytest.raises(Changed, match="'c1'"):
@@ -151,7 +151,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(pictures: Path, tmp_path: Pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "0 of 1 concepts are learned; the same command goes on" in errors
+    assert "0 of 1 concepts are learned; the same command resumes" in errors
     assert "resume with" in log.read_text()
 
 

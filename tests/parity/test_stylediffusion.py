@@ -22,7 +22,7 @@ from ldm.config import instantiate_from_config, load_config
 from ldm.editing import alignment, blend, control
 from ldm.editing.alignment import PromptTokens
 from ldm.editing.control import AttentionControl, MapStore, Rules, edit_attention
-from ldm.editing.edit import Plan, Told, denoise_pair
+from ldm.editing.edit import Branches, Plan, denoise_pair
 from ldm.editing.image import clip_input, image_latents, tower_features
 from ldm.editing.inversion import (
     Sweep,
@@ -463,10 +463,10 @@ def denoise_golden(
         store = MapStore(layers_of(model, x_T), rows=2)
     plan = Plan(AttentionControl([rules_of(run, steps)] * steps, timesteps, store), local)
     source_context, target_context, uncond = (as_conditioning(context_of(model, t)) for t in (*run["prompts"], ""))
-    told = Told(source_context, target_context, uncond)
-    told = told.changed(change, alignment.value_steps(steps, run.get("tau_v", 0)))
+    branches = Branches(source_context, target_context, uncond)
+    branches = branches.changed(change, alignment.value_steps(steps, run.get("tau_v", 0)))
     seen: list[Tensor] = []
-    denoise_pair(model, x_T, told, plan, timesteps, META["guidance_scale"], False, lambda step, x: seen.append(x))
+    denoise_pair(model, x_T, branches, plan, timesteps, META["guidance_scale"], False, lambda step, x: seen.append(x))
     return seen, plan
 
 

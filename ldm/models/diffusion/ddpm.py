@@ -400,7 +400,7 @@ class LatentDiffusion(pl.LightningModule):
         return {**batch, "draw": draw, "dropout_seed": self._dropout_seed(batch)}
 
     def _draw(self, batch: Mapping[str, Any], split: str) -> dict[str, Tensor]:
-        """Return the timesteps and noises of a batch, on the host."""
+        """Return the timesteps and noise samples of a batch, on the host."""
         by_stage = self.options.time_sampling == "stages"
         draws = Draws(self.seed, self.num_stages, self.num_timesteps, by_stage)
         return draws.batch(batch["sample"].tolist(), self._latent_shape(batch), validating=split == "val")
@@ -531,7 +531,7 @@ class LatentDiffusion(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         seed = checkpoint.get("seed", self.seed)
         if seed != self.seed:
-            logger.warning("The run goes on with its own seed %d, not with %d.", seed, self.seed)
+            logger.warning("The run keeps its own seed %d, not %d.", seed, self.seed)
         self.seed = seed
         if self.embedding_manager is not None:
             self.strict_loading = False  # frozen weights are not in it
@@ -541,8 +541,8 @@ class LatentDiffusion(pl.LightningModule):
         if self.embedding_manager is None:
             return
         captions = getattr(self._datasets().get("train"), "templates", ["{}"])
-        said = {} if captions == ["{}"] else {"captions": "\n".join(captions)}
-        self.embedding_manager.save(path, step=str(self.trainer.global_step), **said, **self.base_model)
+        described = {} if captions == ["{}"] else {"captions": "\n".join(captions)}
+        self.embedding_manager.save(path, step=str(self.trainer.global_step), **described, **self.base_model)
 
     @torch.no_grad()
     def log_images(

@@ -1,4 +1,4 @@
-"""What `model.params` of a configuration says beside the networks."""
+"""Options in `model.params` of a configuration, beside the networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the samplers share: guidance, noise for each image, and the LDM-named methods of their classes.
+"""Base of the samplers: guidance, noise for each image, and the LDM-named methods of their classes.
 
 A sampler proper is a pure function of a denoiser, a start, and a schedule. Which stage's prompt is read is
 decided here, in the closure around the model, by the timestep of the call.
@@ -34,7 +34,7 @@ Callback = Callable[[int, int, Tensor, Tensor], "Tensor | None"]
 
 
 class NoisePredictor(Protocol):
-    """What the samplers need of a latent diffusion model."""
+    """The part of a latent diffusion model that samplers need."""
 
     num_timesteps: int
     host_alphas_cumprod: np.ndarray

@@ -109,7 +109,7 @@ class Level(nn.Module):
 
 
 class _Coder(nn.Module):
-    """What encoder and decoder share: the `ddconfig` of the YAML files."""
+    """Base of encoder and decoder: the `ddconfig` of the YAML files."""
 
     _build: Callable[..., None]  # makes the layers
 
