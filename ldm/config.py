@@ -163,8 +163,6 @@ def as_config(config: Mapping[str, Any] | DictConfig) -> DictConfig:
     Raises:
         ConfigError: it is no mapping, or holds what OmegaConf cannot.
     """
-    if not isinstance(config, Mapping | DictConfig):
-        raise ConfigError(f"A configuration must be a mapping, not {config!r:.80}.")
     with in_one_sentence("The configuration cannot be used"):
         copy = OmegaConf.create(OmegaConf.to_container(config) if OmegaConf.is_config(config) else dict(config))
         assert isinstance(copy, DictConfig)

@@ -319,10 +319,6 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
         folder, pinned = fetch(str(source))
         return _from(pinned, _read_path(folder, key, rows_are_stages))
     listed = [source] if isinstance(source, (str, Path)) else source
-    if not isinstance(listed, Sequence) or not all(isinstance(path, (str, Path)) for path in listed):
-        raise EmbeddingError(
-            f"a concept is read from a file's path, or a list of such, not from {type(source).__name__}."
-        )
     if not listed:
         raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
     paths = [Path(path).expanduser() for path in listed]

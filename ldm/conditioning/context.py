@@ -149,7 +149,7 @@ def as_conditioning(cond: Cond, num_timesteps: int = 1000) -> Conditioning:
     """Return a `Conditioning` from what LDM code passes around: a tensor (B, L, D), or a list of S of them.
 
     Raises:
-        TypeError, ValueError: something else, or tensors of different shapes.
+        TypeError, ValueError: something else.
     """
     if isinstance(cond, Conditioning):
         return cond
@@ -160,7 +160,5 @@ def as_conditioning(cond: Cond, num_timesteps: int = 1000) -> Conditioning:
             raise ValueError(f"A conditioning tensor must be (B, L, D), not {tuple(cond.shape)}.")
         return as_conditioning(Context.of(cond), num_timesteps)
     if isinstance(cond, Sequence) and cond and all(isinstance(x, Tensor) and x.ndim == 3 for x in cond):
-        if len({x.shape for x in cond}) > 1:
-            raise ValueError(f"The stages' tensors differ in shape: {[tuple(x.shape) for x in cond]}.")
         return Conditioning(lambda stage: Context.of(cond[stage]), cond[0].shape[0], len(cond), num_timesteps)
     raise TypeError(f"Conditioning must be a tensor (B, L, D) or a list of them, not {type(cond).__name__}.")

@@ -122,15 +122,15 @@ def preset(
     Raises:
         ValueError: unknown attribute, a stage outside 0..S-1, or a window in which none of few stages has its middle.
     """
-    if stages is None:
-        stages = preset_stages(attribute, num_stages, windows)
-        if not stages:
-            tenths = ", ".join(map(str, windows[attribute]))
-            raise ValueError(
-                f"The preset '{attribute}' is stages {tenths} of ten, and none of this concept's {num_stages} has its "
-                "middle there; choose its stages yourself (stages=…, or --word for each stage)."
-            )
-    _check_stages(attribute, stages, num_stages)
+    own = preset_stages(attribute, num_stages, windows)
+    if stages is None and not own:
+        tenths = ", ".join(map(str, windows[attribute]))
+        raise ValueError(
+            f"The preset '{attribute}' is stages {tenths} of ten, and none of this concept's {num_stages} has its "
+            "middle there; choose its stages yourself (stages=…, or --word for each stage)."
+        )
+    stages = own if stages is None else stages
+    _check_stages(stages, num_stages)
     return [with_only(prompt, {placeholder: stage in stages}) for stage in range(num_stages)]
 
 
@@ -167,7 +167,7 @@ def joint(
                 f"stages names '{attribute}', for which there is no concept; there are {', '.join(concepts)}."
             )
         inside[attribute] = set(chosen)
-        _check_stages(attribute, chosen, num_stages)
+        _check_stages(chosen, num_stages)
     if left := [attribute for attribute in concepts if not inside[attribute] and attribute not in (stages or {})]:
         raise ValueError(
             f"No stage is left for {' and '.join(left)}, since content gives way to material and style and few stages "
@@ -190,11 +190,8 @@ def preset_stages(attribute: str, num_stages: int, windows: Mapping[str, Sequenc
     return [s for s in range(num_stages) if matching_stage(s, num_stages, 10) in windows[attribute]]
 
 
-def _check_stages(attribute: str, stages: Sequence[int], num_stages: int) -> None:
-    if attribute not in PRESET_STAGES:
-        raise ValueError(f"Unknown preset '{attribute}'; there are {', '.join(PRESET_STAGES)}.")
-    outside = [s for s in stages if not 0 <= s < num_stages]
-    if outside:
+def _check_stages(stages: Sequence[int], num_stages: int) -> None:
+    if outside := [s for s in stages if not 0 <= s < num_stages]:
         raise ValueError(f"Stages {outside} are outside 0..{num_stages - 1}.")
 
 

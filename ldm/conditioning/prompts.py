@@ -211,6 +211,8 @@ class PromptReader:
 
     def _body(self, text: str, entry: str | int | None, stage: int) -> list[int]:
         pieces = stage_pieces(text, entry, stage, self._pattern, self.placeholders)
+        if PLACEHOLDER in pieces:  # as a text
+            self._warn_unlearned()
         slots = (self._learned(*piece) if isinstance(piece, tuple) else self._ids(piece) for piece in pieces)
         return list(chain.from_iterable(slots))
 
@@ -241,15 +243,7 @@ class PromptReader:
 
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
         """Return the L slots of one prompt in one stage, the whole text tokenised by BPE."""
-        entry = None if words is None else words[stage]
-        body: list[int] = []
-        for piece in stage_pieces(prompt, entry, stage, self._pattern, self.placeholders):
-            if isinstance(piece, tuple):
-                body.extend(self._learned(*piece))
-            else:
-                if piece == PLACEHOLDER:
-                    self._warn_unlearned()
-                body.extend(self._ids(piece))
+        body = self._body(prompt, None if words is None else words[stage], stage)
         room = self.max_length - 2
         if len(body) > room:
             self._warn(f"The prompt is longer than {room} tokens; cut off: '{self._spell(body[room:])}'")

@@ -89,8 +89,8 @@ class PersonalizedBase(Dataset):
             raise ValueError(f"Unknown set '{set}'; known: {', '.join(SETS)}.")
         if not 0 <= flip_p <= 1:
             raise ValueError(f"flip_p is a probability between 0 and 1, not {flip_p}.")
-        if repeats < 1 or seed < 0:
-            raise ValueError(f"repeats must be at least 1 and seed at least 0, not {repeats} and {seed}.")
+        if repeats < 1:
+            raise ValueError(f"repeats must be at least 1, not {repeats}.")
         self.size, self.repeats, self.interpolation = size, repeats, interpolation
         self.resize = "crop" if center_crop else resize
         check_fit(*((1, 1) if size is None else (size, size)), self.resize, interpolation)

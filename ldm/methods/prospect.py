@@ -125,10 +125,9 @@ def generate_vectors(parameters: Mapping[str, Tensor], initial: Tensor | None) -
     with torch.device("meta"):
         # One token: the softmax over it is 1 however the inner width is cut into heads.
         block = GeneratorBlock(width, max(rows // width, 1), heads=1, dim_head=max(inner, 1))
-    expected = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
-    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    if wrong:
-        listing = ", ".join(f"{name} {found.get(name, 'missing')}" for name in wrong[:8])
-        raise ValueError(f"its network is not ProSpect's generator ({listing}); use a file of ProSpect.")
-    block.load_state_dict({name: tensor.detach().float() for name, tensor in parameters.items()}, assign=True)
+    try:
+        block.load_state_dict({name: tensor.detach().float() for name, tensor in parameters.items()}, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"its network is not ProSpect's generator ({reason}); use a file of ProSpect.") from error
     return block.eval()(initial.detach().float())

@@ -83,8 +83,6 @@ def attend(
 
 def set_attention(module: nn.Module, backend: str) -> None:
     """Choose how all attention inside `module` is computed: `auto`, `plain` or `fused`; see `attend`."""
-    if backend not in ("auto", "plain", "fused"):
-        raise ValueError(f"Attention is 'auto', 'plain' or 'fused', not '{backend}'.")
     for part in module.modules():
         if hasattr(type(part), "attention_backend"):
             part.attention_backend = backend  # type: ignore[assignment]

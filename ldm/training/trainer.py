@@ -94,8 +94,6 @@ def _callbacks(lightning: dict[str, Any], run: Run, module: pl.LightningModule, 
     for name, section in (lightning.get("callbacks") or {}).items():
         if section is None:  # switched off, by lightning.callbacks.NAME=null
             continue
-        if not isinstance(section, Mapping) or "target" not in section:
-            raise ConfigError(f"lightning.callbacks.{name} must be a section with a `target:`.")
         callback = instantiate_from_config(section)
         if not isinstance(callback, pl.Callback):
             raise ConfigError(f"lightning.callbacks.{name}: {section['target']} is no Lightning callback.")

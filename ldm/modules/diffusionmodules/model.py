@@ -131,9 +131,6 @@ class _Coder(nn.Module):
     ) -> None:
         super().__init__()
         widths = [ch * m for m in ch_mult]
-        bad = [w for w in widths if w % norm_num_groups]
-        if bad:
-            raise ValueError(f"Autoencoder widths {bad} are not multiples of norm_num_groups={norm_num_groups}.")
         resolutions = [resolution // 2**i for i in range(len(widths))]
         self._build(
             widths=widths,
