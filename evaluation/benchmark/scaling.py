@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,20 +34,23 @@ def axes(
     build = partial(build_model, size, device, overrides)
 
     def draw(batch: int = 1, side: int = resolution, steps: int = STEPS) -> Contender:
-        return sampling_contender(base, f"{batch} x {side}, {steps}", switches, batch, side, steps)
+        return sampling_contender(base, "", switches, batch, side, steps)
 
     def learn(of: LatentDiffusion, batch: int = 1) -> Contender:
-        return contender(of, f"{batch}", switches, batch, resolution)
+        return contender(of, "", switches, batch, resolution)
 
     grows: dict[str, tuple[tuple[int, ...], Callable[[int], Contender]]] = {
         "stages, training step": ((1, 2, 5, 10, 20, 50), lambda n: learn(build(n))),
         "samples, training step": ((1, 2, 4, 8, 16), lambda n: learn(base, n)),
         "steps, image": ((5, 10, 20, 40), lambda n: draw(steps=n)),
         "images in a batch": ((1, 2, 4, 8, 16), lambda n: draw(n)),
-        "pixels, image": ((1, 2, 4, 9, 16), lambda n: draw(side=int(resolution // 2 * n**0.5) // 32 * 32)),
+        "pixels, image": ((1, 4, 9, 16), lambda n: draw(side=resolution // 2 * math.isqrt(n))),
         "concepts, text passes": ((1, 2, 4, 8), lambda n: read_concepts(build(), n)),
     }
-    return {name: {value: make(value) for value in values} for name, (values, make) in grows.items()}
+    return {
+        name: {value: replace(make(value), name=f"{value}") for value in values}
+        for name, (values, make) in grows.items()
+    }
 
 
 def read_concepts(model: LatentDiffusion, count: int) -> Contender:
@@ -59,7 +64,7 @@ def read_concepts(model: LatentDiffusion, count: int) -> Contender:
     def run() -> torch.Tensor:
         return model.get_learned_conditioning([" ".join(names)]).at(0).k
 
-    return Contender(f"{count}", run, run)
+    return Contender("", run, run)
 
 
 def measure(found: Mapping[str, Axis], device: torch.device, repeats: int, clock: str) -> list[Row]:
