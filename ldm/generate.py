@@ -30,17 +30,17 @@ from ldm.export.infotext import NEEDED, infotext
 from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.files.records import PNG_KEY, read_parameters, save_png
 from ldm.methods.table import VECTORS
-from ldm.models.autoencoder import DiagonalGaussianDistribution
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
+from ldm.models.first_stage import DiagonalGaussianDistribution
 from ldm.request import FAST, PLACEHOLDER, ModelFacts, Request, Words, check_negative_prompt, model_facts
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 __all__ = [
     "FAST",
@@ -59,6 +59,12 @@ logger = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpmpp_2m": DPMSolverSampler}
 Content = str | Path | Image.Image | BinaryIO
+# Classes that cannot be trained, in place of Lightning's: importing Lightning takes longer than all the rest.
+UNTRAINED = {
+    "ldm.models.diffusion.ddpm.LatentDiffusion": "ldm.models.diffusion.latent_diffusion.DiffusionModel",
+    "ldm.models.autoencoder.AutoencoderKL": "ldm.models.first_stage.KLFirstStage",
+    "ldm.models.autoencoder.VQModelInterface": "ldm.models.first_stage.VQFirstStage",
+}
 
 _LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
 
@@ -77,7 +83,7 @@ def load_model_from_config(
     verbose: bool = False,
     device: str | torch.device | None = None,
     dtype: str = "float32",
-) -> LatentDiffusion:
+) -> DiffusionModel:
     """Build a frozen model for generating, on `device` (by default CUDA, else MPS, else the CPU).
 
     A configuration for learning can be given as well; nothing is learned then, concepts are loaded.
@@ -93,7 +99,7 @@ def load_model_from_config(
     config = load_config(config, flag="config=") if isinstance(config, (str, Path)) else as_config(config)
     ckpt, place = Path(ckpt).expanduser(), pick_device(device)
     check_generates(config)
-    model: LatentDiffusion = instantiate_from_config(_for_generating(config, ckpt, dtype))
+    model: DiffusionModel = instantiate_from_config(_for_generating(config, ckpt, dtype))
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
@@ -113,6 +119,9 @@ def _for_generating(config: DictConfig, ckpt: Path, dtype: str) -> dict[str, Any
     for part in ("first_stage_ckpt", "cond_stage_ckpt"):  # all weights are those of `ckpt`
         params.pop(part, None)
     params |= {"ckpt_path": str(ckpt), "frozen_dtype": dtype}
+    for part in (section, params["first_stage_config"]):
+        if isinstance(part, dict) and part.get("target") in UNTRAINED:
+            part["target"] = UNTRAINED[part["target"]]
     if isinstance(params.get("personalization_config"), dict):
         personalization = params["personalization_config"]
         personalization["params"] = {**(personalization.get("params") or {}), "initializer_words": None}
@@ -131,7 +140,7 @@ def main(
     f: int = 8,
     n_rows: int = 0,
     scale: float | Sequence[float] | None = None,
-    model: LatentDiffusion | None = None,
+    model: DiffusionModel | None = None,
     seed: int = 42,
     prospect_words: Words | None = None,
     n_samples: int = 1,
@@ -181,7 +190,7 @@ _MEANINGS = (Request.__doc__ or "").partition("    Args:\n")[2].partition("\n\n"
 main.__doc__ = (main.__doc__ or "").replace("        All others: see `ldm.request.Request`.", _MEANINGS)
 
 
-def facts_of(model: LatentDiffusion) -> ModelFacts:
+def facts_of(model: DiffusionModel) -> ModelFacts:
     """Return what a request is checked against; size and guidance are those that `load_model_from_config` found."""
     manager = model.embedding_manager
     return replace(
@@ -198,7 +207,7 @@ def facts_of(model: LatentDiffusion) -> ModelFacts:
 
 @torch.no_grad()
 def generate_image(
-    request: Request, model: LatentDiffusion, callback: Callback | None = None, progress: bool = True
+    request: Request, model: DiffusionModel, callback: Callback | None = None, progress: bool = True
 ) -> Image.Image:
     """Generate what a request asks for: prepare, denoise and decode each batch, record.
 
@@ -254,7 +263,7 @@ class Prepared:
     record: dict[str, Any]
 
 
-def prepare(request: Request, model: LatentDiffusion) -> Prepared:
+def prepare(request: Request, model: DiffusionModel) -> Prepared:
     """Read the concepts, the prompt and the content image of a request.
 
     Raises:
@@ -286,7 +295,7 @@ def prepare(request: Request, model: LatentDiffusion) -> Prepared:
     return Prepared(cond, uncond, sampler, posterior, request.denoising_steps, record)
 
 
-def _placeholders(request: Request, model: LatentDiffusion) -> tuple[str, ...]:
+def _placeholders(request: Request, model: DiffusionModel) -> tuple[str, ...]:
     """Return the request's concepts that a preset can place in stages.
 
     Raises:
@@ -305,7 +314,7 @@ def _placeholders(request: Request, model: LatentDiffusion) -> tuple[str, ...]:
 
 
 @contextmanager
-def _concepts_of(request: Request, model: LatentDiffusion) -> Iterator[None]:
+def _concepts_of(request: Request, model: DiffusionModel) -> Iterator[None]:
     """Load the request's concepts, for as long as its prompts are read."""
     manager = model.embedding_manager
     if manager is None:
@@ -318,7 +327,7 @@ def _concepts_of(request: Request, model: LatentDiffusion) -> Iterator[None]:
 
 
 def _conditionings(
-    request: Request, model: LatentDiffusion, prompt: str, words: Words | None
+    request: Request, model: DiffusionModel, prompt: str, words: Words | None
 ) -> tuple[Conditioning, Conditioning | None]:
     """Return the prompt and what guidance leads away from, with the learned vectors of this moment."""
     manager = model.embedding_manager
@@ -340,7 +349,7 @@ def _conditionings(
     return cond, uncond
 
 
-def _warn_of_names(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> None:
+def _warn_of_names(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> None:
     """Warn of concepts that no text names, by placeholder or else class word, and of words that a small model lacks."""
     manager = model.embedding_manager
     loaded, rows = ({}, {}) if manager is None else (manager.loaded, manager.rows())
@@ -354,7 +363,7 @@ def _warn_of_names(request: Request, model: LatentDiffusion, prompt: str, words:
             warn_of_class(name, concept.metadata.get("captions", "").splitlines(), prompt, words)
 
 
-def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:
+def _words_read(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> dict[str, Any]:
     """Return for the record how many words of too long prompts were read, those of `prompt` in each stage."""
     reader = model.prompt_reader()
     prompt_read, negative_read = reader.words_read(prompt, words), reader.words_read(request.negative_prompt)[0]
@@ -362,7 +371,7 @@ def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Wo
     return {"words_read": {"prompt": prompt_read, "negative_prompt": negative_read}} if cut else {}
 
 
-def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iteration: int, callback: Callback) -> Tensor:
+def denoise(request: Request, model: DiffusionModel, prepared: Prepared, iteration: int, callback: Callback) -> Tensor:
     """Return the latents (n_samples, C, H, W) of a batch, after all steps.
 
     A content image is noised to the level that `Request.noised_entry` says.
@@ -393,7 +402,7 @@ def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iterat
 
 
 @contextmanager
-def _naming_switches(request: Request, model: LatentDiffusion) -> Iterator[None]:
+def _naming_switches(request: Request, model: DiffusionModel) -> Iterator[None]:
     """Turn an out-of-memory error into one sentence that names the switches."""
     try:
         yield
@@ -408,7 +417,7 @@ def _naming_switches(request: Request, model: LatentDiffusion) -> Iterator[None]
         ) from error
 
 
-def _record(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:
+def _record(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> dict[str, Any]:
     """Return what repeats the image: the request as it was carried out, and what it was made with."""
     written = {field.name: getattr(request, field.name) for field in fields(Request)}
     del written["preset"]
