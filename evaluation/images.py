@@ -58,7 +58,7 @@ def load_concepts(model: DiffusionModel, concepts: Mapping[str, Any]) -> None:
 def check(
     config: str, ckpt: str, sampling: Sampling, size: int = RESOLUTION, concepts: Mapping[str, str] | None = None
 ) -> None:
-    """Raise `ValueError`, with the remedy, for what `generate` could not do with a model, before work starts."""
+    """Raise `ValueError`, with the remedy, for what `sample` could not do with a model, before work starts."""
     settings = load_config(config, flag="--config")
     check_generates(settings)
     sampling.request(height=size, width=size, concepts=concepts).for_model(model_facts(settings))
@@ -78,20 +78,6 @@ def staged(model: DiffusionModel, texts: Sequence[Sequence[str]]) -> Conditionin
         return by_text[tuple(texts[bucket])].at(int((bucket + 0.5) * model.num_timesteps / buckets))
 
     return Conditioning(encode, batch, buckets, model.num_timesteps)
-
-
-@torch.no_grad()
-def generate(
-    model: DiffusionModel,
-    texts: Sequence[Sequence[str]],
-    seeds: Sequence[int],
-    steps: int = 50,
-    scale: float = 2.5,
-    size: int = RESOLUTION,
-    batch_size: int = 64,
-) -> Tensor:
-    """Return images (N, 3, R, R) in [-1, 1] for N seeds and texts (see `staged`), by DDIM; R is `size`."""
-    return decode(model, sample(model, texts, seeds, Sampling(steps, scale), size, batch_size), batch_size)
 
 
 @torch.no_grad()

@@ -26,9 +26,8 @@ from ldm.conditioning.presets import Windows, preset_words, presets_beside
 from ldm.conditioning.prompts import warn_of_class, warn_of_unknown, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
-from ldm.export.infotext import NEEDED, infotext
 from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
-from ldm.files.records import PNG_KEY, read_parameters, save_png
+from ldm.files.records import PNG_KEY, read_parameters, save_picture
 from ldm.methods.table import VECTORS
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -442,22 +441,6 @@ def _with_record(images: Sequence[Image.Image], request: Request, record: Mappin
     result = images[0] if len(images) == 1 else make_grid(images, request.n_rows or None)
     result.info[PNG_KEY] = json.dumps({**record, "n_iter": len(images) // request.n_samples})
     return result
-
-
-def save_picture(image: Image.Image, path: str | Path) -> None:
-    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`.
-
-    A second chunk, `parameters`, says it the way AUTOMATIC1111's web UI does, for other tools.
-
-    Raises:
-        ValueError: the file is not called .png, the one format that keeps the parameters.
-        WriteError: no room or no right; nothing is left then.
-    """
-    texts = {PNG_KEY: image.info[PNG_KEY]} if PNG_KEY in image.info else {}
-    record = json.loads(texts.get(PNG_KEY, "{}"))
-    if record.keys() >= NEEDED:
-        texts["parameters"] = infotext(record)
-    save_png(image, path, texts)
 
 
 def open_content(content: Content) -> Image.Image:
