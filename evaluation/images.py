@@ -22,7 +22,7 @@ from ldm.models.diffusion.sampling import draw_noise, seeded_generators
 from ldm.request import Request, model_facts
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sampling:
 
 
 @lru_cache(maxsize=2)
-def load(config: str, ckpt: str, stages: int | None = None) -> LatentDiffusion:
+def load(config: str, ckpt: str, stages: int | None = None) -> DiffusionModel:
     """Return the frozen model, built once in each process; `stages` replaces the configuration's number of stages."""
     settings = load_config(config, flag="--config")
     if stages is not None:
@@ -49,7 +49,7 @@ def load(config: str, ckpt: str, stages: int | None = None) -> LatentDiffusion:
     return load_model_from_config(settings, ckpt)
 
 
-def load_concepts(model: LatentDiffusion, concepts: Mapping[str, Any]) -> None:
+def load_concepts(model: DiffusionModel, concepts: Mapping[str, Any]) -> None:
     if model.embedding_manager is None:
         raise ValueError("This model has no personalization_config, so concepts cannot be loaded into it.")
     model.embedding_manager.load(dict(concepts))
@@ -58,7 +58,7 @@ def load_concepts(model: LatentDiffusion, concepts: Mapping[str, Any]) -> None:
 def check(
     config: str, ckpt: str, sampling: Sampling, size: int = RESOLUTION, concepts: Mapping[str, str] | None = None
 ) -> None:
-    """Raise `ValueError`, with the remedy, for what `generate` could not do with a model, before work starts."""
+    """Raise `ValueError`, with the remedy, for what `sample` could not do with a model, before work starts."""
     settings = load_config(config, flag="--config")
     check_generates(settings)
     sampling.request(height=size, width=size, concepts=concepts).for_model(model_facts(settings))
@@ -66,7 +66,7 @@ def check(
         load_concepts(load(config, ckpt), concepts)
 
 
-def staged(model: LatentDiffusion, texts: Sequence[Sequence[str]]) -> Conditioning:
+def staged(model: DiffusionModel, texts: Sequence[Sequence[str]]) -> Conditioning:
     """Return the conditioning of S lists of N texts, entry 0 = end of sampling (low noise).
 
     S need not be the model's number of stages, but must be a multiple of it where learned tokens stand in the texts.
@@ -81,21 +81,7 @@ def staged(model: LatentDiffusion, texts: Sequence[Sequence[str]]) -> Conditioni
 
 
 @torch.no_grad()
-def generate(
-    model: LatentDiffusion,
-    texts: Sequence[Sequence[str]],
-    seeds: Sequence[int],
-    steps: int = 50,
-    scale: float = 2.5,
-    size: int = RESOLUTION,
-    batch_size: int = 64,
-) -> Tensor:
-    """Return images (N, 3, R, R) in [-1, 1] for N seeds and texts (see `staged`), by DDIM; R is `size`."""
-    return decode(model, sample(model, texts, seeds, Sampling(steps, scale), size, batch_size), batch_size)
-
-
-@torch.no_grad()
-def decode(model: LatentDiffusion, latents: Tensor, batch_size: int = 64) -> Tensor:
+def decode(model: DiffusionModel, latents: Tensor, batch_size: int = 64) -> Tensor:
     """Return images (N, 3, R, R) in [-1, 1] on the CPU."""
     parts = latents.split(batch_size)
     return torch.cat([model.decode_first_stage(part.to(model.device)).clamp(-1, 1).cpu() for part in parts])
@@ -103,7 +89,7 @@ def decode(model: LatentDiffusion, latents: Tensor, batch_size: int = 64) -> Ten
 
 @torch.no_grad()
 def sample(
-    model: LatentDiffusion,
+    model: DiffusionModel,
     texts: Sequence[Sequence[str]],
     seeds: Sequence[int],
     sampling: Sampling,
@@ -133,7 +119,7 @@ def sample(
     return torch.cat(latents)
 
 
-def encode(model: LatentDiffusion, images: Tensor) -> Tensor:
+def encode(model: DiffusionModel, images: Tensor) -> Tensor:
     """Return the most probable latents, unscaled, of images (N, 3, R, R) in [-1, 1]."""
     posterior = model.encode_first_stage(images)
     return posterior if isinstance(posterior, Tensor) else posterior.mode()

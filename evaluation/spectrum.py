@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.images import from_bytes, generate, load, load_concepts, to_bytes
+from evaluation.images import Sampling, decode, from_bytes, load, load_concepts, sample, to_bytes
 from evaluation.jobs import Result, Workers, run_jobs
 from evaluation.judges import Judge
 from evaluation.statistics import mean_interval, share_interval, wilson
@@ -110,12 +110,14 @@ def place(prompts: Sequence[str], seeds: list[int], windows: Sequence[Window], c
 def draw(
     config: str, ckpt: str, texts: Texts, seeds: Sequence[int], concepts: Concepts, options: Mapping[str, Any]
 ) -> Result:
-    """Return the images of one condition, uint8 (N, R, R, 3); `options` are for `generate`."""
+    """Return the images of one condition, uint8 (N, R, R, 3); options: steps, scale, size, batch_size."""
     model = load(config, ckpt, STAGES if concepts else None)
     if concepts:
         found = {k: x if isinstance(x, str) else Concept(torch.from_numpy(x)) for k, x in concepts.items()}
         load_concepts(model, found)
-    return {"images": to_bytes(generate(model, texts, seeds, **options))}
+    sampling, batch_size = Sampling(options["steps"], options["scale"]), options["batch_size"]
+    latents = sample(model, texts, seeds, sampling, options["size"], batch_size)
+    return {"images": to_bytes(decode(model, latents, batch_size))}
 
 
 @dataclass

@@ -26,21 +26,20 @@ from ldm.conditioning.presets import Windows, preset_words, presets_beside
 from ldm.conditioning.prompts import warn_of_class, warn_of_unknown, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
-from ldm.export.infotext import NEEDED, infotext
 from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
-from ldm.files.records import PNG_KEY, read_parameters, save_png
+from ldm.files.records import PNG_KEY, read_parameters, save_picture
 from ldm.methods.table import VECTORS
-from ldm.models.autoencoder import DiagonalGaussianDistribution
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
+from ldm.models.first_stage import DiagonalGaussianDistribution
 from ldm.request import FAST, PLACEHOLDER, ModelFacts, Request, Words, check_negative_prompt, model_facts
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 __all__ = [
     "FAST",
@@ -59,6 +58,12 @@ logger = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpmpp_2m": DPMSolverSampler}
 Content = str | Path | Image.Image | BinaryIO
+# Classes that cannot be trained, in place of Lightning's: importing Lightning takes longer than all the rest.
+UNTRAINED = {
+    "ldm.models.diffusion.ddpm.LatentDiffusion": "ldm.models.diffusion.latent_diffusion.DiffusionModel",
+    "ldm.models.autoencoder.AutoencoderKL": "ldm.models.first_stage.KLFirstStage",
+    "ldm.models.autoencoder.VQModelInterface": "ldm.models.first_stage.VQFirstStage",
+}
 
 _LOADING = threading.Lock()  # one thread at a time changes which concepts a model holds
 
@@ -77,7 +82,7 @@ def load_model_from_config(
     verbose: bool = False,
     device: str | torch.device | None = None,
     dtype: str = "float32",
-) -> LatentDiffusion:
+) -> DiffusionModel:
     """Build a frozen model for generating, on `device` (by default CUDA, else MPS, else the CPU).
 
     A configuration for learning can be given as well; nothing is learned then, concepts are loaded.
@@ -93,7 +98,7 @@ def load_model_from_config(
     config = load_config(config, flag="config=") if isinstance(config, (str, Path)) else as_config(config)
     ckpt, place = Path(ckpt).expanduser(), pick_device(device)
     check_generates(config)
-    model: LatentDiffusion = instantiate_from_config(_for_generating(config, ckpt, dtype))
+    model: DiffusionModel = instantiate_from_config(_for_generating(config, ckpt, dtype))
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
@@ -113,6 +118,9 @@ def _for_generating(config: DictConfig, ckpt: Path, dtype: str) -> dict[str, Any
     for part in ("first_stage_ckpt", "cond_stage_ckpt"):  # all weights are those of `ckpt`
         params.pop(part, None)
     params |= {"ckpt_path": str(ckpt), "frozen_dtype": dtype}
+    for part in (section, params["first_stage_config"]):
+        if isinstance(part, dict) and part.get("target") in UNTRAINED:
+            part["target"] = UNTRAINED[part["target"]]
     if isinstance(params.get("personalization_config"), dict):
         personalization = params["personalization_config"]
         personalization["params"] = {**(personalization.get("params") or {}), "initializer_words": None}
@@ -131,7 +139,7 @@ def main(
     f: int = 8,
     n_rows: int = 0,
     scale: float | Sequence[float] | None = None,
-    model: LatentDiffusion | None = None,
+    model: DiffusionModel | None = None,
     seed: int = 42,
     prospect_words: Words | None = None,
     n_samples: int = 1,
@@ -181,7 +189,7 @@ _MEANINGS = (Request.__doc__ or "").partition("    Args:\n")[2].partition("\n\n"
 main.__doc__ = (main.__doc__ or "").replace("        All others: see `ldm.request.Request`.", _MEANINGS)
 
 
-def facts_of(model: LatentDiffusion) -> ModelFacts:
+def facts_of(model: DiffusionModel) -> ModelFacts:
     """Return what a request is checked against; size and guidance are those that `load_model_from_config` found."""
     manager = model.embedding_manager
     return replace(
@@ -198,7 +206,7 @@ def facts_of(model: LatentDiffusion) -> ModelFacts:
 
 @torch.no_grad()
 def generate_image(
-    request: Request, model: LatentDiffusion, callback: Callback | None = None, progress: bool = True
+    request: Request, model: DiffusionModel, callback: Callback | None = None, progress: bool = True
 ) -> Image.Image:
     """Generate what a request asks for: prepare, denoise and decode each batch, record.
 
@@ -254,7 +262,7 @@ class Prepared:
     record: dict[str, Any]
 
 
-def prepare(request: Request, model: LatentDiffusion) -> Prepared:
+def prepare(request: Request, model: DiffusionModel) -> Prepared:
     """Read the concepts, the prompt and the content image of a request.
 
     Raises:
@@ -286,7 +294,7 @@ def prepare(request: Request, model: LatentDiffusion) -> Prepared:
     return Prepared(cond, uncond, sampler, posterior, request.denoising_steps, record)
 
 
-def _placeholders(request: Request, model: LatentDiffusion) -> tuple[str, ...]:
+def _placeholders(request: Request, model: DiffusionModel) -> tuple[str, ...]:
     """Return the request's concepts that a preset can place in stages.
 
     Raises:
@@ -305,7 +313,7 @@ def _placeholders(request: Request, model: LatentDiffusion) -> tuple[str, ...]:
 
 
 @contextmanager
-def _concepts_of(request: Request, model: LatentDiffusion) -> Iterator[None]:
+def _concepts_of(request: Request, model: DiffusionModel) -> Iterator[None]:
     """Load the request's concepts, for as long as its prompts are read."""
     manager = model.embedding_manager
     if manager is None:
@@ -318,7 +326,7 @@ def _concepts_of(request: Request, model: LatentDiffusion) -> Iterator[None]:
 
 
 def _conditionings(
-    request: Request, model: LatentDiffusion, prompt: str, words: Words | None
+    request: Request, model: DiffusionModel, prompt: str, words: Words | None
 ) -> tuple[Conditioning, Conditioning | None]:
     """Return the prompt and what guidance leads away from, with the learned vectors of this moment."""
     manager = model.embedding_manager
@@ -340,7 +348,7 @@ def _conditionings(
     return cond, uncond
 
 
-def _warn_of_names(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> None:
+def _warn_of_names(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> None:
     """Warn of concepts that no text names, by placeholder or else class word, and of words that a small model lacks."""
     manager = model.embedding_manager
     loaded, rows = ({}, {}) if manager is None else (manager.loaded, manager.rows())
@@ -354,7 +362,7 @@ def _warn_of_names(request: Request, model: LatentDiffusion, prompt: str, words:
             warn_of_class(name, concept.metadata.get("captions", "").splitlines(), prompt, words)
 
 
-def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:
+def _words_read(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> dict[str, Any]:
     """Return for the record how many words of too long prompts were read, those of `prompt` in each stage."""
     reader = model.prompt_reader()
     prompt_read, negative_read = reader.words_read(prompt, words), reader.words_read(request.negative_prompt)[0]
@@ -362,7 +370,7 @@ def _words_read(request: Request, model: LatentDiffusion, prompt: str, words: Wo
     return {"words_read": {"prompt": prompt_read, "negative_prompt": negative_read}} if cut else {}
 
 
-def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iteration: int, callback: Callback) -> Tensor:
+def denoise(request: Request, model: DiffusionModel, prepared: Prepared, iteration: int, callback: Callback) -> Tensor:
     """Return the latents (n_samples, C, H, W) of a batch, after all steps.
 
     A content image is noised to the level that `Request.noised_entry` says.
@@ -393,7 +401,7 @@ def denoise(request: Request, model: LatentDiffusion, prepared: Prepared, iterat
 
 
 @contextmanager
-def _naming_switches(request: Request, model: LatentDiffusion) -> Iterator[None]:
+def _naming_switches(request: Request, model: DiffusionModel) -> Iterator[None]:
     """Turn an out-of-memory error into one sentence that names the switches."""
     try:
         yield
@@ -408,7 +416,7 @@ def _naming_switches(request: Request, model: LatentDiffusion) -> Iterator[None]
         ) from error
 
 
-def _record(request: Request, model: LatentDiffusion, prompt: str, words: Words | None) -> dict[str, Any]:
+def _record(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> dict[str, Any]:
     """Return what repeats the image: the request as it was carried out, and what it was made with."""
     written = {field.name: getattr(request, field.name) for field in fields(Request)}
     del written["preset"]
@@ -433,22 +441,6 @@ def _with_record(images: Sequence[Image.Image], request: Request, record: Mappin
     result = images[0] if len(images) == 1 else make_grid(images, request.n_rows or None)
     result.info[PNG_KEY] = json.dumps({**record, "n_iter": len(images) // request.n_samples})
     return result
-
-
-def save_picture(image: Image.Image, path: str | Path) -> None:
-    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`.
-
-    A second chunk, `parameters`, says it the way AUTOMATIC1111's web UI does, for other tools.
-
-    Raises:
-        ValueError: the file is not called .png, the one format that keeps the parameters.
-        WriteError: no room or no right; nothing is left then.
-    """
-    texts = {PNG_KEY: image.info[PNG_KEY]} if PNG_KEY in image.info else {}
-    record = json.loads(texts.get(PNG_KEY, "{}"))
-    if record.keys() >= NEEDED:
-        texts["parameters"] = infotext(record)
-    save_png(image, path, texts)
 
 
 def open_content(content: Content) -> Image.Image:

@@ -17,7 +17,7 @@ from ldm.modules.embedding_manager import is_prefix
 from ldm.request import PLACEHOLDER, Request
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 
 def filled(prompt: str, concept: Concept, name: str = PLACEHOLDER) -> str:
@@ -39,7 +39,7 @@ def filled(prompt: str, concept: Concept, name: str = PLACEHOLDER) -> str:
 
 
 def concept_images(
-    model: LatentDiffusion, settings: Mapping[str, Any], count: int, batch_size: int, folder: Path
+    model: DiffusionModel, settings: Mapping[str, Any], count: int, batch_size: int, folder: Path
 ) -> dict[str, Image.Image]:
     """Return `count` images by file name, which are also written into the folder.
 

@@ -26,7 +26,7 @@ from ldm.request import FAST, PLACEHOLDER, ModelFacts, Request, model_facts, rea
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def _columns(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def draw(
     request: Request,
-    model: LatentDiffusion,
+    model: DiffusionModel,
     recorded: Mapping[str, Any],
     setup: Mapping[str, str],
     folder: Path,
@@ -226,7 +226,7 @@ def draw(
 
 def draw_and_group(
     requests: Sequence[Request],
-    model: LatentDiffusion,
+    model: DiffusionModel,
     recorded: Mapping[str, Any],
     setup: Mapping[str, str],
     folder: Path,
@@ -263,7 +263,7 @@ class Sheet:
         model, recorded, setup, folder: as for `draw`.
     """
 
-    model: LatentDiffusion
+    model: DiffusionModel
     recorded: Mapping[str, Any]
     setup: Mapping[str, str]
     folder: Path

@@ -29,8 +29,8 @@ from ldm.files.images import to_pil
 from ldm.generate import facts_of
 from ldm.methods.base import StepChange
 from ldm.models.diffusion.ddim import ddim
-from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
+from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import draw_noise, guided, seeded_generators
 
 AREA = 4  # self-attention is exchanged up to a quarter of the latents' positions: 32² of 64²
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
     blend: LocalBlend | None
 
 
-def plan_edit(model: LatentDiffusion, prompts: Prompts, timesteps: Sequence[int], z: Tensor) -> Plan:
+def plan_edit(model: DiffusionModel, prompts: Prompts, timesteps: Sequence[int], z: Tensor) -> Plan:
     """Return what an edit does at timesteps (N,), decreasing, for latents like z (…, H, W).
 
     Raises:
@@ -153,7 +153,7 @@ class Branches(NamedTuple):
 
 @torch.no_grad()
 def denoise_pair(
-    model: LatentDiffusion,
+    model: DiffusionModel,
     x_T: Tensor,
     branches: Branches,
     plan: Plan,
@@ -200,13 +200,13 @@ class Edited(NamedTuple):
     latents: Tensor
 
 
-def decoded(model: LatentDiffusion, latents: Tensor) -> Edited:
+def decoded(model: DiffusionModel, latents: Tensor) -> Edited:
     source, image = map(to_pil, model.decode_first_stage(latents))
     return Edited(image, source, latents)
 
 
 def edit_generated(
-    model: LatentDiffusion,
+    model: DiffusionModel,
     prompt: str,
     edit: Edit,
     seed: int = 42,

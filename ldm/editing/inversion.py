@@ -20,7 +20,7 @@ from ldm.editing.control import MapStore, map_factor, map_layers
 from ldm.editing.request import InversionOptions
 from ldm.methods.inversion import Learner
 from ldm.methods.stylediffusion import inner_iterations
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import AtTimestep, Denoiser, guided
 from ldm.modules.attention import AttentionHook
 
@@ -77,7 +77,7 @@ class Trajectory(NamedTuple):
 
 
 def record(
-    model: LatentDiffusion,
+    model: DiffusionModel,
     z_0: Tensor,
     cond: Conditioning,
     steps: int,
@@ -92,7 +92,7 @@ def record(
     return Trajectory(path, timesteps, [store.at(int(t)) for t in timesteps] if store else [])
 
 
-def layers_of(model: LatentDiffusion, z: Tensor) -> tuple[int, ...]:
+def layers_of(model: DiffusionModel, z: Tensor) -> tuple[int, ...]:
     """Return the layers whose maps say where words are, for latents z (…, H, W)."""
     unet = model.model.diffusion_model
     return map_layers(unet, map_factor(unet, z.shape[-2:]))
@@ -129,7 +129,7 @@ class Loss(NamedTuple):
     attention: Tensor
 
 
-def step_of(model: LatentDiffusion, way: Trajectory, index: int, z: Tensor) -> Step:
+def step_of(model: DiffusionModel, way: Trajectory, index: int, z: Tensor) -> Step:
     """Return denoising step i from latents z. Its maps are those of path[N - i], for i = 0 those of path[N - 1]."""
     steps = len(way.timesteps)
     j = steps - 1 - index
@@ -138,7 +138,7 @@ def step_of(model: LatentDiffusion, way: Trajectory, index: int, z: Tensor) -> S
     return Step(index, int(way.timesteps[j]), z, way.path[j], float(at[j]), float(below[j]), maps)
 
 
-def predict(model: LatentDiffusion, z: Tensor, t: int, context: Context, hook: AttentionHook | None = None) -> Tensor:
+def predict(model: DiffusionModel, z: Tensor, t: int, context: Context, hook: AttentionHook | None = None) -> Tensor:
     """Return the predicted noise (1, C, H, W) for one context, with gradients where they are wanted."""
     timesteps = torch.full((len(z),), t, device=z.device)
     return model.to_eps(model.apply_model(z, timesteps, context, hook and AtTimestep(hook, t)), z, timesteps)
@@ -152,7 +152,7 @@ class Sweep:
     """
 
     def __init__(
-        self, model: LatentDiffusion, way: Trajectory, learner: Learner, cond: Context, uncond: Context,
+        self, model: DiffusionModel, way: Trajectory, learner: Learner, cond: Context, uncond: Context,
         options: InversionOptions,
     ) -> None:  # fmt: skip
         self.model, self.way, self.learner, self.options = model, way, learner, options

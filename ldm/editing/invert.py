@@ -45,7 +45,7 @@ from ldm.methods.base import StepChange
 from ldm.methods.inversion import FIRST, START, TIMESTEPS, Learner
 from ldm.methods.null_text import NullText, TextInversion
 from ldm.methods.stylediffusion import StyleDiffusion, networks_from
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Subject:
     """
 
     def __init__(
-        self, model: LatentDiffusion, content: Content, prompt: str, height: int | None = None, width: int | None = None
+        self, model: DiffusionModel, content: Content, prompt: str, height: int | None = None, width: int | None = None
     ) -> None:
         check_prompt(prompt)
         facts = facts_of(model)
@@ -145,7 +145,7 @@ def make_learner(
 
 
 def invert_image(
-    model: LatentDiffusion,
+    model: DiffusionModel,
     content: Content,
     prompt: str,
     method: str = "stylediffusion",
@@ -249,13 +249,13 @@ def original(concept: Concept, content: Content) -> Image.Image:
     return fit(open_content(content), width, height, "crop")
 
 
-def rebuilt(model: LatentDiffusion, concept: Concept) -> Image.Image:
+def rebuilt(model: DiffusionModel, concept: Concept) -> Image.Image:
     """Return the image of a concept as the autoencoder reconstructs it."""
     return to_pil(model.decode_first_stage(concept.tensors[FIRST].to(model.device))[0])
 
 
 def word_masks(
-    model: LatentDiffusion, concept: Concept, words: Sequence[str], steps: int = 50
+    model: DiffusionModel, concept: Concept, words: Sequence[str], steps: int = 50
 ) -> dict[str, tuple[Image.Image, Image.Image]]:
     """Return where words of a concept's prompt are in its image: word -> foreground, background.
 
@@ -290,7 +290,7 @@ def change_of(concept: Concept) -> StepChange:
 
 
 def import_networks(
-    model: LatentDiffusion, content: Content, prompt: str, path: str | Path, clip: str | Path | Tensor, **options: Any
+    model: DiffusionModel, content: Content, prompt: str, path: str | Path, clip: str | Path | Tensor, **options: Any
 ) -> Concept:
     """Make a concept of an image from the networks that StyleDiffusion's own code has learned of it.
 
@@ -317,7 +317,7 @@ def import_networks(
 
 def check_belongs(
     concept: Concept,
-    model: LatentDiffusion,
+    model: DiffusionModel,
     content: Content | None = None,
     prompt: str | None = None,
     steps: int | None = None,
@@ -347,7 +347,7 @@ def check_belongs(
 
 
 def edit_image(
-    model: LatentDiffusion,
+    model: DiffusionModel,
     concept: Concept,
     edit: Edit,
     learned: bool = True,

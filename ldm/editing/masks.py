@@ -14,14 +14,14 @@ from ldm.conditioning.context import Conditioning
 from ldm.editing.alignment import PromptTokens
 from ldm.editing.control import MapStore
 from ldm.editing.inversion import ddim_invert, inversion_timesteps, layers_of
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import guided
 
 MASK_SIDE = 256  # pixels
 
 
 def average_maps(
-    model: LatentDiffusion, z_0: Tensor, cond: Conditioning, steps: int = 50, compat: bool = False
+    model: DiffusionModel, z_0: Tensor, cond: Conditioning, steps: int = 50, compat: bool = False
 ) -> Tensor:
     """Return the mean attention to each token while latents z_0 (1, C, H, W) are inverted: (H/f, W/f, L).
 

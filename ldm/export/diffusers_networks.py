@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 
-def build_networks(model: LatentDiffusion, unet_sizes: Mapping[str, Any], resolution: int) -> dict[str, Any]:
+def build_networks(model: DiffusionModel, unet_sizes: Mapping[str, Any], resolution: int) -> dict[str, Any]:
     """Return the modules `unet`, `vae` and `text_encoder`, with the weights that the libraries begin with.
 
     Args:

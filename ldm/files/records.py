@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.export.infotext import NEEDED, infotext
 from ldm.files.images import image_info
 from ldm.files.writing import replacing, writing_to
 
@@ -39,8 +40,24 @@ def save_png(image: Image.Image, path: str | Path, texts: Mapping[str, str]) -> 
         image.save(temporary, format="PNG", pnginfo=info)
 
 
+def save_picture(image: Image.Image, path: str | Path) -> None:
+    """Save as PNG with the parameters that `main` attached in a text chunk, readable with `read_parameters`.
+
+    A second chunk, `parameters`, says it the way AUTOMATIC1111's web UI does, for other tools.
+
+    Raises:
+        ValueError: the file is not called .png, the one format that keeps the parameters.
+        WriteError: no room or no right; nothing is left then.
+    """
+    texts = {PNG_KEY: image.info[PNG_KEY]} if PNG_KEY in image.info else {}
+    record = json.loads(texts.get(PNG_KEY, "{}"))
+    if record.keys() >= NEEDED:
+        texts["parameters"] = infotext(record)
+    save_png(image, path, texts)
+
+
 def read_parameters(path: str | Path) -> dict[str, Any]:
-    """Return the parameters that `ldm.generate.save_picture` wrote into a PNG.
+    """Return the parameters that `save_picture` wrote into a PNG.
 
     Raises:
         ValueError: the image has none, or is none.

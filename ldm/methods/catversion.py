@@ -104,7 +104,7 @@ def load_prefix(tensors: Tensors, metadata: Metadata) -> CatVersionPrefix:
         bias = float(metadata[LOGIT_BIAS])
     except (KeyError, ValueError) as error:
         raise ValueError(f"it does not say its text layers and logit bias ({LAYERS}, {LOGIT_BIAS}).") from error
-    if len(layers) != len(values):
+    if len(layers) != len(values) or len(set(layers)) != len(layers) or min(layers) < 0:
         raise ValueError(f"it has keys and values for {len(values)} text layers, but names {metadata[LAYERS]}.")
     prefix = CatVersionPrefix(layers, values.shape[3], values.shape[4], values.shape[2], bias)
     with torch.no_grad():

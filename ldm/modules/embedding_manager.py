@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning.learned import Learned, LearnedPrefix, LearnedTokens
 from ldm.conditioning.prompts import check_placeholder
-from ldm.embeddings import Concept, load_concept, save_concept
+from ldm.embeddings import Concept, load_concept, refuse_other_width, save_concept
 from ldm.files.base_model import describe_base, refuse_other_base, same_base
 from ldm.methods import find_method
 from ldm.methods.base import LearnedModule, Start, StepChange
@@ -216,6 +216,7 @@ class EmbeddingManager(nn.Module):
             check_placeholder(placeholder)
         concepts = {p: s if isinstance(s, Concept) else load_concept(s, p) for p, s in sources.items()}
         for placeholder, concept in concepts.items():
+            refuse_other_width(concept, placeholder, self.width, self.base_model.get("base_model", "unknown"))
             if not any_base:
                 what = f"The embedding for '{placeholder}'{f' ({concept.source})' if concept.source else ''}"
                 refuse_other_base(concept.metadata, self.base_model, what)

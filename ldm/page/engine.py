@@ -27,7 +27,7 @@ from ldm.page.preview import Preview
 from ldm.request import PLACEHOLDER, Request, placeholder_pattern
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Engine:
         outdir: where images are kept.
     """
 
-    def __init__(self, model: LatentDiffusion, setup: Mapping[str, str], outdir: Path) -> None:
+    def __init__(self, model: DiffusionModel, setup: Mapping[str, str], outdir: Path) -> None:
         self.model, self.setup, self.outdir = model, dict(setup), outdir
         self.facts = facts_of(model)
         self.windows = model.presets if isinstance(model.presets, Windows) else Windows(model.presets)

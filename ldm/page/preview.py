@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.files.images import to_pil
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 SMALL = 10_000_000  # parameters of a first stage that decodes as fast as the U-Net makes a step
 SAMPLES, SIDE = 16, 128  # what the map is fitted on: images, and their pixels each way
@@ -21,7 +21,7 @@ SAMPLES, SIDE = 16, 128  # what the map is fitted on: images, and their pixels e
 class Preview:
     """Predicted latents (B, C, H, W) to an RGB image of the first of them."""
 
-    def __init__(self, model: LatentDiffusion) -> None:
+    def __init__(self, model: DiffusionModel) -> None:
         self.model = model
         self.decodes = sum(p.numel() for p in model.first_stage_model.parameters()) < SMALL
         self._weights: Tensor | None = None
@@ -40,7 +40,7 @@ def linear_rgb(latents: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit_linear(model: LatentDiffusion, images: Tensor | None = None) -> Tensor:
+def fit_linear(model: DiffusionModel, images: Tensor | None = None) -> Tensor:
     """Return the weights (C + 1, 3), the last row a constant, that give RGB from latents with the least squared error.
 
     Args:

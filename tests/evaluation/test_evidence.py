@@ -12,7 +12,7 @@ from evaluation import spectrum
 from evaluation.ablation import Ablation
 from evaluation.captions import follow_captions
 from evaluation.concepts import TRANSFERS, Subject, transferred, windowed
-from evaluation.images import Sampling, encode, generate, load, staged
+from evaluation.images import Sampling, decode, encode, load, sample, staged
 from evaluation.judges import AttributeJudge, DistanceJudge, load_judge
 from evaluation.world.attributes import FACTORS, random_attributes
 from evaluation.world.rendered import render
@@ -81,7 +81,8 @@ def test_captions_are_followed_on_combinations_that_training_never_showed():
 def test_layout_is_decided_early_and_texture_late(judge: AttributeJudge):
     """The prompt spectrum in small; with stages that did nothing both shares would be equal."""
     experiment = caption_experiments(24, spectrum.sliding(3))["switch"]
-    images = generate(load(CONFIG, MODEL), experiment.conditions["5"], experiment.seeds, steps=20)
+    model = load(CONFIG, MODEL)
+    images = decode(model, sample(model, experiment.conditions["5"], experiment.seeds, Sampling(20)))
     same = dict(zip(FACTORS, judge.follows(images, *experiment.truth).mean(dim=0), strict=True))
     other = dict(zip(FACTORS, judge.follows(images, *experiment.truth[::-1]).mean(dim=0), strict=True))
     assert same["position"] > 0.8 and same["background"] > 0.8

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussianDistribution, FirstStage
+from ldm.models.first_stage import DiagonalGaussianDistribution, FirstStage, KLFirstStage
 from ldm.util import to_device
 
 Posterior = DiagonalGaussianDistribution | Tensor  # a VQ first stage has no distribution
@@ -96,7 +96,7 @@ class LatentCache:
         return DiagonalGaussianDistribution(moments) if self._is_gaussian else moments
 
     @torch.no_grad()
-    def standardize(self, first_stage: AutoencoderKL) -> None:
+    def standardize(self, first_stage: KLFirstStage) -> None:
         """Give latents mean 0 and standard deviation 1 in every channel, by changing the 1x1 convolutions of a KL
         first stage: what it reconstructs stays the same."""
         mean, logvar = self.moments.chunk(2, dim=1)
