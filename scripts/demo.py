@@ -101,7 +101,7 @@ def main() -> None:
     images = sorted(path for path in executed.parent.glob("*.png") if path.stat().st_mtime >= before - 1)
     print(f"Learned:  {', '.join(map(str, learned))}")
     print(f"Notebook: {OUTPUTS / NOTEBOOK}")
-    print(f"Images: {OUTPUTS}: {', '.join(path.name for path in images)}")
+    print(f"Images:   {OUTPUTS}: {', '.join(path.name for path in images)}")
     print(f"Done in {time.monotonic() - start:.0f} s")
 
 

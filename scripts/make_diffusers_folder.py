@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.flags import Parser, add_flag, say
-from ldm.cli.sample import MODEL_DEFAULTS
+from ldm.cli.models import MODEL_DEFAULTS
 from ldm.files.writing import replacing_set
 
 if TYPE_CHECKING:

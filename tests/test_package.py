@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,13 +13,26 @@ import tarfile
 import time
 import venv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from test_readme import commands, in_little_time
 
 import ldm
 
 ROOT = Path(__file__).parents[1]
+DRIVER = """\
+import json, logging, sys
+from ldm.cli.main import main
+for argv in json.loads(sys.argv[1]):
+    logging.getLogger().handlers.clear()
+    try:
+        code = main(argv)
+    except SystemExit as ended:
+        code = ended.code
+    print("=", code or 0, flush=True)
+"""
 BUILD = """\
 import sys
 from setuptools import build_meta
@@ -58,13 +73,16 @@ def program(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     return command
 
 
-def prospect(program: Path, folder: Path, *flags: str, code: int = 0, **variables: str) -> str:
-    """Run the installed program in a folder; what it wrote."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
-    command = [str(program.parent / "python"), str(program), *flags]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+def prospect(program: Path, folder: Path, *commands: Sequence[str]) -> str:
+    """Run commands of the installed program in a folder, in one process; what they wrote, and their exit codes."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PROSPECT_DEVICE": "cpu", "PYTHONIOENCODING": "utf-8"}
+    driver = [str(program.parent / "python"), "-c", DRIVER, json.dumps(commands)]
+    done = subprocess.run(
+        driver, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def test_what_is_in_the_wheel_and_the_sdist(built: tuple[Path, Path]) -> None:
@@ -83,31 +101,34 @@ def test_what_is_in_the_wheel_and_the_sdist(built: tuple[Path, Path]) -> None:
     assert inside >= shipped | code | {"pyproject.toml", "setup.py", "LICENSE", "README.md"}
 
 
-def test_the_installed_program_from_any_folder(program: Path, tmp_path: Path) -> None:
-    text = prospect(program, tmp_path, "--help")
-    for name in ("demo", "learn", "generate", "export", "import"):
-        assert f"\n  {name}" in text
-        assert prospect(program, tmp_path, name, "--help").startswith(f"usage: prospect {name}")
-    assert prospect(program, tmp_path, "--version") == f"prospect {ldm.__version__}\n"
-    assert "unknown command 'generat'; did you mean generate?" in prospect(program, tmp_path, "generat", code=2)
-    small = ("--steps", "2", "--height", "32", "--width", "32", "--device", "cpu")
-    text = prospect(program, tmp_path, "demo", *small)
+def test_the_installed_program_answers(program: Path, tmp_path: Path) -> None:
+    done = subprocess.run([program.parent / "python", program, "--help"], capture_output=True, encoding="utf-8")
+    names = re.findall(r"^  (\S+) +[A-Z]", done.stdout, re.MULTILINE)
+    assert names == ["demo", "learn", "learn-many", "generate", "export", "import", "push", "invert", "edit", "page"], (
+        done.stderr
+    )
+    text = prospect(program, tmp_path, *([name, "--help"] for name in names), ["--version"], ["generat"])
+    assert all(f"usage: prospect {name} " in text for name in names) and text.count("= 0\n") == len(names) + 1
+    assert f"prospect {ldm.__version__}\n" in text
+    assert text.endswith("unknown command 'generat'; did you mean generate?\n= 2\n")
+
+
+def test_the_commands_of_the_readme_installed(program: Path, tmp_path: Path) -> None:
+    """In an empty folder: what ships is found by its name in the checkout."""
+    lines = [line for line in commands() if line.startswith("prospect ") and " learn-many " not in line]
     image = "outputs/a-large-heart-on-a-black-background-material-42.png"
-    assert image in text and (tmp_path / image).is_file() and "from models/demo/presets.yaml" not in text
-    assert image.replace("-42", "-42-2") in prospect(program, tmp_path, "generate", "--from", image, *small[-2:])
-
-
-@pytest.mark.slow
-def test_the_installed_program_learns(program: Path, tmp_path: Path) -> None:
-    images = "models/demo/references/dotted-star"  # shipped ones are found by their names in the checkout
-    flags = ("-p", "run", "--max_steps", "2", "--enable_progress_bar", "false", "data.params.batch_size=1")
-    text = prospect(program, tmp_path, "learn", images, *flags, PROSPECT_DEVICE="cpu")
-    assert "More steps: prospect learn -r run --max_steps N" in text
-    command = next(line for line in text.splitlines() if line.startswith("Generate: prospect generate "))
-    words = command.removeprefix("Generate: prospect ").replace("'a *'", "a*").split()
-    assert Path(words[2]).is_file() or (tmp_path / words[2]).is_file()
-    small = ("--steps", "1", "--height", "32", "--width", "32")
-    assert prospect(program, tmp_path, *words, *small, PROSPECT_DEVICE="cpu").startswith("outputs/a-42.png\n")
+    repeating = ["generate", "--from", image, "--steps", "1"]
+    text = prospect(program, tmp_path, *(in_little_time(line)[1:] for line in lines), repeating)
+    assert text.count("\n= 0\n") == len(lines) + 1, text
+    for name in (image, image.replace("42", "seeds"), image.replace("-42", "-42-2")):
+        assert f"{name}\n" in text and (tmp_path / name).is_file()
+    run = next((tmp_path / "logs").iterdir()).relative_to(tmp_path)
+    assert f"More steps: prospect learn -r {run} --max_steps N\n" in text
+    settings, concept = (
+        next((tmp_path / run / "configs").glob("*-project.yaml")).relative_to(tmp_path),
+        run / "checkpoints/embeddings.safetensors",
+    )
+    assert f"Generate: prospect generate --config {settings} --concept {concept} --prompt 'a *'\n" in text
 
 
 def test_importing_ldm_is_quick_and_its_names_are_public() -> None:

@@ -1,8 +1,8 @@
 """Edit an image by exchanging attention: one that was inverted, one that is generated, or a list of them.
 
-python scripts/edit.py dog.safetensors --target 'a tiger on the grass' --blend dog:tiger --weight tiger=2
-python scripts/edit.py dog.safetensors --target 'a tiger on the grass' --tau_v .2 .5 --tau_u 0 .5
-python scripts/edit.py --prompt 'a red heart' --target 'a blue heart' --seed 7
+python scripts/edit.py dog.safetensors --target "a tiger on the grass" --blend dog:tiger --weight tiger=2
+python scripts/edit.py dog.safetensors --target "a tiger on the grass" --tau_v .2 .5 --tau_u 0 .5
+python scripts/edit.py --prompt "a red heart" --target "a blue heart" --seed 7
 python scripts/edit.py --csv edits.csv --outdir outputs/edits
 """
 
@@ -21,15 +21,17 @@ from ldm.cli.flags import (
     add_flag,
     arguments_of,
     check_paths,
+    input_path,
     log_to_terminal,
     natural,
     path,
     say,
     script_parser,
 )
-from ldm.cli.invert import add_inversion_flags, invert_options, load
+from ldm.cli.images import new_file
+from ldm.cli.invert import add_inversion_flags, invert_options
+from ldm.cli.models import add_model_flags, check_weights, load_model, model_setup
 from ldm.cli.prompts import concept_files, read_stages
-from ldm.cli.sample import add_model_flags, new_file
 from ldm.editing.request import TAUS, Edit, Span, grid_of
 from ldm.editing.table import Row, read_rows
 from ldm.files.writing import check_writable
@@ -39,13 +41,13 @@ PNG_KEY = "prospect-edit"  # name of the text chunk that says what an image was 
 
 def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
     parser = script_parser(docstring, prog)
-    parser.add_argument("inverted", nargs="?", type=path, metavar="CONCEPT", help="of scripts/invert.py")
+    parser.add_argument("inverted", nargs="?", type=input_path, metavar="CONCEPT", help="of scripts/invert.py")
     what = parser.add_argument_group("what to edit")
     add_flag(what, "--prompt", metavar="TEXT", help="of an image that is generated; or that of CONCEPT, to be checked")
-    add_flag(what, "--image", type=path, metavar="FILE", help="the image of CONCEPT, to be checked and shown")
+    add_flag(what, "--image", type=input_path, metavar="FILE", help="the image of CONCEPT, to be checked and shown")
     add_flag(what, "--seed", type=natural, default=42, metavar="N", help="of a generated image (42)")
     help_csv = "edits with the columns of StyleDiffusion's files; images are inverted where that is not done yet"
-    add_flag(what, "--csv", type=path, metavar="FILE", help=help_csv)
+    add_flag(what, "--csv", type=input_path, metavar="FILE", help=help_csv)
     add_flag(what, "--from_case", type=natural, metavar="N", help="first row")
     add_flag(what, "--end_case", type=natural, metavar="N", help="the row behind the last")
     how = parser.add_argument_group("how to edit")
@@ -130,6 +132,7 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     if options.target is None:
         raise ValueError("Give the prompt of the edited image: --target TEXT.")
     check_paths({"CONCEPT": [options.inverted], "--image": [options.image]})
+    check_weights(model_setup(options, {})["ckpt"])
     edits = edits_of(options)
     concept = None
     if options.inverted is not None:
@@ -141,7 +144,7 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     source = options.prompt if concept is None else concept.metadata[PROMPT]
     for edit in edits:
         edit.check(source, len(edit.prospect_words or [None]))
-    model = load(options)
+    model = load_model(options)
     _load_concepts(model, options)
     sheet = Edits(model, options.outdir, slug(edits[0].target))
     if concept is None:
@@ -258,7 +261,7 @@ def edit_rows(options: argparse.Namespace) -> list[Path]:
             if _is_finished(folder, row, edits):
                 say(f"case {row.case}: there already")
                 continue
-            model = model or load(options)
+            model = model or load_model(options)
             found = edit_row(model, row, edits, folder, options)
             written += found
             say(f"case {row.case}: {len(edits)} edits of '{row.prompt}', {found[-1]}")

@@ -14,17 +14,18 @@ from ldm.cli.flags import (
     add_field_flag,
     add_flag,
     check_paths,
+    input_path,
     log_to_terminal,
     path,
     printable,
     script_parser,
 )
-from ldm.cli.prompts import concept_files, read_stages
-from ldm.cli.sample import MODEL_DEFAULTS, add_stage_flags
+from ldm.cli.models import MODEL_DEFAULTS
+from ldm.cli.prompts import add_stage_flags, concept_files, read_stages
 from ldm.files.hub import is_hub
 from ldm.files.shipped import MODELS, shipped
 from ldm.files.writing import check_writable
-from ldm.request import PLACEHOLDER, ModelFacts, Request, check_prompt, model_facts, read_scale
+from ldm.request import PLACEHOLDER, ModelFacts, Request, model_facts, read_scale
 
 if TYPE_CHECKING:
     from ldm.conditioning.presets import Windows
@@ -50,9 +51,9 @@ def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
     add_field_flag(what, Request, "negative_prompt", default="")
     add_stage_flags(what)
     help_presets = "the presets' stages (presets.yaml beside the base model, or the paper's)"
-    add_flag(what, "--presets", type=path, metavar="YAML", help=help_presets)
+    add_flag(what, "--presets", type=input_path, metavar="YAML", help=help_presets)
     help_ckpt = "the base model, for its presets (the small model, if the concept was learned for it)"
-    add_flag(what, "--ckpt", type=path, metavar="FILE", help=help_ckpt)
+    add_flag(what, "--ckpt", type=input_path, metavar="FILE", help=help_ckpt)
     add_flag(what, "--config", metavar="NAME|YAML", help="demo, sd or its configuration, for its size and guidance")
     help_sampler = "ddim, plms, dpmpp_2m, or as AUTOMATIC1111 names it: 'Euler a', 'DPM++ 2M SGM Uniform', … (ddim)"
     add_flag(what, "--sampler", default="ddim", metavar="NAME", help=help_sampler)
@@ -73,7 +74,8 @@ def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
     add_flag(card, "--card", action="store_true", help="write one")
     add_flag(card, "--license", default="creativeml-openrail-m", metavar="ID", help="(creativeml-openrail-m)")
     add_flag(card, "--base_model", metavar="ID", help="the base model's name on the hub")
-    add_flag(card, "--pictures", nargs="+", type=path, default=[], metavar="FILE", help="samples to copy and show")
+    more = {"dest": "images", "help": "samples to copy and show"}  # --pictures: its name in earlier versions
+    add_flag(card, "--images", "--pictures", nargs="+", type=input_path, default=[], metavar="FILE", **more)
     return parser
 
 
@@ -105,6 +107,8 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     here = [file for file in files.values() if not is_hub(file)]
     given = {"--ckpt": options.ckpt, "--config": options.config, "--presets": options.presets}
     check_paths({"CONCEPT": here} | {flag: [file] for flag, file in given.items()})
+    how = {name: getattr(options, name) for name in ("preset", "rescale", "spacing")}
+    Request(prompt=options.prompt or "", **how)  # which checks them
     from ldm.embeddings import load_concept
     from ldm.export.card import Card
     from ldm.export.files import Export
@@ -117,12 +121,12 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
         return _export_mappers(options, concepts, list(files.values())), []
     export = Export(concepts, _use(options, concepts), options.any_base)
     programs, folder = list(dict.fromkeys(options.to)), options.outdir or Path("outputs") / options.name[0]
-    if options.pictures and not options.card:
-        raise ValueError("--pictures are shown in the model card; use --card, too.")
-    card = Card(options.license, options.base_model, options.pictures) if options.card else None
+    if options.images and not options.card:
+        raise ValueError("--images are shown in the model card; use --card, too.")
+    card = Card(options.license, options.base_model, options.images) if options.card else None
     paths = export.paths(programs, folder, card)
     check_writable(folder, "--outdir")
-    _refuse_overwriting(paths, [*files.values(), *options.pictures], folder, options.force)
+    _refuse_overwriting(paths, [*files.values(), *options.images], folder, options.force)
     return paths, export.write(programs, folder, card)
 
 
@@ -168,7 +172,6 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
         raise ValueError(f"seed must be in 0..{MAX_SEED}, which other programs tell apart, not {options.seed}.")
     facts, windows = _base_model(options, concepts)
     prompt = options.prompt
-    check_prompt(prompt or "")
     stages = most_stages(concept for _, concept in concepts.values())
     given = read_stages(options.stages, stages) if options.stages else {"preset": options.preset}
     words = given.get("prospect_words")
@@ -181,7 +184,7 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
     if options.scale is not None:
         stages = len(words) if words else most_stages(concept for _, concept in concepts.values())
         own["scale"] = read_scale(options.scale, stages, facts.scale)
-    Request(scale=own["scale"], rescale=options.rescale, spacing=options.spacing)  # which checks them
+    Request(scale=own["scale"])  # which checks it
     settings = {name: getattr(facts, name) if value is None else value for name, value in own.items()}
     sampler = name_of(options.sampler, options.spacing)
     settings |= {"rescale": options.rescale, "sampler": sampler, "steps": options.steps, "seed": options.seed}

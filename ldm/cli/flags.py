@@ -17,6 +17,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ldm.files.shipped import shipped
+
 # `name: what it is`, with the lines that continue it, in the Args of a docstring
 _ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 # Flags of earlier versions, and what says the same.
@@ -179,6 +181,11 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def input_path(text: str) -> Path:
+    """A path that is read; what ships is found by its name in the checkout, from any folder."""
+    return Path(shipped(text))
+
+
 # --- output ----------------------------------------------------------------------------------------------------
 
 
@@ -209,13 +216,29 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
+class _Once(logging.Filter):
+    """Lets each message pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_new = text not in self._seen
+        self._seen.add(text)
+        return is_new
+
+
 def log_to_terminal(level: int = logging.WARNING, talkative: Collection[str] = ()) -> None:
     """Write log messages to standard error.
 
     Args:
-        talkative: loggers of which INFO is shown, too.
+        talkative: loggers of which INFO is shown, too; no message is then shown twice, as for each of many images.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(message)s"))
     handler.addFilter(lambda record: record.levelno >= level or record.name in talkative)
+    if talkative:
+        handler.addFilter(_Once())
     logging.basicConfig(level=min(level, logging.INFO) if talkative else level, handlers=[handler])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from ldm.cli.flags import add_flag, check_paths, path, script_parser
 from ldm.files.hub import is_hub
+from ldm.files.shipped import shipped
+from ldm.files.writing import check_new_file
 
 
 def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | None = None) -> str:
@@ -16,7 +18,7 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
     """
     parser = script_parser(docstring, prog)
     help_source = "a file, the folder of the stage files, or these files, the end of sampling (low noise) first"
-    parser.add_argument("source", nargs="+", metavar="FILE", help=help_source)
+    parser.add_argument("source", nargs="+", type=shipped, metavar="FILE", help=help_source)
     add_flag(parser, "--out", type=path, required=True, metavar="FILE", help="the .safetensors file to write")
     add_flag(parser, "--key", metavar="NAME", help="which embedding, where there are several")
     help_rows = "the vectors of a file are stages, the end of sampling first, and not consecutive tokens"
@@ -29,6 +31,7 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
     options = parser.parse_strictly(argv)
     with parser.sentences():
         check_paths({"FILE": [file for file in options.source if not is_hub(file)]})
+        check_new_file(options.out, options.force, options.source)
         from ldm.embeddings import Concept, load_concept, save_new_concept
 
         source: str | list[str] = options.source[0] if len(options.source) == 1 else options.source

@@ -1,8 +1,8 @@
 """Invert an image into a concept that it can be edited with.
 
-python scripts/invert.py photo.png --prompt 'a dog on the grass' --out dog.safetensors
-python scripts/invert.py photo.png --prompt 'a dog on the grass' --method null-text --steps 50 --inner_steps 10
-python scripts/invert.py photo.png --prompt 'a dog' --import 'model-inner100-epoch1-learnv-[1].pth' --clip DIR
+python scripts/invert.py photo.png --prompt "a dog on the grass" --out dog.safetensors
+python scripts/invert.py photo.png --prompt "a dog on the grass" --method null-text --steps 50 --inner_steps 10
+python scripts/invert.py photo.png --prompt "a dog" --import "model-inner100-epoch1-learnv-[1].pth" --clip DIR
 """
 
 from __future__ import annotations
@@ -14,8 +14,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.flags import Parser, add_field_flag, add_flag, check_paths, log_to_terminal, natural, path, script_parser
-from ldm.cli.sample import add_model_flags, model_setup
+from ldm.cli.flags import (
+    Parser,
+    add_field_flag,
+    add_flag,
+    check_paths,
+    input_path,
+    log_to_terminal,
+    natural,
+    path,
+    script_parser,
+)
+from ldm.cli.models import add_model_flags, check_weights, load_model, model_setup
 from ldm.editing.request import InversionOptions, check_words_in
 from ldm.files.writing import check_new_file, check_writable
 from ldm.request import check_prompt
@@ -42,9 +52,9 @@ def add_inversion_flags(group: argparse._ActionsContainer) -> None:
         help="do not compare maps",
     )
     help_clip = "folder of transformers' CLIP ViT-B/16, which sees the image (its patches, without weights)"
-    add_flag(group, "--clip", type=path, metavar="DIR", help=help_clip)
+    add_flag(group, "--clip", type=input_path, metavar="DIR", help=help_clip)
     help_features = "file with these features as its one tensor (1, T, width), in place of --clip"
-    add_flag(group, "--features", type=path, metavar="FILE", help=help_features)
+    add_flag(group, "--features", type=input_path, metavar="FILE", help=help_features)
     help_mode = "affine (c * gamma + beta, the released code) or replace (the paper's formula) (affine)"
     add_flag(group, "--value_mode", choices=("affine", "replace"), default="affine", metavar="HOW", help=help_mode)
     add_flag(group, "--start_seed", type=natural, default=0, metavar="N", help="of the networks' first weights (0)")
@@ -52,7 +62,7 @@ def add_inversion_flags(group: argparse._ActionsContainer) -> None:
 
 def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
     parser = script_parser(docstring, prog)
-    parser.add_argument("image", type=path, metavar="IMAGE", help="the image; the middle of it is used")
+    parser.add_argument("image", type=input_path, metavar="IMAGE", help="the image; the middle of it is used")
     add_flag(parser, "--prompt", required=True, metavar="TEXT", help="what is in the image")
     how = parser.add_argument_group("how")
     add_inversion_flags(how)
@@ -83,10 +93,11 @@ def _invert(options: argparse.Namespace) -> list[Path]:
     check_prompt(options.prompt)
     check_words_in(options.mask, [options.prompt], "--mask")
     check_paths({"IMAGE": [options.image], "--clip": [options.clip], "--features": [options.features]})
+    check_weights(model_setup(options, {})["ckpt"])
     out = options.out or Path("outputs", f"{options.image.stem}-{options.method}.safetensors")
     out = check_new_file(out, options.force, [options.image])
     check_writable(out.parent, "--out")
-    model = load(options)
+    model = load_model(options)
     concept = invert_options(model, options.image, options.prompt, options, out)
     logger.info(
         "reconstruction %s dB, the autoencoder's own %s dB",
@@ -97,18 +108,6 @@ def _invert(options: argparse.Namespace) -> list[Path]:
     save_new_concept(concept, out, force=options.force)
     unfinished(out).unlink(missing_ok=True)
     return [out, *_masks(model, concept, options.prompt, options.mask, out)]
-
-
-def load(options: argparse.Namespace) -> Any:
-    """Return the model that flags name."""
-    setup = model_setup(options, {})
-    check_paths({"--ckpt": [setup["ckpt"]]})
-    from ldm.config import allow_targets, load_config
-    from ldm.generate import load_model_from_config
-
-    allow_targets(*options.allow_targets)
-    config = load_config(setup["config"], flag="--config", resolvers=options.allow_resolvers)
-    return load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
 
 
 def inversion_options(options: argparse.Namespace, scale: float) -> InversionOptions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -22,7 +22,9 @@ def demo(argv: Sequence[str]) -> None:
     prospect demo
     prospect demo --seed 1-4 --outdir images
     """
-    given = list(argv) if {"--prompt", "--prompts", "--from"} & set(argv) else [*DEMO, *argv]
+    flags = {text.partition("=")[0] for text in argv}
+    shown = [] if {"--prompt", "--prompts", "--from"} & flags else DEMO
+    given = [*(shown if "--concept" not in flags else shown[2:]), *argv]
     _say_all(import_module("ldm.cli.sample").run(demo.__doc__, None, given, "prospect demo"))
 
 
@@ -51,11 +53,10 @@ def learn_many(argv: Sequence[str]) -> int:
 def generate(argv: Sequence[str]) -> None:
     """Generate images from text, stage by stage, or from an image with --content.
 
-    prospect generate --prompt 'a large striped red star on the left on a navy background'
-    prospect generate --concept models/demo/concepts/dotted-star.safetensors --preset material \\
-        --prompt 'a large * heart on a white background' --seed 1-4
-    prospect generate --concept logs/…/checkpoints/embeddings.safetensors --prompt 'a *' --content photo.png
-    prospect generate --config sd --ckpt sd-v1-4.ckpt --prompt '*' --stages '7-9=a mug' '0-6=a blue mug'
+    prospect generate --prompt "a large striped red star on the left on a navy background"
+    prospect generate --concept models/demo/concepts/dotted-star.safetensors --preset material --prompt "a * heart"
+    prospect generate --concept logs/…/checkpoints/embeddings.safetensors --prompt "a *" --content photo.png
+    prospect generate --config sd --ckpt sd-v1-4.ckpt --prompt "*" --stages "7-9=a mug" "0-6=a blue mug"
     """
     _say_all(import_module("ldm.cli.sample").run(generate.__doc__, None, argv, "prospect generate"))
 
@@ -63,8 +64,7 @@ def generate(argv: Sequence[str]) -> None:
 def export(argv: Sequence[str]) -> None:
     """Export learned concepts to diffusers, AUTOMATIC1111's web UI and ComfyUI.
 
-    prospect export models/demo/concepts/dotted-star.safetensors --name star --to diffusers a1111 comfyui \\
-        --preset material --prompt 'a large * heart on a black background'
+    prospect export models/demo/concepts/dotted-star.safetensors --name star --to diffusers a1111 --preset material
     """
     _say_all(import_module("ldm.cli.export").run(export.__doc__, argv, "prospect export"))
 
@@ -72,7 +72,7 @@ def export(argv: Sequence[str]) -> None:
 def import_(argv: Sequence[str]) -> None:
     """Read an embedding of another program, or the files of its stages, into one concept.
 
-    prospect import learned_embeds.bin --key '<cat-toy>' --out cat-toy.safetensors
+    prospect import learned_embeds.bin --key "<cat-toy>" --out cat-toy.safetensors
     """
     say(import_module("ldm.cli.importing").run(import_.__doc__, argv, "prospect import"))
 
@@ -106,24 +106,29 @@ OTHERS = {"invert": "ldm.cli.invert", "edit": "ldm.cli.edit", "page": "ldm.page.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     commands = COMMANDS | {name: _other(name, module) for name, module in OTHERS.items() if _exists(module)}
-    width = max(map(len, commands))
-    lines = [f"  {name:{width}}  {(command.__doc__ or '').partition(chr(10))[0]}" for name, command in commands.items()]
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in commands:
+        return commands[given[0]](given[1:]) or 0
     parser = Parser(
         prog="prospect",
         usage="prospect COMMAND …",
         description="Personalise Stable Diffusion from one image, attribute by attribute.",
-        epilog="commands (each has a --help of its own):\n" + "\n".join(lines),
+        epilog=_listing(commands),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"prospect {ldm.__version__}")
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given and given[0] in commands:
-        return commands[given[0]](given[1:]) or 0
     _, unknown = parser.parse_known_args(given)
     if unknown:
         parser.refuse_command(unknown[0], list(commands))
     parser.print_help()
     return 0
+
+
+def _listing(commands: Mapping[str, Command]) -> str:
+    width = max(map(len, commands))
+    texts = {name: command.__doc__ or import_module(OTHERS[name]).__doc__ or "" for name, command in commands.items()}
+    lines = [f"  {name:{width}}  {text.partition(chr(10))[0]}" for name, text in texts.items()]
+    return "\n".join(["commands (each has a --help of its own):", *lines])
 
 
 def _exists(module: str) -> bool:

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ldm.cli.flags import add_field_flag, add_flag
 from ldm.files.hub import fetch, is_hub
 from ldm.files.shipped import shipped
-from ldm.request import PRESETS, check_placeholder, mentions
+from ldm.request import PRESETS, Request, check_placeholder, mentions
 
 MAX_SEEDS = 1000
 WHOLE_FILES = ("embeddings.safetensors", "learned_embeds.safetensors")  # of a concept's folder
@@ -31,6 +32,22 @@ def seeds(text: str) -> list[int]:
 
 
 # --- stages ----------------------------------------------------------------------------------------------------
+
+
+def add_stage_flags(group: argparse._ArgumentGroup) -> None:
+    """Add --stages and --preset, of which one can be given."""
+    stages = group.add_mutually_exclusive_group()
+    help_stages = (
+        "texts that replace * by stage, 0 being the end of sampling: '7-9=a mug' '0-6=a blue mug', open ranges (5-), "
+        "numbers for learned tokens (0-4=3); or preset:ATTRIBUTE"
+    )
+    add_flag(stages, "--stages", nargs="+", action="extend", metavar="RANGE=TEXT", help=help_stages)
+    add_field_flag(stages, Request, "preset", metavar="ATTRIBUTE")
+
+
+def word(text: str) -> str | int:
+    """An entry of `layer_words`: a number is the learned token of that layer, anything else a text."""
+    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
 
 
 def read_stages(texts: Sequence[str], num_stages: int) -> dict[str, Any]:

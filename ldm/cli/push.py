@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli.flags import add_flag, check_paths, path, script_parser
+from ldm.cli.flags import add_flag, check_paths, input_path, path, script_parser
+from ldm.files.shipped import quoted
 
 
 def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | None = None) -> list[str]:
@@ -18,12 +19,14 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
         docstring: the command's; its first line, then examples.
     """
     parser = script_parser(docstring, prog)
-    parser.add_argument("concept", metavar="CONCEPT", help="embedding file")
+    parser.add_argument("concept", type=input_path, metavar="CONCEPT", help="embedding file")
     parser.add_argument("repository", metavar="USER/NAME", help="where to; made if it is not there")
     add_flag(parser, "--private", action="store_true", help="make the new repository a private one")
     add_flag(parser, "--license", default="creativeml-openrail-m", metavar="ID", help="(creativeml-openrail-m)")
     add_flag(parser, "--base_model", metavar="ID", help="the base model's name on the hub")
-    add_flag(parser, "--images", nargs="+", type=path, default=[], metavar="FILE", help="samples for the model card")
+    add_flag(
+        parser, "--images", nargs="+", type=input_path, default=[], metavar="FILE", help="samples for the model card"
+    )
     add_flag(parser, "--outdir", type=path, metavar="DIR", help="write the repository into this folder instead")
     options = parser.parse_strictly(argv)
     with parser.sentences():
@@ -47,4 +50,5 @@ def _push(options: argparse.Namespace) -> list[str]:
         write_repository(concept, name, Path(place) / name, card)
         address = upload(Path(place) / name, options.repository, options.private, f"Add the concept {name}")
     called = concept.metadata.get("placeholder", "*")
-    return [address, f"prospect generate --concept hf:{options.repository} --prompt 'a {called}'"]
+    words = ("--concept", f"hf:{options.repository}", "--prompt", f"a {called}")
+    return [address, " ".join(["prospect generate", *map(quoted, words)])]

@@ -1,4 +1,4 @@
-"""`scripts/txt2img.py` and `scripts/img2img.py`: flags and files to a `Request`, and its images to PNG files.
+"""`scripts/txt2img.py` and `scripts/img2img.py`: flags and files to requests.
 
 Flags, files and choices are checked before anything heavy is imported, so that `--help` and mistakes answer at once.
 """
@@ -6,42 +6,22 @@ Flags, files and choices are checked before anything heavy is imported, so that 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from itertools import chain, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm.cli.flags import Parser, add_field_flag, add_flag, check_paths, log_to_terminal, path, script_parser
-from ldm.cli.prompts import concept_files, read_prompts, read_stages, seeds
+from ldm.cli.images import LAYOUTS, OWN_LAYOUT, Drawing
+from ldm.cli.models import MODEL_DEFAULTS, add_model_flags, check_weights, model_setup, read_config
+from ldm.cli.prompts import add_stage_flags, concept_files, read_prompts, read_stages, seeds, word
 from ldm.files.hub import is_hub
-from ldm.files.shipped import MODELS, name_of, shipped
-from ldm.files.writing import check_writable, writing_to
+from ldm.files.shipped import shipped
+from ldm.files.writing import check_writable
 from ldm.request import FAST, PLACEHOLDER, ModelFacts, Request, model_facts, read_scale, shown
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from ldm.models.diffusion.latent_diffusion import DiffusionModel
-
-logger = logging.getLogger(__name__)
-
-# What makes the model, recorded in an image beside the request.
-MODEL_DEFAULTS = {"config": MODELS["demo"].config, "ckpt": MODELS["demo"].ckpt, "dtype": "float32"}
-DTYPES = ("float32", "float16", "bfloat16")
-TEXTS = ("prompt", "prospect_words", "preset")
 MAX_IMAGES = 1000  # of one command with several prompts and seeds
-Layout = tuple[str, str, str]
-OWN_LAYOUT: Layout = ("{stem}-{seed}", "{stem}-{seed}-grid", ".png")
-# Where other programs leave an image and its grid: templates of paths, and the format.
-LAYOUTS = {
-    "neti": ("{prompt}/{seed}{truncated}", "{prompt}{truncated}", ".png"),
-    "catversion": ("{dashed}/{dashed}_{seed}", "{dashed}/{dashed}", ".jpg"),
-}
 
 
 # --- flags -----------------------------------------------------------------------------------------------------
@@ -93,44 +73,6 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     return parser
 
 
-def add_model_flags(group: argparse._ActionsContainer) -> None:
-    """Add what says which model generates; by default the small one that ships."""
-    help_config = "of the base model: demo (the small model), sd (Stable Diffusion v1) or a file (demo)"
-    add_flag(group, "--config", metavar="NAME|YAML", help=help_config)
-    help_ckpt = f".ckpt, .safetensors or diffusers folder (demo: {MODELS['demo'].ckpt}, sd: {MODELS['sd'].ckpt})"
-    add_flag(group, "--ckpt", type=path, metavar="FILE", help=help_ckpt)
-    add_flag(group, "--dtype", metavar="TYPE", help="of the weights: float32, float16 or bfloat16 (float32)")
-    help_device = "cpu, cuda, cuda:1 or mps (PROSPECT_DEVICE, or the fastest there is)"
-    add_flag(group, "--device", type=device, metavar="NAME", help=help_device)
-    help_allow = "packages of your own whose classes the configuration may name"
-    add_flag(group, "--allow_targets", nargs="+", default=[], metavar="PACKAGE", help=help_allow)
-    help_resolvers = "let the configuration use resolvers, such as ${oc.env:HOME}"
-    add_flag(group, "--allow_resolvers", action="store_true", help=help_resolvers)
-
-
-def add_stage_flags(group: argparse._ArgumentGroup) -> None:
-    """Add --stages and --preset, of which one can be given."""
-    stages = group.add_mutually_exclusive_group()
-    help_stages = (
-        "texts that replace * by stage, 0 being the end of sampling: '7-9=a mug' '0-6=a blue mug', open ranges (5-), "
-        "numbers for learned tokens (0-4=3); or preset:ATTRIBUTE"
-    )
-    add_flag(stages, "--stages", nargs="+", action="extend", metavar="RANGE=TEXT", help=help_stages)
-    add_field_flag(stages, Request, "preset", metavar="ATTRIBUTE")
-
-
-def word(text: str) -> str | int:
-    """An entry of `layer_words`: a number is the learned token of that layer, anything else a text."""
-    return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
-
-
-def device(text: str) -> str:
-    """A device's name: cpu, mps, cuda or cuda:N."""
-    if re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", text) is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is none of cpu, mps, cuda and cuda:0, cuda:1, …")
-    return text
-
-
 # --- from flags and files to a request -------------------------------------------------------------------------
 
 
@@ -158,11 +100,7 @@ def run(
 def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
     recorded = _recorded(options)
     setup = model_setup(options, recorded)
-    from ldm.config import allow_targets, check_generates, load_config
-
-    allow_targets(*options.allow_targets)
-    config = load_config(setup["config"], flag="--config", resolvers=options.allow_resolvers)
-    check_generates(config)
+    config = read_config(options, setup)
     facts = model_facts(config)
     rows = build_requests(options, recorded, facts)
     if options.layout == "catversion" and len(rows) * len(_columns(options)) > 1:
@@ -185,12 +123,12 @@ def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
     ]
     model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
     columns, layout = _columns(options), LAYOUTS.get(options.layout, OWN_LAYOUT)
+    drawing = Drawing(model, recorded, setup, options.outdir, layout)
     if options.layout == "neti":
-        every = [replace(row, **column) for row in rows for column in columns]
-        return draw_and_group(every, model, recorded, setup, options.outdir, layout)
+        return drawing.draw_grouped([replace(row, **column) for row in rows for column in columns])
     if len(rows) * len(columns) > 1:
-        return Sheet(model, recorded, setup, options.outdir).draw(rows, columns)
-    return draw(replace(rows[0], **columns[0]), model, recorded, setup, options.outdir, layout)
+        return drawing.draw_sheet(rows, columns)
+    return drawing.draw(replace(rows[0], **columns[0]))
 
 
 def _columns(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -198,104 +136,6 @@ def _columns(options: argparse.Namespace) -> list[dict[str, Any]]:
     given = {"truncation": options.truncation, "seed": options.seed and list(chain.from_iterable(options.seed))}
     several = {name: values for name, values in given.items() if values}
     return [dict(zip(several, values, strict=True)) for values in product(*several.values())]
-
-
-def draw(
-    request: Request,
-    model: DiffusionModel,
-    recorded: Mapping[str, Any],
-    setup: Mapping[str, str],
-    folder: Path,
-    layout: Layout = OWN_LAYOUT,
-) -> list[Path]:
-    """Generate what a request asks for and write it.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C, with a sentence where some batches are finished; these are written.
-    """
-    from ldm.generate import Interrupted, generate_image
-
-    try:
-        image = generate_image(request, model)
-    except Interrupted as stop:
-        paths = save_images(stop.image, recorded, setup, folder, layout)
-        kept = "is kept" if len(paths) == 1 else f"and the {len(paths) - 1} images in it are kept"
-        raise KeyboardInterrupt(f"stopped by Ctrl-C; what was finished, '{paths[0]}', {kept}") from stop
-    return save_images(image, recorded, setup, folder, layout)
-
-
-def draw_and_group(
-    requests: Sequence[Request],
-    model: DiffusionModel,
-    recorded: Mapping[str, Any],
-    setup: Mapping[str, str],
-    folder: Path,
-    layout: Layout,
-) -> list[Path]:
-    """Generate and write what requests ask for, and a grid of all images that have the same name in the layout.
-
-    Returns:
-        The grids, then the single images.
-    """
-    from PIL import Image
-
-    from ldm.files.images import make_grid
-    from ldm.files.records import PNG_KEY
-
-    single, grid, suffix = layout
-    groups: dict[str, list[Path]] = {}
-    for request in requests:
-        paths = draw(request, model, recorded, setup, folder, (single, "", suffix))
-        record = json.loads(Image.open(paths[0]).info[PNG_KEY])
-        groups.setdefault(grid.format(**_names(record)), []).extend(paths)
-    grids = []
-    for name, paths in groups.items():
-        record = {"cells": [[path.relative_to(folder).as_posix() for path in paths]]}
-        grids.append(_write(make_grid([Image.open(path) for path in paths]), folder / name, suffix, record))
-    return [*grids, *chain.from_iterable(groups.values())]
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """Several prompts, truncations and seeds: an image of each, and a labelled grid with a row for each prompt.
-
-    Args:
-        model, recorded, setup, folder: as for `draw`.
-    """
-
-    model: DiffusionModel
-    recorded: Mapping[str, Any]
-    setup: Mapping[str, str]
-    folder: Path
-
-    def draw(self, rows: Sequence[Request], columns: Sequence[Mapping[str, Any]]) -> list[Path]:
-        """Write all images, and the grid, which is the first of the files returned."""
-        from PIL import Image
-
-        from ldm.files.images import label_grid
-        from ldm.files.records import PNG_KEY
-
-        written: list[list[list[Path]]] = []
-        for row in rows:
-            written.append([])
-            for column in columns:
-                written[-1].append(self._cell(replace(row, **column), sum(map(len, written))))
-        cells = [[paths[0] for paths in row] for row in written]
-        images = [[Image.open(path) for path in row] for row in cells]
-        names = [f"{row.prompt} ({row.preset})" if row.preset else row.prompt or "no prompt" for row in rows]
-        heads = [", ".join(f"{name} {value}" for name, value in column.items()) for column in columns]
-        grid = label_grid(images, names, heads if any(heads) else [])
-        stem = f"{_stem(json.loads(images[0][0].info[PNG_KEY]))}-{'prompts' if len(rows) > 1 else 'seeds'}"
-        record = {"cells": [[path.name for path in row] for row in cells]}
-        return [_write(grid, self.folder / stem, ".png", record), *chain.from_iterable(chain.from_iterable(written))]
-
-    def _cell(self, request: Request, done: int) -> list[Path]:
-        try:
-            return draw(request, self.model, self.recorded, self.setup, self.folder)
-        except KeyboardInterrupt as stop:
-            if not done or str(stop):
-                raise
-            raise KeyboardInterrupt(f"stopped by Ctrl-C; {done} images in '{self.folder}' are kept") from stop
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
@@ -317,26 +157,6 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     if "ckpt" not in recorded and options.ckpt is None and name != Path(MODEL_DEFAULTS["ckpt"]).name:
         raise ValueError(f"'{options.source}' was made with the model {shown(name)}; give it with --ckpt and --config.")
     return recorded
-
-
-def model_setup(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, str]:
-    """Return configuration, checkpoint and precision: of the flags, else of the record, else the small model's."""
-    given: dict[str, Any] = {}
-    if options.config in MODELS:
-        known = MODELS[options.config]
-        given = {"config": known.config, "ckpt": known.ckpt}
-    elif options.config is not None:
-        given = {"config": os.path.expanduser(options.config)}
-    given |= {name: value for name in ("ckpt", "dtype") if (value := getattr(options, name)) is not None}
-    setup = {}
-    for name, default in MODEL_DEFAULTS.items():
-        value = given.get(name) or recorded.get(name) or default
-        if not isinstance(value, (str, Path)):
-            raise ValueError(f"'{options.source}' has no readable {name} ({shown(value)}); give it with --{name}.")
-        setup[name] = shipped(value)
-    if setup["dtype"] not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(setup['dtype'])}.")
-    return setup
 
 
 def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], facts: ModelFacts) -> list[Request]:
@@ -405,111 +225,6 @@ def _check_purpose(request: Request, editing: bool | None) -> None:
 
 
 def _check_files(request: Request, ckpt: str) -> None:
-    if ckpt == MODELS["sd"].ckpt and not os.path.exists(ckpt):
-        raise ValueError(f"Stable Diffusion's weights, '{ckpt}', are not there; put them there, or give --ckpt FILE.")
+    check_weights(ckpt)
     concepts = [file for file in (request.concepts or {}).values() if not is_hub(file)]
-    check_paths({"--ckpt": [ckpt], "--concept": concepts, "--content": [request.content_dir]})
-
-
-# --- from images to files --------------------------------------------------------------------------------------
-
-
-def save_images(
-    image: Image.Image,
-    repeated: Mapping[str, Any],
-    setup: Mapping[str, str],
-    folder: Path,
-    layout: Layout = OWN_LAYOUT,
-) -> list[Path]:
-    """Write the image, or a grid and its single images, each with what repeats it."""
-    from ldm.files.records import PNG_KEY
-
-    record = json.loads(image.info[PNG_KEY])
-    _warn_of_changes(repeated, record)
-    if repeated.get("preset") and "preset" not in record and all(record[n] == repeated.get(n) for n in TEXTS[:2]):
-        record |= {key: value for key, value in repeated.items() if key.startswith("preset")}
-    record |= {name: name_of(value) for name, value in setup.items()}
-    single, grid, suffix = layout
-    height, width, seed = record["height"], record["width"], record["seed"]
-    names = _names(record)
-    count = record["n_iter"] * record["n_samples"]
-    written: list[Path] = []
-    if grid and (count > 1 or layout is not OWN_LAYOUT):
-        written = [_write(image, folder / grid.format(seed=seed, **names), suffix, record)]
-    for i in range(count):
-        row, column = divmod(i, image.width // width)
-        box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
-        alone = record | {"seed": seed + i, "n_iter": 1, "n_samples": 1, "n_rows": 0}
-        file = folder / single.format(seed=seed + i, **names)
-        written.append(_write(image.crop(box), file, suffix, record if count == 1 else alone))
-    return written
-
-
-def _warn_of_changes(repeated: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Warn where files of the image of `--from` are others now."""
-    was, is_now = repeated.get("concept_hashes"), record["concept_hashes"]
-    if isinstance(was, Mapping) and isinstance(repeated.get("concepts"), Mapping):
-        for name, file in record["concepts"].items():
-            if repeated["concepts"].get(name) == file and name in was and was[name] != is_now.get(name):
-                logger.warning(
-                    "The concept '%s' (%s) is another file than the one that the image was made with.", name, file
-                )
-    content, was = record["content_dir"], repeated.get("content_hash")
-    if content and was and content == repeated.get("content_dir") and was != record["content_hash"]:
-        logger.warning("The content image '%s' is another than the one that was edited.", content)
-
-
-def _stem(record: Mapping[str, Any]) -> str:
-    """A file name for an image: of its prompt, its preset and its truncation."""
-    words = next((word for word in record["prospect_words"] or [] if isinstance(word, str)), "")
-    name = re.sub(r"\W+", "-", record["prompt"].replace(PLACEHOLDER, words))[:40].strip("-") or "image"
-    if (preset := record.get("preset")) and isinstance(preset, str):
-        name = f"{name}-{re.sub(r'[^a-z]+', '-', preset)}"
-    return name if record.get("truncation") is None else f"{name}-truncation-{record['truncation']}"
-
-
-def _names(record: Mapping[str, Any]) -> dict[str, str]:
-    """What stands in the templates of a layout."""
-    prompt, truncation = record["prompt"], record.get("truncation")
-    truncated = "" if truncation is None else f"_truncation_{truncation}"
-    kept = r'[/\\\0<>:"|?*]' if os.name == "nt" else r"[/\0]"
-    names = {"stem": _stem(record), "truncated": truncated}
-    return names | {"dashed": _file_name(prompt, r"[\s/\\:]"), "prompt": _file_name(prompt, kept)}
-
-
-def _file_name(prompt: str, unusable: str) -> str:
-    """The prompt as a name, with dashes for characters that have no place there."""
-    name = re.sub(unusable, "-", prompt).lstrip(".").strip() or "image"
-    return name.encode()[:200].decode(errors="ignore")
-
-
-def _write(image: Image.Image, path: Path, suffix: str, record: Mapping[str, Any]) -> Path:
-    from ldm.files.writing import replacing
-    from ldm.generate import PNG_KEY, save_picture
-
-    image.info[PNG_KEY] = json.dumps(record)
-    file = new_file(path, suffix)
-    try:
-        if suffix == ".png":
-            save_picture(image, file)
-        else:
-            with replacing(file) as temporary:
-                image.save(temporary, format="JPEG")
-    except BaseException:  # Ctrl-C, too
-        file.unlink(missing_ok=True)
-        raise
-    return file
-
-
-def new_file(path: Path, suffix: str = ".png") -> Path:
-    """An empty file made at `path` with the suffix, or with the first free number before it."""
-    number = 1
-    with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = path.with_name(f"{path.name}{suffix}" if number == 1 else f"{path.name}-{number}{suffix}")
-            try:
-                file.touch(exist_ok=False)  # so that two programs at once do not take the same name
-                return file
-            except FileExistsError:
-                number += 1
+    check_paths({"--concept": concepts, "--content": [request.content_dir]})

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ldm.cli.flags import Parser, add_flag, check_paths, log_to_terminal, one_line
-from ldm.files.shipped import MODELS, shipped
+from ldm.cli.models import check_weights
+from ldm.files.shipped import MODELS, ROOT, shipped
 
 logger = logging.getLogger("main")
+
+CONFIGS = ROOT / "configs"
 
 EPILOG = """\
 examples:
@@ -45,6 +50,21 @@ def number(text: str) -> int | float:
     return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
 
 
+def one_of(*names: str) -> Callable[[str], str]:
+    """Return the type of a flag with these values."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(names)}")
+        return text
+
+    read.__name__ = "name"
+    return read
+
+
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", "16-true", "bf16-true", "32", "16", "bf16", "64")
+PRECISIONS += ("transformer-engine", "transformer-engine-float16")
 # Flags handed to the Lightning trainer as they are: name -> type of the value.
 TRAINER_FLAGS: dict[str, Callable[[str], object]] = {
     "max_steps": int,
@@ -54,8 +74,8 @@ TRAINER_FLAGS: dict[str, Callable[[str], object]] = {
     "max_time": str,
     "accumulate_grad_batches": int,
     "gradient_clip_val": number,
-    "precision": str,
-    "accelerator": str,
+    "precision": one_of(*PRECISIONS),
+    "accelerator": one_of(*ACCELERATORS),
     "strategy": str,
     "devices": str,
     "num_nodes": int,
@@ -183,25 +203,41 @@ def check_options(options: argparse.Namespace) -> None:
         ValueError: with the flag that gave it.
     """
     known = next((MODELS[name] for name in options.base if name in MODELS), None)
-    has_weights = any(text.startswith("model.params.ckpt_path=") for text in options.overrides)
-    if known and not options.actual_resume and not options.resume and not has_weights:
-        options.actual_resume = known.ckpt
+    given = [text.partition("=")[0] for text in options.overrides]
+    if known and not options.resume:
+        if not options.actual_resume and "model.params.ckpt_path" not in given:
+            options.actual_resume = known.ckpt
+        if not options.data_root and not any(key.startswith("data.") for key in given):
+            raise ValueError("Say which images to learn from: --data_root, a folder with images or one image.")
     options.base = [configuration(name) for name in options.base]
-    for name in ("actual_resume", "data_root"):
+    for name in ("actual_resume", "data_root", "embedding_manager_ckpt"):
         if (path := getattr(options, name)) is not None:
             setattr(options, name, shipped(path))
     if options.resume and not os.path.exists(options.resume):
         raise ValueError(f"Nothing to resume: there is no '{options.resume}'; -r takes a log folder of main.py.")
-    flags = ("--actual_resume", "--data_root", "--embedding_manager_ckpt")
-    check_paths({"--base": options.base} | {flag: [getattr(options, flag[2:])] for flag in flags})
+    check_paths({"--base": options.base, "--data_root": [options.data_root]})
+    if options.actual_resume:
+        check_weights(options.actual_resume, "--actual_resume")
+    check_paths({"--embedding_manager_ckpt": [options.embedding_manager_ckpt]})
 
 
 def configuration(name: str) -> str:
-    """Return the file of a configuration that is given by its path, or by a short name: demo, sd, demo/neti."""
+    """Return the file of a configuration that is given by its path, or by a short name: demo, sd, demo/neti.
+
+    Raises:
+        ValueError: a short name of none that ships.
+    """
     if name in MODELS:
         return shipped(MODELS[name].learning)
+    if Path(name).suffix or os.path.exists(name):
+        return shipped(name)
     short = shipped(f"configs/{name}.yaml")
-    return short if not os.path.exists(name) and os.path.exists(short) else shipped(name)
+    if not os.path.exists(short):
+        known = [*MODELS, *(file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.glob("*/*.yaml"))]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"give a YAML file, {' or '.join(MODELS)}."
+        raise ValueError(f"There is no configuration '{name}'; {hint}")
+    return short
 
 
 def train(options: argparse.Namespace) -> int:

@@ -30,12 +30,12 @@ def fetch(source: str) -> tuple[Path, str]:
     Raises:
         ValueError: it is no such source, there is no such repository, or it holds no concept.
     """
-    from huggingface_hub import constants, snapshot_download
-
     match = _SOURCE.fullmatch(source)
     if match is None:
         raise ValueError(f"'{source}' must be hf:user/name, or hf:user/name@revision.")
     repository, revision = match.groups()
+    from huggingface_hub import constants, snapshot_download
+
     with _one_sentence(source):
         wanted = None if constants.HF_HUB_OFFLINE else _wanted(repository, revision, source)
         only_here = wanted is None

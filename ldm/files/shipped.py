@@ -6,6 +6,8 @@ They lie in the checkout, or in the installed package as in the checkout. Names 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +46,13 @@ def name_of(path: str) -> str:
     return next(names, path)
 
 
-def command(script: str, name: str) -> str:
-    """Return how a command is called: `python scripts/….py` in a checkout, `prospect NAME` where it is installed."""
-    return f"prospect {name}" if IS_INSTALLED else f"python {script}"
+def command(script: str, name: str, *words: str) -> str:
+    """Return a command to type: `python scripts/….py` in a checkout, `prospect NAME` where it is installed."""
+    return " ".join([f"prospect {name}" if IS_INSTALLED else f"python {script}", *map(quoted, words)])
+
+
+def quoted(word: str) -> str:
+    """Return a word as the shell takes it; those of Windows know double quotes only."""
+    if os.name == "posix":
+        return shlex.quote(word)
+    return word if re.fullmatch(r"[\w@+=:,./\\-]+", word) else '"' + word.replace('"', r"\"") + '"'

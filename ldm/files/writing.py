@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ _PARTIAL = re.compile(r"\.prospect-\d+-[0-9a-f]{8}\.partial")
 _PLACE = frozenset((
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
 ))  # fmt: skip
+
+_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()  # seconds, for another program to close a file
 
 
 class WriteError(OSError):
@@ -118,7 +121,7 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
             _sync(temporary)
             if keep is not None and path.exists():
                 _rename_aside(path, Path(keep))
-            os.replace(temporary, path)
+            move(temporary, path)
             _sync(path.parent)
         finally:
             with suppress(OSError):
@@ -160,7 +163,28 @@ def replacing_set(folder: str | Path) -> Iterator[Path]:
 def _move(targets: dict[Path, Path]) -> None:
     for path, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
+        move(path, target)
+
+
+def move(path: Path, target: Path) -> None:
+    """Move a file to `target`, in place of what is there.
+
+    Windows refuses that while another program has `target` open, which mostly is a matter of a moment.
+
+    Raises:
+        WriteError: it stays open.
+    """
+    for wait in _WAITS:
+        with suppress(PermissionError):
+            os.replace(path, target)
+            return
+        time.sleep(wait)
+    try:
         os.replace(path, target)
+    except PermissionError as error:
+        if not _WAITS or not target.is_file():
+            raise
+        raise WriteError(f"Cannot write '{target}': another program has it open; close it there.") from error
 
 
 def replace_bytes(path: str | Path, content: bytes) -> None:
@@ -179,9 +203,9 @@ def _rename_aside(path: Path, keep: Path) -> None:
     link = _partial(keep.parent)
     try:
         os.link(path, link)
-        os.replace(link, keep)
+        move(link, keep)
     except OSError:  # a file system without links
-        os.replace(path, keep)
+        move(path, keep)
 
 
 def _sync(path: Path) -> None:

@@ -44,7 +44,7 @@ def connected(address: str) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise ImportError("--cluster needs Ray: pip install 'prospect-ldm[cluster]'") from error
+        raise ImportError('--cluster needs Ray: pip install "prospect-ldm[cluster]"') from error
     terminate = signal.getsignal(signal.SIGTERM)  # which Ray replaces
     place: dict[str, Any] = {"_node_ip_address": "127.0.0.1"} if local else {"address": address}
     try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 
-from ldm.cli.flags import Parser, add_flag, check_paths, path, positive, printable, say, script_parser
+from ldm.cli.flags import Parser, add_flag, check_paths, input_path, path, positive, printable, say, script_parser
+from ldm.cli.models import check_weights
 from ldm.cli.train import configuration
 from ldm.files.shipped import MODELS, shipped
 
@@ -13,7 +15,7 @@ from ldm.files.shipped import MODELS, shipped
 def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
     parser = script_parser(docstring, prog)
     help_images = "a folder with a folder of images (or an image) for each concept, or a CSV"
-    parser.add_argument("images", type=path, metavar="IMAGES", help=help_images)
+    parser.add_argument("images", type=input_path, metavar="IMAGES", help=help_images)
     add_flag(parser, "--out", type=path, required=True, metavar="CONCEPTS", help="folder of the results")
     help_base = "configurations: demo, sd or files (demo)"
     add_flag(parser, "--base", nargs="+", default=["demo"], metavar="NAME|YAML", help=help_base)
@@ -22,12 +24,21 @@ def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
     add_flag(parser, "--init_word", metavar="WORD", help="what learning starts from, likewise")
     add_flag(parser, "--max_steps", type=positive, metavar="N", help="training steps, likewise")
     add_flag(parser, "--workers", type=positive, metavar="N", help="processes (one for each GPU, else for each core)")
-    add_flag(parser, "--cluster", metavar="ADDRESS", help="learn on a Ray cluster: local, auto or HOST:PORT")
+    add_flag(
+        parser, "--cluster", type=address, metavar="ADDRESS", help="learn on a Ray cluster: local, auto or HOST:PORT"
+    )
     help_share = "of a GPU of the cluster, for each concept (1.0)"
     add_flag(parser, "--gpu_share", type=float, default=1.0, metavar="X", help=help_share)
     add_flag(parser, "--no_sheet", action="store_true", help="make no contact sheet")
     add_flag(parser, "--set", nargs="+", default=[], metavar="KEY=VALUE", help="values of the configuration")
     return parser
+
+
+def address(text: str) -> str:
+    """Where a Ray cluster is."""
+    if text not in ("local", "auto") and not re.search(r":\d+$", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither local nor auto nor HOST:PORT")
+    return text
 
 
 def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -41,7 +52,8 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
                 raise ValueError("Say which base model to learn against: --ckpt FILE.")
             options.ckpt = known
         options.base, options.ckpt = [configuration(name) for name in options.base], shipped(options.ckpt)
-        check_paths({"IMAGES": [options.images], "--base": options.base, "--ckpt": [options.ckpt]})
+        check_paths({"IMAGES": [options.images], "--base": options.base})
+        check_weights(options.ckpt)
         return _learn(options)
 
 

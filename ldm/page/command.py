@@ -11,8 +11,8 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli.flags import add_flag, check_paths, log_to_terminal, path, positive, say, script_parser
-from ldm.cli.sample import add_model_flags, model_setup
+from ldm.cli.flags import add_flag, log_to_terminal, path, positive, say, script_parser
+from ldm.cli.models import add_model_flags, check_weights, load_model, model_setup, read_config
 from ldm.files.writing import check_writable
 
 HOST, PORT = "127.0.0.1", 8080
@@ -37,19 +37,16 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
     log_to_terminal()
     with parser.sentences():
         if importlib.util.find_spec("nicegui") is None:
-            raise ValueError("The page needs NiceGUI: pip install 'nicegui>=3.10,<4'.")
+            raise ValueError('The page needs NiceGUI: pip install "nicegui>=3.10,<4".')
         setup = model_setup(options, {})
-        check_paths({"--ckpt": [setup["ckpt"]]})
+        check_weights(setup["ckpt"])
+        read_config(options, setup)
         check_writable(options.outdir, "--outdir")
         port = free_port(options.port)
-        from ldm.config import allow_targets, load_config
-        from ldm.generate import load_model_from_config
         from ldm.page.app import serve
         from ldm.page.engine import Engine
 
-        allow_targets(*options.allow_targets)
-        config = load_config(setup["config"], flag="--config", resolvers=options.allow_resolvers)
-        model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
+        model = load_model(options)
         say(f"The page is at http://{HOST}:{port}; Ctrl-C ends it.")
         serve(Engine(model, setup, options.outdir), port, not options.no_browser)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.cli.sample import new_file
+from ldm.cli.images import new_file
 from ldm.files.images import label_grid
 from ldm.files.records import PNG_KEY, save_png
 from ldm.page.engine import Engine, ImageJob

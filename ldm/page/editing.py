@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from ldm.cli.edit import Edits, pair, slug, span
-from ldm.cli.sample import new_file
+from ldm.cli.images import new_file
 from ldm.editing.inversion import Progress
 from ldm.editing.invert import AUTOENCODER, METHODS, PROMPT, PSNR, check_belongs, invert_image, rebuilt, word_masks
 from ldm.editing.request import KINDS, TAUS, Edit, InversionOptions, grid_of

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
-from ldm.cli.sample import save_images
+from ldm.cli.images import save_images
 from ldm.conditioning.presets import Windows
 from ldm.conditioning.stages import stage_of
 from ldm.files.shipped import MODELS, shipped

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import threading
 import traceback
 import warnings
@@ -17,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.files.shipped import command
+from ldm.files.shipped import MODELS, command, name_of
 from ldm.training.callbacks import SaveLast
 from ldm.training.runs import EMBEDDINGS, Run
 
@@ -98,5 +97,7 @@ def _generate_command(run: Run, config: DictConfig) -> str:
     placeholder = strings if isinstance(strings, str) else strings[0]
     file = run.checkpoints / EMBEDDINGS
     concept = str(file) if placeholder == "*" else f"{placeholder}={file}"
-    words = ["--config", str(settings), "--ckpt", config.model.params.ckpt_path, "--concept", concept]
-    return shlex.join([*command("scripts/txt2img.py", "generate").split(), *words, "--prompt", f"a {placeholder}"])
+    ckpt = name_of(config.model.params.ckpt_path)
+    base = [] if ckpt == MODELS["demo"].ckpt else ["--ckpt", ckpt]
+    words = ["--config", str(settings), *base, "--concept", concept, "--prompt", f"a {placeholder}"]
+    return command("scripts/txt2img.py", "generate", *words)

@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm.checkpoint import CheckpointError
 from ldm.embeddings import EmbeddingError, load_concept
-from ldm.files.shipped import IS_INSTALLED, command
+from ldm.files.shipped import IS_INSTALLED, command, quoted
 from ldm.files.tensors import read_checkpoint
 from ldm.files.writing import check_writable, is_unfinished, remove_unfinished, writing_to
 
@@ -112,8 +111,7 @@ def is_first_process() -> bool:
 
 def resume_command(place: Path) -> str:
     """Return what to type to resume the run in a log folder, or from a checkpoint."""
-    called = command("main.py", "learn")
-    return f"{called} -r {shlex.quote(str(place))}{'' if IS_INSTALLED else ' -t'}"
+    return command("main.py", "learn", "-r", str(place), *([] if IS_INSTALLED else ["-t"]))
 
 
 def open_run(options: argparse.Namespace) -> Run:
@@ -154,6 +152,8 @@ def _folder_name(options: argparse.Namespace, now: str) -> str:
     for flag, text in (("-n", options.name), ("-f", options.postfix)):
         if text and re.search(r"[/\\]", text):
             raise ValueError(f"{flag}: '{text:.80}' must be a name, not a path; a path goes to -l or -p.")
+        if text and os.name == "nt" and (signs := re.search(r'[<>:"|?*\x00-\x1f]|[. ]$', text)):
+            raise ValueError(f"{flag}: Windows takes no '{signs[0]}' at that place of a name; omit it.")
     name = options.name or _shortened(Path(options.base[0]).stem, 100)
     end = f"{now}_{name}{options.postfix}"
     room = MAX_NAME - len(os.fsencode(end))
@@ -191,7 +191,7 @@ def _run_to_resume(path: Path, now: str) -> Run:
     if path.is_file():
         raise ValueError(
             f"Nothing to resume: '{path}' is neither a log folder nor its last.ckpt. To start from learned embeddings: "
-            f"--embedding_manager_ckpt {shlex.quote(str(path))}."
+            f"--embedding_manager_ckpt {quoted(str(path))}."
         )
     raise ValueError(f"Nothing to resume: there is no file '{checkpoint}'; -r takes a log folder of main.py.")
 
@@ -213,7 +213,7 @@ def _way_on(folder: Path, damaged: Path) -> str:
             _step_of(previous)
             return f"resume from the one before it: {resume_command(previous)}"
     if (latest := latest_embeddings(folder / "checkpoints")) is not None:
-        return f"start a new run with its latest embeddings: --embedding_manager_ckpt {shlex.quote(str(latest))}"
+        return f"start a new run with its latest embeddings: --embedding_manager_ckpt {quoted(str(latest))}"
     return "start a new run"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ldm.files import writing
 from ldm.files.writing import (
     WriteError,
     check_new_file,
@@ -42,6 +43,25 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "original")
     replace_text(tmp_path / "link", "new")
     assert content(tmp_path) == {"link": "new", "original": "kept"}
+
+
+def test_a_file_that_another_program_has_open_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, a="old")
+    refusals, replace = [2], os.replace
+
+    def held(path: Path, target: Path) -> None:
+        if refusals[0]:
+            refusals[0] -= 1
+            raise PermissionError(13, "Permission denied", str(path))
+        replace(path, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(writing, "_WAITS", (0.0, 0.0))
+    replace_text(tmp_path / "a", "new")
+    refusals[0] = 9
+    with pytest.raises(WriteError, match="another program has it open; close it there"):
+        replace_text(tmp_path / "a", "newer")
+    assert content(tmp_path) == {"a": "new"}
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -194,7 +194,7 @@ def test_jobs_come_from_folders_images_and_tables(pictures: Path):
 def test_without_ray_one_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(ImportError, match=r"--cluster needs Ray: pip install 'prospect-ldm\[cluster\]'"),
+        pytest.raises(ImportError, match=r'--cluster needs Ray: pip install "prospect-ldm\[cluster\]"'),
         connected("local"),
     ):
         pass
