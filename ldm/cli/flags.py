@@ -216,20 +216,6 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-class _Once(logging.Filter):
-    """Lets each message pass once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        is_new = text not in self._seen
-        self._seen.add(text)
-        return is_new
-
-
 def log_to_terminal(level: int = logging.WARNING, talkative: Collection[str] = ()) -> None:
     """Write log messages to standard error.
 
@@ -240,5 +226,6 @@ def log_to_terminal(level: int = logging.WARNING, talkative: Collection[str] = (
     handler.setFormatter(_Printable("%(message)s"))
     handler.addFilter(lambda record: record.levelno >= level or record.name in talkative)
     if talkative:
-        handler.addFilter(_Once())
+        shown: dict[str, logging.LogRecord] = {}
+        handler.addFilter(lambda record: shown.setdefault(record.getMessage(), record) is record)
     logging.basicConfig(level=min(level, logging.INFO) if talkative else level, handlers=[handler])
