@@ -118,9 +118,9 @@ def _for_generating(config: DictConfig, ckpt: Path, dtype: str) -> dict[str, Any
     for part in ("first_stage_ckpt", "cond_stage_ckpt"):  # all weights are those of `ckpt`
         params.pop(part, None)
     params |= {"ckpt_path": str(ckpt), "frozen_dtype": dtype}
-    for part in (section, params["first_stage_config"]):
-        if isinstance(part, dict) and part.get("target") in UNTRAINED:
-            part["target"] = UNTRAINED[part["target"]]
+    for named in (section, params["first_stage_config"]):
+        if isinstance(named, dict) and named.get("target") in UNTRAINED:
+            named["target"] = UNTRAINED[named["target"]]
     if isinstance(params.get("personalization_config"), dict):
         personalization = params["personalization_config"]
         personalization["params"] = {**(personalization.get("params") or {}), "initializer_words": None}

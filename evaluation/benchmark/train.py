@@ -52,7 +52,8 @@ class TrainingStep:
     """
 
     def __init__(self, base: LatentDiffusion, switches: frozenset[str], batch: int, resolution: int) -> None:
-        self.model = variant(base, switches).train()
+        self.model = variant(base, switches)
+        self.model.train()
         self.switches = switches
         images = RandomImages(batch, resolution, "a photo of a *" if num_layers(base) > 1 else "*")
         cached = "latents" in switches

@@ -551,7 +551,7 @@ GENERATING: dict[str, Cases] = {
         (f"{MAKE} --outdir {{bad}}/text.png/below", "is a file; give a folder with --outdir"),
         (f"{MAKE} --config {{bad}}/folder.yaml", "is a folder"),
         (f"{MAKE} --config {{bad}}/empty.yaml", "does not say 'model:'"),
-        (f"{MAKE} --config {{bad}}/allowing.yaml", "Unknown section 'allow_targets'"),
+        (f"{MAKE} --config {{bad}}/allowing.yaml", "--allow_targets"),
         (f"{MAKE} --config configs/demo/autoencoder.yaml", "makes no images from text"),
         (f"{MAKE} --config configs/demo/text.yaml", "makes no images from text"),
         (f"{MAKE} --ckpt {{bad}}/nan.safetensors", "not finite in float32; download"),
