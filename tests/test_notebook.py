@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from ldm.conditioning.presets import load_presets
 from ldm.embeddings import Concept, load_concept, save_concept
+from ldm.files.tensors import TensorFileError
 from ldm.generate import main, read_parameters
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from scripts.demo import execute
@@ -131,28 +132,28 @@ def test_what_the_notebook_shows_of_objects_and_functions_is_short(tiny_model: L
     assert any("strength: how much of the content image is given up" in line for line in lines)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the platform has no such sockets")
-def test_the_kernel_needs_no_network(tmp_path: Path) -> None:
-    """Not even the loopback device, which is down where the network is cut off (`make test-offline`)."""
+def test_a_notebook_whose_cell_fails_is_written(tmp_path: Path) -> None:
+    """Its kernel needs no network, not even the loopback device, which is down in `make test-offline`."""
     source = "import json, ipykernel.connect as c; print(json.loads(c.get_connection_info())['transport'])"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), tmp_path / "a.ipynb")
-    execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
-    assert nbformat.read(tmp_path / "b.ipynb", as_version=4).cells[0].outputs[0].text == "ipc\n"
+    cells = [nbformat.v4.new_code_cell(text) for text in (source, "1 / 0", "2")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    with pytest.raises(CellExecutionError) as failed:
+        execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
+    assert failed.value.ename == "ZeroDivisionError"
+    first, second, third = nbformat.read(tmp_path / "b.ipynb", as_version=4).cells
+    assert first.outputs[0].text == ("tcp\n" if sys.platform == "win32" else "ipc\n")
+    assert second.outputs and not third.outputs
 
 
 def test_a_missing_concept_is_said_in_one_sentence(
-    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROSPECT_CONCEPT", "nowhere.safetensors")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    cells = {cell.id: cell for cell in notebook.cells}
-    notebook.cells = [cells[name] for name in ("settings", "load", "concept")]
-    nbformat.write(notebook, tmp_path / "short.ipynb")
-    with pytest.raises(CellExecutionError) as failed:
-        execute(tmp_path / "short.ipynb", outputs / "short.ipynb")
-    assert failed.value.ename == "TensorFileError"
-    assert failed.value.evalue.startswith("There is no file 'nowhere.safetensors'")
-    assert nbformat.read(outputs / "short.ipynb", as_version=4).cells[-1].outputs  # written though it failed
+    cells = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+    names: dict[str, Any] = {"model": tiny_model}
+    exec(cells["settings"], names)
+    with pytest.raises(TensorFileError, match="^There is no file 'nowhere.safetensors'[^\n]*$"):
+        exec(cells["concept"], names)
 
 
 def test_the_editing_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
