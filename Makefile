@@ -44,9 +44,9 @@ small-model: setup
 	done
 
 # A process for each core, of one thread: two spinning threads on a busy machine are many times slower than one. Tests of
-# a file share what is expensive, so a file is one process's.
+# a file share what is expensive and stay together, until a process has none left and takes some from another.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not gpu and not slow and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not gpu and not slow and not browser"
 
 # Twenty kills of one run, a thousand generations, and Stable Diffusion v1 at its real size with random weights, which
 # needs 8 GB of memory and 3 GB of disk.

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def in_root() -> Iterator[None]:
+    """Configurations name the tokenizer's folder and the model relative to the repository."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[1])
+        yield
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -1,13 +1,18 @@
-"""Real runs of `main.py` on the small model, in processes of their own or in this one."""
+"""Real runs of `main.py` on the small model, and of other programs, in processes of their own or in this one."""
 
+import contextlib
+import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import Dataset
@@ -66,14 +71,14 @@ class Poison(pl.Callback):
 
 
 class CtrlC(pl.Callback):
-    """Presses it in a step; named in a configuration as `Poison` is."""
+    """Presses it in a step, or sends another signal; named in a configuration as `Poison` is."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, name: str = "SIGINT") -> None:
+        self.step, self.number = step, signal.Signals[name]
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, _: object) -> None:
         if trainer.global_step + 1 == self.step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
 
 class FourPictures(Dataset):
@@ -101,6 +106,21 @@ def start(program: str, *arguments: str, launcher: Sequence[str] = (), **options
     command = [*launcher, sys.executable, program, *arguments]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program as `start` does and wait, but in this process: PyTorch is imported once."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [program, *arguments])
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as ending:
+            code = ending.code or 0
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return subprocess.CompletedProcess([program, *arguments], code, out.getvalue(), err.getvalue())
 
 
 def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[str | None, str]:

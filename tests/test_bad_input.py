@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_files import Cases, cases, refused, words
+from runs import call
 
 import main
 from ldm.checkpoint import read_state_dict
@@ -35,12 +34,6 @@ LOGGER = "lightning.callbacks.image_logger.params"
 MANAGER = "model.params.personalization_config.params"
 MAKE = "--steps 1 --height 32 --width 32 --device cpu --prompt *"
 EDIT = f"{MAKE} --strength 1 --content "
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configurations name their files relative to it."""
-    monkeypatch.chdir(ROOT)
 
 
 LEARNING: dict[str, Cases] = {
@@ -246,9 +239,7 @@ def test_scripts(
 @pytest.fixture(scope="module")
 def run(bad: Path) -> Path:
     """A run of one step; tests that damage it take a copy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert main.main([*LEARN.split(), "-p", str(bad / "run")]) == 0
+    assert main.main([*LEARN.split(), "-p", str(bad / "run")]) == 0
     return bad / "run"
 
 
@@ -264,16 +255,10 @@ def run(bad: Path) -> Path:
 )
 def test_as_programs_with_a_trace_on_request(command: str, bad: Path, tmp_path: Path) -> None:
     script, *flags = (word.replace("{bad}", str(bad)).replace("{out}", str(tmp_path)) for word in command.split())
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def program(*more: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, script, *flags, *more]
-        return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
-
-    plain = program()
+    plain = call(script, *flags)
     assert (plain.returncode, plain.stdout) == (2, "")
     assert plain.stderr.splitlines()[-1].startswith(f"{Path(script).name}: error: ") and "Traceback" not in plain.stderr
-    debugged = program("--debug")
+    debugged = call(script, *flags, "--debug")
     assert debugged.returncode == 1 and "Traceback (most recent call last)" in debugged.stderr
     sentence = plain.stderr.splitlines()[-1].partition(": error: ")[2]
     assert sentence in debugged.stderr and 'File "' in debugged.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LEARN, MADE_SMALL, ROOT, every, finish, saved_tensors, start, unfinished
+from runs import LEARN, MADE_SMALL, every, finish, saved_tensors, start, unfinished
 
 import main
 from ldm.checkpoint import save_state_dict
@@ -91,14 +91,7 @@ def test_small_and_read_only_disks(cases: dict[str, dict], case: str, place: str
         assert ours == []
 
 
-@pytest.fixture
-def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-def test_a_checkpoint_without_room_leaves_the_one_before(
-    tmp_path: Path, in_root: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_without_room_leaves_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     arguments = [*LEARN, *MADE_SMALL, *every(2), "-p", str(run)]
     assert main.main([*arguments, "--max_steps", "2"]) == 0
@@ -116,16 +109,14 @@ def test_a_checkpoint_without_room_leaves_the_one_before(
 
 
 @pytest.mark.parametrize("flags", [["-l", "{}/file/logs"], ["-p", "{}/file"], ["-p", "{}/file/run"]])
-def test_a_log_folder_that_cannot_be(
-    tmp_path: Path, in_root: None, capsys: pytest.CaptureFixture[str], flags: list[str]
-) -> None:
+def test_a_log_folder_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
     (tmp_path / "file").write_text("kept")
     assert main.main([*LEARN, *MADE_SMALL, *(text.format(tmp_path) for text in flags)]) == 2
     assert f"Cannot write to '{tmp_path}/file" in capsys.readouterr().err.splitlines()[-1]
     assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_pictures_without_room(tmp_path: Path, in_root: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_without_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with files_up_to(1000), pytest.raises(SystemExit) as ending:
         commands.run("Generate.", argv=["--prompt", "a star", "--steps", "1", "--outdir", str(tmp_path / "out")])
     assert ending.value.code == 2
@@ -150,9 +141,7 @@ def test_errors_of_other_places_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["README.md", "star_diffusers.py"])
-def test_texts_of_an_export_without_room(
-    tmp_path: Path, in_root: None, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_texts_of_an_export_without_room(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     flags = ["models/demo/concepts/dotted-star.safetensors", "--name", "star", "--outdir", str(tmp_path), "--card"]
     flags += ["--to", "diffusers"] if name.endswith(".py") else ["--base_model", "of/a-long-name" * 40]
     export.run("Export.", flags)

@@ -22,12 +22,9 @@ from runs import (
     ROOT,
     FourPictures,
     every,
-    finish,
     learn,
     resume,
     same_tensors,
-    start,
-    wait_for,
 )
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,22 +36,18 @@ from ldm.config import instantiate_from_config, load_config
 from ldm.data.repeated import Repeated
 from ldm.embeddings import load_concept
 from ldm.training import messages
-
-
-@pytest.fixture(autouse=True)
-def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # configurations name the tokenizer's folder relative to it
+from ldm.training.runs import LAST, PREVIOUS
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     """Interrupted between epochs or within one, with flags that are not given again: bit-identical."""
     steps = ["data.params.train.params.repeats=24", "data.params.batch_size=4"]  # epochs of 6 steps
     steps += ["-s", "7", "--scale_lr", "false", "model.base_learning_rate=1e-4", "--gpus", "0"]
-    whole = learn(tmp_path / "whole", "--max_steps", "16", *steps)
+    whole = learn(tmp_path / "whole", "--max_steps", "11", *steps)
     for stop in ("6", "9"):
         part = tmp_path / f"part{stop}"
         learn(part, "--max_steps", stop, *steps)
-        assert resume(part, "--max_steps", "16") == 0
+        assert resume(part, "--max_steps", "11") == 0
         assert same_tensors(whole, part / "checkpoints")
 
 
@@ -188,19 +181,15 @@ def test_only_the_embedding_is_trained(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the platform has no such signal")
-def test_signals_save(tmp_path: Path) -> None:
+def test_signals_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGUSR1 saves and runs on; SIGTERM, as Ctrl-C, finishes the step, saves and says how to resume."""
-    run, steps = tmp_path / "run", ["--max_steps", "100000"]
-    process = start("main.py", *LEARN, *MADE_SMALL, *every(100_000, pictures=1), *steps, "-p", str(run))
-    last = run / "checkpoints/last.ckpt"
-    wait_for(lambda: any(run.glob("images/train/*.jpg")) or process.poll())
-    process.send_signal(signal.SIGUSR1)
-    wait_for(lambda: last.exists() or process.poll())
-    process.terminate()
-    _, errors = finish(process, seconds=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"resume with: python main.py -r {run} -t" in errors
-    assert torch.load(last, weights_only=True)["global_step"] > 0
+    run, send = tmp_path / "run", "lightning.callbacks.{0}={{target: runs.CtrlC, params: {{step: {1}, name: {0}}}}}"
+    signals = ["--allow_targets", "runs", send.format("SIGUSR1", 2), send.format("SIGTERM", 4)]
+    arguments = [*LEARN, *MADE_SMALL, *every(100_000), *signals, "--max_steps", "9", "-p", str(run)]
+    assert main.main(arguments) == 128 + signal.SIGTERM
+    assert f"resume with: python main.py -r {run} -t" in capsys.readouterr().err
+    saved = [torch.load(run / "checkpoints" / name, weights_only=True)["global_step"] for name in (PREVIOUS, LAST)]
+    assert saved == [2, 4]
 
 
 def test_embedding_flags(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from runs import CONFIG, MODEL, ROOT
+from runs import CONFIG, MODEL
 
 from ldm.embeddings import Concept, save_concept
 from ldm.generate import load_model_from_config, main
@@ -22,9 +22,7 @@ ALLOWED = 1024  # bytes a generation; one context of the small model has 16 kB, 
 
 @pytest.fixture(scope="module")
 def small_model() -> "LatentDiffusion":
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        return load_model_from_config(CONFIG, MODEL, device="cpu")
+    return load_model_from_config(CONFIG, MODEL, device="cpu")
 
 
 @pytest.fixture

@@ -42,11 +42,6 @@ SET_UP = ["--base", str(ROOT / "configs/demo/finetune.yaml"), "--actual_resume",
 SET_UP += ["--data_root", str(PICTURES), "--enable_progress_bar", "false"]
 
 
-@pytest.fixture(autouse=True)
-def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # configurations name the tokenizer's folder relative to it
-
-
 def build(seed: int = 0, **params: object) -> LatentDiffusion:
     """The small model with a concept to learn."""
     config = load_config(ROOT / "configs/demo/finetune.yaml")

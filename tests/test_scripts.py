@@ -1,25 +1,17 @@
 """Scripts as programs: importing and mixing concepts, the demo."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import call
 from safetensors.torch import save_file
 
 from ldm.cli import train as cli
 from ldm.embeddings import Concept, load_concept, save_concept, save_stages
 from scripts import demo
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default configuration and checkpoint are found from there."""
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
@@ -30,10 +22,7 @@ def concept_file(tmp_path: Path) -> Path:
 
 
 def program(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run a script the way a user does."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, f"scripts/{script}.py", *flags]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
+    return call(f"scripts/{script}.py", *flags)
 
 
 def test_import_as_a_program_and_its_mistakes(tmp_path: Path, concept_file: Path) -> None:

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def small_model() -> "LatentDiffusion":
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        return load_model_from_config(CONFIG, MODEL, device="cpu")
+    return load_model_from_config(CONFIG, MODEL, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +62,7 @@ def test_threads_do_not_mix_their_stages(small_model: "LatentDiffusion", tmp_pat
         save_concept(Concept(vectors), tmp_path / f"{number}.safetensors")
         jobs.append({"prompt": "*", "prospect_words": words, "concepts": {"*": tmp_path / f"{number}.safetensors"}})
 
-    def pictures(job: dict[str, object], count: int = 4) -> list[tuple[bytes, object]]:
+    def pictures(job: dict[str, object], count: int = 2) -> list[tuple[bytes, object]]:
         made = [
             main(**job, model=small_model, ddim_steps=10, scale=2.0, height=64, width=64, seed=seed, progress=False)
             for seed in range(count)

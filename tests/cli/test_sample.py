@@ -40,12 +40,6 @@ HEART = "a large * heart on black"
 
 
 @pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default configuration and checkpoint are found from there."""
-    monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(autouse=True)
 def each_model_is_loaded_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(config: object, *arguments: object, **options: object) -> LatentDiffusion:
         key = repr((config, arguments, options))

@@ -23,11 +23,6 @@ CONFIG, MODEL = "configs/demo/finetune.yaml", "models/demo/model.safetensors"
 CLASSIFIER = "models/demo/classifier.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def _root(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(ROOT)
-
-
 @pytest.fixture
 def judge() -> AttributeJudge:
     return load_judge(CLASSIFIER)
@@ -37,9 +32,9 @@ def test_the_judge_reads_rendered_and_reconstructed_images(judge: AttributeJudge
     attributes = random_attributes(256, 77, held_out=True)
     images = render(attributes, range(256))
     assert ((judge.read(images) == attributes).float().mean(dim=0) >= 0.98).all()
-    model = load(CONFIG, MODEL)
-    again = model.decode_first_stage(model.scale_factor * encode(model, images))
-    assert ((judge.read(again) == attributes).float().mean(dim=0) >= 0.95).all()
+    model, some = load(CONFIG, MODEL), slice(64)
+    again = model.decode_first_stage(model.scale_factor * encode(model, images[some]))
+    assert ((judge.read(again) == attributes[some]).float().mean(dim=0) >= 0.95).all()
 
 
 def test_distance_judges_tell_the_poles_apart(tmp_path: Path):
@@ -73,7 +68,7 @@ def test_judges_that_are_not_at_hand_are_named_before_work_starts(tmp_path: Path
 
 
 def test_captions_are_followed_on_combinations_that_training_never_showed():
-    found = follow_captions(CONFIG, MODEL, CLASSIFIER, seed=5, count=32, held_out=True, sampling=Sampling(20))
+    found = follow_captions(CONFIG, MODEL, CLASSIFIER, seed=5, count=32, held_out=True, sampling=Sampling(10))
     correct = found["correct"]
     assert (correct.mean(axis=0) >= 0.8).all(), dict(zip(FACTORS, correct.mean(axis=0), strict=True))
 
@@ -82,7 +77,7 @@ def test_layout_is_decided_early_and_texture_late(judge: AttributeJudge):
     """The prompt spectrum in small; with stages that did nothing both shares would be equal."""
     experiment = caption_experiments(24, spectrum.sliding(3))["switch"]
     model = load(CONFIG, MODEL)
-    images = decode(model, sample(model, experiment.conditions["5"], experiment.seeds, Sampling(20)))
+    images = decode(model, sample(model, experiment.conditions["5"], experiment.seeds, Sampling(10)))
     same = dict(zip(FACTORS, judge.follows(images, *experiment.truth).mean(dim=0), strict=True))
     other = dict(zip(FACTORS, judge.follows(images, *experiment.truth[::-1]).mean(dim=0), strict=True))
     assert same["position"] > 0.8 and same["background"] > 0.8

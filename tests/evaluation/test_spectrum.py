@@ -26,11 +26,6 @@ FEW = [(3, 4), (0, 9)]  # windows of the rendered world's concepts; all 55 take 
 Run = Callable[..., None]
 
 
-@pytest.fixture(autouse=True)
-def _root(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(ROOT)
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     def call(script, *flags: object) -> None:

@@ -18,11 +18,6 @@ ROOT = Path(__file__).parents[2]
 YAML = ROOT / "configs/evidence/steps.yaml"
 
 
-@pytest.fixture(autouse=True)
-def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """A comparison of a minute: three captions, one concept of one step."""

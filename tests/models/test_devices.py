@@ -1,6 +1,7 @@
 """What a GPU would refuse, shown without one: the `meta` device mixes with no other and cannot be read.
 
-Learning, sampling and editing run there at the small model's and at Stable Diffusion's real size, in every precision.
+Learning, sampling and editing run there at the small model's and at Stable Diffusion's real size, in every precision;
+in the fast suite the real size in float16 alone, and each method at the small one.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +26,11 @@ SIZES = {"demo": 16, "sd-v1": 64}  # latent height and width
 WORDS = ["a * thing"] * 5 + [None] * 4 + ["a thing"]
 
 
-@pytest.fixture(
-    scope="module", params=[(s, d) for s in SIZES for d in ("float32", "float16", "bfloat16")], ids="-".join
-)
+CASES = [("demo", "float32"), ("demo", "float16"), ("demo", "bfloat16"), ("sd-v1", "float16")]
+SLOW = [pytest.param(("sd-v1", dtype), marks=pytest.mark.slow) for dtype in ("float32", "bfloat16")]
+
+
+@pytest.fixture(scope="module", params=[*CASES, *SLOW], ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[LatentDiffusion, int]:
     size, dtype = request.param
     return meta_model(size, frozen_dtype=dtype), SIZES[size]
@@ -56,7 +59,7 @@ def test_a_learning_step_asks_the_device_nothing(case: tuple[LatentDiffusion, in
 METHODS = ("textual-inversion", "xti", "table", "neti", "catversion")
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["demo", pytest.param("sd-v1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_samples_there(method: str, size: str) -> None:
     params: dict[str, Any] = {"method": method}

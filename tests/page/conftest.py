@@ -1,6 +1,5 @@
 """The small model that ships, loaded once, behind the page's engine."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +16,7 @@ STAR = "models/demo/concepts/dotted-star.safetensors"
 
 @pytest.fixture(scope="session")
 def small_model() -> LatentDiffusion:
-    before = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        return load_model_from_config(SETUP["config"], SETUP["ckpt"], device="cpu")
-    finally:
-        os.chdir(before)
+    return load_model_from_config(SETUP["config"], SETUP["ckpt"], device="cpu")
 
 
 @pytest.fixture

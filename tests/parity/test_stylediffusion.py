@@ -3,6 +3,7 @@
 tests/golden/stylediffusion/README.md says what was recorded; chains are compared step by step from recorded states.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -25,6 +26,7 @@ from ldm.editing.control import AttentionControl, MapStore, Rules, edit_attentio
 from ldm.editing.edit import Branches, Plan, denoise_pair
 from ldm.editing.image import clip_input, image_latents, tower_features
 from ldm.editing.inversion import (
+    Progress,
     Sweep,
     Trajectory,
     inversion_timesteps,
@@ -411,10 +413,16 @@ def test_a_whole_inversion(model: LatentDiffusion, way: Trajectory, contexts: di
         np.testing.assert_allclose(losses[i], recorded[f"loss.i{i}.latent_attn_total"][:, 2], rtol=2e-2)
 
 
+@pytest.fixture(scope="module")
+def short(model: LatentDiffusion, way: Trajectory, contexts: dict[str, Context]) -> Trajectory:
+    """The path of all short runs."""
+    return record(model, way.path[0], as_conditioning(contexts[META["prompt"]]), 2, maps=True)
+
+
 @pytest.mark.parametrize("run", sorted(META["short_runs"].keys() - {"early_eps_rule"}))
-def test_short_runs(model: LatentDiffusion, way: Trajectory, contexts: dict[str, Context], run: str) -> None:
+def test_short_runs(model: LatentDiffusion, short: Trajectory, contexts: dict[str, Context], run: str) -> None:
     entry, recorded = META["short_runs"][run], golden("short_runs")
-    short = record(model, way.path[0], as_conditioning(contexts[META["prompt"]]), entry["N"], maps=True)
+    assert entry["N"] == len(short.timesteps)
     options = InversionOptions(
         entry["N"], entry.get("guidance_scale", 7.5), entry["num_inner_steps"], entry["num_epoch"],
         entry["w_attnloss"], entry["epsilon"],
@@ -450,10 +458,14 @@ class Seeded(StepChange):
         return modulate(context, self.of_step(t))
 
 
+class Enough(Exception):
+    """Ends a run before its last step."""
+
+
 def denoise_golden(
-    model: LatentDiffusion, run: dict[str, Any], x_T: Tensor, steps: int, change: StepChange | None
+    model: LatentDiffusion, run: dict[str, Any], x_T: Tensor, steps: int, change: StepChange | None, first: int = N
 ) -> tuple[list[Tensor], Plan]:
-    """The latents of all steps of a run."""
+    """The latents of the `first` steps of a run, or of all."""
     timesteps = tuple(inversion_timesteps(steps)[::-1].tolist())
     source, target = map(tokens_of, run["prompts"])
     local = store = None
@@ -466,26 +478,42 @@ def denoise_golden(
     branches = Branches(source_context, target_context, uncond)
     branches = branches.changed(change, alignment.value_steps(steps, run.get("tau_v", 0)))
     seen: list[Tensor] = []
-    denoise_pair(model, x_T, branches, plan, timesteps, META["guidance_scale"], False, lambda step, x: seen.append(x))
+
+    def report(step: int, x: Tensor) -> None:
+        seen.append(x)
+        if len(seen) == first:
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        denoise_pair(model, x_T, branches, plan, timesteps, META["guidance_scale"], False, report)
     return seen, plan
 
 
-@pytest.mark.parametrize("name", ["replace", "replace_tokens", "refine", "reweight"])
-def test_editing(model: LatentDiffusion, name: str) -> None:
+OTHERS = ("replace_tokens", "refine", "reweight")
+WHOLE = [pytest.param(name, N, marks=pytest.mark.slow) for name in OTHERS]
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("replace", N), ("refine", 2), ("replace_tokens", 1), ("reweight", 1), *WHOLE]
+)
+def test_editing(model: LatentDiffusion, name: str, first: int) -> None:
+    """What changes from step to step is shown by one edit, and for each in `test_attention_is_edited`."""
     run, recorded = META["editing"][name], golden("editing")
     timesteps = tuple(inversion_timesteps(N)[::-1].tolist())
     change = Seeded(timesteps, [mapping(i) for i in range(N)])
-    seen, plan = denoise_golden(model, run, recorded["x_T"], N, change)
-    for found, expected in zip(seen, recorded[f"{name}.latents.every4"], strict=True):
+    seen, plan = denoise_golden(model, run, recorded["x_T"], N, change, first)
+    for found, expected in zip(seen, recorded[f"{name}.latents.every4"][:first], strict=True):
         close(found[..., ::4, ::4], expected, 1e-3)
+    if first < N:
+        return
     final = recorded.get(f"{name}.final", recorded.get(f"{name}.final.every2"))
     close(seen[-1] if seen[-1].shape == final.shape else seen[-1][..., ::2, ::2], final, 1e-3)
     if plan.blend is not None:
         mask = plan.blend.mask((64, 64))[:, 0, ::4, ::4]
         assert torch.equal(mask, recorded[f"{name}.masks_16"][-1].bool())
     if name == "replace":
-        images = np.stack([np.asarray(to_pil(x))[::8, ::8] for x in model.decode_first_stage(seen[-1])])
-        assert np.abs(images.astype(int) - recorded["replace.image_every8"].numpy()).max() <= 1
+        image = np.asarray(to_pil(model.decode_first_stage(seen[-1][1:])[0]))[::8, ::8]
+        assert np.abs(image.astype(int) - recorded["replace.image_every8"][1].numpy()).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["null", "text"])
@@ -503,11 +531,20 @@ def test_given_contexts(model: LatentDiffusion, name: str) -> None:
     assert torch.equal(plan.blend.mask((64, 64))[:, 0, ::4, ::4], recorded[f"{name}.given.masks_16"][-1].bool())
 
 
+@pytest.fixture(scope="module")
+def plain_way(model: LatentDiffusion, contexts: dict[str, Context]) -> Trajectory:
+    """The path of the baselines, which read no maps."""
+    return record(model, golden("baselines")["zstar_0"], as_conditioning(contexts[META["prompt"]]), N)
+
+
+@pytest.mark.parametrize("steps", [2, pytest.param(N, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["null", "text"])
-def test_context_inversion(model: LatentDiffusion, contexts: dict[str, Context], name: str) -> None:
-    """The gradient of the first step, and the losses of a whole run to a few hundredths."""
+def test_context_inversion(
+    model: LatentDiffusion, plain_way: Trajectory, contexts: dict[str, Context], name: str, steps: int
+) -> None:
+    """The gradient of the first step, and the losses of the first steps of a run to a few hundredths."""
     recorded, entry = golden("baselines"), META["baselines"][name]
-    way = record(model, recorded["zstar_0"], as_conditioning(contexts[META["prompt"]]), N)
+    way = plain_way
     close(torch.cat(way.path)[..., ::2, ::2], recorded["zstar.every2"], 1e-3)
     start = contexts["" if name == "null" else META["prompt"]].k
     close(start[..., ::48], recorded[f"{name}.start.every48"], 1e-5)
@@ -519,11 +556,18 @@ def test_context_inversion(model: LatentDiffusion, contexts: dict[str, Context],
     close(parameters[0].grad[None, :, ::48], recorded[f"{name}.grad.i0.it0.every48"], 1e-3)
     parameters[0].grad = None
     losses: list[float] = []
-    learn_path(sweep, report=lambda i, k, loss: losses.append(loss.total.item()), progress=False)
+
+    def finished(progress: Progress) -> None:
+        if progress.step == steps - 1:
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        learn_path(sweep, None, lambda i, k, loss: losses.append(loss.total.item()), finished, progress=False)
+    assert len(losses) == steps * entry["inner"]
     np.testing.assert_allclose(losses[0], recorded[f"{name}.losses"][0], rtol=1e-4)
-    np.testing.assert_allclose(losses, recorded[f"{name}.losses"], rtol=3e-2)
-    moved = [(learner.values(i).detach() - start[0]).norm().item() for i in range(N)]
-    np.testing.assert_allclose(moved, [recorded[f"{name}.context.i{i}.l2_of_change"] for i in range(N)], rtol=3e-2)
+    np.testing.assert_allclose(losses, recorded[f"{name}.losses"][: len(losses)], rtol=3e-2)
+    moved = [(learner.values(i).detach() - start[0]).norm().item() for i in range(steps)]
+    np.testing.assert_allclose(moved, [recorded[f"{name}.context.i{i}.l2_of_change"] for i in range(steps)], rtol=3e-2)
 
 
 def test_a_generated_image(model: LatentDiffusion) -> None:

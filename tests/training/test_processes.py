@@ -1,10 +1,13 @@
 """Several processes: one run in two of them, and two runs that start together."""
 
+import os
 import re
 import socket
-import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -82,39 +85,28 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] > 0
 
 
-SAME_SECOND = """
-import sys
-import time
-from pathlib import Path
-from ldm.training.runs import Run
-wanted, ready, go = map(Path, sys.argv[1:])
-ready.touch()
-while not go.exists():
-    pass
-# a pause before each folder is made: whatever looked before whether it is there will be wrong
-sys.addaudithook(lambda event, _: time.sleep(0.002) if event == "os.mkdir" else None)
-for _ in range(15):
-    run = Run(wanted, "now", exact=False)
-    with run.opened():
-        (run.folder / "mine").touch()
-        print(run.folder)
-"""
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads open 15 runs of one name each, as fast as they can; for folders they are what two processes are."""
+    both, mkdir = threading.Barrier(2), os.mkdir
 
+    def late(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.002)  # whatever looked before whether the folder is there will be wrong
+        mkdir(*arguments, **options)
 
-def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
-    """Two processes open 15 runs of one name each, as fast as they can."""
-    signs = [tmp_path / "ready1", tmp_path / "ready2"]
-    processes = [
-        start("-c", SAME_SECOND, str(tmp_path / "logs/run"), str(sign), str(tmp_path / "go"), stdout=subprocess.PIPE)
-        for sign in signs
-    ]
-    while not all(sign.exists() for sign in signs):
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.01)
-    (tmp_path / "go").touch()
-    folders = [finish(process)[0].split() for process in processes]
-    assert [len(names) for names in folders] == [15, 15]
-    assert len({*folders[0], *folders[1]}) == 30
+    def open_runs(_: int) -> list[Path]:
+        folders = []
+        both.wait(timeout=60)
+        for _ in range(15):
+            run = Run(tmp_path / "logs/run", "now", exact=False)
+            with run.opened():
+                (run.folder / "mine").touch(exist_ok=False)
+                folders.append(run.folder)
+        return folders
+
+    monkeypatch.setattr(os, "mkdir", late)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(open_runs, range(2))
+    assert [len(one), len(two)] == [15, 15] and len({*one, *two}) == 30
 
 
 def test_a_folder_that_is_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
