@@ -46,7 +46,7 @@ def load(config: str, ckpt: str, stages: int | None = None) -> DiffusionModel:
     settings = load_config(config, flag="--config")
     if stages is not None:
         settings.model.params.prospect_stages = stages
-    return load_model_from_config(settings, ckpt)
+    return load_model_from_config(settings, ckpt, lightning=False)
 
 
 def load_concepts(model: DiffusionModel, concepts: Mapping[str, Any]) -> None:

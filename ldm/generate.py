@@ -58,8 +58,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpmpp_2m": DPMSolverSampler}
 Content = str | Path | Image.Image | BinaryIO
-# Classes that cannot be trained, in place of Lightning's: importing Lightning takes longer than all the rest.
-UNTRAINED = {
+WITHOUT_LIGHTNING = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": "ldm.models.diffusion.latent_diffusion.DiffusionModel",
     "ldm.models.autoencoder.AutoencoderKL": "ldm.models.first_stage.KLFirstStage",
     "ldm.models.autoencoder.VQModelInterface": "ldm.models.first_stage.VQFirstStage",
@@ -82,6 +81,7 @@ def load_model_from_config(
     verbose: bool = False,
     device: str | torch.device | None = None,
     dtype: str = "float32",
+    lightning: bool = True,
 ) -> DiffusionModel:
     """Build a frozen model for generating, on `device` (by default CUDA, else MPS, else the CPU).
 
@@ -91,6 +91,8 @@ def load_model_from_config(
         config: path of a YAML file, or what OmegaConf read from one; it is left as it is.
         ckpt: base model: .ckpt, .safetensors or a diffusers folder.
         dtype: float32, float16 or bfloat16; the precision of the weights.
+        lightning: the class that the configuration names, a `LightningModule`; False for the same model without
+            Lightning, which takes longer to import than all the rest.
 
     Raises:
         ConfigError, CheckpointError, ValueError: with one sentence that says what to mend.
@@ -98,7 +100,7 @@ def load_model_from_config(
     config = load_config(config, flag="config=") if isinstance(config, (str, Path)) else as_config(config)
     ckpt, place = Path(ckpt).expanduser(), pick_device(device)
     check_generates(config)
-    model: DiffusionModel = instantiate_from_config(_for_generating(config, ckpt, dtype))
+    model: DiffusionModel = instantiate_from_config(_for_generating(config, ckpt, dtype, lightning))
     if verbose:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("%s: %.1f M parameters", ckpt, parameters / 1e6)
@@ -108,7 +110,7 @@ def load_model_from_config(
     return model.to(place).eval().requires_grad_(False)
 
 
-def _for_generating(config: DictConfig, ckpt: Path, dtype: str) -> dict[str, Any]:
+def _for_generating(config: DictConfig, ckpt: Path, dtype: str, lightning: bool) -> dict[str, Any]:
     """Return the section `model:` as plain values, with the checkpoint and nothing to learn.
 
     Plain values, because a `${` in a path would be read as an interpolation.
@@ -119,8 +121,8 @@ def _for_generating(config: DictConfig, ckpt: Path, dtype: str) -> dict[str, Any
         params.pop(part, None)
     params |= {"ckpt_path": str(ckpt), "frozen_dtype": dtype}
     for named in (section, params["first_stage_config"]):
-        if isinstance(named, dict) and named.get("target") in UNTRAINED:
-            named["target"] = UNTRAINED[named["target"]]
+        if not lightning and isinstance(named, dict) and "target" in named:
+            named["target"] = WITHOUT_LIGHTNING.get(named["target"], named["target"])
     if isinstance(params.get("personalization_config"), dict):
         personalization = params["personalization_config"]
         personalization["params"] = {**(personalization.get("params") or {}), "initializer_words": None}

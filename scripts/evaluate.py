@@ -135,7 +135,7 @@ def concept_cases(args: argparse.Namespace, prompts: list[str]) -> list[Case]:
     concept, references = load_concept(args.concept), read_images(args.references, args.background)
     name = args.placeholder or concept.metadata.get("placeholder", PLACEHOLDER)
     written = {prompt: filled(prompt, concept, name) for prompt in prompts}
-    model = load_model_from_config(args.config, args.ckpt)
+    model = load_model_from_config(args.config, args.ckpt, lightning=False)
     settings = {"ddim_steps": args.steps, "scale": args.scale, "seed": args.seed, "concepts": {name: concept}}
     cases = []
     for prompt, complete in written.items():

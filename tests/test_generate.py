@@ -14,6 +14,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from ldm.conditioning.presets import preset
@@ -93,6 +94,13 @@ def tile(grid: Image.Image, row: int, column: int) -> Image.Image:
 
 
 # What is asked for comes
+
+
+def test_without_lightning_it_is_the_same_model(model: LatentDiffusion, config: DictConfig, draw: Draw) -> None:
+    lean = load_model_from_config(config, CKPT, device="cpu", lightning=False)
+    assert type(model) is LatentDiffusion and not isinstance(lean, LightningModule)
+    assert lean.state_dict().keys() == model.state_dict().keys()
+    assert draw(model=lean).tobytes() == draw().tobytes()
 
 
 def test_the_contract_of_the_signature() -> None:

@@ -90,4 +90,4 @@ def load_model(options: argparse.Namespace) -> DiffusionModel:
     config = read_config(options, setup)
     from ldm.generate import load_model_from_config
 
-    return load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
+    return load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"], lightning=False)

@@ -121,7 +121,7 @@ def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
     rows = [
         replace(row, concepts={name: loaded[name, file] for name, file in (row.concepts or {}).items()}) for row in rows
     ]
-    model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"])
+    model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"], lightning=False)
     columns, layout = _columns(options), LAYOUTS.get(options.layout, OWN_LAYOUT)
     drawing = Drawing(model, recorded, setup, options.outdir, layout)
     if options.layout == "neti":

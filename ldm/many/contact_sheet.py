@@ -29,7 +29,7 @@ def write_sheet(jobs: Sequence[Job], setting: Setting, out: Path) -> Path | None
     if not jobs:
         return None
     config = load_config(*setting.base, overrides=setting.overrides, flag="--base")
-    model = load_model_from_config(config, setting.ckpt)
+    model = load_model_from_config(config, setting.ckpt, lightning=False)
     words = OmegaConf.select(config, "model.params.personalization_config.params.initializer_words") or [""]
     rows = []
     for job in tqdm(jobs, "contact sheet"):
