@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.attention import attend
+from ldm.modules.diffusionmodules.util import Upsample
 
 
 def normalize(channels: int, groups: int) -> nn.GroupNorm:
@@ -67,17 +68,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double H and W: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Middle(nn.Module):

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.conditioning.context import Context, Projected
 from ldm.modules.attention import AttentionHook, BasicTransformerBlock, SpatialTransformer
-from ldm.modules.diffusionmodules.util import enter, leave, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import Upsample, enter, leave, timestep_embedding, zero_module
 
 
 class ResBlock(nn.Module):
@@ -47,15 +46,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Block(nn.ModuleList):

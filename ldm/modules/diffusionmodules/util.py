@@ -6,10 +6,22 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Gradients pass through float16 layers enlarged by this power of two: those of an image's mean loss would vanish.
 FLOAT16_GRADIENT_SCALE = 2.0**10
+
+
+class Upsample(nn.Module):
+    """Double H and W: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -48,7 +60,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-    return nn.functional.pad(embedding, (0, dim % 2))
+    return F.pad(embedding, (0, dim % 2))
 
 
 def zero_module(module: nn.Module) -> nn.Module:
