@@ -196,7 +196,7 @@ def test_a_stage_without_guidance_makes_one_prediction(model: LatentDiffusion) -
 
 
 def check_a_stage_without_guidance(model: LatentDiffusion, fixed: FixedUNet, tolerance: float = 1e-5) -> None:
-    """The first four of ten steps with two predictions, the others with one; the latents of the plain path."""
+    """The first six of ten steps with two predictions, the others with one; the latents are those of the plain path."""
     scales, rows = [1.0] * 4 + [4.0] * 6, []
     plan, (cond, uncond) = schedule(model, 10), prompts(model)
     model._fixed_unet = None
