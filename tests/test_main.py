@@ -181,13 +181,14 @@ def test_only_the_embedding_is_trained(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the platform has no such signal")
-def test_signals_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_signals_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """SIGUSR1 saves and runs on; SIGTERM, as Ctrl-C, finishes the step, saves and says how to resume."""
     run, send = tmp_path / "run", "lightning.callbacks.{0}={{target: runs.CtrlC, params: {{step: {1}, name: {0}}}}}"
     signals = ["--allow_targets", "runs", send.format("SIGUSR1", 2), send.format("SIGTERM", 4)]
     arguments = [*LEARN, *MADE_SMALL, *every(100_000), *signals, "--max_steps", "9", "-p", str(run)]
-    assert main.main(arguments) == 128 + signal.SIGTERM
-    assert f"resume with: python main.py -r {run} -t" in capsys.readouterr().err
+    with caplog.at_level("INFO"):
+        assert main.main(arguments) == 128 + signal.SIGTERM
+    assert caplog.messages[-1] == f"Stopped and saved at step 4; resume with: python main.py -r {run} -t"
     saved = [torch.load(run / "checkpoints" / name, weights_only=True)["global_step"] for name in (PREVIOUS, LAST)]
     assert saved == [2, 4]
 

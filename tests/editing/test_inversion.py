@@ -113,7 +113,7 @@ def test_an_unchanged_learner_follows_plain_guidance(demo: LatentDiffusion, lear
 
 def test_learning_reconstructs_better(demo: LatentDiffusion) -> None:
     """What is learned brings the end nearer to the image than guidance alone."""
-    options = dataclasses.replace(OPTIONS, steps=4, inner_steps=8, guidance_scale=5.0)
+    options = dataclasses.replace(OPTIONS, steps=6, inner_steps=12, guidance_scale=5.0)
     for method in ("stylediffusion", "null-text", "text"):
         found = invert_image(demo, STAR, PROMPT, method, options, progress=False)
         few = dataclasses.replace(options, inner_steps=1)

@@ -68,7 +68,7 @@ def test_judges_that_are_not_at_hand_are_named_before_work_starts(tmp_path: Path
 
 
 def test_captions_are_followed_on_combinations_that_training_never_showed():
-    found = follow_captions(CONFIG, MODEL, CLASSIFIER, seed=5, count=32, held_out=True, sampling=Sampling(10))
+    found = follow_captions(CONFIG, MODEL, CLASSIFIER, seed=5, count=32, held_out=True, sampling=Sampling(20))
     correct = found["correct"]
     assert (correct.mean(axis=0) >= 0.8).all(), dict(zip(FACTORS, correct.mean(axis=0), strict=True))
 
@@ -77,7 +77,7 @@ def test_layout_is_decided_early_and_texture_late(judge: AttributeJudge):
     """The prompt spectrum in small; with stages that did nothing both shares would be equal."""
     experiment = caption_experiments(24, spectrum.sliding(3))["switch"]
     model = load(CONFIG, MODEL)
-    images = decode(model, sample(model, experiment.conditions["5"], experiment.seeds, Sampling(10)))
+    images = decode(model, sample(model, experiment.conditions["5"], experiment.seeds, Sampling(20)))
     same = dict(zip(FACTORS, judge.follows(images, *experiment.truth).mean(dim=0), strict=True))
     other = dict(zip(FACTORS, judge.follows(images, *experiment.truth[::-1]).mean(dim=0), strict=True))
     assert same["position"] > 0.8 and same["background"] > 0.8

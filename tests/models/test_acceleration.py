@@ -159,9 +159,10 @@ def test_one_compilation_serves_stages_prompts_and_seeds() -> None:
     torch.testing.assert_close(first, model.model.diffusion_model(noise(), torch.tensor([950]), cond.at(950)))
     owned = {x.untyped_storage().data_ptr() for x in (buffers.x, buffers.timesteps, *buffers.context.tensors())}
     assert len(owned | {x.untyped_storage().data_ptr() for x in (first, second)}) == len(owned) + 2
-    compilations.clear()
-    check_a_stage_without_guidance(model, fixed)
-    assert len(compilations) <= 1
+    again = FixedUNet(model.model.diffusion_model, "cuda_graph")
+    again.call = fixed.call
+    check_a_stage_without_guidance(model, again, tolerance=1e-4)
+    assert len(compilations) <= 2, "one for each size of a batch"
 
 
 def both_ways(model: LatentDiffusion, fixed: FixedUNet) -> Iterator[list[Tensor]]:
@@ -194,15 +195,16 @@ def test_a_stage_without_guidance_makes_one_prediction(model: LatentDiffusion) -
     check_a_stage_without_guidance(model, FixedUNet(model.model.diffusion_model, "cuda_graph"))
 
 
-def check_a_stage_without_guidance(model: LatentDiffusion, fixed: FixedUNet) -> None:
-    """The first four of ten steps with two predictions, the others with one; the latents of the plain path."""
+def check_a_stage_without_guidance(model: LatentDiffusion, fixed: FixedUNet, tolerance: float = 1e-5) -> None:
+    """The first six of ten steps with two predictions, the others with one; the latents are those of the plain path."""
     scales, rows = [1.0] * 4 + [4.0] * 6, []
     plan, (cond, uncond) = schedule(model, 10), prompts(model)
     model._fixed_unet = None
     expected = ddim(guided(model, cond, uncond, scales), noise(), *plan)
     model._fixed_unet, call = fixed, fixed.call
     fixed.call = lambda x, *rest: (rows.append(len(x)), call(x, *rest))[1]
-    torch.testing.assert_close(ddim(guided(model, cond, uncond, scales), noise(), *plan), expected, rtol=0, atol=1e-5)
+    found = ddim(guided(model, cond, uncond, scales), noise(), *plan)
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     assert rows == [2] * 6 + [1] * 4 and len(fixed._buffers) == 2
 
 
