@@ -63,8 +63,8 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", "16-true", "bf16-true", "32", "16", "bf16", "64")
-PRECISIONS += ("transformer-engine", "transformer-engine-float16")
+PRECISIONS = ["32-true", "16-mixed", "bf16-mixed", "64-true", "16-true", "bf16-true", "32", "16", "bf16", "64"]
+PRECISIONS += ["transformer-engine", "transformer-engine-float16"]
 # Flags handed to the Lightning trainer as they are: name -> type of the value.
 TRAINER_FLAGS: dict[str, Callable[[str], object]] = {
     "max_steps": int,
