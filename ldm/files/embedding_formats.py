@@ -189,7 +189,9 @@ def whole_in(folder: Path) -> Path | None:
     """Return the file of a folder that holds a whole concept, where it has one of the names that the hub's have."""
     whole = [folder / name for name in _WHOLE_FILES if (folder / name).is_file()]
     layered = sorted(folder.glob(f"*{LAYERS_FILE}"))
-    return (whole or (layered if len(layered) == 1 else [None]))[0]
+    if not whole and len(layered) == 1:
+        return layered[0]
+    return whole[0] if whole else None
 
 
 def placeholder_beside(path: Path, names: Sequence[str]) -> dict[str, str]:
