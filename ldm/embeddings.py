@@ -20,6 +20,7 @@ from ldm.conditioning.prompts import check_placeholder
 from ldm.conditioning.stages import matching_stage
 from ldm.files.base_model import describe_base, same_base
 from ldm.files.embedding_formats import (
+    LAYERS_FILE,
     WHOLE,
     FlatPrefix,
     PickledBlock,
@@ -39,7 +40,7 @@ from ldm.files.tensors import naming, read_file
 from ldm.files.writing import check_new_file, replacing_set, writing_to
 from ldm.methods import catversion, find_method, neti
 from ldm.methods.prospect import generate_vectors
-from ldm.methods.table import VECTORS
+from ldm.methods.table import TABLE, VECTORS, Table
 
 __all__ = [
     "WHOLE",
@@ -120,20 +121,41 @@ class Concept:
             raise EmbeddingError(f"a concept of the method '{self.method}' has no stage vectors; use one that has.")
         return self.tensors[VECTORS]
 
+    @property
+    def table(self) -> Tensor:
+        """(S, layers, n, D): n consecutive vectors for each stage and each U-Net layer; layers is 1 for all alike.
+
+        Raises:
+            EmbeddingError: the method does not learn vectors.
+        """
+        return self.tensors[TABLE] if self.method in ("xti", TABLE) else self.vectors[:, None, None]
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether U-Net layers have vectors of their own; raises `EmbeddingError` as `table` does."""
+        return self.table.shape[1] > 1
+
+    @property
+    def has_table(self) -> bool:
+        """Whether vectors are all that was learned."""
+        return self.method in ("prospect", "textual-inversion", "xti", TABLE)
+
     def __str__(self) -> str:
-        if VECTORS in self.tensors:
-            return f"{self.num_stages} stages of width {self.width}"
+        if self.has_table:
+            stages, layers, tokens, width = self.table.shape
+            more = [f"{layers} layers"] * (layers > 1) + [f"{tokens} tokens"] * (tokens > 1)
+            return f"{', '.join([f'{stages} stages', *more])} of width {width}"
         return f"{self.method}, {', '.join(f'{name} {tuple(x.shape)}' for name, x in list(self.tensors.items())[:2])}"
 
     @property
     def num_stages(self) -> int:
         """S."""
-        return self.vectors.shape[0]
+        return self.table.shape[0]
 
     @property
     def width(self) -> int:
         """D."""
-        return self.vectors.shape[1]
+        return self.table.shape[-1]
 
     @property
     def identity(self) -> str:
@@ -158,7 +180,7 @@ class Concept:
             weight: one number, or one for each stage.
 
         Raises:
-            EmbeddingError: different widths, weights that do not fit or lie outside 0..1, or different base models
+            EmbeddingError: different sizes, weights that do not fit or lie outside 0..1, or different base models
                 without `any_base`.
         """
         stages = max(self.num_stages, other.num_stages)
@@ -171,16 +193,25 @@ class Concept:
                 f"concepts of width {self.width} and {other.width} cannot be mixed: they were learned for "
                 f"different base models, {describe_base(self.metadata)} and {describe_base(other.metadata)}."
             )
+        if self.table.shape[1:] != other.table.shape[1:]:
+            raise EmbeddingError(f"concepts of {self} and of {other} cannot be mixed; use two of the same method.")
         if not any_base:
             refuse_mixed_bases({"the first": self, "the second": other})
-        first, second = (concept.vectors[concept.rows_for(stages)] for concept in (self, other))
-        w = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)  # (S, 1)
+        first, second = (concept.table[concept.rows_for(stages)] for concept in (self, other))
+        w = torch.tensor(weights, dtype=torch.float64).view(-1, 1, 1, 1)
         w, rest = w.float(), (1 - w).float()
         mixed = rest * first + w * second
-        length = rest * first.norm(dim=1, keepdim=True) + w * second.norm(dim=1, keepdim=True)
-        mixed = mixed * (length / mixed.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        length = rest * first.norm(dim=-1, keepdim=True) + w * second.norm(dim=-1, keepdim=True)
+        mixed = mixed * (length / mixed.norm(dim=-1, keepdim=True).clamp(min=1e-12))
         shared = self.metadata.items() & other.metadata.items()  # what does not differ, such as the base model
-        return Concept(mixed, dict(sorted(shared)))
+        return _of_table(mixed, dict(sorted(shared)))
+
+
+def _of_table(values: Tensor, metadata: Mapping[str, str]) -> Concept:
+    """The concept of vectors (S, layers, n, D), by the method that learns such a table."""
+    table = Table(values)
+    others = {key: text for key, text in metadata.items() if key != _METHOD}
+    return Concept(table.to_concept()[0], others, table.method)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -251,23 +282,30 @@ def save_new_concept(
 
 
 def save_stages(concept: Concept, folder: str | Path, name: str) -> list[Path]:
-    """Write `name-0.safetensors`, …: a file {name-k: (D,)} for each stage, as other programs read embeddings.
+    """Write `name-0.safetensors`, …: a file {name-k: (D,) or (n, D)} for each stage, as other programs read embeddings.
 
-    Each also carries the concept's metadata, so that `load_concept` gives back the concept that it was, and its
-    identity, so that files of two concepts are never taken for one.
+    Vectors for each U-Net layer, which these cannot read, become one file `name-layers.safetensors`. All carry the
+    concept's metadata, so that `load_concept` gives back the concept that it was, and its identity, so that files of
+    two concepts are never taken for one.
 
     Raises:
         WriteError: no room or no right; the folder is as it was.
     """
     shared = {"placeholder": "*"} | _describe(concept) | {_OF: str(concept.num_stages), _CONCEPT: concept.identity}
     with replacing_set(Path(folder).expanduser()) as staging:
-        for stage, path in enumerate(stage_paths(concept, staging, name)):
-            save_state_dict({path.stem: concept.vectors[stage].cpu()}, path, shared | {_STAGE: str(stage)})
+        paths = stage_paths(concept, staging, name)
+        if concept.is_layered:
+            save_state_dict({TABLE: concept.table.cpu()}, paths[0], shared)
+        else:
+            for stage, (path, vectors) in enumerate(zip(paths, concept.table[:, 0].cpu(), strict=True)):
+                save_state_dict({path.stem: vectors.squeeze(0)}, path, shared | {_STAGE: str(stage)})
     return stage_paths(concept, folder, name)
 
 
 def stage_paths(concept: Concept, folder: str | Path, name: str) -> list[Path]:
     """Return where `save_stages` writes."""
+    if concept.is_layered:
+        return [Path(folder).expanduser() / f"{name}{LAYERS_FILE}"]
     return [Path(folder).expanduser() / f"{name}-{stage}.safetensors" for stage in range(concept.num_stages)]
 
 
@@ -293,12 +331,12 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
     * the reference's `.pt`, a pickled generator block: evaluated without dropout. (The reference samples with
       its dropout on when the file was saved during training.)
     * NeTI's `mapper-*.pt`, alone or listed with its `learned_embeds-*.bin`;
-    * Textual Inversion of one vector, S = 1: diffusers (`.safetensors`, `.bin`), A1111 and rinongal (`.pt`), and
-      A1111's images with an embedding in them;
+    * Textual Inversion of one vector, S = 1, or of n for consecutive tokens: diffusers (`.safetensors`, `.bin`), A1111
+      and rinongal (`.pt`), and A1111's images with an embedding in them;
     * CatVersion's `pytorch_adapter.bin`, or the folder with it;
     * a folder as the hub has them: sd-concepts-library's, with `learned_embeds.bin` and `token_identifier.txt`, or of
       `prospect push`; and `hf:user/name[@revision]`, of which only safetensors, JSON and YAML are fetched;
-    * P+ of kohya's scripts, a vector for each U-Net layer;
+    * P+ of kohya's scripts, n vectors for each U-Net layer;
     * S files of one vector each (`name-0.safetensors`, …): a list of them, their folder, or any one of those
       that this program wrote.
 
@@ -307,13 +345,12 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
             the order of the list, the END of generation first.
         key: the name of the embedding in a file of several, or of the files in a folder of several; where there
             is one, that one is read, whatever its name.
-        rows_are_stages: take the n vectors of a file without metadata for n stages, the END of generation first;
-            other programs mean n consecutive tokens by them, which is no concept.
+        rows_are_stages: take the n vectors of a file without metadata for n stages, the END of generation first, and
+            not for n consecutive tokens, as other programs do.
 
     Raises:
-        EmbeddingError: a file is missing, damaged or of another kind, names code, holds several embeddings or
-            vectors for consecutive tokens, is for Stable Diffusion XL or of an unknown method; stages are missing,
-            or do not belong together.
+        EmbeddingError: a file is missing, damaged or of another kind, names code, holds several embeddings, is for
+            Stable Diffusion XL or of an unknown method; stages are missing, or do not belong together.
     """
     if is_hub(source):
         folder, pinned = fetch(str(source))
@@ -374,7 +411,8 @@ def _read(path: Path, key: str | None = None, rows_are_stages: bool = False) -> 
             return Concept(*neti.from_reference(*content), "neti")
         if isinstance(content, FlatPrefix):
             return Concept(*catversion.from_adapter(content.values), "catversion")
-        if (method := metadata.get(_METHOD, "prospect")) not in ("prospect", "textual-inversion"):
+        method = metadata.get(_METHOD, "prospect")
+        if method not in ("prospect", "textual-inversion") and _STAGE not in metadata:
             concept = Concept(content, metadata, method)
             find_method(method).load(concept.tensors, metadata)  # refuses what does not fit
             return concept
@@ -382,8 +420,9 @@ def _read(path: Path, key: str | None = None, rows_are_stages: bool = False) -> 
         vectors = vectors.unsqueeze(0) if vectors.ndim == 1 else vectors
         metadata = placeholder_beside(path, list(content)) | metadata
         concept = Concept(vectors, metadata)
-        _check_stages(concept.num_stages, metadata, rows_are_stages)
-        return concept
+        _check_stages(concept.num_stages, metadata)
+        consecutive = _STAGE in metadata or not (_STAGES in metadata or rows_are_stages)
+        return _of_table(vectors[None, None], metadata) if consecutive and len(vectors) > 1 else concept
 
 
 def _choose(names: list[str], key: str | None) -> str:
@@ -407,14 +446,8 @@ def _choose(names: list[str], key: str | None) -> str:
     return names[0]
 
 
-def _check_stages(rows: int, metadata: Mapping[str, str], rows_are_stages: bool) -> None:
-    stages = "1" if _STAGE in metadata else metadata.get(_STAGES)
-    if stages is None and rows != 1 and not rows_are_stages:
-        raise EmbeddingError(
-            f"its {rows} vectors are for {rows} consecutive tokens of a prompt, not for {rows} stages of "
-            "denoising; use an embedding of one vector, or say that rows are stages (rows_are_stages=True, or "
-            "--rows_are_stages of scripts/import_embedding.py)."
-        )
+def _check_stages(rows: int, metadata: Mapping[str, str]) -> None:
+    stages = None if _STAGE in metadata else metadata.get(_STAGES)
     if stages is not None and stages != str(rows):
         raise EmbeddingError(f"there are {rows} vectors for {stages} stages; use another copy of the file.")
 
@@ -422,14 +455,15 @@ def _check_stages(rows: int, metadata: Mapping[str, str], rows_are_stages: bool)
 def _join(folder: Path, paths: Sequence[Path]) -> Concept:
     """Return one concept from a file for each stage, the END of generation first."""
     parts = [_read(path) for path in paths]
-    width = parts[0].width
+    size = parts[0].table.shape[1:]
     for path, part in zip(paths, parts, strict=True):
         with naming(path):
             if part.num_stages != 1 or (_STAGES in part.metadata and _STAGE not in part.metadata):
                 raise EmbeddingError("this holds all stages of a concept, not one of them; give it alone.")
-            if part.width != width:
-                widths = f"{part.width}, not {width} as '{paths[0].name}'"
-                raise EmbeddingError(f"its width is {widths}; give the stages of one concept.")
+            if part.table.shape[1:] != size:
+                raise EmbeddingError(
+                    f"it has {part}, but '{paths[0].name}' {parts[0]}; give the stages of one concept."
+                )
     origins = [_origin(part) for part in parts]
     with naming(folder):
         if any(origin != origins[0] for origin in origins):
@@ -441,7 +475,7 @@ def _join(folder: Path, paths: Sequence[Path]) -> Concept:
                 f"of {count} stage files those of stages {', '.join(map(str, numbers))} are here; give all, each once."
             )
     origins[0].pop(_CONCEPT, None)
-    return Concept(torch.cat([part.vectors for part in parts]), origins[0])
+    return _of_table(torch.cat([part.table for part in parts]), origins[0])
 
 
 def _origin(part: Concept) -> dict[str, str]:

@@ -28,7 +28,6 @@ from ldm.config import as_config, check_generates, instantiate_from_config, load
 from ldm.embeddings import Concept
 from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.files.records import PNG_KEY, read_parameters, save_picture
-from ldm.methods.table import VECTORS
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
@@ -423,7 +422,7 @@ def _record(request: Request, model: DiffusionModel, prompt: str, words: Words |
     written = {field.name: getattr(request, field.name) for field in fields(Request)}
     del written["preset"]
     loaded = {} if model.embedding_manager is None else model.embedding_manager.loaded
-    stages = {name: concept.num_stages for name, concept in loaded.items() if VECTORS in concept.tensors}
+    stages = {name: concept.num_stages for name, concept in loaded.items() if concept.has_table}
     if set(stages.values()) - {model.num_stages}:
         written["concept_stages"] = stages
     return written | {

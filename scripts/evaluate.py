@@ -88,9 +88,10 @@ def evaluate(args: argparse.Namespace) -> None:
     cases = folder_cases(args, prompts) if args.concept is None else concept_cases(args, prompts)
     rows = [row for case in cases for row in score(backbone, case, args.background)]
     overall = aggregate(rows)
-    for row in overall:
+    shown, counted = (rows, "values") if len(cases) == 1 else (overall, "prompts")
+    for row in shown:
         spread = "" if row.std is None else f" ± {row.std:.4f}"
-        say(f"{row.metric:22} {'none' if row.mean is None else f'{row.mean:.4f}'}{spread}  ({row.count} prompts)")
+        say(f"{row.metric:22} {'none' if row.mean is None else f'{row.mean:.4f}'}{spread}  ({row.count} {counted})")
     files = write([*rows, *overall], args.outdir)
     say(f"{args.outdir}: {', '.join(file.name for file in files)}; {backbone.name}; {backbone.preprocessing}")
 

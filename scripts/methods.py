@@ -1,10 +1,10 @@
-"""Learn one image by every method with the small model, and show them beside each other.
+"""Learn one image by every method with the small model, or in several captions, and show them beside each other.
 
-    python scripts/methods.py                                  # 15 minutes on two cores; resumes where it was stopped
+    python scripts/methods.py                                   # 15 minutes on two cores; resumes where it was stopped
+    python scripts/methods.py --captions --out docs/images/captions.png                                     # 5 minutes
     python scripts/methods.py --reference striped-heart --out outputs/methods.png
 
-Rows are methods, columns the reference, a plain prompt, a new background and a changed attribute; all images have one
-seed. Runs stay in --logs.
+Rows are methods (or captions), columns the reference and prompts; all images have one seed. Runs stay in --logs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `evaluation` is not installed
@@ -21,14 +22,47 @@ from ldm.cli.flags import natural, path, positive, say, script_parser
 
 CONFIG, CKPT, REFERENCES = "configs/demo/finetune.yaml", "models/demo/model.safetensors", "models/demo/references"
 CLASS = "thing"  # CatVersion's; the others begin with the word of finetune.yaml
-METHODS = {"ProSpect": "", "Textual Inversion": "ti", "P+ (XTI)": "xti", "NeTI": "neti", "CatVersion": "catversion"}
 SIZE = 128  # pixels a side
-PROMPTS = ["a {}", "a {} on a navy background", "a blue {}"]
+
+
+class Row(NamedTuple):
+    """What is learned, and how.
+
+    Args:
+        run: its folder in --logs; without one, it is the concept that ships.
+        config: of the method, beside finetune.yaml.
+        caption: what the token is learned in, if not alone.
+    """
+
+    label: str
+    run: str = ""
+    config: str = ""
+    caption: str = ""
+
+
+METHODS = [
+    Row("ProSpect"),
+    Row("Textual Inversion", "ti", "ti"),
+    Row("P+ (XTI)", "xti", "xti"),
+    Row("NeTI", "neti", "neti"),
+    Row(f"CatVersion (* is '{CLASS}')", "catversion", "catversion", f"a {CLASS}"),
+]
+PROMPTS = ["a *", "a * on a navy background", "a blue *"]
+# What a caption names is not learned: colour and texture are left by the first, colour by the second.
+REST = "a large * star in the middle on a white background"
+COLOUR = REST.replace("*", "dotted *")
+CAPTIONS = [
+    Row("learned as '*'"),
+    Row(f"learned in '{REST}'", "caption-rest", caption=REST),
+    Row(f"learned in '{COLOUR}'", "caption-colour", caption=COLOUR),
+]
+OTHER_OBJECTS = ["a large * heart", "a small * circle", "a * cross on the left"]
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     references = sorted(folder.name for folder in (ROOT / REFERENCES).iterdir())
+    parser.add_argument("--captions", action="store_true", help="ProSpect in several captions, of dotted-star")
     parser.add_argument("--reference", default="dotted-star", choices=references, help="what is learned (dotted-star)")
     parser.add_argument("--logs", type=path, default=path("logs/methods"), metavar="DIR", help="for the runs")
     parser.add_argument("--seed", type=natural, default=42, help="of the images (42)")
@@ -36,10 +70,12 @@ def main() -> None:
     parser.add_argument("--out", type=path, default=path("docs/images/methods.png"), metavar="PNG")
     args = parser.parse_strictly()
     with parser.sentences():
-        draw(args)
+        if args.captions and args.reference != "dotted-star":
+            raise ValueError("--captions are of dotted-star; omit --reference.")
+        draw(args, *((CAPTIONS, OTHER_OBJECTS) if args.captions else (METHODS, PROMPTS)))
 
 
-def draw(args: argparse.Namespace) -> None:
+def draw(args: argparse.Namespace, learned: list[Row], prompts: list[str]) -> None:
     from ldm.files.images import label_grid, open_image
     from ldm.files.records import save_png
     from ldm.files.writing import check_writable
@@ -47,36 +83,32 @@ def draw(args: argparse.Namespace) -> None:
     from ldm.generate import main as generate
 
     check_writable(args.out.parent, "--out")
-    concepts = {method: learn(method, args) for method in METHODS}
+    concepts = [learn(row, args) for row in learned]
     model = load_model_from_config(CONFIG, CKPT)
     reference = open_image(next((ROOT / REFERENCES / args.reference).iterdir())).resize((SIZE, SIZE))
     rows = []
-    for method, concept in concepts.items():
-        name = CLASS if method == "CatVersion" else "*"
+    for row, concept in zip(learned, concepts, strict=True):
+        name = CLASS if row.config == "catversion" else "*"
         made = {"ddim_steps": args.steps, "seed": args.seed, "model": model, "concepts": {"*": concept}}
-        rows.append([reference, *(generate(prompt.format(name), **made) for prompt in PROMPTS)])
-    heads = ["reference", *(prompt.format("*") for prompt in PROMPTS)]
-    labels = [f"{method} (* is '{CLASS}')" if method == "CatVersion" else method for method in METHODS]
-    save_png(label_grid(rows, labels, heads, size=10), args.out, {})
+        rows.append([reference, *(generate(prompt.replace("*", name), **made) for prompt in prompts)])
+    save_png(label_grid(rows, [row.label for row in learned], ["reference", *prompts], size=10), args.out, {})
     say(args.out)
 
 
-def learn(method: str, args: argparse.Namespace) -> Path:
-    """Learn by `main.py`, or resume; a run that has ended is left as it is. Returns the concept.
-
-    ProSpect's ships.
-    """
-    if not METHODS[method]:
+def learn(row: Row, args: argparse.Namespace) -> Path:
+    """Learn by `main.py`, or resume; a run that has ended is left as it is. Returns the concept."""
+    if not row.run:
         return ROOT / f"models/demo/concepts/{args.reference}.safetensors"
-    run = args.logs / f"{args.reference}-{METHODS[method]}"
+    run = args.logs / f"{args.reference}-{row.run}"
     command = ["main.py", "-t", "-r", str(run)]
     if not (run / "checkpoints/last.ckpt").is_file():
-        command = ["main.py", "--base", CONFIG, f"configs/demo/{METHODS[method]}.yaml", "-t", "-p", str(run)]
-        command += ["--actual_resume", CKPT, "--data_root", f"{REFERENCES}/{args.reference}"]
-        command += ["--caption", f"a {CLASS}"] if method == "CatVersion" else []
-    say(f"{method}: python {' '.join(command)}")
+        configs = [CONFIG, *([f"configs/demo/{row.config}.yaml"] if row.config else [])]
+        command = ["main.py", "--base", *configs, "-t", "-p", str(run), "--actual_resume", CKPT]
+        command += ["--data_root", f"{REFERENCES}/{args.reference}"]
+        command += ["--caption", row.caption] if row.caption else []
+    say(f"{row.label}: python {' '.join(command)}")
     if subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
-        raise ValueError(f"{method} was not learned; see above.")
+        raise ValueError(f"'{row.label}' was not learned; see above.")
     return run / "checkpoints/embeddings.safetensors"
 
 

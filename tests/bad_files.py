@@ -104,7 +104,6 @@ def concepts(folder: Path) -> None:
     written("cube", {"*": torch.zeros(2, 10, 128)})
     written("whole-numbers", {"*": torch.zeros(10, 128, dtype=torch.int64)})
     written("version", {"*": stages}, **{"prospect.version": "9"})
-    save_file({"*": stages}, folder / "tokens.safetensors")
     save_file({"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, folder / "xl-concept.safetensors")
     save_file({}, folder / "none.safetensors")
     for name, length in {"header": 9, "middle": 0.5, "end": -1}.items():

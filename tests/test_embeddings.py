@@ -109,7 +109,6 @@ def test_a_concept_refuses_what_is_no_finite_matrix(vectors: Tensor, words: str)
         ({"prospect.num_stages": "9"}, "10 vectors for 9 stages"),
         ({"prospect.num_stages": "ten"}, "10 vectors for ten stages"),
         ({"prospect.num_stages": "10", "prospect.version": "2"}, "version 2, not 1"),
-        ({}, "10 consecutive tokens of a prompt, not for 10 stages"),
         ({"prospect.method": "telepathy"}, "'telepathy', which is unknown here; known: prospect, textual-inversion"),
     ],
 )
@@ -215,7 +214,6 @@ def test_one_vector_of_another_program_is_one_stage(
 @pytest.mark.parametrize(
     ("vectors", "words"),
     [
-        (torch.zeros(10, WIDTH), "10 consecutive tokens of a prompt, not for 10 stages"),
         (torch.zeros(1, 1, WIDTH), "(1, 1, 16)"),
         (torch.tensor(1.0), "of ()"),
         (torch.zeros(1, 0), "(1, 0)"),
@@ -230,11 +228,15 @@ def test_other_shapes_of_another_program_are_refused(
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_rows_are_stages_where_that_is_said(tmp_path: Path, write: Writer) -> None:
+def test_several_vectors_are_consecutive_tokens_or_stages_where_that_is_said(tmp_path: Path, write: Writer) -> None:
     vectors = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
     write(vectors, tmp_path / "file")
-    assert "rows_are_stages=True" in error_of(tmp_path / "file")
-    assert torch.equal(load_concept(tmp_path / "file", rows_are_stages=True).vectors, vectors)
+    tokens, stages = load_concept(tmp_path / "file"), load_concept(tmp_path / "file", rows_are_stages=True)
+    assert tokens.method == "table" and torch.equal(tokens.table, vectors[None, None])
+    assert stages.method == "prospect" and torch.equal(stages.vectors, vectors)
+    for concept in (tokens, stages):
+        save_concept(concept, tmp_path / "own")
+        assert load_concept(tmp_path / "own").identity == concept.identity
 
 
 @pytest.mark.parametrize("chunk", ["", "e30=", "!", base64.b64encode(b'{"string_to_param": 3}').decode()])
@@ -321,7 +323,7 @@ def test_stage_files_that_do_not_belong_together(tmp_path: Path) -> None:
     twin = save_stages(Concept(torch.ones(4, 3)), tmp_path / "..", "twin")  # says nothing else about itself
     for foreign in (other, twin):
         assert "exported from different concepts" in refusal(*paths[:3], foreign[3])
-    assert "its width is 5, not 3 as 'cat-0.safetensors'" in refusal(*paths[:3], wide[3])
+    assert "it has 1 stages of width 5, but 'cat-0.safetensors' 1 stages of width 3" in refusal(*paths[:3], wide[3])
     assert "holds all stages of a concept" in refusal(*paths[:3], whole)
     assert "There is no file" in refusal(*paths[:3], tmp_path / "cat-9.safetensors")
     paths[1].unlink()

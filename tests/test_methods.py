@@ -140,6 +140,7 @@ def test_methods_mix_in_one_prompt(concepts: dict[str, Path], model: LatentDiffu
     ("method", "arguments", "message"),
     [
         ("neti", ["--caption", "a thing"], "no place for the learned token"),
+        ("ti", ["--caption", "star " * 40 + "*"], "…' is too long, its learned token is cut off; shorten it"),
         ("neti", ["--init_word", "a thing"], "super-category must be a word of one token"),
         ("neti", ["model.params.personalization_config.params.method_params.num_anchors=7"], "must divide 1000"),
         ("ti", ["model.params.personalization_config.params.method=nti"], "method 'nti', which is unknown"),

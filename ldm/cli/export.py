@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ldm.cli.flags import (
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from ldm.embeddings import Concept
     from ldm.export.files import Use
 
-PROGRAMS = ("diffusers", "a1111", "comfyui", "neti")
+OWN_FILES = ("neti", "kohya")  # programs with formats of their own, which say nothing of a prompt
+PROGRAMS = ("diffusers", "a1111", "comfyui", *OWN_FILES)
 MAX_SEED = 2**32 - 1  # other programs do not tell longer ones apart, or lose their digits
 
 
@@ -117,8 +119,8 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
         raise ValueError(f"There are {len(files)} concepts and {len(options.name)} names; give each one with --name.")
     named = zip(options.name, (load_concept(file, placeholder) for placeholder, file in files.items()), strict=True)
     concepts = dict(zip(files, named, strict=True))
-    if "neti" in options.to:
-        return _export_mappers(options, concepts, list(files.values())), []
+    if set(OWN_FILES) & set(options.to):
+        return _export_whole(options, concepts, list(files.values())), []
     export = Export(concepts, _use(options, concepts), options.any_base)
     programs, folder = list(dict.fromkeys(options.to)), options.outdir or Path("outputs") / options.name[0]
     if options.images and not options.card:
@@ -130,24 +132,26 @@ def _export(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
     return paths, export.write(programs, folder, card)
 
 
-def _export_mappers(
+def _export_whole(
     options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]], files: Sequence[str | Path]
 ) -> list[Path]:
-    """Write NeTI's own files, which say nothing of a prompt."""
-    from ldm.export.neti import check_exports, mapper_paths, save_mapper
+    """Write a program's own files, which say nothing of a prompt."""
+    from ldm.export import kohya, neti
     from ldm.export.texts import check_name
 
-    if options.to != ["neti"] or options.card:
-        raise ValueError("--to neti writes NeTI's own files; give it alone, without other programs and --card.")
+    if len(options.to) > 1 or options.card:
+        names = " and ".join(OWN_FILES)
+        raise ValueError(f"--to {names} each write files of their own; give one alone, without --card.")
+    program: ModuleType = neti if options.to == ["neti"] else kohya
     folder = options.outdir or Path("outputs") / options.name[0]
     for name, concept in concepts.values():
         check_name(name)
-        check_exports(concept)
+        program.check_exports(concept)
     check_writable(folder, "--outdir")
-    paths = [path for name, _ in concepts.values() for path in mapper_paths(folder, name)]
+    paths = [path for name, _ in concepts.values() for path in program.paths(folder, name)]
     _refuse_overwriting(paths, files, folder, options.force)
     for placeholder, (name, concept) in concepts.items():
-        save_mapper(concept, folder, name, placeholder)
+        program.save(concept, folder, name, placeholder)
     return paths
 
 

@@ -22,7 +22,6 @@ from ldm.embeddings import Concept
 from ldm.files.base_model import FINGERPRINT
 from ldm.files.images import open_image
 from ldm.files.records import PNG_KEY, read_parameters
-from ldm.methods.table import VECTORS
 
 # Base models that the hub knows under another name than that of their file.
 ON_THE_HUB = {
@@ -56,8 +55,8 @@ _STAGES = """\
 Learned with ProSpect (Zhang et al., ACM TOG 2023): one token embedding for each stage of denoising. Stage 0 is the
 end of sampling (fine detail), the last stage its start (layout)."""
 _STAGE_FILES = """\
-Each `.safetensors` file of a stage holds one vector and can be loaded as a textual inversion by diffusers, by
-AUTOMATIC1111's web UI and by ComfyUI. An image is like the learned one only when each stage reads its own token at
+Each `.safetensors` file of a stage can be loaded as a textual inversion by diffusers, by AUTOMATIC1111's web UI and by
+ComfyUI. An image is like the learned one only when each stage reads its own token at
 its own time"""
 
 
@@ -110,7 +109,7 @@ def model_card(concepts: Mapping[str, tuple[str, Concept]], uses: Sequence[str],
     called = {
         p: f" Called {escaped(p)} where the images' prompts are quoted." if len(names) > 1 else "" for p in concepts
     }
-    has_stages = all(VECTORS in concept.tensors for _, concept in concepts.values())
+    has_stages = all(_in_stage_files(concept) for _, concept in concepts.values())
     content = _TEMPLATE.format(
         method=_STAGES if has_stages else f"Learned with the method {escaped(first.method)}.",
         how=_STAGE_FILES if has_stages else "To be used with",
@@ -125,7 +124,11 @@ def model_card(concepts: Mapping[str, tuple[str, Concept]], uses: Sequence[str],
 
 def _tokens(placeholder: str, name: str, concept: Concept) -> list[str]:
     """The words of prompts that stand for a concept: of its stage files, or the placeholder of the whole."""
-    return [f"{name}-{k}" for k in range(concept.num_stages)] if VECTORS in concept.tensors else [placeholder]
+    return [f"{name}-{k}" for k in range(concept.num_stages)] if _in_stage_files(concept) else [placeholder]
+
+
+def _in_stage_files(concept: Concept) -> bool:
+    return concept.has_table and not concept.is_layered
 
 
 def _described(name: str, concept: Concept) -> str:
@@ -137,7 +140,7 @@ def _described(name: str, concept: Concept) -> str:
     if "base_model" in known:
         digits = f" (fingerprint {known[FINGERPRINT]})" if FINGERPRINT in known else ""
         parts.append(f"for the base model {known['base_model']}{digits}")
-    files = f"`{name}-0` … `{name}-{concept.num_stages - 1}`" if VECTORS in concept.tensors else f"`{name}`"
+    files = f"`{name}-0` … `{name}-{concept.num_stages - 1}`" if _in_stage_files(concept) else f"`{name}`"
     return f"- {files}: {', '.join(parts)}."
 
 

@@ -15,11 +15,12 @@ import torch
 from safetensors import safe_open
 
 # What was exported: the identity of each concept, and its files. Entry 0 of PROMPTS, and of GUIDANCE where that is a
-# list, is the end of sampling.
+# list, is the end of sampling. Where concepts tell LAYERS cross-attention layers apart, it is a list of their texts.
 NAME = "concept"
 CONCEPTS: dict[str, str] = {}
 FILES: list[str] = []
-PROMPTS: list[str] = ["an image"]
+LAYERS = 1
+PROMPTS: list[str] | list[list[str]] = ["an image"]
 NEGATIVE = ""
 STEPS, SEED = 50, 42
 GUIDANCE: float | list[float] = 10.0
@@ -35,14 +36,19 @@ class StagePrompts:
         self.timesteps = pipe.scheduler.config.num_train_timesteps
         self.scales = guidance if isinstance(guidance, list) else [guidance] * len(PROMPTS)
         guided = max(self.scales) > 1
-        self.encoded = {
-            text: pipe.encode_prompt(text, pipe.device, 1, guided, NEGATIVE) for text in dict.fromkeys(PROMPTS)
-        }
+        self.texts = [tuple(entry) if isinstance(entry, list) else (entry,) for entry in PROMPTS]
+        self.encoded = {texts: self.encode(pipe, texts, guided) for texts in dict.fromkeys(self.texts)}
+
+    def encode(self, pipe: Any, texts: tuple[str, ...], guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The prompt's and the negative prompt's context; of several layers, one behind the other."""
+        both = [pipe.encode_prompt(text, pipe.device, 1, guided, NEGATIVE) for text in texts]
+        positive, negative = zip(*both, strict=True)
+        return torch.cat(positive, dim=1), torch.cat(negative, dim=1) if guided else None
 
     def at(self, timestep: float) -> tuple[torch.Tensor, torch.Tensor | None, float]:
         """(prompt_embeds, negative_prompt_embeds, guidance scale) of a timestep's stage."""
         stage = int(timestep) * len(PROMPTS) // self.timesteps
-        return *self.encoded[PROMPTS[stage]], self.scales[stage]
+        return *self.encoded[self.texts[stage]], self.scales[stage]
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Called after a step, so what is put here is for the NEXT timestep."""
@@ -58,14 +64,44 @@ class StagePrompts:
         return tensors
 
 
+class OfLayer:
+    """Attention of a U-Net layer that reads its own part of a context of all layers."""
+
+    def __init__(self, processor: Any, layer: int) -> None:
+        self.processor, self.layer = processor, layer
+
+    def __call__(self, attn: Any, hidden: torch.Tensor, encoder_hidden_states: torch.Tensor, **others: Any) -> Any:
+        own = encoder_hidden_states.chunk(LAYERS, dim=1)[self.layer]
+        return self.processor(attn, hidden, encoder_hidden_states=own, **others)
+
+
+def layer_tokens(name: str, table: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """The learned tokens of vectors (stages, layers, n, width)."""
+    return [
+        {f"{name}-{stage}-l{layer:02}": vectors}
+        for stage, layers in enumerate(table)
+        for layer, vectors in enumerate(layers)
+    ]
+
+
 def load(pipe: Any) -> None:
     """Add the learned tokens to the pipeline's tokenizer and text encoder; other files than this script's end it."""
     folder = Path(__file__).parent
     for file in FILES:
         with safe_open(folder / file, framework="pt") as opened:
-            if (opened.metadata() or {}).get("prospect.concept") != CONCEPTS[file.rpartition("-")[0]]:
+            name = file.rpartition("-")[0]
+            if (opened.metadata() or {}).get("prospect.concept") != CONCEPTS[name]:
                 sys.exit(f"'{file}' is of another export than this script; export the concept again.")
-        pipe.load_textual_inversion(folder, weight_name=file)
+            table = opened.get_tensor("table") if file.endswith("-layers.safetensors") else None
+        if table is None:
+            pipe.load_textual_inversion(folder, weight_name=file)
+        else:
+            pipe.load_textual_inversion(layer_tokens(name, table))
+    if LAYERS > 1:
+        named = [(name, module) for name, module in pipe.unet.named_modules() if name.endswith("attn2")]
+        named.sort(key=lambda pair: pair[0][0])  # down, mid, up: the order of execution
+        for layer, (_, attention) in enumerate(named):
+            attention.set_processor(OfLayer(attention.processor, layer))
 
 
 def generate(pipe: Any, steps: int = STEPS, guidance: float | list[float] = GUIDANCE, **others: Any) -> Any:

@@ -13,7 +13,7 @@ from ldm.conditioning.prompts import foreign_syntax
 from ldm.embeddings import Concept, refuse_mixed_bases, remove_more_stages, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.card import Card, model_card
-from ldm.export.texts import MAX_TOKENS, Escape, check_name, may_be_cut, misread, stage_words, written
+from ldm.export.texts import MAX_TOKENS, Escape, Learned, check_name, may_be_cut, misread, stage_words, written
 from ldm.files.writing import replacing_set
 from ldm.request import ModelFacts, Words, check_negative_prompt, check_placeholder
 
@@ -89,7 +89,7 @@ class Export:
             refuse_mixed_bases(dict(self.concepts.values()))
         check_negative_prompt(self.use.negative_prompt, self.concepts)
         webui.call_timesteps(self.use.sampler, self.use.steps)
-        tokens = [path.stem for path in self.stage_paths(Path())]
+        tokens = [f"{name}-{stage}" for name, of in self.concepts.values() for stage in range(of.num_stages)]
         if found := next(filter(None, (misread(words, tokens) for words in self._all_words())), None):
             raise ValueError(
                 f"Other programs would read '{found}' in the prompt as a learned token; give the concept another "
@@ -105,6 +105,18 @@ class Export:
     def num_stages(self) -> int:
         """As many as there are words; without words, as many as the concept has that has most."""
         return len(self.use.words) if self.use.words else most_stages(concept for _, concept in self.concepts.values())
+
+    @property
+    def num_layers(self) -> int:
+        """U-Net layers that are told apart; 1 for none.
+
+        Raises:
+            ValueError: the concepts are for U-Nets of different layers.
+        """
+        counts = {concept.table.shape[1] for _, concept in self.concepts.values()} - {1}
+        if len(counts) > 1:
+            raise ValueError("The concepts are for U-Nets with other layers; export those of one base model.")
+        return next(iter(counts), 1)
 
     @property
     def identities(self) -> dict[str, str]:
@@ -129,11 +141,10 @@ class Export:
             Warnings, each a sentence.
 
         Raises:
-            ValueError: a program cannot make that many steps; nothing is written.
+            ValueError: a program cannot read these concepts, or make that many steps; nothing is written.
             WriteError: no room or no right; the folder is as it was.
         """
-        if "diffusers" in programs and self.use.steps == webui.TIMESTEPS:
-            raise ValueError(f"diffusers' DDIM makes at most {webui.TIMESTEPS - 1} steps; give fewer with --steps.")
+        self._check(programs)
         makers = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}
         made = {f"{self.name}_{_ENDINGS[program]}": makers[program]() for program in programs}
         texts = {file: text for file, (text, _) in made.items()}
@@ -147,9 +158,23 @@ class Export:
             for image in _copied(card, folder):
                 shutil.copyfile(image, staging / image.name)
         for name, concept in self.concepts.values():
-            remove_more_stages(folder, name, concept.num_stages)
+            remove_more_stages(folder, name, 0 if concept.is_layered else concept.num_stages)
         warnings = [self._letters(), *(found for _, found in made.values())]
         return list(dict.fromkeys(chain.from_iterable(warnings)))
+
+    def _check(self, programs: Sequence[str]) -> None:
+        """Raise `ValueError` for what one of the programs cannot do."""
+        if self.num_layers > 1 and (others := [program for program in programs if program != "diffusers"]):
+            raise ValueError(
+                f"A vector for each U-Net layer has no form in {' and '.join(others)}; use --to diffusers, or kohya."
+            )
+        if "diffusers" not in programs:
+            return
+        if self.use.steps == webui.TIMESTEPS:
+            raise ValueError(f"diffusers' DDIM makes at most {webui.TIMESTEPS - 1} steps; give fewer with --steps.")
+        for name, concept in self.concepts.values():
+            if concept.table.shape[2] > 1 and name != name.lower():  # its tokenizer gives small letters
+                raise ValueError(f"diffusers reads one token of '{name}' alone; use small letters in --name.")
 
     def _lines(self) -> list[list[str]]:
         """The words of each stage."""
@@ -163,6 +188,17 @@ class Export:
 
     def _texts(self, escape: Escape = str, spell: Escape = str) -> list[str]:
         return [written(words, escape, spell) for words in self._lines()]
+
+    def _layer_texts(self) -> list[list[str]]:
+        """The texts of each stage, one for each U-Net layer: the learned token of layer 3 is `name-k-l03`."""
+        layered = {name for name, concept in self.concepts.values() if concept.is_layered}
+
+        def at(layer: int, word: str) -> str:
+            own = isinstance(word, Learned) and word.rpartition("-")[0] in layered
+            return f"{word}-l{layer:02}" if own else word
+
+        layers = range(self.num_layers)
+        return [[" ".join(at(layer, word) for word in words) for layer in layers] for words in self._lines()]
 
     def _negative(self, escape: Escape) -> str:
         return written(self.use.negative_prompt.split(), escape)
@@ -201,7 +237,10 @@ class Export:
             "NAME": repr(self.name),
             "CONCEPTS: dict[str, str]": repr(self.identities),
             "FILES: list[str]": _listing(path.name for path in self.stage_paths(Path())),
-            "PROMPTS: list[str]": _listing(self._texts()),
+            "LAYERS": repr(self.num_layers),
+            "PROMPTS: list[str] | list[list[str]]": _listing(
+                self._texts() if self.num_layers == 1 else self._layer_texts()
+            ),
             "NEGATIVE": repr(use.negative_prompt),
             "STEPS, SEED": f"{use.steps!r}, {use.seed!r}",
             "GUIDANCE: float | list[float]": repr(
@@ -263,6 +302,6 @@ def _copied(card: Card | None, folder: Path) -> list[Path]:
     return [image for image in images if image.resolve() != (folder / image.name).resolve()]
 
 
-def _listing(entries: Iterable[str]) -> str:
+def _listing(entries: Iterable[object]) -> str:
     """A list as Python code, an entry in a line."""
     return "[\n" + "".join(f"    {entry!r},\n" for entry in entries) + "]"

@@ -19,8 +19,8 @@ from ldm.methods.neti import FREQUENCIES, NeTIMapper, NeTISettings, load_mapper
 _HOME = "models.positional_encoding"  # the module of its classes
 
 
-def mapper_paths(folder: Path, name: str) -> list[Path]:
-    """Where `save_mapper` writes."""
+def paths(folder: Path, name: str) -> list[Path]:
+    """Where `save` writes."""
     return [folder / f"mapper-{name}.pt", folder / f"learned_embeds-{name}.bin"]
 
 
@@ -35,7 +35,7 @@ def check_exports(concept: Concept) -> None:
         raise ValueError("NeTI's program normalises both halves of the output together; this concept does not (joint).")
 
 
-def save_mapper(concept: Concept, folder: Path, name: str, placeholder: str) -> list[Path]:
+def save(concept: Concept, folder: Path, name: str, placeholder: str) -> list[Path]:
     """Write both files of a concept that `check_exports` accepts, or none.
 
     The vector of the second makes the token known and is not used otherwise.
@@ -45,11 +45,11 @@ def save_mapper(concept: Concept, folder: Path, name: str, placeholder: str) -> 
     config = _config(mapper.settings, concept, placeholder)
     word = torch.full((mapper.width,), (mapper.settings.target_norm or 0.4) * mapper.width**-0.5)
     with replacing_set(folder) as staging:
-        first, second = mapper_paths(staging, name)
+        first, second = paths(staging, name)
         with _encoder(mapper) as encoder:
             torch.save({"state_dict": state, "cfg": config, "encoder": encoder}, first)
         torch.save({placeholder: word}, second)
-    return mapper_paths(folder, name)
+    return paths(folder, name)
 
 
 @contextmanager

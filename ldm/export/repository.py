@@ -10,7 +10,6 @@ from ldm.embeddings import WHOLE, Concept, save_concept
 from ldm.export.card import Card, model_card
 from ldm.export.files import Export
 from ldm.files.writing import replacing_set
-from ldm.methods.table import VECTORS
 
 
 def write_repository(concept: Concept, name: str, folder: Path, card: Card) -> list[Path]:
@@ -24,7 +23,7 @@ def write_repository(concept: Concept, name: str, folder: Path, card: Card) -> l
     placeholder = concept.metadata.get("placeholder", "*")
     uses = [WHOLE]
     with replacing_set(folder) as staging:
-        if VECTORS in concept.tensors:
+        if concept.has_table:
             Export({"*": (token, concept)}).write(["diffusers"], staging)
             uses.append(f"{token}_diffusers.py")
         save_concept(concept, staging / WHOLE, placeholder)

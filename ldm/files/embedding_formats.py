@@ -24,9 +24,10 @@ _ADAPTER = "clip_text_model_self_prefix.control_trans"  # ends the names in CatV
 _ADAPTED = {"9", "10", "11"}  # text layers that its code knows
 # A concept in a folder of the hub: of `prospect push`, and of diffusers and sd-concepts-library.
 WHOLE = "embeddings.safetensors"
+LAYERS_FILE = "-layers.safetensors"  # ends the name of an exported concept with vectors for each U-Net layer
 _WHOLE_FILES = (WHOLE, "learned_embeds.safetensors", "learned_embeds.bin")
-# kohya's train_textual_inversion_XTI.py names the U-Net's cross-attention layers so, in order of execution.
-_XTI = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02}" for k in range(3, 12))]
+# kohya's train_textual_inversionXTI_LAYERS.py names the U-Net's cross-attention layers so, in order of execution.
+XTI_LAYERS = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02}" for k in range(3, 12))]
 _A1111_CHUNK = "sd-ti-embedding"  # of a PNG: base64 of JSON, tensors as {"TORCHTENSOR": lists of numbers}
 
 
@@ -76,8 +77,8 @@ def read_embeddings(
     tensors = named_tensors(path, _string_to_param(content) if state is None else state)
     if any(name.endswith(_ADAPTER) for name in tensors):
         return FlatPrefix(_flat_prefix(path, tensors)), {}
-    if set(tensors) == set(_XTI):
-        return {"table": _layers(path, [tensors[name] for name in _XTI])}, {"prospect.method": "xti"}
+    if set(tensors) == set(XTI_LAYERS):
+        return {"table": _layers(path, [tensors[name] for name in XTI_LAYERS])}, metadata | {"prospect.method": "xti"}
     kind = identify(tensors) if "prospect.version" not in metadata else "unknown"
     if state is not None or kind not in ("unknown", "a textual inversion embedding"):
         model = f"a base model ({kind})" if kind.startswith("Stable") else "a checkpoint"
@@ -186,7 +187,11 @@ def check_beside_mapper(path: Path) -> None:
 
 def whole_in(folder: Path) -> Path | None:
     """Return the file of a folder that holds a whole concept, where it has one of the names that the hub's have."""
-    return next((folder / name for name in _WHOLE_FILES if (folder / name).is_file()), None)
+    whole = [folder / name for name in _WHOLE_FILES if (folder / name).is_file()]
+    layered = sorted(folder.glob(f"*{LAYERS_FILE}"))
+    if not whole and len(layered) == 1:
+        return layered[0]
+    return whole[0] if whole else None
 
 
 def placeholder_beside(path: Path, names: Sequence[str]) -> dict[str, str]:

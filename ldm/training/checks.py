@@ -94,7 +94,7 @@ def check_sizes(module: Any, data: DataModuleFromConfig) -> None:
 
 
 def check_captions(module: Any, data: DataModuleFromConfig) -> None:
-    """Raise `ConfigError` where the captions have no place for what is learned, or CatVersion's name no class."""
+    """Raise `ConfigError` where the captions do not hold what is learned, or CatVersion's name no class."""
     manager = getattr(module, "embedding_manager", None)
     if manager is None or manager.learned is None:
         return
@@ -109,3 +109,12 @@ def check_captions(module: Any, data: DataModuleFromConfig) -> None:
                 raise ConfigError(
                     f"The caption '{template}' has no place for the learned token; write * (in YAML: {{}}) there."
                 )
+            if not is_prefix(manager.learned):
+                _check_is_read(module, template.replace("{}", dataset.placeholder_token))
+
+
+def _check_is_read(module: Any, caption: str) -> None:
+    """Raise `ConfigError` where the learned token of a caption stands behind what the text transformer reads."""
+    if not (module.get_learned_conditioning(caption).slots < 0).any():
+        shown = caption if len(caption) <= 60 else f"{caption[:60]}…"
+        raise ConfigError(f"The caption '{shown}' is too long, its learned token is cut off; shorten it.")

@@ -144,6 +144,33 @@ def test_trailing_samplers(
     torch.testing.assert_close(theirs, latents[0], rtol=0, atol=2e-3)
 
 
+@torch.no_grad()
+def test_consecutive_tokens_and_layers(pipe: StableDiffusionPipeline, model: LatentDiffusion, tmp_path: Path) -> None:
+    """Three tokens for all of sampling, and two for each of ten stages and seven U-Net layers."""
+    table, generator = model.cond_stage_model.token_table, torch.Generator().manual_seed(0)
+    shapes = {"*": (1, 1, 3), "<b>": (10, 7, 2)}
+    concepts = {placeholder: tmp_path / f"{len(shape)}{shape[1]}" for placeholder, shape in shapes.items()}
+    for placeholder, path in concepts.items():
+        rows = torch.randint(520, 690, shapes[placeholder], generator=generator)
+        save_concept(Concept({"table": table[rows]}, method="table"), path)
+    words = ["a <b> beside *"] * 6 + ["*", "<b>", None, "a thing"]
+    stages = [f"{stage}={word}" for stage, word in enumerate(words) if word is not None]
+    usage = exported(concepts, tmp_path / "out", *SMALL, "--prompt", "a large *", "--stages", *stages)
+    assert usage.FILES == ["star-0.safetensors", "b-layers.safetensors"]
+    usage.load(pipe)
+
+    def theirs() -> torch.Tensor:
+        noise = torch.Generator().manual_seed(7)
+        return usage.generate(pipe, height=64, width=64, generator=noise, output_type="latent").images[0]
+
+    _, latents = ours(model, concepts, "a large *", words)
+    torch.testing.assert_close(theirs(), latents[0], rtol=0, atol=1e-3)
+    for module in pipe.unet.modules():  # and not where every layer reads the first one's tokens
+        if isinstance(getattr(module, "processor", None), usage.OfLayer):
+            module.processor.layer = 0
+    assert (theirs() - latents[0]).abs().max() > 0.01
+
+
 def test_several_images_at_once(
     pipe: StableDiffusionPipeline, model: LatentDiffusion, concepts: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -383,6 +383,13 @@ def test_mistakes_end_with_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_several_tokens_have_no_capital_letters_in_diffusers() -> None:
+    """Whose tokenizer gives small ones, for which the pipeline finds no further tokens."""
+    tokens = Concept({"table": torch.zeros(1, 1, 2, 16)}, method="table")
+    with pytest.raises(ValueError, match="diffusers reads one token of .Star. alone; use small letters"):
+        Export({"*": ("Star", tokens)}).write(["diffusers"], Path("none"))
+
+
 def test_help_imports_nothing_heavy() -> None:
     command = [sys.executable, "-X", "importtime", "scripts/export_embedding.py", "--help"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from ldm.cli import push, sample
+from ldm.cli import export, push, sample
 from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept
 from ldm.files.hub import fetch
 
@@ -244,6 +244,10 @@ def test_kohyas_xti_file_is_a_concept_of_layers(tmp_path: Path) -> None:
     assert torch.equal(one.tensors["table"], vectors[None, :, :1])
     save_concept(one, tmp_path / "own.safetensors")
     assert load_concept(tmp_path / "own.safetensors").identity == one.identity
+    flags = [str(tmp_path / "xti.safetensors"), "--name", "cat", "--to", "kohya", "--outdir", str(tmp_path / "out")]
+    written = load_file(*export.run("Export.\n", flags))
+    assert list(written) == names and torch.equal(torch.stack(list(written.values())), two.table[0])
+    assert load_concept(tmp_path / "out/cat.safetensors").identity == two.identity
 
 
 def test_onetrainers_output_embedding_is_named(tmp_path: Path) -> None:
