@@ -11,9 +11,9 @@ from nicegui import ui
 from nicegui.events import ValueChangeEventArguments
 from PIL import Image
 
-from ldm.conditioning.presets import Windows
+from ldm.page import parts
+from ldm.page.engine import Engine
 from ldm.page.form import Form, Lane
-from ldm.page.view import button, inline
 from ldm.request import PLACEHOLDER, PRESETS
 
 HUES = (285, 30)  # of the first and the last stage in time, degrees in OKLCH
@@ -46,13 +46,11 @@ class Timeline:
     """Shows and changes which concept each stage reads, and what text.
 
     Args:
-        windows: of the presets, of the model.
-        tokens: text -> how many tokens it is.
         changed: is called after each change of the form.
     """
 
-    def __init__(self, form: Form, windows: Windows, tokens: Callable[[str], int], changed: Callable[[], None]) -> None:
-        self.form, self.windows, self.tokens, self._changed = form, windows, tokens, changed
+    def __init__(self, form: Form, engine: Engine, changed: Callable[[], None]) -> None:
+        self.form, self.engine, self._changed = form, engine, changed
         self.selected: set[int] = set()
         self._paint = True
         self._lane = 0  # that presets go to
@@ -124,7 +122,7 @@ class Timeline:
             image = previews.get(stage)
             frame.set_visibility(image is not None)
             if image is not None and image is not self._shown.get(stage):
-                frame.set_source(inline(image))
+                frame.set_source(parts.inline(image))
         self._shown = dict(previews)
 
     # --- building --------------------------------------------------------------------------------------------------
@@ -137,7 +135,7 @@ class Timeline:
             if len(self.form.lanes) > 1:
                 ui.label(f"of {self.form.lanes[self._lane].placeholder}").classes("soft")
             for attribute in (None, *PRESETS):
-                chip = button((attribute or "all stages").capitalize(), partial(self._preset, attribute), "chip")
+                chip = parts.button((attribute or "all stages").capitalize(), partial(self._preset, attribute), "chip")
                 chip.mark(f"preset-{attribute or 'all'}")
                 self._presets[attribute] = chip
 
@@ -233,15 +231,17 @@ class Timeline:
             token = ui.label().classes("soft token")
             count = ui.label().classes("count")
             label = f"Let stages {name} follow the prompt again"
-            reset = button("Reset", partial(self._reset, run), "quiet small", label).mark(f"reset-{run[0]}")
+            reset = parts.button("Reset", partial(self._reset, run), "quiet small", label).mark(f"reset-{run[0]}")
         row = _Row(run, box, entry, token, count, reset)
         entry.on_value_change(lambda event: self._write(row, event.value))
         entry.on("blur", self.refresh)
         return row
 
     def _count(self, row: _Row) -> None:
-        count = self.tokens(row.entry.value or "")
-        row.count.set_text(f"{count} token{'' if count == 1 else 's'}")
+        most = self.engine.most_tokens
+        count = self.engine.tokens(row.entry.value or "", [lane.placeholder for lane in self.form.lanes])
+        row.count.set_text(f"{count} of {most} tokens" if count > most else f"{count} token{'s' * (count != 1)}")
+        row.count.classes(add="problem" if count > most else "", remove="" if count > most else "problem")
 
     # --- what the user does ----------------------------------------------------------------------------------------
 
@@ -268,7 +268,7 @@ class Timeline:
             self._changed()
 
     def _preset(self, attribute: str | None) -> None:
-        self.form.set_preset(self.form.lanes[self._lane], attribute, self.windows)
+        self.form.set_preset(self.form.lanes[self._lane], attribute, self.engine.windows)
         self.refresh()
         self._changed()
 
@@ -277,6 +277,7 @@ class Timeline:
             return  # it is what `refresh` has written
         for stage in row.run:
             self.form.own[stage] = str(text or "")
+        row.reset.set_visibility(True)
         self._count(row)
         self._changed()
 

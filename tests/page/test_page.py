@@ -3,21 +3,25 @@
 import asyncio
 import logging
 import re
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nicegui import ui
+from nicegui import app, ui
 from nicegui.elements.upload_files import SmallFileUpload
 from nicegui.testing import User, user_simulation
+from runs import wait_for
 
 from ldm.generate import read_parameters
 from ldm.page import learning
 from ldm.page.app import build
+from ldm.page.editing import InversionJob
 from ldm.page.engine import Engine
 from ldm.page.session import Session
+from ldm.request import Request
 
 STAR = "models/demo/concepts/dotted-star.safetensors"
 REFERENCE = Path(__file__).parents[2] / "models/demo/references/dotted-star/dotted-star.png"
@@ -26,8 +30,11 @@ REFERENCE = Path(__file__).parents[2] / "models/demo/references/dotted-star/dott
 def drive(engine: Engine, script: Callable[[User], Awaitable[None]]) -> None:
     """Open the page and run a script with the user."""
 
+    errors: list[Exception] = []
+
     async def run() -> Exception | None:
         async with user_simulation() as user:
+            app.on_exception(errors.append)
             build(engine)
             await user.open("/")
             try:
@@ -40,8 +47,9 @@ def drive(engine: Engine, script: Callable[[User], Awaitable[None]]) -> None:
         return None
 
     failure = asyncio.run(run())
-    if failure is not None:
-        raise failure
+    for error in (failure, *errors):
+        if error is not None:
+            raise error
 
 
 async def until(condition: Callable[[], Any], seconds: float = 30) -> None:
@@ -52,8 +60,6 @@ async def until(condition: Callable[[], Any], seconds: float = 30) -> None:
 
 
 def session(user: User) -> Session:
-    from nicegui import app
-
     found: Session = app.storage._tabs[user.tab_id]["session"]
     return found
 
@@ -124,7 +130,7 @@ def test_the_text_of_a_selection_is_edited_with_its_token_count(engine: Engine) 
 def test_an_image_comes_with_previews_and_restores_the_form(engine: Engine) -> None:
     async def script(user: User) -> None:
         one(user, "prompt").value = "a small * circle"
-        one(user, "seed").value = 9
+        one(user, "seed").value = str(2**53 + 1)  # a browser's number would lose the 1
         one(user, "ddim_steps").value = 5
         user.find(marker="preset-material").trigger("click")
         user.find(marker="generate").trigger("click")
@@ -134,7 +140,7 @@ def test_an_image_comes_with_previews_and_restores_the_form(engine: Engine) -> N
         await user.should_see("Done in", retries=20)
         await user.should_see("The preset 'material' is stages 3, 4, 5, 6, 7 of 10, from models/demo/presets.yaml.")
         record = read_parameters(job.files[0])
-        assert (record["seed"], record["ddim_steps"], record["preset"]) == (9, 5, "material")
+        assert (record["seed"], record["ddim_steps"], record["preset"]) == (2**53 + 1, 5, "material")
         one(user, "prompt").value = "something else"
         user.find(marker="preset-all").trigger("click")
         await hand_in(user, "drop", ("ours.png", job.files[0].read_bytes()))
@@ -158,6 +164,9 @@ def test_mistakes_are_answered_with_the_librarys_sentence(engine: Engine) -> Non
         one(user, "ddim_steps").value = 2.5
         await user.should_see("ddim_steps must be a whole number, not 2.5.")
         one(user, "ddim_steps").value = 2
+        one(user, "seed").value = "one"
+        await user.should_see("seed must be a whole number, not 'one'.")
+        one(user, "seed").value = "42"
         one(user, "negative_prompt").value = "no *"
         await user.should_see("negative_prompt has the placeholder '*'; it must be plain text, so leave it out.")
         one(user, "negative_prompt").value = ""
@@ -207,6 +216,34 @@ def test_other_files_go_where_they_belong(engine: Engine) -> None:
     drive(engine, script)
 
 
+@pytest.mark.parametrize("tab", ["Learn", "Edit", "Export"])
+def test_an_image_of_ours_restores_the_form_wherever_it_is_dropped(engine: Engine, tab: str) -> None:
+    ours = engine.submit(Request(prompt="a star", ddim_steps=1, seed=5))
+    wait_for(lambda: ours.is_over)
+
+    async def script(user: User) -> None:
+        user.find(tab).click()
+        await hand_in(user, "drop", ("ours.png", ours.files[0].read_bytes()))
+        await until(lambda: one(user, "prompt").value == "a star", 5)
+        assert session(user).tab == "Generate" and one(user, "seed").value == "5"
+        assert not session(user).form.lanes and not session(user).learn.images and session(user).edit.image is None
+
+    drive(engine, script)
+
+
+def test_a_reload_finds_that_an_image_was_deleted(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        one(user, "ddim_steps").value = 1
+        user.find(marker="generate").trigger("click")
+        await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
+        await user.should_see("Made in this tab", retries=20)
+        session(user).job.files[0].unlink()  # type: ignore[union-attr]
+        await user.open("/")
+        await user.should_see("Images that you make are kept here.", retries=20)
+
+    drive(engine, script)
+
+
 def test_two_tabs_do_not_mix_and_a_reload_keeps_the_form(engine: Engine) -> None:
     async def script(user: User) -> None:
         other = User(user.http_client)
@@ -251,7 +288,9 @@ def test_stop_ends_the_image_and_the_next_one_comes(engine: Engine) -> None:
     drive(engine, script)
 
 
-def test_what_is_learned_is_shown_used_and_resumed(engine: Engine) -> None:
+def test_what_is_learned_is_shown_used_and_resumed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "PROGRAM", (sys.executable, str(Path(__file__).with_name("learner.py"))))
+
     async def script(user: User) -> None:
         user.find("Learn").click()
         user.find(marker="learn").trigger("click")
@@ -259,19 +298,19 @@ def test_what_is_learned_is_shown_used_and_resumed(engine: Engine) -> None:
         await hand_in(user, "learn-upload", ("cup.png", REFERENCE.read_bytes()), ("page.png", b"<html>"))
         await until(lambda: any("'page.png' is a web page" in text for text in user.notify.messages), 10)
         await until(lambda: one(user, "learn-name").value == "cup", 5)
+        assert (one(user, "learn-method").value, one(user, "learn-steps").value) == ("ProSpect, fast", 75)
+        one(user, "learn-method").value = "ProSpect"
+        await until(lambda: one(user, "learn-steps").value == 300, 5)
         one(user, "learn-init_word").value = "star"
-        one(user, "learn-steps").value = 400
         user.find(marker="learn").trigger("click")
         form = session(user).learn
         assert form.run is not None
-        await until(lambda: learning.losses(form.run.folder), 90)
-        await until(lambda: re.search(r"Learning · step \d+ of 400", _texts(user)), 10)
+        await until(lambda: re.search(r"Learning · step \d+ of 300", _texts(user)), 10)
         user.find(marker="learn-stop").trigger("click")
-        await until(lambda: not form.run.is_running)  # type: ignore[union-attr]
-        await until(lambda: "Stopped · step" in _texts(user), 10)
+        await until(lambda: not form.run.is_running, 10)  # type: ignore[union-attr]
+        await until(lambda: re.search(r"Stopped · step \d+ of 300", _texts(user)), 10)
         one(user, "learn-steps").value = 20
         user.find(marker="learn-resume").trigger("click")
-        await until(lambda: form.run is not None and not form.run.is_running, 120)
         await until(lambda: "Complete · step 20 of 20" in _texts(user), 10)
         user.find(marker="use").trigger("click")
         [lane] = session(user).form.lanes
@@ -322,6 +361,68 @@ def test_a_grid_is_made_and_a_cell_is_loaded(engine: Engine) -> None:
         session(user).compare.rows = ("Steps", "1")
         await hand_in(user, "drop", ("grid.png", sheet))
         await until(lambda: session(user).compare.rows == ("Preset", "all stages\nlayout"), 5)
+
+    drive(engine, script)
+
+
+async def invert(user: User) -> InversionJob:
+    """Invert the reference image in two steps, as fast as that goes."""
+    user.find("Edit").click()
+    await hand_in(user, "edit-upload", ("star.png", REFERENCE.read_bytes()))
+    await until(lambda: session(user).edit.image, 5)
+    one(user, "edit-prompt").value = "a dotted star"
+    one(user, "edit-steps").value, one(user, "edit-inner_steps").value = 2, 1
+    user.find(marker="invert").trigger("click")
+    job = session(user).edit.inversion
+    assert job is not None
+    await until(lambda: job.is_over)
+    assert (job.state, job.error) == ("done", "")
+    return job
+
+
+def test_an_image_is_inverted_and_edited_where_the_words_are(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        user.find("Edit").click()
+        user.find(marker="invert").trigger("click")
+        await user.should_see("Choose the image to edit first.")
+        user.find(marker="edit").trigger("click")
+        await user.should_see("Invert the image first.")
+        job = await invert(user)
+        await user.should_see("the image, reconstructed by the autoencoder", retries=20)
+        await user.should_see(job.quality)
+        one(user, "edit-target").value = "a dotted heart"
+        one(user, "edit-blend").value = "moon:heart"
+        user.find(marker="edit").trigger("click")
+        await user.should_see("blend, of the source: 'moon' is no word of the prompt 'a dotted star'; its words are")
+        one(user, "edit-blend").value = "star:heart"
+        one(user, "edit-tau_c").value = "0.2 0.8"
+        user.find(marker="edit").trigger("click")
+        form = session(user).edit
+        await until(lambda: form.job is not None and form.job.is_over)
+        assert form.job is not None and (form.job.state, form.job.step) == ("done", 4)
+        for caption in ("where 'star' is", "where 'heart' is", "v0.5 c0.2 s0.6 u0", "v0.5 c0.8 s0.6 u0"):
+            await user.should_see(caption, retries=20)
+        assert [path.suffix for path in form.job.files] == [".png"] * 3  # the edits and their grid
+        form.target, form.taus["tau_c"] = "", "0.6"
+        await hand_in(user, "drop", ("edit.png", form.job.files[0].read_bytes()))
+        await until(lambda: one(user, "edit-target").value == "a dotted heart", 5)
+        await until(lambda: (one(user, "edit-tau_c").value, one(user, "edit-blend").value) == ("0.2", "star:heart"), 5)
+
+    drive(engine, script)
+
+
+def test_an_inversion_that_is_dropped_is_edited_elsewhere(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        [file] = (await invert(user)).files
+        other = User(user.http_client)
+        await other.open("/")
+        await other.should_see("Stages", retries=30)
+        await hand_in(other, "drop", (file.name, file.read_bytes()))
+        await until(lambda: session(other).tab == "Edit" and one(other, "edit-prompt").value == "a dotted star", 5)
+        one(other, "edit-target").value = "a dotted heart"
+        other.find(marker="edit").trigger("click")
+        await until(lambda: session(other).edit.job is not None and session(other).edit.job.is_over)
+        assert session(other).edit.job.state == "done" and not session(user).edit.job
 
     drive(engine, script)
 
