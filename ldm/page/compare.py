@@ -205,6 +205,12 @@ class Comparison:
     def done(self) -> int:
         return sum(job.image is not None for job in self.jobs.values())
 
+    @property
+    def warnings(self) -> list[tuple[str, str]]:
+        """What the library has warned of, each sentence once."""
+        said = dict.fromkeys(message for job in self.jobs.values() for message in job.messages)
+        return [(level, text) for level, text in said if level != "info"]
+
     def stop(self) -> None:
         self.is_running = False
         for job in self.jobs.values():

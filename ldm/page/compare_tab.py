@@ -28,11 +28,12 @@ class CompareTab:
                 self._build_axis("rows", "Rows")
                 self._build_axis("columns", "Columns")
             with ui.element("div").classes("line"):
-                self._go = parts.button("Compare", self.compare, "primary alone").mark("compare")
-                self._stop = parts.button("Stop", self.stop).mark("compare-stop")
+                go = parts.button("Compare", self.compare, "primary alone").mark("compare")
+                self._switch = parts.Switch(parts.button("Stop", self.stop).mark("compare-stop"), go)
                 self._status = ui.label().classes("status").props("role=status")
                 self._save = ui.link("Save as one PNG", "#").classes("button quiet")
             self._problem = ui.label().classes("problem").props("role=alert")
+            self._messages = ui.element("div").classes("messages").props("aria-live=polite")
         self._grid = ui.element("div").classes("panel grid-panel").props('aria-label="Grid"')
         view.follow_form(self._refresh)
         ui.timer(POLL, self._poll)
@@ -102,11 +103,9 @@ class CompareTab:
             return
         self._seen = seen
         running = run is not None and run.is_running
-        self._go.set_visibility(not running)
-        self._stop.set_visibility(running)
+        self._switch.set(running)
         self._save.set_visibility(run is not None and run.file is not None)
         self._grid.set_visibility(run is not None)
-        parts.keep_focus(self._go, self._stop)
         if run is not None:
             self._show(run)
 
@@ -117,6 +116,7 @@ class CompareTab:
             self._problem.set_text(run.error)
         if run.file is not None:
             parts.offer(self._save, run.file)
+        parts.show_messages(self._messages, run.warnings)
         if run is not self._built:
             self._build_grid(run)
         for place, job in run.jobs.items():

@@ -38,6 +38,8 @@ class EditTab:
             with ui.element("div").classes("stack"), parts.section("Result"):
                 self._status = ui.label().classes("status").props("role=status")
                 self._bar = parts.progress_bar()
+                stop = parts.button("Stop", self.stop).mark("edit-stop")
+                self._switch = parts.Switch(stop, self._invert, self._edit)
                 self._save = ui.link("Save the grid", "#").classes("button quiet")
                 self._messages = ui.element("div").classes("messages").props("aria-live=polite")
                 self._results = ui.element("div").classes("samples large")
@@ -84,7 +86,6 @@ class EditTab:
                 self._field(ui.input("Weights", placeholder="tiger=2"), "weights", meanings["weights"])
             with ui.element("div").classes("line"):
                 self._edit = parts.button("Edit", self.edit, "primary alone").mark("edit")
-                self._stop = parts.button("Stop", self.stop).mark("edit-stop")
             self._problem = ui.label().classes("problem").props("role=alert")
 
     # --- the image -------------------------------------------------------------------------------------------------
@@ -141,10 +142,7 @@ class EditTab:
             return
         self._seen = seen
         running = job is not None and not job.is_over
-        self._invert.set_visibility(not running)
-        self._edit.set_visibility(not running)
-        self._stop.set_visibility(running)
-        parts.keep_focus(self._edit, self._stop)
+        self._switch.set(running)
         self._bar.set_visibility(running)
         self._save.set_visibility(isinstance(job, EditJob) and bool(job.files))
         self._quality.set_text(self.form.inversion.quality if self.form.inversion else "")

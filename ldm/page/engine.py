@@ -184,7 +184,8 @@ class Engine:
         """How many tokens a text is; a concept counts as one."""
         pieces = placeholder_pattern([PLACEHOLDER, *placeholders]).split(text)
         tokenizer = self.model.cond_stage_model.tokenizer
-        return sum(len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]) for piece in pieces)
+        texts = [tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces[::2]]
+        return sum(map(len, texts)) + len(pieces[1::2])
 
     def submit(self, request: Request, keep: bool = True) -> ImageJob:
         """Check a request and queue it; its image is saved if it is to be kept.

@@ -90,9 +90,7 @@ class GenerateTab:
         self._prompt.value = form.prompt
         self._negative.value = form.settings.get("negative_prompt", "")
         self._fields.refresh()
-        is_by_stage = form.scales is not None
-        self._by_stage.classes(add="on" if is_by_stage else "", remove="on")
-        self._by_stage.props(f"aria-pressed={str(is_by_stage).lower()}")
+        parts.press(self._by_stage, form.scales is not None)
         self._show_concepts()
         self._show_content()
         self.timeline.rebuild()
@@ -224,8 +222,8 @@ class GenerateTab:
             self._bar = parts.progress_bar()
             self._status = ui.label().classes("status").props("role=status")
             with ui.element("div").classes("actions"):
-                self._go = parts.button("Generate", self.generate, "primary").mark("generate")
-                self._stop = parts.button("Stop", self.stop, "quiet").mark("stop")
+                go = parts.button("Generate", self.generate, "primary").mark("generate")
+                self._switch = parts.Switch(parts.button("Stop", self.stop).mark("stop"), go)
                 self._save = ui.link("Save", "#").classes("button quiet").mark("save")
             self._problem = ui.label().classes("problem").props("role=alert")
             self._messages = ui.element("div").classes("messages").props("aria-live=polite")
@@ -252,9 +250,7 @@ class GenerateTab:
             return
         self._seen = (job, version)
         running = job is not None and not job.is_over
-        self._go.set_visibility(not running)
-        self._stop.set_visibility(running)
-        parts.keep_focus(self._go, self._stop)
+        self._switch.set(running)
         self._bar.set_visibility(running)
         self._save.set_visibility(job is not None and bool(job.files))
         self._empty.set_visibility(job is None or (job.preview is None and job.image is None))

@@ -28,7 +28,6 @@ class LearnTab:
         self.view, self.engine = view, view.session.engine
         self.form = view.session.learn
         self._seen: object = None
-        self._was_running = False
         with ui.element("div").classes("split even"):
             with ui.element("div").classes("stack"):
                 self._build_form()
@@ -46,7 +45,7 @@ class LearnTab:
                 parts.file_button("Choose images", upload)
                 ui.label("or drop them here").classes("soft")
         with parts.section("Concept"):
-            with ui.element("div").classes("fields"):
+            with ui.element("div").classes("fields roomy"):
                 self._field(ui.input("Name"), "name")
                 word = self._field(ui.input("Initial word", placeholder="thing"), "init_word")
                 word.tooltip("A word for what the images show; learning starts from its embedding.")
@@ -54,11 +53,11 @@ class LearnTab:
                 method = self._field(ui.select(names, label="Method"), "method")
                 steps = self._field(ui.number("Steps", step=10), "steps")
                 method.on_value_change(lambda event: steps.set_value(self.engine.methods.get(event.value)))
-            caption = self._field(ui.input("Caption", placeholder="*"), "caption")
-            caption.tooltip("What the images show, with * for the concept; what is named here is not learned.")
+                caption = self._field(ui.input("Caption", placeholder="*").classes("wide"), "caption")
+                caption.tooltip("What the images show, with * for the concept; what is named here is not learned.")
             with ui.element("div").classes("line"):
-                self._go = parts.button("Learn", self.learn, "primary").mark("learn")
-                self._stop = parts.button("Stop", self.stop).mark("learn-stop")
+                go = parts.button("Learn", self.learn, "primary").mark("learn")
+                self._switch = parts.Switch(parts.button("Stop", self.stop).mark("learn-stop"), go)
                 self._resume = parts.button("Resume", self.resume).mark("learn-resume")
             self._problem = ui.label().classes("problem").props("role=alert")
 
@@ -134,11 +133,7 @@ class LearnTab:
     def _poll(self) -> None:
         run = self.form.run
         running = run is not None and run.is_running
-        self._go.set_visibility(not running)
-        self._stop.set_visibility(running)
-        if running is not self._was_running:
-            parts.keep_focus(self._go, self._stop)
-            self._was_running = running
+        self._switch.set(running)
         self._resume.set_visibility(run is not None and not running and (run.folder / "checkpoints").is_dir())
         self._use.set_visibility(run is not None and run.concept is not None)
         if run is None:

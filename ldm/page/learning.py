@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import ConfigError, load_config
 
@@ -119,7 +119,8 @@ def command(lesson: Lesson, setup: Mapping[str, str], trust: Sequence[str] = ())
     Raises:
         ConfigError: the page's configuration is for generating, and there is none for learning beside it.
     """
-    bases = map(str, configurations(lesson.method, Path(setup["config"]), trust))
+    base = learning_config(Path(setup["config"]), trust)
+    bases = [str(base), *([str(base.with_name(METHODS[lesson.method]))] if METHODS[lesson.method] else [])]
     words = [*PROGRAM, "--base", *bases, "--actual_resume", setup["ckpt"], *trust]
     words += ["-p", str(lesson.folder), "--data_root", str(lesson.images)]
     words += ["--max_steps", str(lesson.steps), "--seed", str(lesson.seed), "--log_every_n_steps", "5"]
@@ -130,15 +131,15 @@ def command(lesson: Lesson, setup: Mapping[str, str], trust: Sequence[str] = ())
     return words + ([f"--init_word={init_word}"] if init_word else [])
 
 
-def configurations(method: str, config: Path, trust: Sequence[str] = ()) -> list[Path]:
-    """Return the files of a training variant: the page's own `config`, or the one for learning beside it, and another.
+def learning_config(config: Path, trust: Sequence[str] = ()) -> Path:
+    """Return the configuration itself, if it says what to learn from, or the one for learning beside it.
 
     Raises:
-        ConfigError: there is none for learning.
+        ConfigError: there is none.
     """
-    for base in (config, *sorted(config.parent.glob("*finetune.yaml"))):
-        if "data" in load_config(base, flag="--config", resolvers=RESOLVERS in trust):
-            return [base, *([base.with_name(METHODS[method])] if METHODS[method] else [])]
+    for path in (config, *sorted(config.parent.glob("*finetune.yaml"))):
+        if "data" in _load(path, trust):
+            return path
     raise ConfigError(
         f"'{config}' is for generating; to learn, start the page with the --config of a run, such as "
         "configs/stable-diffusion/v1-finetune.yaml."
@@ -146,14 +147,18 @@ def configurations(method: str, config: Path, trust: Sequence[str] = ()) -> list
 
 
 def usual_steps(config: Path, trust: Sequence[str] = ()) -> dict[str, int]:
-    """Return the training variants that there are for a configuration, each with the steps that it takes."""
-    found: dict[str, int] = {}
-    for method in METHODS:
-        with suppress(ConfigError):  # there is none; said when it is to learn
-            files = configurations(method, config, trust)
-            merged = load_config(*files, flag="--config", resolvers=RESOLVERS in trust)
-            found[method] = OmegaConf.select(merged, "lightning.trainer.max_steps") or USUAL_STEPS
-    return found
+    """Return the training variants that there are for a configuration, each with its steps; of a bad one none."""
+    with suppress(ConfigError):  # its sentence is shown when it is to learn
+        base = learning_config(config, trust)
+        files = {method: base.with_name(name) if name else base for method, name in METHODS.items()}
+        found = {method: _load(file, trust) for method, file in files.items() if file.is_file()}
+        steps = {method: OmegaConf.select(said, "lightning.trainer.max_steps") for method, said in found.items()}
+        return {method: count or steps["ProSpect"] or USUAL_STEPS for method, count in steps.items()}
+    return {}
+
+
+def _load(path: Path, trust: Sequence[str]) -> DictConfig:
+    return load_config(path, flag="--config", resolvers=RESOLVERS in trust)
 
 
 def start(words: Sequence[str], folder: Path, steps: int, output: Path) -> Learning:

@@ -14,6 +14,11 @@ from nicegui import app, ui
 from PIL import Image
 
 LOOK = "outlined dense stack-label"  # of inputs
+# The element takes the focus from one that cannot be seen any more.
+_TAKE_FOCUS = """setTimeout(() => {
+  const focused = document.activeElement;
+  if (focused === document.body || !focused.checkVisibility()) getHtmlElement(%d)?.focus({preventScroll: true});
+}, 50)"""
 
 
 def say(message: object, kind: Literal["negative", "info"] = "negative") -> None:
@@ -36,7 +41,8 @@ def problems(label: ui.label) -> Iterator[None]:
 @cache
 def url_of(file: Path) -> str:
     """Where the browser finds a file that the page shows."""
-    return app.add_static_file(local_file=file, strict=False)  # the user may have deleted it
+    # without a cache, and though there is none: the user may have deleted it, and another one may get its name
+    return app.add_static_file(local_file=file, strict=False, max_cache_age=0)
 
 
 def inline(image: Image.Image) -> str:
@@ -75,13 +81,37 @@ def file_button(text: str, upload: ui.upload, label: str = "") -> ui.element:
     return made
 
 
-def keep_focus(*buttons: ui.element) -> None:
-    """Give the focus of a button that was hidden to the one that stands in its place, for the keyboard."""
-    for made in buttons:
-        if made.visible:
-            focus = f"getHtmlElement({made.id})?.focus({{preventScroll: true}})"
-            ui.run_javascript(f"setTimeout(() => document.activeElement === document.body && {focus}, 50)")
+def look(made: ui.element, name: str, is_so: bool) -> None:
+    """Give an element a look of the style sheet, or take it away."""
+    made.classes(add=name if is_so else "", remove="" if is_so else name)
+
+
+def press(made: ui.element, is_pressed: bool, name: str = "on") -> None:
+    """Show a button that stays pressed, to the eye and to a screen reader."""
+    look(made, name, is_pressed)
+    made.props(f"aria-pressed={str(is_pressed).lower()}")
+
+
+class Switch:
+    """Buttons that start something, and the one that stops it: only the ones of use can be seen.
+
+    The focus of a button that is hidden goes to the one in its place, for the keyboard.
+    """
+
+    def __init__(self, stop: ui.element, *starts: ui.element) -> None:
+        self._stop, self._starts, self._was_on = stop, starts, False
+        stop.set_visibility(False)
+
+    def set(self, is_on: bool) -> None:
+        """Show what fits something that runs, or does not."""
+        if is_on is self._was_on:
             return
+        self._was_on = is_on
+        self._stop.set_visibility(is_on)
+        for start in self._starts:
+            start.set_visibility(not is_on)
+        shown = self._stop if is_on else self._starts[-1]
+        ui.run_javascript(_TAKE_FOCUS % shown.id)
 
 
 def show_messages(box: ui.element, messages: Sequence[tuple[str, str]]) -> None:

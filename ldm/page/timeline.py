@@ -67,9 +67,9 @@ class Timeline:
         return list(reversed(range(self.form.num_stages)))
 
     def build(self) -> None:
+        """Add the places of what `rebuild` shows."""
         self._box = ui.element("div").classes("timeline").style(f"--stages: {self.form.num_stages}")
         self._text_box = ui.element("div").classes("stage-texts")
-        self.rebuild()
 
     def rebuild(self) -> None:
         """Show the form anew; the lanes may be others."""
@@ -92,19 +92,13 @@ class Timeline:
     def refresh(self) -> None:
         """Show the stages and their texts anew."""
         for (number, stage), cell in self._cells.items():
-            carries = stage in self.form.lanes[number].stages and self._reads(number, stage)
-            cell.classes(add="on" if carries else "", remove="" if carries else "on")
-            cell.props(f"aria-pressed={str(carries).lower()}")
+            parts.press(cell, stage in self.form.lanes[number].stages and self._reads(number, stage))
         for stage, head in self._heads.items():
-            marks = {"selected": stage in self.selected, "own": stage in self.form.own}
-            for mark, is_set in marks.items():
-                head.classes(add=mark if is_set else "", remove="" if is_set else mark)
-            head.props(f"aria-pressed={str(stage in self.selected).lower()}")
+            parts.press(head, stage in self.selected, "selected")
+            parts.look(head, "own", stage in self.form.own)
         lane = self.form.lanes[self._lane] if self.form.lanes else None
         for attribute, chip in self._presets.items():
-            is_on = lane is not None and (lane.preset == attribute if attribute else self._reads_all(lane))
-            chip.classes(add="on" if is_on else "", remove="" if is_on else "on")
-            chip.props(f"aria-pressed={str(is_on).lower()}")
+            parts.press(chip, lane is not None and (lane.preset == attribute if attribute else self._reads_all(lane)))
         self._show_texts()
 
     def _reads_all(self, lane: Lane) -> bool:
@@ -209,7 +203,7 @@ class Timeline:
         for row in self._texts:
             own = self.form.own.get(row.run[0])
             row.entry.value = self.form.text(row.run[0])
-            row.box.classes(add="selected" if set(row.run) <= self.selected else "", remove="selected")
+            parts.look(row.box, "selected", set(row.run) <= self.selected)
             row.token.set_text(f"token of stage {own}" if isinstance(own, int) else "")
             row.reset.set_visibility(own is not None)
             self._count(row)
@@ -241,7 +235,7 @@ class Timeline:
         most = self.engine.most_tokens
         count = self.engine.tokens(row.entry.value or "", [lane.placeholder for lane in self.form.lanes])
         row.count.set_text(f"{count} of {most} tokens" if count > most else f"{count} token{'s' * (count != 1)}")
-        row.count.classes(add="problem" if count > most else "", remove="" if count > most else "problem")
+        parts.look(row.count, "problem", count > most)
 
     # --- what the user does ----------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def test_a_lesson_is_a_command(engine: Engine, lesson: dict[str, str], trust: li
     words = learning.command(Lesson(Path("images"), Path("run"), **lesson), engine.setup, trust)  # type: ignore[arg-type]
     optional = [text for text in words if text.startswith(("--init", "--caption", "--allow")) or "neti" in text]
     assert optional == sorted(texts, key=words.index) == texts
-    parsed = ldm.cli.train.parse(["-t", *words[len(learning.PROGRAM) + 1 :]])
+    parsed = ldm.cli.train.parse(["-t", *words[len(learning.PROGRAM) :]])
     assert (parsed.base[0], parsed.project, parsed.trainer["max_steps"]) == (engine.setup["config"], "run", 300)
 
 

@@ -1,7 +1,6 @@
 """The page itself, in process: NiceGUI's simulated user clicks and types where a browser would."""
 
 import asyncio
-import logging
 import re
 import sys
 import time
@@ -24,6 +23,7 @@ from ldm.page.session import Session
 from ldm.request import Request
 
 STAR = "models/demo/concepts/dotted-star.safetensors"
+MARKUP = "<img src=x onerror=alert(1)>"
 REFERENCE = Path(__file__).parents[2] / "models/demo/references/dotted-star/dotted-star.png"
 
 
@@ -127,6 +127,20 @@ def test_the_text_of_a_selection_is_edited_with_its_token_count(engine: Engine) 
     drive(engine, script)
 
 
+def test_each_stage_can_have_a_guidance_scale(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        user.find(marker="scales").trigger("click")
+        one(user, "scale-9").value = 6
+        assert session(user).form.request().scale == (2.5,) * 9 + (6,)
+        one(user, "scale-0").value = None
+        await user.should_see("scale[0] must be a number, not None.")
+        user.find(marker="scales").trigger("click")
+        await user.should_not_see("scale[0] must be a number")
+        assert session(user).form.request().scale is None
+
+    drive(engine, script)
+
+
 def test_an_image_comes_with_previews_and_restores_the_form(engine: Engine) -> None:
     async def script(user: User) -> None:
         one(user, "prompt").value = "a small * circle"
@@ -216,30 +230,17 @@ def test_other_files_go_where_they_belong(engine: Engine) -> None:
     drive(engine, script)
 
 
-@pytest.mark.parametrize("tab", ["Learn", "Edit", "Export"])
-def test_an_image_of_ours_restores_the_form_wherever_it_is_dropped(engine: Engine, tab: str) -> None:
-    ours = engine.submit(Request(prompt="a star", ddim_steps=1, seed=5))
-    wait_for(lambda: ours.is_over)
+def test_an_image_of_ours_restores_the_form_wherever_it_is_dropped(engine: Engine) -> None:
+    ours = [engine.submit(Request(prompt="a star", ddim_steps=1, seed=seed)) for seed in (5, 6, 7)]
+    wait_for(lambda: ours[-1].is_over)
 
     async def script(user: User) -> None:
-        user.find(tab).click()
-        await hand_in(user, "drop", ("ours.png", ours.files[0].read_bytes()))
-        await until(lambda: one(user, "prompt").value == "a star", 5)
-        assert session(user).tab == "Generate" and one(user, "seed").value == "5"
+        for tab, job in zip(("Learn", "Edit", "Export"), ours, strict=True):
+            user.find(tab).click()
+            await hand_in(user, "drop", ("ours.png", job.files[0].read_bytes()))
+            await until(lambda job=job: one(user, "seed").value == str(job.request.seed), 5)
+            assert session(user).tab == "Generate" and one(user, "prompt").value == "a star"
         assert not session(user).form.lanes and not session(user).learn.images and session(user).edit.image is None
-
-    drive(engine, script)
-
-
-def test_a_reload_finds_that_an_image_was_deleted(engine: Engine) -> None:
-    async def script(user: User) -> None:
-        one(user, "ddim_steps").value = 1
-        user.find(marker="generate").trigger("click")
-        await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
-        await user.should_see("Made in this tab", retries=20)
-        session(user).job.files[0].unlink()  # type: ignore[union-attr]
-        await user.open("/")
-        await user.should_see("Images that you make are kept here.", retries=20)
 
     drive(engine, script)
 
@@ -249,7 +250,7 @@ def test_two_tabs_do_not_mix_and_a_reload_keeps_the_form(engine: Engine) -> None
         other = User(user.http_client)
         await other.open("/")
         await other.should_see("Stages", retries=30)
-        one(user, "prompt").value = "mine"
+        one(user, "prompt").value = MARKUP
         one(other, "prompt").value = "yours"
         user.find(marker="preset-layout").trigger("click")
         for which in (user, other):
@@ -258,11 +259,14 @@ def test_two_tabs_do_not_mix_and_a_reload_keeps_the_form(engine: Engine) -> None
         mine, yours = session(user).job, session(other).job
         assert mine is not None and yours is not None and yours.state in ("waiting", "running")
         await until(lambda: mine.is_over and yours.is_over)
-        assert read_parameters(mine.files[0])["preset_prompt"] == "mine"
+        assert read_parameters(mine.files[0])["preset_prompt"] == MARKUP
         assert read_parameters(yours.files[0])["preset_prompt"] == "yours"
+        await user.should_see("Made in this tab", retries=20)
+        mine.files[0].unlink()
         await user.open("/")  # again, in the same tab
-        await user.should_see("Stages", retries=30)
-        assert one(user, "prompt").value == "mine" and marked_stages(user) == [7, 8, 9]
+        await user.should_see("Images that you make are kept here.", retries=30)
+        assert not user._sees(ui.html) or all("onerror" not in e.content for e in user.find(ui.html).elements)
+        assert one(user, "prompt").value == MARKUP and marked_stages(user) == [7, 8, 9]
         assert one(other, "prompt").value == "yours" and marked_stages(other) == [3, 4, 5, 6, 7]
 
     drive(engine, script)
@@ -361,6 +365,10 @@ def test_a_grid_is_made_and_a_cell_is_loaded(engine: Engine) -> None:
         session(user).compare.rows = ("Steps", "1")
         await hand_in(user, "drop", ("grid.png", sheet))
         await until(lambda: session(user).compare.rows == ("Preset", "all stages\nlayout"), 5)
+        one(user, "rows-values").value = "style"
+        await user.open("/")  # again, in the same tab
+        await user.should_see("Stages", retries=30)
+        assert one(user, "rows-values").value == "style" and one(user, "grid-1-1")
 
     drive(engine, script)
 
@@ -390,6 +398,7 @@ def test_an_image_is_inverted_and_edited_where_the_words_are(engine: Engine) -> 
         job = await invert(user)
         await user.should_see("the image, reconstructed by the autoencoder", retries=20)
         await user.should_see(job.quality)
+        await user.should_see("The reconstruction has")  # the library's warning: so few steps are not enough
         one(user, "edit-target").value = "a dotted heart"
         one(user, "edit-blend").value = "moon:heart"
         user.find(marker="edit").trigger("click")
@@ -400,7 +409,7 @@ def test_an_image_is_inverted_and_edited_where_the_words_are(engine: Engine) -> 
         form = session(user).edit
         await until(lambda: form.job is not None and form.job.is_over)
         assert form.job is not None and (form.job.state, form.job.step) == ("done", 4)
-        for caption in ("where 'star' is", "where 'heart' is", "v0.5 c0.2 s0.6 u0", "v0.5 c0.8 s0.6 u0"):
+        for caption in ("where 'star' is", "v0.5 c0.2 s0.6 u0", "v0.5 c0.8 s0.6 u0"):
             await user.should_see(caption, retries=20)
         assert [path.suffix for path in form.job.files] == [".png"] * 3  # the edits and their grid
         form.target, form.taus["tau_c"] = "", "0.6"
@@ -436,30 +445,3 @@ def test_the_export_is_downloaded(engine: Engine) -> None:
         await user.should_see("dotted-star_comfyui.json")
 
     drive(engine, script)
-
-
-def test_markup_in_a_prompt_is_text(engine: Engine) -> None:
-    text = "<img src=x onerror=alert(1)>"
-
-    async def script(user: User) -> None:
-        one(user, "prompt").value = text
-        one(user, "ddim_steps").value = 1
-        user.find(marker="generate").trigger("click")
-        await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
-        assert read_parameters(session(user).job.files[0])["preset_prompt"] == text  # type: ignore[union-attr]
-        with user:
-            pages = user.find(ui.html).elements if user._sees(ui.html) else set()
-        assert not any("onerror" in page.content for page in pages)
-
-    drive(engine, script)
-
-
-def test_nothing_is_logged_as_an_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    async def script(user: User) -> None:
-        for name in ("Learn", "Compare", "Export", "Generate"):
-            user.find(name).click()
-        await asyncio.sleep(0.5)
-
-    with caplog.at_level(logging.WARNING):
-        drive(engine, script)
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
