@@ -88,8 +88,6 @@ class EditTab:
                 self._edit = parts.button("Edit", self.edit, "primary alone").mark("edit")
             self._problem = ui.label().classes("problem").props("role=alert")
 
-    # --- the image -------------------------------------------------------------------------------------------------
-
     def _take_generated(self) -> None:
         job = self.view.session.job
         if job is None or not job.files:
@@ -114,8 +112,6 @@ class EditTab:
             if self.form.image is not None and self.form.image.is_file():
                 parts.shown(parts.url_of(self.form.image), "The image to edit", "thumb large")
                 ui.label(self.form.image.name)
-
-    # --- the jobs --------------------------------------------------------------------------------------------------
 
     @property
     def job(self) -> Job | None:

@@ -73,8 +73,6 @@ class LearnTab:
             self._bars = ui.html("", sanitize=False)
             self._samples = ui.element("div").classes("samples")
 
-    # --- images ----------------------------------------------------------------------------------------------------
-
     def take(self, paths: list[Path]) -> None:
         """Add images to learn from; of those that are none the library's sentence is shown."""
         for path in paths:
@@ -99,8 +97,6 @@ class LearnTab:
                 with ui.element("div").classes("tile"):
                     parts.shown(parts.url_of(path), path.name)
                     parts.button("×", partial(self._remove, path), "quiet small corner", f"Remove {path.name}")
-
-    # --- the run ---------------------------------------------------------------------------------------------------
 
     def learn(self) -> None:
         with parts.problems(self._problem):
@@ -181,9 +177,8 @@ def start(form: LearnForm, engine: Engine) -> learning.Learning:
         shutil.copyfile(path, images / f"{number}-{path.name}")
     stem = re.sub(r"\W+", "-", form.name).strip("-") or "concept"
     folder = LOGDIR / f"{stem}-{datetime.now():%Y-%m-%dT%H-%M-%S}"
-    texts = form.init_word.strip(), form.caption.strip()
-    lesson = learning.Lesson(images, folder, *texts, form.method, int(form.steps))
-    words = learning.command(lesson, engine.setup, engine.trust)
-    run = learning.start(words, folder, lesson.steps, engine.uploads / f"{folder.name}.txt")
+    form.steps = int(form.steps)  # which a number's input has made a fraction
+    words = learning.command(form, images, folder, engine.setup, engine.trust)
+    run = learning.start(words, folder, form.steps, engine.uploads / f"{folder.name}.txt")
     engine.runs.append(run)
     return run

@@ -39,26 +39,6 @@ STOPPED = (130, -signal.SIGINT)  # exit codes after Ctrl-C, which has come while
 MOST_ERROR = 600  # characters of what a process said at last
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What is to be learned.
-
-    Args:
-        images: the folder of the images.
-        folder: the log folder, which is new.
-        init_word: the word that learning starts from; of CatVersion the class.
-        caption: what is learned in, with `*` for the concept.
-    """
-
-    images: Path
-    folder: Path
-    init_word: str = ""
-    caption: str = ""
-    method: str = "ProSpect"
-    steps: int = 300
-    seed: int = 23
-
-
 @dataclass
 class Learning:
     """A process that learns, and its log folder.
@@ -99,7 +79,12 @@ class Learning:
 
 @dataclass
 class LearnForm:
-    """What is filled in on the tab Learn, and the run that it has started."""
+    """What is filled in on the tab Learn, and the run that it has started.
+
+    Args:
+        init_word: the word that learning starts from; of CatVersion the class.
+        caption: what is learned in, with `*` for the concept.
+    """
 
     images: list[Path] = field(default_factory=list)
     name: str = ""
@@ -110,22 +95,26 @@ class LearnForm:
     run: Learning | None = None
 
 
-def command(lesson: Lesson, setup: Mapping[str, str], trust: Sequence[str] = ()) -> list[str]:
+def command(
+    form: LearnForm, images: Path, folder: Path, setup: Mapping[str, str], trust: Sequence[str] = ()
+) -> list[str]:
     """Return the command that learns, as a user would type it.
 
     Args:
+        images: the folder of the images.
+        folder: the log folder, which is new.
         trust: the flags for what the configurations may do, which the page has.
 
     Raises:
         ConfigError: the page's configuration is for generating, and there is none for learning beside it.
     """
     base = learning_config(Path(setup["config"]), trust)
-    bases = [str(base), *([str(base.with_name(METHODS[lesson.method]))] if METHODS[lesson.method] else [])]
+    bases = [str(base), *([str(base.with_name(METHODS[form.method]))] if METHODS[form.method] else [])]
     words = [*PROGRAM, "--base", *bases, "--actual_resume", setup["ckpt"], *trust]
-    words += ["-p", str(lesson.folder), "--data_root", str(lesson.images)]
-    words += ["--max_steps", str(lesson.steps), "--seed", str(lesson.seed), "--log_every_n_steps", "5"]
-    caption, init_word = lesson.caption, lesson.init_word
-    if lesson.method == IN_A_CAPTION and not caption:
+    words += ["-p", str(folder), "--data_root", str(images)]
+    words += ["--max_steps", str(form.steps), "--log_every_n_steps", "5"]
+    caption, init_word = form.caption.strip(), form.init_word.strip()
+    if form.method == IN_A_CAPTION and not caption:
         caption, init_word = f"a {init_word or 'thing'}", ""
     words += [f"--caption={caption}"] if caption else []
     return words + ([f"--init_word={init_word}"] if init_word else [])

@@ -9,21 +9,19 @@ import ldm.cli.main
 import ldm.cli.train
 from ldm.page import learning
 from ldm.page.engine import Engine
-from ldm.page.learning import Lesson
+from ldm.page.learning import LearnForm
 
 
 def test_the_command_that_learns_fills_the_folder_that_the_page_reads(engine: Engine, tmp_path: Path) -> None:
-    lesson = Lesson(
-        Path("models/demo/references/dotted-star"), tmp_path / "run", "star", method="ProSpect, fast", steps=5
-    )
-    words = learning.command(lesson, engine.setup)
+    form, folder = LearnForm(init_word="star", method="ProSpect, fast", steps=5), tmp_path / "run"
+    words = learning.command(form, Path("models/demo/references/dotted-star"), folder, engine.setup)
     assert words[: len(learning.PROGRAM)] == list(learning.PROGRAM)
     small = ["data.params.batch_size=2", *(f"{LOGGER}.{text}" for text in ("batch_frequency=5", "max_images=1"))]
     ldm.cli.main.learn([*words[len(learning.PROGRAM) :], *small, f"{LOGGER}.log_images_kwargs.ddim_steps=2"])
-    assert [step for step, _ in learning.losses(lesson.folder)] == [5]
-    assert set(learning.stage_losses(lesson.folder)) <= set(range(10)) and learning.stage_losses(lesson.folder)
-    assert [path.name[:23] for path in learning.samples(lesson.folder)] == ["samples_scaled_gs-00000"]
-    assert (lesson.folder / learning.EMBEDDINGS).is_file()
+    assert [step for step, _ in learning.losses(folder)] == [5]
+    assert set(learning.stage_losses(folder)) <= set(range(10)) and learning.stage_losses(folder)
+    assert [path.name[:23] for path in learning.samples(folder)] == ["samples_scaled_gs-00000"]
+    assert (folder / learning.EMBEDDINGS).is_file()
 
 
 @pytest.mark.parametrize(
@@ -36,7 +34,8 @@ def test_the_command_that_learns_fills_the_folder_that_the_page_reads(engine: En
     ],
 )
 def test_a_lesson_is_a_command(engine: Engine, lesson: dict[str, str], trust: list[str], texts: list[str]) -> None:
-    words = learning.command(Lesson(Path("images"), Path("run"), **lesson), engine.setup, trust)  # type: ignore[arg-type]
+    form = LearnForm(steps=300, **lesson)  # type: ignore[arg-type]
+    words = learning.command(form, Path("images"), Path("run"), engine.setup, trust)
     optional = [text for text in words if text.startswith(("--init", "--caption", "--allow")) or "neti" in text]
     assert optional == sorted(texts, key=words.index) == texts
     parsed = ldm.cli.train.parse(["-t", *words[len(learning.PROGRAM) :]])
