@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ class EditForm:
     inversion: InversionJob | None = None
     job: EditJob | None = None
 
-    def restore(self, record: Mapping[str, Any]) -> None:
+    def restore(self, text: str) -> None:
         """Take over the record of an edited image.
 
         Raises:
@@ -54,11 +55,12 @@ class EditForm:
         """
         names = ("target", "kind", *TAUS, "blend", "weights")
         try:
+            record = json.loads(text)
             edit = Edit(**{name: record[name] for name in names if name in record})
             taus = {name: tau if isinstance(tau := getattr(edit, name), tuple) else (tau,) for name in TAUS}
             blend = ":".join(map(",".join, edit.blend or ()))
             weights = " ".join(f"{word}={weight:g}" for word, weight in (edit.weights or {}).items())
-        except TypeError as error:
+        except (TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError("The edit's record cannot be read; use another copy of the image.") from error
         self.target, self.kind, self.blend, self.weights = edit.target, edit.kind, blend, weights
         self.taus |= {name: ":".join(f"{end:g}" for end in ends) for name, ends in taus.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nicegui import ui
 
+from ldm.cli.edit import PNG_KEY as EDIT_KEY
 from ldm.files.images import image_info
 from ldm.files.records import PNG_KEY, read_parameters
 from ldm.page import parts
@@ -39,26 +40,30 @@ class View:
     @staticmethod
     def is_ours(file: Path) -> bool:
         """Whether an image says how it was made."""
-        return bool({PNG_KEY, GRID_KEY} & image_info(file).keys())
+        return bool({PNG_KEY, GRID_KEY, EDIT_KEY} & image_info(file).keys())
 
     def restore(self, file: Path) -> str:
         """Fill in the form that an image was made with; returns the tab that has it, '' where it cannot be used."""
-        session = self.session
         try:
-            info = image_info(file)
-            axes, record = read_sheet(str(info[GRID_KEY])) if GRID_KEY in info else ([], read_parameters(file))
-            if "target" in record:
-                session.edit.restore(record)
-            else:
-                session.form.restore(record, session.engine.facts)
+            tab = self._restore(file)
         except (ValueError, OSError) as error:
             parts.say(error)
             return ""
-        if axes:
-            session.compare.rows, session.compare.columns = ((axis.kind, "\n".join(axis.values)) for axis in axes)
         self.form_changed()
-        self.show("Compare" if axes else "Edit" if "target" in record else "Generate")
-        return session.tab
+        self.show(tab)
+        return tab
+
+    def _restore(self, file: Path) -> str:
+        session, info = self.session, image_info(file)
+        if EDIT_KEY in info:
+            session.edit.restore(str(info[EDIT_KEY]))
+            return "Edit"
+        axes, record = read_sheet(str(info[GRID_KEY])) if GRID_KEY in info else ([], read_parameters(file))
+        session.form.restore(record, session.engine.facts)
+        if not axes:
+            return "Generate"
+        session.compare.rows, session.compare.columns = ((axis.kind, "\n".join(axis.values)) for axis in axes)
+        return "Compare"
 
     def show(self, tab: str) -> None:
         if self.tabs is not None:

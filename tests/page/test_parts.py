@@ -18,6 +18,7 @@ from ldm.embeddings import load_concept, save_stages
 from ldm.files.images import fit, open_image, to_tensor
 from ldm.page import chart, compare, uploads
 from ldm.page.compare import Axis, Known, read_sheet, read_stages
+from ldm.page.editing import EditForm
 from ldm.page.engine import Engine
 from ldm.page.exporting import ExportForm, package
 from ldm.page.form import Form
@@ -257,3 +258,13 @@ def test_the_zip_is_what_the_command_line_writes(engine: Engine) -> None:
         package(Form(prompt="a star"), ExportForm(), engine)
     with pytest.raises(ValueError, match="The name 'a b' cannot be used"):
         package(form, ExportForm(names={"*": "a b"}), engine)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", '{"target": "a", "blend": [[1], [2]]}', '{"target": "a", "weights": 3}']
+)
+def test_a_damaged_record_of_an_edit_is_refused(text: str) -> None:
+    form = EditForm(target="mine")
+    with pytest.raises(ValueError, match="The edit's record cannot be read; use another copy of the image."):
+        form.restore(text)
+    assert form.target == "mine"
