@@ -380,7 +380,7 @@ def test_screenshots(open_page: Callable[..., Any], tmp_path: Path) -> None:
     page = open_page()
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Compare", exact=True).click()
-    page.get_by_role("link", name="Save as one PNG").wait_for(timeout=120_000)
+    page.get_by_role("link", name="Save as one PNG").wait_for(timeout=300_000)  # 20 images
     _keep(page, folder / "page-compare.png")
 
 
