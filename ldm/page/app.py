@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from nicegui import app, ui
-from nicegui.events import MultiUploadEventArguments, ValueChangeEventArguments
+from nicegui.events import ValueChangeEventArguments
 
 from ldm.page import uploads
 from ldm.page.compare_tab import CompareTab
@@ -19,7 +18,7 @@ from ldm.page.generate_tab import GenerateTab
 from ldm.page.guard import OWN, OwnHostOnly
 from ldm.page.learn_tab import LearnTab
 from ldm.page.session import Session
-from ldm.page.view import TABS, View, say
+from ldm.page.view import TABS, View
 
 CSS = Path(__file__).with_name("page.css")
 FAVICON = (
@@ -106,40 +105,30 @@ class _Page:
         self.session.dark = self._dark.value = not self._dark.value
 
     def _build_drop(self) -> None:
-        upload = ui.upload(multiple=True, auto_upload=True, max_file_size=uploads.MOST_BYTES).mark("drop")
-        upload.on_multi_upload(self._dropped).classes("offscreen").props("aria-hidden=true")
+        upload = uploads.upload(self.session.engine.uploads, self._take, multiple=True).mark("drop")
         ui.run_javascript(_DROP % upload.id)
-
-    async def _dropped(self, event: MultiUploadEventArguments) -> None:
-        event.sender.run_method("reset")
-        paths = await uploads.keep(event.files, self.session.engine.uploads)
-        try:
-            self._take(paths)
-        except ValueError as error:
-            say(error)
 
     def _take_concepts(self, paths: list[Path]) -> None:
         inversion = opened(paths[0], self.session.engine) if len(paths) == 1 else None
         if inversion is None:
             self._generate.take_concepts(paths)
         else:
-            self.session.edit.inversion = inversion
+            self.session.edit.inversion, self.session.edit.prompt = inversion, inversion.prompt
         self.view.show("Generate" if inversion is None else "Edit")
 
-    def _take(self, paths: Sequence[Path]) -> None:
+    def _take(self, paths: list[Path]) -> None:
         """An image of ours restores the form, another one is to be edited or learned from, other files are concepts."""
         if not all(map(uploads.looks_like_image, paths)):
-            self._take_concepts(list(paths))
-            return
-        if self.session.tab == "Learn":
-            self._learn.take(list(paths))
-            return
-        if self.session.tab == "Edit":
-            self._edit.take(paths[0])
+            self._take_concepts(paths)
             return
         for path in paths:
             uploads.check_image(path)
         if len(paths) == 1 and self.view.is_ours(paths[0]):
-            self.view.restore(paths[0])
+            self._generate.open(paths[0])
+        elif self.session.tab == "Learn":
+            self._learn.take(paths)
+        elif self.session.tab == "Edit":
+            self._edit.take(paths)
         else:
-            self._generate.take_content(paths[0])
+            self._generate.take_content(paths)
+            self.view.show("Generate")

@@ -6,7 +6,9 @@ python scripts/page.py --config sd --ckpt models/sd/sd-v1-4.ckpt
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +48,17 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
         from ldm.page.app import serve
         from ldm.page.engine import Engine
 
+        if options.device:
+            os.environ["PROSPECT_DEVICE"] = options.device  # for learning, which is a process of its own
         model = load_model(options)
         say(f"The page is at http://{HOST}:{port}; Ctrl-C ends it.")
-        serve(Engine(model, setup, options.outdir), port, not options.no_browser)
+        serve(Engine(model, setup, options.outdir, trust_of(options)), port, not options.no_browser)
+
+
+def trust_of(options: argparse.Namespace) -> list[str]:
+    """The flags for what configurations may do, as they were given."""
+    targets = ["--allow_targets", *options.allow_targets] if options.allow_targets else []
+    return [*targets, *(["--allow_resolvers"] if options.allow_resolvers else [])]
 
 
 def free_port(first: int) -> int:

@@ -6,25 +6,42 @@ import asyncio
 import copy
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ldm.cli.images import new_file
+from ldm.conditioning.presets import Windows
 from ldm.files.images import label_grid
 from ldm.files.records import PNG_KEY, save_png
 from ldm.page.engine import Engine, ImageJob
 from ldm.page.form import Form, Lane
-from ldm.request import PRESETS, SAMPLERS
+from ldm.request import PRESETS, SAMPLERS, ModelFacts
 
 GRID_KEY = "prospect_grid"  # name of the PNG text chunk that holds a grid's record
 WAIT = 0.05  # seconds between two looks at a job
 MOST_CELLS = 400
 ALL, NONE = "all stages", "none"
-Vary = Callable[[Form, str, Engine], None]
+Vary = Callable[[Form, str, "Known"], None]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What values may name: the model's windows, and concepts by what they are called."""
+
+    facts: ModelFacts
+    windows: Windows
+    concepts: Mapping[str, str]
+
+    @classmethod
+    def to(cls, engine: Engine, uploaded: Sequence[str] = ()) -> Known:
+        """What an engine knows, and a tab that has `uploaded` concepts."""
+        concepts = {name: file for file, name in engine.concept_names(uploaded).items()}
+        return cls(engine.facts, engine.windows, concepts)
 
 
 @dataclass(frozen=True)
@@ -43,23 +60,22 @@ class Axis:
         """
         if kind not in KINDS:
             raise ValueError(f"A grid varies {', '.join(KINDS)}, not '{kind}'.")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if kind == "Seed":
-            lines = [str(seed) for line in lines for seed in _seeds(line)]
-        if not lines:
+        lines = (line.strip() for line in text.splitlines() if line.strip())
+        values = (value for line in lines for value in (_seeds(line) if kind == "Seed" else [line]))
+        found = tuple(islice(values, MOST_CELLS + 1))
+        if not found:
             raise ValueError(f"{kind} needs at least one value, one a line.")
-        return cls(kind, tuple(lines))
+        if len(found) > MOST_CELLS:
+            raise ValueError(f"{kind} has more than {MOST_CELLS} values; a grid has at most {MOST_CELLS} images.")
+        return cls(kind, found)
 
 
-def _seeds(line: str) -> Sequence[int | str]:
-    match = re.fullmatch(r"(\d+)\s*[-–]\s*(\d+)", line)
-    if match is None:
-        return [line]
-    first, last = int(match[1]), int(match[2])
-    return range(first, min(last, first + MOST_CELLS) + 1)
+def _seeds(line: str) -> Iterable[str]:
+    match = re.fullmatch(r"(\d{1,19})\s*[-–]\s*(\d{1,19})", line)
+    return [line] if match is None else map(str, range(int(match[1]), int(match[2]) + 1))
 
 
-def cells(form: Form, rows: Axis, columns: Axis, engine: Engine) -> list[list[Form]]:
+def cells(form: Form, rows: Axis, columns: Axis, known: Known) -> list[list[Form]]:
     """Return the form of each cell, row by row.
 
     Raises:
@@ -69,22 +85,22 @@ def cells(form: Form, rows: Axis, columns: Axis, engine: Engine) -> list[list[Fo
         raise ValueError(f"Rows and columns both vary {rows.kind}; choose two things.")
     count = len(rows.values) * len(columns.values)
     if count > MOST_CELLS:
-        raise ValueError(f"The grid has {count} images; it may have {MOST_CELLS}.")
-    grid = [[varied(form, {rows: row, columns: column}, engine) for column in columns.values] for row in rows.values]
+        raise ValueError(f"The grid has {count} images; a grid has at most {MOST_CELLS}.")
+    grid = [[varied(form, {rows: row, columns: column}, known) for column in columns.values] for row in rows.values]
     for cell in (cell for line in grid for cell in line):
-        cell.request().for_model(engine.facts)
+        cell.request().for_model(known.facts)
     return grid
 
 
-def varied(form: Form, chosen: Mapping[Axis, str], engine: Engine) -> Form:
+def varied(form: Form, chosen: Mapping[Axis, str], known: Known) -> Form:
     """A copy of the form with one value of each axis; the prompt and the concept come before their stages."""
     made = copy.deepcopy(form)
     for axis, value in sorted(chosen.items(), key=lambda item: list(KINDS).index(item[0].kind)):
-        KINDS[axis.kind](made, value, engine)
+        KINDS[axis.kind](made, value, known)
     return made
 
 
-def _prompt(form: Form, text: str, engine: Engine) -> None:
+def _prompt(form: Form, text: str, known: Known) -> None:
     form.prompt = text
     form.own.clear()
 
@@ -95,25 +111,23 @@ def _first(form: Form, what: str) -> Lane:
     return form.lanes[0]
 
 
-def _concept(form: Form, text: str, engine: Engine) -> None:
-    files = {name: file for file, name in engine.concept_names().items()}
-    files |= {concept: lane.file for lane in form.lanes if (concept := Path(lane.file).stem) not in files}
-    if text not in files:
-        raise ValueError(f"There is no concept '{text}'; there are {', '.join(files) or 'none'}.")
+def _concept(form: Form, text: str, known: Known) -> None:
+    if text not in known.concepts:
+        raise ValueError(f"There is no concept '{text}'; there are {', '.join(known.concepts) or 'none'}.")
     if form.lanes:
-        form.lanes[0].file = files[text]
+        form.lanes[0].file = known.concepts[text]
     else:
-        form.add_concept(files[text])
+        form.add_concept(known.concepts[text])
 
 
-def _preset(form: Form, text: str, engine: Engine) -> None:
+def _preset(form: Form, text: str, known: Known) -> None:
     name = text.lower()
     if name not in (*PRESETS, ALL, "all"):
         raise ValueError(f"Unknown preset '{text}'; there are {ALL}, {', '.join(PRESETS)}.")
-    form.set_preset(_first(form, "Presets"), name if name in PRESETS else None, engine.windows)
+    form.set_preset(_first(form, "Presets"), name if name in PRESETS else None, known.windows)
 
 
-def _stages(form: Form, text: str, engine: Engine) -> None:
+def _stages(form: Form, text: str, known: Known) -> None:
     lane = _first(form, "Stages")
     lane.preset, lane.stages = None, read_stages(text, form.num_stages)
     form.own.clear()
@@ -140,7 +154,7 @@ def read_stages(text: str, num_stages: int) -> set[int]:
 
 
 def _setting(name: str, kind: type) -> Vary:
-    def vary(form: Form, text: str, engine: Engine) -> None:
+    def vary(form: Form, text: str, known: Known) -> None:
         try:
             form.settings[name] = kind(text)
         except ValueError:
@@ -162,16 +176,16 @@ KINDS: dict[str, Vary] = {
 }
 
 
-def usual_values(kind: str, form: Form, engine: Engine) -> str:
+def usual_values(kind: str, form: Form, known: Known) -> str:
     """What a user may start from, one value a line."""
     seed = int(form.settings.get("seed", 42))
     usual: dict[str, Sequence[object]] = {
         "Prompt": [form.prompt],
-        "Concept": list(engine.concept_names().values())[:4],
+        "Concept": list(known.concepts)[:4],
         "Preset": [ALL, *PRESETS],
         "Stages": [NONE, "9-8", "7-5", "4-2", "1-0"],
         "Seed": [f"{seed}-{seed + 3}"],
-        "Guidance scale": [1, engine.facts.scale, 2 * engine.facts.scale],
+        "Guidance scale": [1, known.facts.scale, 2 * known.facts.scale],
         "Steps": [10, 25, 50],
         "Sampler": list(SAMPLERS),
     }
@@ -190,6 +204,12 @@ class Comparison:
     @property
     def done(self) -> int:
         return sum(job.image is not None for job in self.jobs.values())
+
+    @property
+    def warnings(self) -> list[tuple[str, str]]:
+        """What the library has warned of, each sentence once."""
+        said = dict.fromkeys(message for job in self.jobs.values() for message in job.messages)
+        return [(level, text) for level, text in said if level != "info"]
 
     def stop(self) -> None:
         self.is_running = False
@@ -224,15 +244,15 @@ def save_sheet(images: Sequence[Sequence[Image.Image]], rows: Axis, columns: Axi
     save_png(label_grid(images, rows.values, columns.values), path, {GRID_KEY: json.dumps({**axes, "cells": records})})
 
 
-def read_sheet(text: str) -> tuple[Axis, Axis, dict[str, Any]]:
-    """Return rows, columns and the record of the first cell of a saved grid.
+def read_sheet(text: str) -> tuple[list[Axis], dict[str, Any]]:
+    """Return rows and columns, and the record of the first cell of a saved grid.
 
     Raises:
         ValueError: the record is damaged.
     """
     try:
         record = json.loads(text)
-        rows, columns = (Axis.read(kind, "\n".join(values)) for kind, *values in (record["rows"], record["columns"]))
-        return rows, columns, dict(record["cells"][0][0])
+        axes = [Axis.read(kind, "\n".join(values)) for kind, *values in (record["rows"], record["columns"])]
+        return axes, dict(record["cells"][0][0])
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise ValueError("The grid's record cannot be read; use another copy of the image.") from error

@@ -7,8 +7,9 @@ from functools import partial
 from nicegui import background_tasks, ui
 from nicegui.events import ValueChangeEventArguments
 
-from ldm.page.compare import KINDS, Axis, Comparison, cells, usual_values
-from ldm.page.view import LOOK, View, button, offer, section, shown
+from ldm.page import parts
+from ldm.page.compare import KINDS, Axis, Comparison, Known, cells, usual_values
+from ldm.page.view import View
 
 POLL = 0.25
 
@@ -20,16 +21,19 @@ class CompareTab:
         self.view, self.engine, self.form = view, view.session.engine, view.session.compare
         self._seen: object = None
         self._inputs: dict[str, tuple[ui.select, ui.textarea]] = {}
-        with section("Compare", "the form of Generate, with two things varied"):
+        self._built: Comparison | None = None
+        self._empty: dict[tuple[int, int], ui.element] = {}  # cells that have no image yet
+        with parts.section("Compare", "the form of Generate, with two things varied"):
             with ui.element("div").classes("axes"):
                 self._build_axis("rows", "Rows")
                 self._build_axis("columns", "Columns")
             with ui.element("div").classes("line"):
-                self._go = button("Compare", self.compare, "primary alone").mark("compare")
-                self._stop = button("Stop", self.stop).mark("compare-stop")
+                go = parts.button("Compare", self.compare, "primary alone").mark("compare")
+                self._switch = parts.Switch(parts.button("Stop", self.stop).mark("compare-stop"), go)
                 self._status = ui.label().classes("status").props("role=status")
                 self._save = ui.link("Save as one PNG", "#").classes("button quiet")
             self._problem = ui.label().classes("problem").props("role=alert")
+            self._messages = ui.element("div").classes("messages").props("aria-live=polite")
         self._grid = ui.element("div").classes("panel grid-panel").props('aria-label="Grid"')
         view.follow_form(self._refresh)
         ui.timer(POLL, self._poll)
@@ -38,17 +42,25 @@ class CompareTab:
     def _build_axis(self, name: str, title: str) -> None:
         kind, text = getattr(self.form, name)
         with ui.element("div").classes("axis-form"):
-            choice = ui.select(list(KINDS), label=f"{title} vary", value=kind).props(LOOK)
+            choice = ui.select(list(KINDS), label=f"{title} vary", value=kind).props(parts.LOOK)
             values = ui.textarea(f"{title}: one value a line", value=text or self._usual(kind))
-            values.props(f"{LOOK} autogrow").mark(f"{name}-values")
+            values.props(f"{parts.LOOK} autogrow").mark(f"{name}-values").on_value_change(partial(self._write, name))
         choice.mark(f"{name}-kind").on_value_change(partial(self._chosen, name))
         self._inputs[name] = choice, values
 
+    @property
+    def _known(self) -> Known:
+        return Known.to(self.engine, self.view.session.uploaded)
+
     def _usual(self, kind: str) -> str:
-        return usual_values(kind, self.view.session.form, self.engine)
+        return usual_values(kind, self.view.session.form, self._known)
 
     def _chosen(self, name: str, event: ValueChangeEventArguments) -> None:
         self._inputs[name][1].value = self._usual(event.value)
+
+    def _write(self, name: str) -> None:
+        choice, values = self._inputs[name]
+        setattr(self.form, name, (choice.value, values.value or ""))
 
     def _refresh(self) -> None:
         """Show axes that a dropped grid has brought."""
@@ -61,17 +73,13 @@ class CompareTab:
     def compare(self) -> None:
         if self.form.run is not None and self.form.run.is_running:
             return
-        for name, (choice, values) in self._inputs.items():
-            setattr(self.form, name, (choice.value, values.value or ""))
-        try:
+        for name in self._inputs:
+            self._write(name)
+        with parts.problems(self._problem):
             rows, columns = Axis.read(*self.form.rows), Axis.read(*self.form.columns)
-            forms = cells(self.view.session.form, rows, columns, self.engine)
-        except ValueError as error:
-            self._problem.set_text(str(error))
-            return
-        self._problem.set_text("")
-        self.form.run = Comparison(rows, columns, forms)
-        background_tasks.create(self.form.run.work(self.engine), name="compare")
+            forms = cells(self.view.session.form, rows, columns, self._known)
+            self.form.run = Comparison(rows, columns, forms)
+            background_tasks.create(self.form.run.work(self.engine), name="compare")
         self._poll()
 
     def stop(self) -> None:
@@ -95,8 +103,7 @@ class CompareTab:
             return
         self._seen = seen
         running = run is not None and run.is_running
-        self._go.set_visibility(not running)
-        self._stop.set_visibility(running)
+        self._switch.set(running)
         self._save.set_visibility(run is not None and run.file is not None)
         self._grid.set_visibility(run is not None)
         if run is not None:
@@ -108,21 +115,25 @@ class CompareTab:
         if run.error:
             self._problem.set_text(run.error)
         if run.file is not None:
-            offer(self._save, run.file)
+            parts.offer(self._save, run.file)
+        parts.show_messages(self._messages, run.warnings)
+        if run is not self._built:
+            self._build_grid(run)
+        for place, job in run.jobs.items():
+            if job.image is not None and (cell := self._empty.pop(place, None)) is not None:
+                with cell:
+                    parts.shown(job.image, cell.props["title"])
+
+    def _build_grid(self, run: Comparison) -> None:
+        self._built = run
         self._grid.clear()
         with self._grid, ui.element("div").classes("compare-grid").style(f"--columns: {len(run.columns.values)}"):
             ui.label("")
             for label in run.columns.values:
                 ui.label(label).classes("grid-label")
-            for i, label in enumerate(run.rows.values):
-                ui.label(label).classes("grid-label")
-                for j in range(len(run.columns.values)):
-                    self._show_cell(run, i, j)
-
-    def _show_cell(self, run: Comparison, i: int, j: int) -> None:
-        job = run.jobs.get((i, j))
-        text = f"{run.rows.values[i]}, {run.columns.values[j]}"
-        cell = button("", partial(self.load, i, j), "grid-cell", f"Load into Generate: {text}").mark(f"grid-{i}-{j}")
-        with cell:
-            if job is not None and job.image is not None:
-                shown(job.image, text)
+            for i, row in enumerate(run.rows.values):
+                ui.label(row).classes("grid-label")
+                for j, column in enumerate(run.columns.values):
+                    label = f"Load into Generate: {row}, {column}"
+                    cell = parts.button("", partial(self.load, i, j), "grid-cell", label)
+                    self._empty[i, j] = cell.mark(f"grid-{i}-{j}")

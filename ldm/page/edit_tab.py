@@ -6,17 +6,15 @@ from pathlib import Path
 
 from nicegui import ui
 from nicegui.elements.mixins.value_element import ValueElement
-from nicegui.events import MultiUploadEventArguments
-from PIL import Image
 
 from ldm.cli.edit import tau_name
 from ldm.cli.flags import arguments_of
 from ldm.editing.invert import METHODS
 from ldm.editing.request import KINDS, TAUS, Edit, InversionOptions
-from ldm.page import uploads
+from ldm.page import parts, uploads
 from ldm.page.editing import EditJob, InversionJob, start_edit, start_inversion
 from ldm.page.engine import Job
-from ldm.page.view import LOOK, View, button, file_button, offer, progress_bar, say, section, shown, url_of
+from ldm.page.view import View
 
 POLL = 0.3
 TITLES = {
@@ -37,9 +35,11 @@ class EditTab:
             with ui.element("div").classes("stack"):
                 self._build_inversion()
                 self._build_edit()
-            with ui.element("div").classes("stack"), section("Result"):
+            with ui.element("div").classes("stack"), parts.section("Result"):
                 self._status = ui.label().classes("status").props("role=status")
-                self._bar = progress_bar()
+                self._bar = parts.progress_bar()
+                stop = parts.button("Stop", self.stop).mark("edit-stop")
+                self._switch = parts.Switch(stop, self._invert, self._edit)
                 self._save = ui.link("Save the grid", "#").classes("button quiet")
                 self._messages = ui.element("div").classes("messages").props("aria-live=polite")
                 self._results = ui.element("div").classes("samples large")
@@ -48,19 +48,18 @@ class EditTab:
         self._poll()
 
     def _field(self, made: ValueElement, name: str, meaning: str = "") -> None:
-        made.bind_value(self.form, name).props(LOOK).mark(f"edit-{name}")
+        made.bind_value(self.form, name).props(parts.LOOK).mark(f"edit-{name}")
         if meaning:
             made.tooltip(" ".join(meaning.split()))
 
     def _build_inversion(self) -> None:
         meanings = arguments_of(InversionOptions)
-        with section("1. Invert an image", "learn what reconstructs it"):
+        with parts.section("1. Invert an image", "learn what reconstructs it"):
             self._image = ui.element("div").classes("line")
-            upload = ui.upload(auto_upload=True, max_file_size=uploads.MOST_BYTES).mark("edit-upload")
-            upload.on_multi_upload(self._take)
+            upload = uploads.upload(self.engine.uploads, self.take).mark("edit-upload")
             with ui.element("div").classes("line"):
-                file_button("Choose an image", upload, "Choose an image to edit")
-                button("Take the one of Generate", self._take_generated)
+                parts.file_button("Choose an image", upload, "Choose an image to edit")
+                parts.button("Take the one of Generate", self._take_generated)
             self._field(ui.input("What the image shows"), "prompt")
             with ui.element("div").classes("fields"):
                 self._field(ui.select(list(METHODS), label="Method"), "method")
@@ -69,61 +68,50 @@ class EditTab:
                 scale = ui.number("Guidance scale", placeholder=f"{min(7.5, self.engine.facts.scale):g}")
                 self._field(scale, "guidance_scale", meanings["guidance_scale"])
             with ui.element("div").classes("line"):
-                self._invert = button("Invert", self.invert, "primary alone").mark("invert")
+                self._invert = parts.button("Invert", self.invert, "primary alone").mark("invert")
                 self._quality = ui.label().classes("soft")
+            self._unfit = ui.label().classes("problem").props("role=alert")
 
     def _build_edit(self) -> None:
         meanings = arguments_of(Edit)
-        with section("2. Edit it", "words are exchanged, the rest stays"):
+        with parts.section("2. Edit it", "words are exchanged, the rest stays"):
             self._field(ui.input("Target: what the edited image shows"), "target", meanings["target"])
             with ui.element("div").classes("fields"):
                 self._field(ui.select(list(KINDS), label="Kind"), "kind", meanings["kind"])
                 for name in TAUS:
-                    made = ui.input(TITLES[name]).bind_value(self.form.taus, name).props(LOOK).mark(f"edit-{name}")
+                    made = ui.input(TITLES[name]).props(parts.LOOK).mark(f"edit-{name}")
+                    made.bind_value(self.form.taus, name)
                     made.tooltip(f"{' '.join(meanings[name].split())}; several values make a grid")
                 self._field(ui.input("Blend", placeholder="dog:tiger"), "blend", meanings["blend"])
                 self._field(ui.input("Weights", placeholder="tiger=2"), "weights", meanings["weights"])
             with ui.element("div").classes("line"):
-                self._edit = button("Edit", self.edit, "primary alone").mark("edit")
-                self._stop = button("Stop", self.stop).mark("edit-stop")
+                self._edit = parts.button("Edit", self.edit, "primary alone").mark("edit")
             self._problem = ui.label().classes("problem").props("role=alert")
-
-    # --- the image -------------------------------------------------------------------------------------------------
-
-    async def _take(self, event: MultiUploadEventArguments) -> None:
-        event.sender.run_method("reset")
-        [path] = await uploads.keep(event.files, self.engine.uploads)
-        try:
-            self.take(path)
-        except ValueError as error:
-            say(error)
 
     def _take_generated(self) -> None:
         job = self.view.session.job
         if job is None or not job.files:
-            say("Generate has no image yet.", "info")
+            parts.say("Generate has no image yet.", "info")
             return
         self.form.prompt = "" if job.request.concepts else job.request.prompt
-        self.take(job.files[-1])
+        self.take(job.files[-1:])
 
-    def take(self, path: Path) -> None:
+    def take(self, paths: list[Path]) -> None:
         """Edit another image.
 
         Raises:
             ValueError: the file is no image.
         """
-        uploads.check_image(path)
-        self.form.image, self.form.inversion = path, None
+        uploads.check_image(paths[0])
+        self.form.image, self.form.inversion = paths[0], None
         self._show_image()
 
     def _show_image(self) -> None:
         self._image.clear()
         with self._image:
             if self.form.image is not None and self.form.image.is_file():
-                shown(url_of(self.form.image), "The image to edit", "thumb large")
+                parts.shown(parts.url_of(self.form.image), "The image to edit", "thumb large")
                 ui.label(self.form.image.name)
-
-    # --- the jobs --------------------------------------------------------------------------------------------------
 
     @property
     def job(self) -> Job | None:
@@ -132,20 +120,12 @@ class EditTab:
         return edit if edit is not None and edit.inversion is inversion else inversion
 
     def invert(self) -> None:
-        try:
+        with parts.problems(self._unfit):
             self.form.inversion = start_inversion(self.form, self.engine)
-        except ValueError as error:
-            self._problem.set_text(str(error))
-        else:
-            self._problem.set_text("")
 
     def edit(self) -> None:
-        try:
+        with parts.problems(self._problem):
             self.form.job = start_edit(self.form, self.engine)
-        except ValueError as error:
-            self._problem.set_text(str(error))
-        else:
-            self._problem.set_text("")
 
     def stop(self) -> None:
         if self.job is not None:
@@ -158,9 +138,7 @@ class EditTab:
             return
         self._seen = seen
         running = job is not None and not job.is_over
-        self._invert.set_visibility(not running)
-        self._edit.set_visibility(not running)
-        self._stop.set_visibility(running)
+        self._switch.set(running)
         self._bar.set_visibility(running)
         self._save.set_visibility(isinstance(job, EditJob) and bool(job.files))
         self._quality.set_text(self.form.inversion.quality if self.form.inversion else "")
@@ -171,11 +149,8 @@ class EditTab:
     def _show(self, job: Job) -> None:
         self._bar.value = job.step / max(1, job.steps)
         if job.error:
-            self._problem.set_text(job.error)
-        self._messages.clear()
-        with self._messages:
-            for level, text in job.messages:
-                ui.label(text).classes(f"message {level}")
+            (self._unfit if isinstance(job, InversionJob) else self._problem).set_text(job.error)
+        parts.show_messages(self._messages, job.messages)
         if job.is_over:
             self._show_results(job)
 
@@ -184,20 +159,14 @@ class EditTab:
         with self._results:
             inversion = self.form.inversion
             if inversion is not None and inversion.rebuilt is not None:
-                figure(inversion.rebuilt, "the image, reconstructed by the autoencoder")
+                parts.figure(inversion.rebuilt, "the image, reconstructed by the autoencoder")
             if isinstance(job, EditJob):
                 for word, mask in job.masks.items():
-                    figure(mask, f"where '{word}' is")
+                    parts.figure(mask, f"where '{word}' is")
                 for edit, file in zip(job.edits, job.files[:-1], strict=False):
-                    figure(url_of(file), tau_name(edit).replace("-", " "))
+                    parts.figure(parts.url_of(file), tau_name(edit).replace("-", " "))
                 if job.files:
-                    offer(self._save, job.files[-1])
-
-
-def figure(image: Image.Image | str, caption: str) -> None:
-    with ui.element("figure"):
-        shown(image, caption)
-        ui.label(caption).classes("soft")
+                    parts.offer(self._save, job.files[-1])
 
 
 def status_of(job: Job) -> str:

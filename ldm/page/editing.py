@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,24 @@ class EditForm:
     weights: str = ""
     inversion: InversionJob | None = None
     job: EditJob | None = None
+
+    def restore(self, text: str) -> None:
+        """Take over the record of an edited image.
+
+        Raises:
+            ValueError: a value cannot be used.
+        """
+        names = ("target", "kind", *TAUS, "blend", "weights")
+        try:
+            record = json.loads(text)
+            edit = Edit(**{name: record[name] for name in names if name in record})
+            taus = {name: tau if isinstance(tau := getattr(edit, name), tuple) else (tau,) for name in TAUS}
+            blend = ":".join(map(",".join, edit.blend or ()))
+            weights = " ".join(f"{word}={weight:g}" for word, weight in (edit.weights or {}).items())
+        except (TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError("The edit's record cannot be read; use another copy of the image.") from error
+        self.target, self.kind, self.blend, self.weights = edit.target, edit.kind, blend, weights
+        self.taus |= {name: ":".join(f"{end:g}" for end in ends) for name, ends in taus.items()}
 
     def options(self, engine: Engine) -> InversionOptions:
         """Return how the image is inverted.

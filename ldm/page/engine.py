@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from ldm.conditioning.presets import Windows
 from ldm.conditioning.stages import stage_of
 from ldm.files.shipped import MODELS, shipped
 from ldm.generate import Interrupted, facts_of, generate_image
-from ldm.page.learning import EMBEDDINGS, Learning
+from ldm.page.learning import EMBEDDINGS, Learning, usual_steps
 from ldm.page.preview import Preview
 from ldm.request import PLACEHOLDER, Request, placeholder_pattern
 
@@ -125,10 +126,13 @@ class Engine:
     Args:
         setup: config, ckpt and dtype, which an image records so that the command line repeats it.
         outdir: where images are kept.
+        trust: the flags for what configurations may do, which learning is given, too.
     """
 
-    def __init__(self, model: DiffusionModel, setup: Mapping[str, str], outdir: Path) -> None:
-        self.model, self.setup, self.outdir = model, dict(setup), outdir
+    def __init__(
+        self, model: DiffusionModel, setup: Mapping[str, str], outdir: Path, trust: Sequence[str] = ()
+    ) -> None:
+        self.model, self.setup, self.outdir, self.trust = model, dict(setup), outdir, trust
         self.facts = facts_of(model)
         self.windows = model.presets if isinstance(model.presets, Windows) else Windows(model.presets)
         self.preview = Preview(model)
@@ -142,6 +146,11 @@ class Engine:
         """What the base model is called."""
         ckpt = Path(self.setup["ckpt"])
         return "small model" if ckpt == Path(shipped(MODELS["demo"].ckpt)) else ckpt.stem
+
+    @cached_property
+    def methods(self) -> dict[str, int]:
+        """The training variants that there are for this model, each with the steps that it takes."""
+        return usual_steps(Path(self.setup["config"]), self.trust)
 
     def close(self) -> None:
         """Let what is being learned save and end, drop what waits, and the files that were uploaded."""
@@ -166,11 +175,17 @@ class Engine:
         path = Path(self.setup["ckpt"]).parent / "references" / name / f"{name}.png"
         return path if path.is_file() else None
 
-    def tokens(self, text: str) -> int:
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens of a text are read."""
+        return int(self.model.cond_stage_model.max_length) - 2  # without its start and its end
+
+    def tokens(self, text: str, placeholders: Sequence[str] = ()) -> int:
         """How many tokens a text is; a concept counts as one."""
-        pieces = placeholder_pattern([PLACEHOLDER]).split(text)
+        pieces = placeholder_pattern([PLACEHOLDER, *placeholders]).split(text)
         tokenizer = self.model.cond_stage_model.tokenizer
-        return sum(len(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]) for piece in pieces)
+        texts = [tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces[::2]]
+        return sum(map(len, texts)) + len(pieces[1::2])
 
     def submit(self, request: Request, keep: bool = True) -> ImageJob:
         """Check a request and queue it; its image is saved if it is to be kept.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.conditioning.presets import Windows, preset_stages, with_only
-from ldm.request import PLACEHOLDER, Request, Words
+from ldm.request import PLACEHOLDER, PRESETS, ModelFacts, Request, Words
 
 # Fields that the prompt, the lanes and the timeline decide; all others are settings.
 DERIVED = ("prompt", "prospect_words", "preset", "concepts")
@@ -151,15 +151,16 @@ class Form:
         for spec in fields(self):
             setattr(self, spec.name, copy.deepcopy(getattr(other, spec.name)))
 
-    def restore(self, record: Mapping[str, Any]) -> None:
-        """Take over the record of an image, of this program or of its command line.
+    def restore(self, record: Mapping[str, Any], facts: ModelFacts) -> None:
+        """Take over the record of an image, of this program or of its command line; or nothing of it.
 
         Raises:
-            ValueError: a value cannot be used.
+            ValueError: a value cannot be used, by this model or at all.
         """
         known = {name.name for name in fields(Request)}
         given = {name: value for name, value in record.items() if name in known - {"preset"}}
         request = Request(**given)
+        request.for_model(facts)
         concepts = {name: str(file) for name, file in (request.concepts or {}).items()}
         self.lanes = [Lane(name, file, self.every_stage) for name, file in concepts.items()]
         self.settings = {
@@ -171,12 +172,11 @@ class Form:
         if request.prospect_words is not None:
             self._restore_words(request.prompt, request.prospect_words, record.get("preset_prompt"))
         preset = record.get("preset")
-        if preset is not None and len(self.lanes) == 1 and not self.own:
-            self.lanes[0].preset = str(preset)
+        if preset in PRESETS and len(self.lanes) == 1 and not self.own:
+            self.lanes[0].preset = preset
 
     def _restore_words(self, prompt: str, words: Words, preset_prompt: object) -> None:
         """Find the prompt and the lanes' stages that give these words, as far as there are such."""
-        self.num_stages = len(words)
         if any(word is None or isinstance(word, int) for word in words):
             self.own = {stage: word for stage, word in enumerate(words) if isinstance(word, int)}
             self.own |= {s: prompt.replace(PLACEHOLDER, word) for s, word in enumerate(words) if isinstance(word, str)}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from nicegui import ui
-from nicegui.events import MultiUploadEventArguments, ValueChangeEventArguments
+from nicegui.events import ValueChangeEventArguments
 
-from ldm.page import uploads
+from ldm.page import parts, uploads
 from ldm.page.engine import ImageJob
 from ldm.page.fields import Fields
 from ldm.page.form import Lane
 from ldm.page.timeline import Timeline
-from ldm.page.view import LOOK, View, button, file_button, inline, offer, progress_bar, say, section, shown, url_of
+from ldm.page.view import View
 from ldm.request import Request
 
 POLL = 0.15  # seconds between two looks at a running job
@@ -30,13 +31,14 @@ class GenerateTab:
     def __init__(self, view: View) -> None:
         self.view, self.session, self.engine = view, view.session, view.session.engine
         self._seen: tuple[ImageJob | None, int] | None = None
-        with ui.element("div").classes("split").on("keydown.ctrl.enter", self.generate):
+        with ui.element("div").classes("split").on("keydown.ctrl.enter", self.generate) as split:
             with ui.element("div").classes("stack"):
                 self._build_prompt()
                 self._build_stages()
                 self._build_settings()
             with ui.element("div").classes("stack result"):
                 self._build_result()
+        split.on("keydown.meta.enter", self.generate)
         view.follow_form(self.refresh)
         self.refresh()
         ui.timer(POLL, self._poll)
@@ -44,38 +46,36 @@ class GenerateTab:
     # --- the form --------------------------------------------------------------------------------------------------
 
     def _build_prompt(self) -> None:
-        with section("Prompt").classes("prompt-panel"):
+        with parts.section("Prompt").classes("prompt-panel"):
             self._prompt = ui.textarea(on_change=self._write_prompt).mark("prompt").classes("prompt")
             self._prompt.props('outlined autogrow aria-label="Prompt" placeholder="What is shown; * is the concept"')
             self._negative = ui.input("Negative prompt", on_change=self._write_negative).mark("negative_prompt")
-            self._negative.props(LOOK).tooltip("Plain text that guidance leads away from.")
+            self._negative.props(parts.LOOK).tooltip("Plain text that guidance leads away from.")
 
     def _build_stages(self) -> None:
-        with section("Stages", "which stages read the concept, and what text"):
-            upload = ui.upload(multiple=True, auto_upload=True, max_file_size=uploads.MOST_BYTES)
-            upload.on_multi_upload(self._take_concepts).mark("concept-upload")
+        with parts.section("Stages", "which stages read the concept, and what text"):
+            upload = uploads.upload(self.engine.uploads, self.take_concepts, multiple=True).mark("concept-upload")
             with ui.element("div").classes("line concepts-line"):
                 self._concepts = ui.element("div").classes("concepts")
-                button("Add a concept", self._add_concept).mark("add-concept")
-                file_button("Upload…", upload, "Upload a concept file")
-            self.timeline = Timeline(self.session.form, self.engine.windows, self.engine.tokens, self._changed)
+                parts.button("Add a concept", self._add_concept).mark("add-concept")
+                parts.file_button("Upload…", upload, "Upload a concept file")
+            self.timeline = Timeline(self.session.form, self.engine, self._changed)
             self.timeline.build()
 
     def _build_settings(self) -> None:
         self._fields = Fields(self.session.form, self.engine.facts, self._changed)
-        with section("Settings"):
+        with parts.section("Settings"):
             with ui.element("div").classes("fields"):
                 for name in MAIN:
                     self._fields.add(name)
                 with self._fields.inputs["seed"].add_slot("append"):
                     dice = ui.button(icon="casino", on_click=self._new_seed).mark("new-seed")
                     dice.props('flat dense round size=sm aria-label="New seed"')
-            self._by_stage = button("Guidance by stage", self._switch_scales, "chip").mark("scales")
-            with ui.expansion("Edit an image").classes("more"):
+            self._by_stage = parts.button("Guidance by stage", self._switch_scales, "chip").mark("scales")
+            with ui.expansion("Start from an image").classes("more"):
                 self._content = ui.element("div").classes("line")
-                upload = ui.upload(auto_upload=True, max_file_size=uploads.MOST_BYTES).mark("content-upload")
-                upload.on_multi_upload(self._take_content)
-                file_button("Choose an image", upload)
+                upload = uploads.upload(self.engine.uploads, self.take_content).mark("content-upload")
+                parts.file_button("Choose an image", upload)
                 with ui.element("div").classes("fields"):
                     for name in EDITING:
                         self._fields.add(name)
@@ -90,27 +90,22 @@ class GenerateTab:
         self._prompt.value = form.prompt
         self._negative.value = form.settings.get("negative_prompt", "")
         self._fields.refresh()
-        is_by_stage = form.scales is not None
-        self._by_stage.classes(add="on" if is_by_stage else "", remove="on")
-        self._by_stage.props(f"aria-pressed={str(is_by_stage).lower()}")
+        parts.press(self._by_stage, form.scales is not None)
         self._show_concepts()
         self._show_content()
         self.timeline.rebuild()
 
     def _changed(self) -> None:
         """Say at once what cannot be done."""
-        try:
+        with parts.problems(self._problem):
             self.session.form.request().for_model(self.engine.facts)
-        except ValueError as error:
-            self._problem.set_text(str(error))
-        else:
-            self._problem.set_text("")
 
     def _write_prompt(self, event: ValueChangeEventArguments) -> None:
-        self.session.form.prompt = event.value or ""
-        if hasattr(self, "timeline"):
-            self.timeline.refresh()
-            self._changed()
+        if (text := event.value or "") == self.session.form.prompt:
+            return  # it is what `refresh` has written
+        self.session.form.prompt = text
+        self.timeline.refresh()
+        self._changed()
 
     def _write_negative(self, event: ValueChangeEventArguments) -> None:
         self.session.form.settings["negative_prompt"] = event.value or ""
@@ -142,18 +137,19 @@ class GenerateTab:
     def _build_concept(self, lane: Lane, known: dict[str, str]) -> None:
         with ui.element("div").classes("concept"):
             if (picture := self.engine.reference_of(lane.file)) is not None:
-                shown(url_of(picture), f"The image that {known[lane.file]} was learned from", "thumb")
+                parts.shown(parts.url_of(picture), f"The image that {known[lane.file]} was learned from", "thumb")
             else:
                 ui.element("div").classes("thumb")
-            name = ui.input("Name", value=lane.placeholder).props(LOOK)
+            name = ui.input("Name", value=lane.placeholder).props(parts.LOOK)
             name.on("change", lambda: self._rename(lane, name.value))
-            choice = ui.select(known, label="Concept", value=lane.file).props(LOOK).mark("concept")
+            choice = ui.select(known, label="Concept", value=lane.file).props(parts.LOOK).mark("concept")
             choice.on_value_change(lambda event: self._choose(lane, event.value))
-            button("×", partial(self._remove, lane), "quiet small", f"Remove the concept {lane.placeholder}")
+            parts.button("×", partial(self._remove, lane), "quiet small", f"Remove the concept {lane.placeholder}")
 
     def _choose(self, lane: Lane, file: str) -> None:
         lane.file = file
         self.refresh()
+        self._changed()
 
     def _rename(self, lane: Lane, placeholder: str) -> None:
         lane.placeholder = placeholder.strip()
@@ -168,19 +164,11 @@ class GenerateTab:
     def _add_concept(self) -> None:
         known = list(self.engine.concept_names(self.session.uploaded))
         if not known:
-            say("There is no concept yet; upload one, or learn one.", "info")
+            parts.say("There is no concept yet; upload one, or learn one.", "info")
             return
         used = {lane.file for lane in self.session.form.lanes}
         self.session.form.add_concept(next((file for file in known if file not in used), known[0]))
         self.refresh()
-
-    async def _take_concepts(self, event: MultiUploadEventArguments) -> None:
-        event.sender.run_method("reset")
-        paths = await uploads.keep(event.files, self.engine.uploads)
-        try:
-            self.take_concepts(paths)
-        except ValueError as error:
-            say(error)
 
     def take_concepts(self, paths: list[Path]) -> None:
         """Add uploaded concepts to the form.
@@ -204,29 +192,23 @@ class GenerateTab:
             if content is None:
                 ui.label("None: images are made from noise.").classes("soft")
                 return
-            if Path(content).is_file():
-                shown(url_of(Path(content)), "The image to edit", "thumb large")
+            with suppress(ValueError, OSError):  # it is another file than it was: said when it is to be read
+                uploads.check_image(Path(content))
+                parts.shown(parts.url_of(Path(content)), "The image to start from", "thumb large")
             ui.label(Path(content).name)
-            button("Remove", partial(self.take_content, None), "quiet small")
+            parts.button("Remove", partial(self.take_content, []), "quiet small")
 
-    async def _take_content(self, event: MultiUploadEventArguments) -> None:
-        event.sender.run_method("reset")
-        [path] = await uploads.keep(event.files, self.engine.uploads)
-        try:
-            self.take_content(path)
-        except ValueError as error:
-            say(error)
-
-    def take_content(self, path: Path | None) -> None:
-        """Edit an image, or (None) make one from noise.
+    def take_content(self, paths: list[Path]) -> None:
+        """Start from an image, or (no path) from noise.
 
         Raises:
             ValueError: the file is no image.
         """
-        self.session.form.settings.pop("content_dir", None)
-        if path is not None:
-            uploads.check_image(path)
-            self.session.form.settings["content_dir"] = str(path)
+        if paths:
+            uploads.check_image(paths[0])
+            self.session.form.settings["content_dir"] = str(paths[0])
+        else:
+            self.session.form.settings.pop("content_dir", None)
         self._show_content()
         self._changed()
 
@@ -237,11 +219,11 @@ class GenerateTab:
             with ui.element("div").classes("picture"):
                 self._image = ui.image().props('alt="The generated image" fit=contain no-spinner no-transition')
                 self._empty = ui.label("The image appears here.").classes("soft empty")
-            self._bar = progress_bar()
+            self._bar = parts.progress_bar()
             self._status = ui.label().classes("status").props("role=status")
             with ui.element("div").classes("actions"):
-                self._go = button("Generate", self.generate, "primary").mark("generate")
-                self._stop = button("Stop", self.stop, "quiet").mark("stop")
+                go = parts.button("Generate", self.generate, "primary").mark("generate")
+                self._switch = parts.Switch(parts.button("Stop", self.stop).mark("stop"), go)
                 self._save = ui.link("Save", "#").classes("button quiet").mark("save")
             self._problem = ui.label().classes("problem").props("role=alert")
             self._messages = ui.element("div").classes("messages").props("aria-live=polite")
@@ -253,12 +235,8 @@ class GenerateTab:
         job = self.session.job
         if job is not None and not job.is_over:
             return
-        try:
+        with parts.problems(self._problem):
             self.session.job = self.engine.submit(self.session.form.request())
-        except ValueError as error:
-            self._problem.set_text(str(error))
-            return
-        self._problem.set_text("")
         self._poll()
 
     def stop(self) -> None:
@@ -272,8 +250,7 @@ class GenerateTab:
             return
         self._seen = (job, version)
         running = job is not None and not job.is_over
-        self._go.set_visibility(not running)
-        self._stop.set_visibility(running)
+        self._switch.set(running)
         self._bar.set_visibility(running)
         self._save.set_visibility(job is not None and bool(job.files))
         self._empty.set_visibility(job is None or (job.preview is None and job.image is None))
@@ -285,31 +262,39 @@ class GenerateTab:
         self._status.set_text(status_of(job))
         if job.error:
             self._problem.set_text(job.error)
-        if job.files:
-            self._image.set_source(url_of(job.files[0]))
-            offer(self._save, job.files[0])
+        if job.files and job.files[0].is_file():
+            self._show_file(job.files[0])
             if job.files[0] not in self.session.history:
-                self.session.history = [job.files[0], *self.session.history][:MOST_HISTORY]
+                self.session.history = [*job.files, *self.session.history][:MOST_HISTORY]
                 self._show_history()
         elif (image := job.image or job.preview) is not None:
-            self._image.set_source(inline(image))
+            self._image.set_source(parts.inline(image))
         self.timeline.show_frames(job.previews)
-        self._messages.clear()
-        with self._messages:
-            for level, text in job.messages:
-                ui.label(text).classes(f"message {level}")
+        parts.show_messages(self._messages, job.messages)
+
+    def open(self, file: Path) -> None:
+        """Restore the form of an image, and show it."""
+        if self.view.restore(file) == "Generate":
+            self._show_file(file)
+            self._status.set_text(str(file))
+            self._problem.set_text("")
+            parts.show_messages(self._messages, [])
+
+    def _show_file(self, file: Path) -> None:
+        self._empty.set_visibility(False)
+        self._image.set_source(parts.url_of(file))
+        self._save.set_visibility(True)
+        parts.offer(self._save, file)
 
     def _show_history(self) -> None:
         self._history.clear()
-        title = "Made in this tab" if self.session.history else "Images that you make are kept here."
+        files = [file for file in self.session.history if file.is_file()]
         with self._history:
-            ui.label(title).classes("soft")
+            ui.label("Made in this tab" if files else "Images that you make are kept here.").classes("soft")
             with ui.element("div").classes("thumbs"):
-                for file in self.session.history:
-                    with button(
-                        "", partial(self.view.restore, file), "thumb-button", f"Restore the form of {file.name}"
-                    ):
-                        shown(url_of(file), file.name)
+                for file in files:
+                    with parts.button("", partial(self.open, file), "thumb-button", f"Restore the form of {file.name}"):
+                        parts.shown(parts.url_of(file), file.name)
 
 
 def status_of(job: ImageJob) -> str:

@@ -46,6 +46,7 @@ class OwnHostOnly:
                 added = MutableHeaders(scope=message)
                 added["Content-Security-Policy"] = POLICY
                 added["Referrer-Policy"] = "no-referrer"
+                added["Cross-Origin-Resource-Policy"] = "same-origin"
                 added["X-Content-Type-Options"] = "nosniff"
             await send(message)
 

@@ -11,12 +11,11 @@ from uuid import uuid4
 
 from nicegui import ui
 from nicegui.elements.mixins.value_element import ValueElement
-from nicegui.events import MultiUploadEventArguments
 
-from ldm.page import chart, learning, uploads
+from ldm.page import chart, learning, parts, uploads
 from ldm.page.engine import Engine
 from ldm.page.learning import LearnForm
-from ldm.page.view import LOOK, View, button, file_button, progress_bar, say, section, shown, url_of
+from ldm.page.view import View
 
 POLL = 1.0
 LOGDIR = Path("logs") / "page"
@@ -39,43 +38,40 @@ class LearnTab:
         self._poll()
 
     def _build_form(self) -> None:
-        with section("Images", "one, or a few of the same thing"):
+        with parts.section("Images", "one, or a few of the same thing"):
             self._images = ui.element("div").classes("tiles")
-            upload = ui.upload(multiple=True, auto_upload=True, max_file_size=uploads.MOST_BYTES).mark("learn-upload")
-            upload.on_multi_upload(self._take)
+            upload = uploads.upload(self.engine.uploads, self.take, multiple=True).mark("learn-upload")
             with ui.element("div").classes("line"):
-                file_button("Choose images", upload)
+                parts.file_button("Choose images", upload)
                 ui.label("or drop them here").classes("soft")
-        with section("Concept"):
-            with ui.element("div").classes("fields"):
+        with parts.section("Concept"):
+            with ui.element("div").classes("fields roomy"):
                 self._field(ui.input("Name"), "name")
-                word = self._field(ui.input("Starts from the word"), "init_word")
+                word = self._field(ui.input("Initial word", placeholder="thing"), "init_word")
                 word.tooltip("A word for what the images show; learning starts from its embedding.")
-                self._field(ui.select(list(learning.METHODS), label="Method"), "method")
-                self._field(ui.number("Steps", step=10), "steps")
+                names = list(self.engine.methods) or list(learning.METHODS)
+                method = self._field(ui.select(names, label="Method"), "method")
+                steps = self._field(ui.number("Steps", step=10), "steps")
+                method.on_value_change(lambda event: steps.set_value(self.engine.methods.get(event.value)))
+                caption = self._field(ui.input("Caption", placeholder="*").classes("wide"), "caption")
+                caption.tooltip("What the images show, with * for the concept; what is named here is not learned.")
             with ui.element("div").classes("line"):
-                self._go = button("Learn", self.learn, "primary").mark("learn")
-                self._stop = button("Stop", self.stop).mark("learn-stop")
-                self._resume = button("Resume", self.resume).mark("learn-resume")
+                go = parts.button("Learn", self.learn, "primary").mark("learn")
+                self._switch = parts.Switch(parts.button("Stop", self.stop).mark("learn-stop"), go)
+                self._resume = parts.button("Resume", self.resume).mark("learn-resume")
             self._problem = ui.label().classes("problem").props("role=alert")
 
     def _field(self, made: ValueElement, name: str) -> ValueElement:
-        return made.bind_value(self.form, name).props(LOOK).mark(f"learn-{name}")
+        return made.bind_value(self.form, name).props(parts.LOOK).mark(f"learn-{name}")
 
     def _build_run(self) -> None:
-        with section("Run"):
+        with parts.section("Run"):
             self._status = ui.label().classes("status").props("role=status")
-            self._bar = progress_bar()
-            self._use = button("Use in Generate", self.use, "primary").mark("use")
+            self._bar = parts.progress_bar()
+            self._use = parts.button("Use in Generate", self.use, "primary").mark("use")
             self._curve = ui.html("", sanitize=False)
             self._bars = ui.html("", sanitize=False)
             self._samples = ui.element("div").classes("samples")
-
-    # --- images ----------------------------------------------------------------------------------------------------
-
-    async def _take(self, event: MultiUploadEventArguments) -> None:
-        event.sender.run_method("reset")
-        self.take(await uploads.keep(event.files, self.engine.uploads))
 
     def take(self, paths: list[Path]) -> None:
         """Add images to learn from; of those that are none the library's sentence is shown."""
@@ -83,7 +79,7 @@ class LearnTab:
             try:
                 uploads.check_image(path)
             except ValueError as error:
-                say(error)
+                parts.say(error)
             else:
                 self.form.images.append(path)
         if self.form.images and not self.form.name:
@@ -99,18 +95,12 @@ class LearnTab:
         with self._images:
             for path in self.form.images:
                 with ui.element("div").classes("tile"):
-                    shown(url_of(path), path.name)
-                    button("×", partial(self._remove, path), "quiet small corner", f"Remove {path.name}")
-
-    # --- the run ---------------------------------------------------------------------------------------------------
+                    parts.shown(parts.url_of(path), path.name)
+                    parts.button("×", partial(self._remove, path), "quiet small corner", f"Remove {path.name}")
 
     def learn(self) -> None:
-        try:
+        with parts.problems(self._problem):
             self.form.run = start(self.form, self.engine)
-        except (ValueError, OSError) as error:
-            self._problem.set_text(str(error))
-            return
-        self._problem.set_text("")
         self._poll()
 
     def stop(self) -> None:
@@ -121,7 +111,7 @@ class LearnTab:
     def resume(self) -> None:
         run = self.form.run
         if run is not None and not run.is_running:
-            self.form.run = learning.resume(run.folder, int(self.form.steps or run.steps), run.output)
+            self.form.run = learning.resume(run, int(self.form.steps or run.steps), self.engine.trust)
             self.engine.runs.append(self.form.run)
             self._poll()
 
@@ -139,8 +129,7 @@ class LearnTab:
     def _poll(self) -> None:
         run = self.form.run
         running = run is not None and run.is_running
-        self._go.set_visibility(not running)
-        self._stop.set_visibility(running)
+        self._switch.set(running)
         self._resume.set_visibility(run is not None and not running and (run.folder / "checkpoints").is_dir())
         self._use.set_visibility(run is not None and run.concept is not None)
         if run is None:
@@ -155,21 +144,21 @@ class LearnTab:
         self._show(run, running, points, images)
 
     def _show(self, run: learning.Learning, running: bool, points: list[tuple[int, float]], images: list[Path]) -> None:
-        step = points[-1][0] if points else 0
-        state = "Learning" if running else "Failed" if run.error else "Complete" if step >= run.steps else "Stopped"
-        self._status.set_text(f"{state} · step {step} of {run.steps} · {run.folder}")
+        last = points[-1][0] if points else 0
+        state = "Failed" if run.error else "Complete" if last >= run.steps else "Stopped"
+        if running:
+            state = "Learning" if points else "Starting…"
+        self._status.set_text(f"{state} · step {last} of {run.steps} · {run.folder}")
         self._problem.set_text(run.error)
         self._bar.set_visibility(True)
-        self._bar.value = step / max(1, run.steps)
+        self._bar.value = last / max(1, run.steps)
         self._curve.set_content(chart.curve(points, run.steps))
         self._bars.set_content(chart.bars(learning.stage_losses(run.folder), self.engine.facts.num_stages))
         self._samples.clear()
         with self._samples:
             for path in images[-4:]:
-                number = re.search(r"gs-0*(\d+)", path.name)
-                with ui.element("figure"):
-                    shown(url_of(path), f"Samples after {number[1] if number else '?'} steps")
-                    ui.label(f"after {number[1] if number else '?'} steps").classes("soft")
+                [step] = re.findall(r"gs-0*(\d+)", path.name)
+                parts.figure(parts.url_of(path), f"after {step} steps")
 
 
 def start(form: LearnForm, engine: Engine) -> learning.Learning:
@@ -188,7 +177,8 @@ def start(form: LearnForm, engine: Engine) -> learning.Learning:
         shutil.copyfile(path, images / f"{number}-{path.name}")
     stem = re.sub(r"\W+", "-", form.name).strip("-") or "concept"
     folder = LOGDIR / f"{stem}-{datetime.now():%Y-%m-%dT%H-%M-%S}"
-    lesson = learning.Lesson(images, folder, form.init_word.strip(), form.method, int(form.steps))
-    run = learning.learn(lesson, engine.setup, engine.uploads / f"{folder.name}.txt")
+    form.steps = int(form.steps)  # which a number's input has made a fraction
+    words = learning.command(form, images, folder, engine.setup, engine.trust)
+    run = learning.start(words, folder, form.steps, engine.uploads / f"{folder.name}.txt")
     engine.runs.append(run)
     return run

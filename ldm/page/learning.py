@@ -11,8 +11,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import ConfigError, load_config
 
@@ -23,32 +26,17 @@ STAGE_LOSS = "train/loss_stage_"
 # Training variants: name -> the configuration that lies beside the base one, '' for the base alone.
 METHODS = {
     "ProSpect": "",
+    "ProSpect, fast": "fast.yaml",
     "Textual Inversion": "ti.yaml",
     "P+ (XTI)": "xti.yaml",
     "NeTI": "neti.yaml",
     "CatVersion": "catversion.yaml",
 }
+RESOLVERS = "--allow_resolvers"
+USUAL_STEPS = 300  # where a configuration says none
 IN_A_CAPTION = "CatVersion"  # is learned in a caption that names the class
 STOPPED = (130, -signal.SIGINT)  # exit codes after Ctrl-C, which has come while it trained or before
 MOST_ERROR = 600  # characters of what a process said at last
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What is to be learned.
-
-    Args:
-        images: the folder of the images.
-        folder: the log folder, which is new.
-        init_word: the word that learning starts from; of CatVersion the class.
-    """
-
-    images: Path
-    folder: Path
-    init_word: str = ""
-    method: str = "ProSpect"
-    steps: int = 300
-    seed: int = 23
 
 
 @dataclass
@@ -91,43 +79,75 @@ class Learning:
 
 @dataclass
 class LearnForm:
-    """What is filled in on the tab Learn, and the run that it has started."""
+    """What is filled in on the tab Learn, and the run that it has started.
+
+    Args:
+        init_word: the word that learning starts from; of CatVersion the class.
+        caption: what is learned in, with `*` for the concept.
+    """
 
     images: list[Path] = field(default_factory=list)
     name: str = ""
     init_word: str = ""
+    caption: str = ""
     method: str = next(iter(METHODS))
-    steps: int = 300
+    steps: int | None = None
     run: Learning | None = None
 
 
-def command(lesson: Lesson, setup: Mapping[str, str]) -> list[str]:
+def command(
+    form: LearnForm, images: Path, folder: Path, setup: Mapping[str, str], trust: Sequence[str] = ()
+) -> list[str]:
     """Return the command that learns, as a user would type it.
+
+    Args:
+        images: the folder of the images.
+        folder: the log folder, which is new.
+        trust: the flags for what the configurations may do, which the page has.
 
     Raises:
         ConfigError: the page's configuration is for generating, and there is none for learning beside it.
     """
-    base = learning_config(Path(setup["config"]))
-    bases = [str(base), *([str(base.with_name(METHODS[lesson.method]))] if METHODS[lesson.method] else [])]
-    words = [*PROGRAM, "--base", *bases, "--actual_resume", setup["ckpt"]]
-    words += ["-p", str(lesson.folder), "--data_root", str(lesson.images)]
-    words += ["--max_steps", str(lesson.steps), "--seed", str(lesson.seed), "--log_every_n_steps", "5"]
-    if lesson.method == IN_A_CAPTION:
-        words += ["--caption", f"a {lesson.init_word or 'thing'}"]
-    elif lesson.init_word:
-        words += ["--init_word", lesson.init_word]
-    return words
+    base = learning_config(Path(setup["config"]), trust)
+    bases = [str(base), *([str(base.with_name(METHODS[form.method]))] if METHODS[form.method] else [])]
+    words = [*PROGRAM, "--base", *bases, "--actual_resume", setup["ckpt"], *trust]
+    words += ["-p", str(folder), "--data_root", str(images)]
+    words += ["--max_steps", str(form.steps), "--log_every_n_steps", "5"]
+    caption, init_word = form.caption.strip(), form.init_word.strip()
+    if form.method == IN_A_CAPTION and not caption:
+        caption, init_word = f"a {init_word or 'thing'}", ""
+    words += [f"--caption={caption}"] if caption else []
+    return words + ([f"--init_word={init_word}"] if init_word else [])
 
 
-def learning_config(config: Path) -> Path:
-    """Return the configuration itself, if it says what to learn from, or the one for learning beside it."""
+def learning_config(config: Path, trust: Sequence[str] = ()) -> Path:
+    """Return the configuration itself, if it says what to learn from, or the one for learning beside it.
+
+    Raises:
+        ConfigError: there is none.
+    """
     for path in (config, *sorted(config.parent.glob("*finetune.yaml"))):
-        if "data" in load_config(path, flag="--config"):
+        if "data" in _load(path, trust):
             return path
     raise ConfigError(
         f"'{config}' is for generating; to learn, start the page with the --config of a run, such as "
         "configs/stable-diffusion/v1-finetune.yaml."
     )
+
+
+def usual_steps(config: Path, trust: Sequence[str] = ()) -> dict[str, int]:
+    """Return the training variants that there are for a configuration, each with its steps; of a bad one none."""
+    with suppress(ConfigError):  # its sentence is shown when it is to learn
+        base = learning_config(config, trust)
+        files = {method: base.with_name(name) if name else base for method, name in METHODS.items()}
+        found = {method: _load(file, trust) for method, file in files.items() if file.is_file()}
+        steps = {method: OmegaConf.select(said, "lightning.trainer.max_steps") for method, said in found.items()}
+        return {method: count or steps["ProSpect"] or USUAL_STEPS for method, count in steps.items()}
+    return {}
+
+
+def _load(path: Path, trust: Sequence[str]) -> DictConfig:
+    return load_config(path, flag="--config", resolvers=RESOLVERS in trust)
 
 
 def start(words: Sequence[str], folder: Path, steps: int, output: Path) -> Learning:
@@ -147,15 +167,10 @@ def start(words: Sequence[str], folder: Path, steps: int, output: Path) -> Learn
     return Learning(folder, steps, process, output)
 
 
-def learn(lesson: Lesson, setup: Mapping[str, str], output: Path) -> Learning:
-    """Start to learn; see `command`."""
-    return start(command(lesson, setup), lesson.folder, lesson.steps, output)
-
-
-def resume(folder: Path, steps: int, output: Path) -> Learning:
-    """Resume the run in a log folder, up to `steps`."""
-    words = [*PROGRAM, "-r", str(folder), "--max_steps", str(steps), "--log_every_n_steps", "5"]
-    return start(words, folder, steps, output)
+def resume(run: Learning, steps: int, trust: Sequence[str] = ()) -> Learning:
+    """Resume a run, up to `steps`."""
+    words = [*PROGRAM, "-r", str(run.folder), "--max_steps", str(steps), "--log_every_n_steps", "5", *trust]
+    return start(words, run.folder, steps, run.output)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

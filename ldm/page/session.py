@@ -10,11 +10,12 @@ from ldm.page.editing import EditForm
 from ldm.page.engine import Engine, ImageJob
 from ldm.page.exporting import ExportForm
 from ldm.page.form import Form
-from ldm.page.learning import LearnForm
+from ldm.page.learning import METHODS, LearnForm
+from ldm.request import FAST
 
-FIRST_STEPS = 25
 FIRST_PROMPT = "a large * heart on a black background"  # for the small model, whose world has hearts
 FIRST_CONCEPT, FIRST_PRESET = "dotted-star", "material"
+FIRST_METHOD = "ProSpect, fast"  # which is as good there (docs/evidence.md)
 OTHER_PROMPT = "a photo of a cat"
 
 
@@ -50,9 +51,10 @@ class Session:
 
     @classmethod
     def start(cls, engine: Engine) -> Session:
-        form = Form(engine.facts.num_stages, settings={"ddim_steps": FIRST_STEPS})
+        form = Form(engine.facts.num_stages, settings=dict(FAST))
         first = next((file for file in engine.concepts() if Path(file).stem == FIRST_CONCEPT), None)
         form.prompt = OTHER_PROMPT if first is None else FIRST_PROMPT
         if first is not None:
             form.set_preset(form.add_concept(first), FIRST_PRESET, engine.windows)
-        return cls(engine, form)
+        method = FIRST_METHOD if first is not None and FIRST_METHOD in engine.methods else next(iter(METHODS))
+        return cls(engine, form, learn=LearnForm(method=method, steps=engine.methods.get(method)))

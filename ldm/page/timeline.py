@@ -11,9 +11,9 @@ from nicegui import ui
 from nicegui.events import ValueChangeEventArguments
 from PIL import Image
 
-from ldm.conditioning.presets import Windows
+from ldm.page import parts
+from ldm.page.engine import Engine
 from ldm.page.form import Form, Lane
-from ldm.page.view import button, inline
 from ldm.request import PLACEHOLDER, PRESETS
 
 HUES = (285, 30)  # of the first and the last stage in time, degrees in OKLCH
@@ -46,13 +46,11 @@ class Timeline:
     """Shows and changes which concept each stage reads, and what text.
 
     Args:
-        windows: of the presets, of the model.
-        tokens: text -> how many tokens it is.
         changed: is called after each change of the form.
     """
 
-    def __init__(self, form: Form, windows: Windows, tokens: Callable[[str], int], changed: Callable[[], None]) -> None:
-        self.form, self.windows, self.tokens, self._changed = form, windows, tokens, changed
+    def __init__(self, form: Form, engine: Engine, changed: Callable[[], None]) -> None:
+        self.form, self.engine, self._changed = form, engine, changed
         self.selected: set[int] = set()
         self._paint = True
         self._lane = 0  # that presets go to
@@ -69,9 +67,9 @@ class Timeline:
         return list(reversed(range(self.form.num_stages)))
 
     def build(self) -> None:
+        """Add the places of what `rebuild` shows."""
         self._box = ui.element("div").classes("timeline").style(f"--stages: {self.form.num_stages}")
         self._text_box = ui.element("div").classes("stage-texts")
-        self.rebuild()
 
     def rebuild(self) -> None:
         """Show the form anew; the lanes may be others."""
@@ -94,19 +92,13 @@ class Timeline:
     def refresh(self) -> None:
         """Show the stages and their texts anew."""
         for (number, stage), cell in self._cells.items():
-            carries = stage in self.form.lanes[number].stages and self._reads(number, stage)
-            cell.classes(add="on" if carries else "", remove="" if carries else "on")
-            cell.props(f"aria-pressed={str(carries).lower()}")
+            parts.press(cell, stage in self.form.lanes[number].stages and self._reads(number, stage))
         for stage, head in self._heads.items():
-            marks = {"selected": stage in self.selected, "own": stage in self.form.own}
-            for mark, is_set in marks.items():
-                head.classes(add=mark if is_set else "", remove="" if is_set else mark)
-            head.props(f"aria-pressed={str(stage in self.selected).lower()}")
+            parts.press(head, stage in self.selected, "selected")
+            parts.look(head, "own", stage in self.form.own)
         lane = self.form.lanes[self._lane] if self.form.lanes else None
         for attribute, chip in self._presets.items():
-            is_on = lane is not None and (lane.preset == attribute if attribute else self._reads_all(lane))
-            chip.classes(add="on" if is_on else "", remove="" if is_on else "on")
-            chip.props(f"aria-pressed={str(is_on).lower()}")
+            parts.press(chip, lane is not None and (lane.preset == attribute if attribute else self._reads_all(lane)))
         self._show_texts()
 
     def _reads_all(self, lane: Lane) -> bool:
@@ -124,7 +116,7 @@ class Timeline:
             image = previews.get(stage)
             frame.set_visibility(image is not None)
             if image is not None and image is not self._shown.get(stage):
-                frame.set_source(inline(image))
+                frame.set_source(parts.inline(image))
         self._shown = dict(previews)
 
     # --- building --------------------------------------------------------------------------------------------------
@@ -137,7 +129,7 @@ class Timeline:
             if len(self.form.lanes) > 1:
                 ui.label(f"of {self.form.lanes[self._lane].placeholder}").classes("soft")
             for attribute in (None, *PRESETS):
-                chip = button((attribute or "all stages").capitalize(), partial(self._preset, attribute), "chip")
+                chip = parts.button((attribute or "all stages").capitalize(), partial(self._preset, attribute), "chip")
                 chip.mark(f"preset-{attribute or 'all'}")
                 self._presets[attribute] = chip
 
@@ -211,7 +203,7 @@ class Timeline:
         for row in self._texts:
             own = self.form.own.get(row.run[0])
             row.entry.value = self.form.text(row.run[0])
-            row.box.classes(add="selected" if set(row.run) <= self.selected else "", remove="selected")
+            parts.look(row.box, "selected", set(row.run) <= self.selected)
             row.token.set_text(f"token of stage {own}" if isinstance(own, int) else "")
             row.reset.set_visibility(own is not None)
             self._count(row)
@@ -233,15 +225,17 @@ class Timeline:
             token = ui.label().classes("soft token")
             count = ui.label().classes("count")
             label = f"Let stages {name} follow the prompt again"
-            reset = button("Reset", partial(self._reset, run), "quiet small", label).mark(f"reset-{run[0]}")
+            reset = parts.button("Reset", partial(self._reset, run), "quiet small", label).mark(f"reset-{run[0]}")
         row = _Row(run, box, entry, token, count, reset)
         entry.on_value_change(lambda event: self._write(row, event.value))
         entry.on("blur", self.refresh)
         return row
 
     def _count(self, row: _Row) -> None:
-        count = self.tokens(row.entry.value or "")
-        row.count.set_text(f"{count} token{'' if count == 1 else 's'}")
+        most = self.engine.most_tokens
+        count = self.engine.tokens(row.entry.value or "", [lane.placeholder for lane in self.form.lanes])
+        row.count.set_text(f"{count} of {most} tokens" if count > most else f"{count} token{'s' * (count != 1)}")
+        parts.look(row.count, "problem", count > most)
 
     # --- what the user does ----------------------------------------------------------------------------------------
 
@@ -268,7 +262,7 @@ class Timeline:
             self._changed()
 
     def _preset(self, attribute: str | None) -> None:
-        self.form.set_preset(self.form.lanes[self._lane], attribute, self.windows)
+        self.form.set_preset(self.form.lanes[self._lane], attribute, self.engine.windows)
         self.refresh()
         self._changed()
 
@@ -277,6 +271,7 @@ class Timeline:
             return  # it is what `refresh` has written
         for stage in row.run:
             self.form.own[stage] = str(text or "")
+        row.reset.set_visibility(True)
         self._count(row)
         self._changed()
 

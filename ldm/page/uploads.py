@@ -6,19 +6,43 @@ Errors are the library's sentences, with the file called as the user calls it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
+from nicegui import ui
 from nicegui.elements.upload_files import FileUpload
+from nicegui.events import MultiUploadEventArguments
 
 from ldm.embeddings import load_concept
 from ldm.files.images import open_image
 from ldm.files.kinds import is_image
+from ldm.page import parts
 
 MOST_BYTES = 256 << 20  # the reference's pickled concepts have 126 MB
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def upload(folder: Path, take: Callable[[list[Path]], None], multiple: bool = False) -> ui.upload:
+    """Add a hidden upload: its files are kept below `folder`, and `take` has them or says what is wrong with them."""
+
+    async def taken(event: MultiUploadEventArguments) -> None:
+        event.sender.run_method("reset")
+        paths = await keep(event.files, folder)
+        try:
+            take(paths)
+        except ValueError as error:
+            parts.say(error)
+
+    made = ui.upload(
+        multiple=multiple,
+        auto_upload=True,
+        max_file_size=MOST_BYTES,
+        on_multi_upload=taken,
+        on_rejected=lambda: parts.say(f"A file has more than {MOST_BYTES >> 20} MB; no image or concept has."),
+    )
+    return made.classes("offscreen").props("aria-hidden=true tabindex=-1")
 
 
 def safe_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """The small model that ships, loaded once, behind the page's engine."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,9 @@ STAR = "models/demo/concepts/dotted-star.safetensors"
 
 @pytest.fixture(scope="session")
 def small_model() -> LatentDiffusion:
-    return load_model_from_config(SETUP["config"], SETUP["ckpt"], device="cpu")
+    model = load_model_from_config(SETUP["config"], SETUP["ckpt"], device="cpu")
+    gc.freeze()  # NiceGUI collects garbage twice for each page
+    return model
 
 
 @pytest.fixture

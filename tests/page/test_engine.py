@@ -108,3 +108,5 @@ def test_concepts_are_those_beside_the_model_and_those_that_were_learned(engine:
 def test_tokens_are_counted_as_the_library_cuts_them(engine: Engine) -> None:
     assert engine.tokens("") == 0
     assert engine.tokens("a large * heart") == 4
+    assert engine.tokens("a large <star> heart") > engine.tokens("a large <star> heart", ["<star>"]) == 4
+    assert engine.most_tokens == 30

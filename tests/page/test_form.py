@@ -6,8 +6,9 @@ import pytest
 
 from ldm.conditioning.presets import Windows, preset
 from ldm.page.form import Form, Lane
-from ldm.request import Request
+from ldm.request import ModelFacts, Request
 
+FACTS = ModelFacts()
 PROMPT = "a large * heart on a black background"
 WITHOUT = "a large heart on a black background"
 
@@ -109,7 +110,7 @@ def settings() -> Form:
 def test_a_record_restores_the_form(make: object) -> None:
     made = make()  # type: ignore[operator]
     found = Form(prompt="other", lanes=[Lane("*", "other", {1})], own={3: "other"}, settings={"seed": 1})
-    found.restore(recorded(made.request()))
+    found.restore(recorded(made.request()), FACTS)
     assert found == made
 
 
@@ -118,14 +119,24 @@ def test_the_record_of_a_preset_restores_the_preset() -> None:
     made.set_preset(made.lanes[0], "material", Windows())
     asked = Request(prompt="*", prospect_words=preset("material", PROMPT), concepts=made.request().concepts, seed=7)
     found = Form()
-    found.restore(recorded(asked, preset="material", preset_prompt=PROMPT))
+    found.restore(recorded(asked, preset="material", preset_prompt=PROMPT), FACTS)
     assert found == made
 
 
 def test_a_strangers_record_is_checked_and_costs_no_time() -> None:
     concepts = {f"<{number}>": "a.safetensors" for number in range(100)}
     found = Form()
-    found.restore({"prompt": "*", "prospect_words": [" ".join(concepts)] * 10, "concepts": concepts})
+    found.restore({"prompt": "*", "prospect_words": [" ".join(concepts)] * 10, "concepts": concepts}, FACTS)
     assert len(found.lanes) == 100
-    with pytest.raises(ValueError, match="seed must be in"):
-        found.restore({"prompt": "a", "seed": -1})
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"prompt": "a", "seed": -1}, "seed must be in"),
+        (
+            {"prompt": "*", "prospect_words": ["a", "b"] * 5000},
+            "prospect_words has 10000 entries, but this model has 10",
+        ),
+        ({"prompt": "a", "scale": [1, 2]}, "scale has 2 entries, but this model has 10 stages"),
+    ]
+    for record, sentence in wrong:
+        with pytest.raises(ValueError, match=sentence):
+            found.restore(record, FACTS)
+    assert len(found.lanes) == 100  # nothing of a wrong one is taken

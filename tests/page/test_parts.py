@@ -17,7 +17,8 @@ from starlette.responses import PlainTextResponse
 from ldm.embeddings import load_concept, save_stages
 from ldm.files.images import fit, open_image, to_tensor
 from ldm.page import chart, compare, uploads
-from ldm.page.compare import Axis, read_sheet, read_stages
+from ldm.page.compare import Axis, Known, read_sheet, read_stages
+from ldm.page.editing import EditForm
 from ldm.page.engine import Engine
 from ldm.page.exporting import ExportForm, package
 from ldm.page.form import Form
@@ -160,7 +161,8 @@ def test_stages_are_read_as_they_are_written(text: str, stages: set[int]) -> Non
     [
         (("Seed", "1"), ("Seed", "2"), "Rows and columns both vary Seed"),
         (("Seed", " \n"), ("Steps", "2"), "Seed needs at least one value"),
-        (("Seed", "1-500"), ("Steps", "2"), "The grid has 401 images; it may have 400"),
+        (("Seed", f"1-{2**62}"), ("Steps", "2"), "Seed has more than 400 values; a grid has at most 400 images"),
+        (("Seed", "1-21"), ("Guidance scale", "1\n" * 20), "The grid has 420 images; a grid has at most 400"),
         (("Seed", "one"), ("Steps", "2"), "seed must be a number, not 'one'"),
         (("Steps", "0"), ("Seed", "1"), "ddim_steps must be in 1..1000, not 0"),
         (("Preset", "shape"), ("Seed", "1"), "Unknown preset 'shape'"),
@@ -177,14 +179,14 @@ def test_grids_that_cannot_be_made_say_why(
     form = Form(prompt="a *")
     form.add_concept(STAR)
     with pytest.raises(ValueError, match=sentence):
-        compare.cells(form, Axis.read(*rows), Axis.read(*columns), engine)
+        compare.cells(form, Axis.read(*rows), Axis.read(*columns), Known.to(engine))
 
 
 def test_a_grid_is_kept_as_one_labelled_image_with_its_record(engine: Engine) -> None:
     form = Form(prompt="a *", settings={"ddim_steps": 1})
     form.add_concept(STAR)
     rows, columns = Axis.read("Preset", "all stages\nmaterial"), Axis.read("Seed", "3-4\n9")
-    run = compare.Comparison(rows, columns, compare.cells(form, rows, columns, engine))
+    run = compare.Comparison(rows, columns, compare.cells(form, rows, columns, Known.to(engine)))
     asyncio.run(run.work(engine))
     assert (run.done, run.is_running, run.error) == (6, False, "")
     assert run.file is not None and run.file.name == "preset-seed.png"
@@ -197,18 +199,19 @@ def test_a_grid_is_kept_as_one_labelled_image_with_its_record(engine: Engine) ->
     gap = 7
     corner = pixels[-gap - 128 : -gap, -gap - 128 : -gap]
     assert (corner == np.asarray(cell)).all()
-    read_rows, read_columns, record = read_sheet(text)
-    assert (read_rows, read_columns) == (rows, columns) and columns.values == ("3", "4", "9")
+    axes, record = read_sheet(text)
+    assert axes == [rows, columns] and columns.values == ("3", "4", "9")
     found = Form()
-    found.restore(record)
+    found.restore(record, engine.facts)
     assert found.request().seed == 3 and found.lanes == form.lanes
     assert [len(line) for line in json.loads(text)["cells"]] == [3, 3]
 
 
 NO_CELLS = '{"rows": ["Seed", "1"], "columns": ["Steps", "1"], "cells": []}'
+HUGE = json.dumps({"rows": ["Prompt", *"x" * 401], "columns": ["Seed", "1-400"], "cells": [[{"prompt": "a"}]]})
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"rows": 3}', NO_CELLS])
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": 3}', NO_CELLS, HUGE])
 def test_a_damaged_record_of_a_grid_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="The grid's record cannot be read"):
         read_sheet(text)
@@ -217,7 +220,7 @@ def test_a_damaged_record_of_a_grid_is_refused(text: str) -> None:
 def test_a_grid_stops_after_the_image_that_is_being_made(engine: Engine) -> None:
     form = Form(prompt="a star", settings={"ddim_steps": 200})
     rows, columns = Axis.read("Seed", "1-9"), Axis.read("Steps", "200")
-    run = compare.Comparison(rows, columns, compare.cells(form, rows, columns, engine))
+    run = compare.Comparison(rows, columns, compare.cells(form, rows, columns, Known.to(engine)))
 
     async def stop_soon() -> None:
         task = asyncio.create_task(run.work(engine))
@@ -255,3 +258,13 @@ def test_the_zip_is_what_the_command_line_writes(engine: Engine) -> None:
         package(Form(prompt="a star"), ExportForm(), engine)
     with pytest.raises(ValueError, match="The name 'a b' cannot be used"):
         package(form, ExportForm(names={"*": "a b"}), engine)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", '{"target": "a", "blend": [[1], [2]]}', '{"target": "a", "weights": 3}']
+)
+def test_a_damaged_record_of_an_edit_is_refused(text: str) -> None:
+    form = EditForm(target="mine")
+    with pytest.raises(ValueError, match="The edit's record cannot be read; use another copy of the image."):
+        form.restore(text)
+    assert form.target == "mine"
