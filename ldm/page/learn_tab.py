@@ -186,7 +186,7 @@ def start(form: LearnForm, engine: Engine) -> learning.Learning:
     images.mkdir(parents=True)
     for number, path in enumerate(form.images):
         shutil.copyfile(path, images / f"{number}-{path.name}")
-    stem = re.sub(r"\W+", "-", form.name).strip("-") or "concept"
+    stem = re.sub(r"\W+", "-", form.name).strip("-")[:60] or "concept"
     folder = LOGDIR / f"{stem}-{datetime.now():%Y-%m-%dT%H-%M-%S}"
     lesson = learning.Lesson(images, folder, form.init_word.strip(), form.method, int(form.steps))
     run = learning.learn(lesson, engine.setup, engine.uploads / f"{folder.name}.txt")
