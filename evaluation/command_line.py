@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ldm.cli.flags import Parser, path, positive
+from ldm.files.shipped import shipped
 
 
 def add_model_flags(parser: Parser, steps: int) -> None:
     """Add the flags that name a base model and its classifier (the small model's by default) and how to sample."""
-    parser.add_argument("--config", default="configs/demo/finetune.yaml")
-    parser.add_argument("--ckpt", default="models/demo/model.safetensors")
-    parser.add_argument("--classifier", default="models/demo/classifier.safetensors")
+    parser.add_argument("--config", type=shipped, default="configs/demo/finetune.yaml")
+    parser.add_argument("--ckpt", type=shipped, default="models/demo/model.safetensors")
+    parser.add_argument("--classifier", type=shipped, default="models/demo/classifier.safetensors")
     parser.add_argument("--steps", type=positive, default=steps, help=f"DDIM steps ({steps})")
     parser.add_argument("--scale", type=float, default=2.5, help="guidance scale (2.5)")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from omegaconf import DictConfig
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from ldm.conditioning.presets import Windows, preset_words, presets_beside
 from ldm.conditioning.prompts import warn_of_class, warn_of_unknown, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
-from ldm.files.images import WHITE, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
+from ldm.files.images import WHITE, ImageError, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.files.records import PNG_KEY, read_parameters, save_picture
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -445,12 +445,19 @@ def _with_record(images: Sequence[Image.Image], request: Request, record: Mappin
 
 
 def open_content(content: Content) -> Image.Image:
-    """Return the content image as RGB: the same from a file and from an image that Pillow has opened."""
+    """Return the content image as RGB: the same from a file and from an image that Pillow has opened.
+
+    Raises:
+        ValueError: it is no usable image.
+    """
     if isinstance(content, (str, Path)):
         return open_image(content)
-    if not isinstance(content, Image.Image):
-        content = Image.open(content)
-    return to_rgb(ImageOps.exif_transpose(content), WHITE)
+    try:
+        opened = content if isinstance(content, Image.Image) else Image.open(content)
+        return to_rgb(ImageOps.exif_transpose(opened), WHITE)
+    except Exception as error:  # as `open_image`
+        reason = "Pillow does not know it" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ImageError(f"The content image cannot be read ({reason}); give a PNG or JPEG.") from error
 
 
 def content_hash(content: Image.Image) -> str:

@@ -47,6 +47,7 @@ RANGES: dict[str, tuple[int, int, str]] = {
     "height": (1, MAX_SIDE, ""),
     "width": (1, MAX_SIDE, ""),
 }
+MAX_PLACEHOLDER = 100  # characters
 MAX_CONCEPTS = 100  # a prompt has room for 75 tokens
 
 Words = Sequence["str | int | None"]
@@ -292,9 +293,13 @@ def check_prompt(prompt: object, what: str = "A prompt") -> None:
 
 def check_placeholder(placeholder: object) -> None:
     """Raise `ValueError` unless prompts can be cut at `placeholder`: `*` is replaced wherever it stands."""
-    if not isinstance(placeholder, str) or not placeholder.strip():
+    check_prompt(placeholder if isinstance(placeholder, str) else "", "A placeholder")
+    if not isinstance(placeholder, str) or not placeholder.strip() or not placeholder.isprintable():
         raise ValueError(f"A placeholder must be a visible text such as '*', not {shown(placeholder)}.")
-    check_prompt(placeholder, "A placeholder")
+    if len(placeholder) > MAX_PLACEHOLDER:
+        raise ValueError(
+            f"The placeholder {shown(placeholder)} has more than {MAX_PLACEHOLDER} characters; shorten it."
+        )
     if PLACEHOLDER in placeholder and placeholder != PLACEHOLDER:
         raise ValueError(
             f"The placeholder '{placeholder}' must not contain '*', which is one itself; take '<star>' or so."
@@ -420,7 +425,7 @@ def read_scale(text: str, num_stages: int, default: float) -> float | list[float
     """
     scales = [default] * num_stages
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(?:(\d+)(?:-(\d+))?:)?([^:]+)", part)
+        found = re.fullmatch(r"\s*(?:(\d{1,4})(?:-(\d{1,4}))?:)?([^:]+)", part)
         try:
             first, last, scale = found.groups() if found else (None, None, "")
             value = float(scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from yaml.reader import ReaderError
 
 # What constructors do with values of a wrong type or size, beside the ValueErrors that they raise themselves.
 MISMATCHES = (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-MAX_NODES = 100_000  # of a YAML file whose aliases are written out
+MAX_NODES = 20_000  # of a YAML file, also with its aliases written out
+MAX_BYTES = 512 << 10  # its parser needs seconds for them
 
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\x00-\x1f\x85\xa0\u2028\u2029]")
 _MERGE = "tag:yaml.org,2002:merge"  # the key `<<`
@@ -46,9 +48,11 @@ def read_yaml_content(
 
 def _read(path: str | Path, flag: str, what: str, hint: str) -> tuple[str, object]:
     path = Path(path).expanduser()
-    if not path.is_file():
-        problem = f"'{path}' is a folder and no {what}" if path.is_dir() else f"There is no {what} '{path}'"
+    if not os.path.isfile(path):  # unlike pathlib's, no error for a name that is too long
+        problem = f"'{path}' is a folder and no {what}" if os.path.isdir(path) else f"There is no {what} '{path}'"
         raise ConfigError(f"{problem}; check the path given with {flag}.")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"'{path}' has {path.stat().st_size >> 10} KB; a {what} has at most {MAX_BYTES >> 10} KB.")
     try:
         text = path.read_bytes().decode("utf-8")
         return text, _parse(text)
@@ -61,7 +65,15 @@ def _read(path: str | Path, flag: str, what: str, hint: str) -> tuple[str, objec
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses text that loaders read as something else than it says."""
+    """Refuses text that loaders read as something else than it says, or that is endless."""
+
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise ConfigError(f"has more than {MAX_NODES} entries; write fewer.")
+        return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -5,19 +5,17 @@ python scripts/convert_checkpoint.py sd-v1-4.ckpt sd-v1-4.safetensors --half
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from ldm.checkpoint import file_hash, identify, read_state_dict, save_state_dict
-from ldm.cli.flags import Parser, say
+from ldm.cli.flags import Parser, path, say
 from ldm.files.writing import check_new_file
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("source", type=Path, help=".ckpt or .safetensors file, or diffusers folder")
-    parser.add_argument("target", type=Path, help="the .safetensors file to write")
+    parser.add_argument("source", type=path, help=".ckpt or .safetensors file, or diffusers folder")
+    parser.add_argument("target", type=path, help="the .safetensors file to write")
     parser.add_argument("--half", action="store_true", help="store the weights as float16 (half the size)")
     parser.add_argument("--force", action="store_true", help="overwrite the target")
     parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")

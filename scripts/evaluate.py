@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is 
 
 from ldm.cli.flags import Parser, log_to_terminal, natural, path, positive, say, script_parser
 from ldm.cli.prompts import read_prompts
-from ldm.request import PLACEHOLDER
+from ldm.files.shipped import shipped
+from ldm.files.texts import file_name
+from ldm.request import PLACEHOLDER, check_prompt
 
 if TYPE_CHECKING:
     from evaluation.metrics.report import Case
@@ -50,8 +52,8 @@ def build_parser() -> Parser:
     parser.add_argument("--count", type=positive, default=8, help="images of a prompt (8)")
     parser.add_argument("--seed", type=natural, default=0, help="of the first of them (0)")
     parser.add_argument("--batch", type=positive, default=8, help="images at a time (8)")
-    parser.add_argument("--config", default="configs/demo/finetune.yaml")
-    parser.add_argument("--ckpt", default="models/demo/model.safetensors")
+    parser.add_argument("--config", type=shipped, default="configs/demo/finetune.yaml")
+    parser.add_argument("--ckpt", type=shipped, default="models/demo/model.safetensors")
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (50)")
     parser.add_argument("--scale", type=float, help="guidance scale (the model's)")
     parser.add_argument("--outdir", type=path, default=path("outputs/evaluation"), metavar="DIR")
@@ -79,7 +81,9 @@ def evaluate(args: argparse.Namespace) -> None:
     check_writable(args.outdir, "--outdir")
     prompts = [args.prompt]
     if args.prompts is not None:
-        prompts = [row["prompt"] for row in read_prompts(args.prompts, ["prompt"], 1)]
+        prompts = [row.get("prompt") for row in read_prompts(args.prompts, ["prompt"], 1)]
+    for prompt in prompts:
+        check_prompt(prompt)
     if args.clip is not None:
         backbone = clip_backbone(args.clip, not args.no_antialias)
     else:
@@ -133,14 +137,14 @@ def concept_cases(args: argparse.Namespace, prompts: list[str]) -> list[Case]:
     from ldm.embeddings import load_concept
     from ldm.generate import load_model_from_config
 
-    concept, references = load_concept(args.concept), read_images(args.references, args.background)
+    concept, references = load_concept(shipped(args.concept)), read_images(args.references, args.background)
     name = args.placeholder or concept.metadata.get("placeholder", PLACEHOLDER)
     written = {prompt: filled(prompt, concept, name) for prompt in prompts}
     model = load_model_from_config(args.config, args.ckpt, lightning=False)
     settings = {"ddim_steps": args.steps, "scale": args.scale, "seed": args.seed, "concepts": {name: concept}}
     cases = []
     for prompt, complete in written.items():
-        folder = args.outdir / "images" / prompt.replace("/", "-")
+        folder = args.outdir / "images" / file_name(prompt)
         images = concept_images(model, settings | {"prompt": complete}, args.count, args.batch, folder)
         text = without_placeholder(prompt, name, args.keep_blanks)
         cases.append(Case(Path(args.concept).name, prompt, text, references, images, {}))

@@ -13,8 +13,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.flags import Parser, add_flag, say
+from ldm.cli.flags import Parser, add_flag, path, say
 from ldm.cli.models import MODEL_DEFAULTS
+from ldm.files.shipped import shipped
 from ldm.files.writing import replacing_set
 
 if TYPE_CHECKING:
@@ -70,9 +71,10 @@ def main() -> None:
     summary, _, examples = __doc__.partition("\n")
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=summary, epilog="examples:\n" + examples.strip("\n"), formatter_class=raw)
-    parser.add_argument("folder", type=Path, help="the folder to write")
+    parser.add_argument("folder", type=path, help="the folder to write")
     for name in ("config", "ckpt"):
-        add_flag(parser, f"--{name}", default=MODEL_DEFAULTS[name], metavar="FILE", help=f"({MODEL_DEFAULTS[name]})")
+        default = MODEL_DEFAULTS[name]
+        add_flag(parser, f"--{name}", type=shipped, default=default, metavar="FILE", help=f"({default})")
     options = parser.parse_strictly()
     try:
         if options.folder.exists():

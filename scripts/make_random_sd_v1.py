@@ -7,6 +7,7 @@ The .ckpt is pickled as the public file is, with Lightning's ModelCheckpoint cla
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
-from ldm.cli.flags import Parser, say
+from ldm.cli.flags import Parser, one_line, path, say
+from ldm.files.texts import read_text
 from ldm.files.writing import check_new_file, replacing
 from ldm.models.diffusion.schedule import make_betas, schedule_buffers
+from ldm.request import shown
 
 LAYOUT = Path(__file__).resolve().parents[1] / "tests" / "golden" / "sd_v1_state_dict.json"
 
@@ -46,19 +49,28 @@ def random_weights(layout: dict[str, dict], dtype: torch.dtype, seed: int = 0) -
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="(random-sd-v1.ckpt, or .safetensors)")
+    parser.add_argument("--out", type=path, help="(random-sd-v1.ckpt, or .safetensors)")
     parser.add_argument("--force", action="store_true", help="overwrite the file if it is there")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--format", choices=("ckpt", "safetensors"), default="ckpt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layout", type=Path, default=LAYOUT, help="JSON with the keys, shapes and kinds")
+    parser.add_argument("--layout", type=path, default=LAYOUT, help="JSON with the keys, shapes and kinds")
     options = parser.parse_strictly(argv)
     out = options.out or Path(f"random-sd-v1.{options.format}")
     with parser.sentences():
-        check_new_file(out, options.force, suffix=f".{options.format}")
+        check_new_file(out, options.force, [options.layout], f".{options.format}")
+        write(options, out)
 
-    layout = json.loads(options.layout.read_text())["state_dict"]
-    state = random_weights(layout, getattr(torch, options.dtype), options.seed)
+
+def write(options: argparse.Namespace, out: Path) -> None:
+    """Draw the weights, and save them as a flag says."""
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed must be in 0..2^32 - 1, not {shown(options.seed)}.")
+    try:
+        layout = json.loads(read_text(options.layout, "--layout"))["state_dict"]
+        state = random_weights(layout, getattr(torch, options.dtype), options.seed)
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"'{options.layout}' is no layout such as '{LAYOUT}' ({one_line(error):.80}).") from error
     if options.format == "safetensors":
         save_state_dict(state, out)
     else:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 from itertools import chain
-from pathlib import Path
 
-from ldm.cli.flags import Parser, add_flag, say
+from ldm.cli.flags import Parser, add_flag, path, say
 from ldm.cli.prompts import seeds
 
 
@@ -19,12 +18,12 @@ def main() -> None:
     summary, _, examples = __doc__.partition("\n")
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=summary, epilog="examples:\n" + examples.strip("\n"), formatter_class=raw)
-    parser.add_argument("first", type=Path, help="the concept that weight 0 is")
-    parser.add_argument("second", type=Path, help="the concept that weight 1 is")
+    parser.add_argument("first", type=path, help="the concept that weight 0 is")
+    parser.add_argument("second", type=path, help="the concept that weight 1 is")
     help_stages = "take these whole from the second and the others from the first, as in 0-6"
     add_flag(parser, "--stages", nargs="+", type=seeds, metavar="RANGE", help=help_stages)
     add_flag(parser, "--weight", type=float, default=0.5, metavar="X", help="of the second, 0 to 1 (0.5)")
-    add_flag(parser, "--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    add_flag(parser, "--out", type=path, required=True, metavar="FILE", help="the .safetensors file to write")
     add_flag(parser, "--any_base", action="store_true", help="mix also concepts of different base models")
     add_flag(parser, "--force", action="store_true", help="overwrite the file if it is there")
     options = parser.parse_strictly()

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from ldm.checkpoint import save_state_dict
-from ldm.cli.flags import Parser, say
+from ldm.cli.flags import Parser, path, say
 from ldm.files.tensors import read_checkpoint
 from ldm.files.writing import check_new_file
 
@@ -28,8 +27,8 @@ TOWERS = ("image_tower.", "text_projection.", "log_scale")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="log folder of the run")
-    parser.add_argument("out", type=Path, help="the .safetensors file to write")
+    parser.add_argument("run", type=path, help="log folder of the run")
+    parser.add_argument("out", type=path, help="the .safetensors file to write")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     parser.add_argument("--force", action="store_true", help="overwrite the file")
     parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")

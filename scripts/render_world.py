@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
 from ldm.cli.flags import Parser, path
+from ldm.files.texts import check_file_name, read_table
 from ldm.files.writing import check_writable, replacing_set, writing_to
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def write(args: argparse.Namespace) -> None:
     from evaluation.world.attributes import attributes_from_words, caption, random_attributes
     from evaluation.world.rendered import render
-    from ldm.files.images import to_pil
+    from ldm.files.images import LARGEST, to_pil
 
-    if min(args.count, args.resolution) < 1 or not 0 <= args.seed < 2**62:
-        raise ValueError("--count and --resolution must be at least 1, and --seed in 0..2^62.")
+    if not (1 <= args.count <= 10**6 and 1 <= args.resolution <= LARGEST and 0 <= args.seed < 2**62):
+        raise ValueError(f"--count must be in 1..10^6, --resolution in 1..{LARGEST}, --seed in 0..2^62.")
     names = file_names(args.name, args.count)
     check_writable(args.out, "--out")
     check_replaceable(args.out, args.force)
@@ -68,10 +69,12 @@ def file_names(template: str, count: int) -> list[str]:
     """Return the images' names; raise `ValueError` where they are paths, the same twice, or cannot be formatted."""
     try:
         names = [template.format(number) + ".png" for number in range(count)]
-    except (LookupError, AttributeError, ValueError) as error:
+    except (LookupError, AttributeError, ValueError, MemoryError) as error:
         raise ValueError(f"--name '{template}' cannot be filled in ({error}); write it like {{:05d}}.") from error
     if any(Path(name).name != name or "\\" in name for name in names):
         raise ValueError(f"--name '{template}' must be a name, not a path; the folder goes to --out.")
+    for name in names:
+        check_file_name(name.removesuffix(".png"))
     if len(set(names)) != count:
         raise ValueError(f"--name {template} gives {count} images the same name: put {{}} in it.")
     return names
@@ -88,10 +91,11 @@ def check_replaceable(folder: Path, force: bool) -> None:
 
 def members(folder: Path) -> set[str]:
     """Return the names of the files of a rendered set."""
-    if not (folder / CAPTIONS).is_file():
+    try:
+        rows = read_table(folder / CAPTIONS, "--out", ("file", "set"))
+    except ValueError:
         return set()
-    with (folder / CAPTIONS).open(newline="", encoding="utf-8") as file:
-        return {CAPTIONS, *(row["file"] for row in csv.DictReader(file) if row.get("set"))}
+    return {CAPTIONS, *(row["file"] for _, row in rows if row["set"])}
 
 
 def save_set(folder: Path, images: Mapping[str, Image.Image], captions: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -33,6 +34,7 @@ from ldm.checkpoint import CheckpointError, read_state_dict
 from ldm.cli import sample as commands
 from ldm.config import ConfigError, instantiate_from_config, load_config
 from ldm.embeddings import EmbeddingError, load_concept
+from ldm.methods.neti import NeTIMapper, NeTISettings
 
 
 class Call:
@@ -320,6 +322,51 @@ def test_tags_of_yaml_are_refused(tag: str, marker: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError):
         load_config(tmp_path / "a.yaml")
     assert not marker.exists()
+
+
+# Descriptions that do not fit their tensors
+
+MAPPER, MAPPED = NeTIMapper(NeTISettings(num_layers=7, width=128)).to_concept()
+PREFIX = {"prefix": torch.zeros(1, 2, 1, 4, 32)}
+LATENTS = {"contexts": torch.zeros(2, 77, 8), "x_T": torch.zeros(1, 4, 2, 2), "z_0": torch.zeros(1, 4, 2, 2)}
+
+
+def mapper_with(**settings: object) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    said = json.loads(MAPPED["neti.settings"]) | settings
+    return MAPPER, {"prospect.method": "neti", "neti.settings": json.dumps(said)}
+
+
+DESCRIBED = {
+    "endless layers": (*mapper_with(num_layers=10**12), "num_layers must be in 1..1000"),
+    "endless width": (*mapper_with(width=10**12), "width must be in 1..65536"),
+    "layers as text": (*mapper_with(num_layers="7"), "num_layers must be a whole number, not '7'"),
+    "no finite norm": (*mapper_with(target_norm=math.nan), "target_norm must be in 0..1000000.0, not nan"),
+    "deep settings": (MAPPER, {"prospect.method": "neti", "neti.settings": "[" * 100_000}, "its mapper cannot be read"),
+    "a logit bias": (
+        PREFIX,
+        {"prospect.method": "catversion", "catversion.text_layers": "1", "catversion.logit_bias": "nan"},
+        "does not say its text layers and logit bias",
+    ),
+    "timesteps": (
+        LATENTS,
+        {"prospect.method": "null-text", "inversion.timesteps": "1,2"},
+        "do not go down to the image",
+    ),
+    "a class that is no method": (
+        PREFIX,
+        {"prospect.method": "ldm.methods.neti.NeTIMapper"},
+        "'ldm.methods.neti.NeTIMapper' is no method",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_descriptions_that_do_not_fit(name: str, tmp_path: Path) -> None:
+    tensors, metadata, sentence = DESCRIBED[name]
+    save_file(tensors, tmp_path / "a.safetensors", {"prospect.version": "1"} | metadata)
+    with pytest.raises(EmbeddingError, match=f"a.safetensors': .*{sentence}") as caught:
+        load_concept(tmp_path / "a.safetensors")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 # Names that are paths

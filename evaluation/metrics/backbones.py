@@ -16,6 +16,7 @@ from torch import Tensor
 from evaluation.networks.clip import CLIP
 from ldm.checkpoint import load_weights, read_state_dict
 from ldm.config import load_config
+from ldm.files.shipped import shipped
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -126,6 +127,7 @@ def small_backbone(
 
     They know the words of the rendered world only; scores by them compare with nothing that is published.
     """
+    config, weights, model = map(shipped, (config, weights, model))
     params = load_config(config).model.params
     towers: Any = CLIP(**params).eval().requires_grad_(False)
     text = {name: x for name, x in read_state_dict(model).items() if name.startswith("cond_stage_model.")}

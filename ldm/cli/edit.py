@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from ldm.cli.models import add_model_flags, check_weights, load_model, model_set
 from ldm.cli.prompts import concept_files, read_stages
 from ldm.editing.request import TAUS, Edit, Span, grid_of
 from ldm.editing.table import Row, read_rows
+from ldm.files.texts import slug
 from ldm.files.writing import check_writable
 
 PNG_KEY = "prospect-edit"  # name of the text chunk that says what an image was edited by
@@ -148,7 +148,8 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     _load_concepts(model, options)
     sheet = Edits(model, options.outdir, slug(edits[0].target))
     if concept is None:
-        return sheet.generated(source, edits, options.seed, options.steps or 50, options.guidance_scale)
+        steps = 50 if options.steps is None else options.steps
+        return sheet.generated(source, edits, options.seed, steps, options.guidance_scale)
     from ldm.editing.invert import check_belongs
 
     check_belongs(concept, model, options.image, options.prompt, options.steps, options.any_base)
@@ -164,6 +165,8 @@ def edits_of(options: argparse.Namespace) -> list[Edit]:
     names = ("kind", "blend", "subtract", "threshold", "compat", *TAUS)
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.stages:
+        if options.stages[0].startswith("preset:"):
+            raise ValueError(f"--stages {options.stages[0]} is for generating; here it is RANGE=TEXT.")
         given |= read_stages(options.stages, 10)
     return grid_of(options.target, weights=dict(options.weight), word_taus=dict(options.word_tau), **given)
 
@@ -211,13 +214,14 @@ class Edits:
         try:
             for edit, found in zip(edits, made, strict=True):
                 written.append(new_file(self.folder / f"{self.stem}-{tau_name(edit)}"))
-                save_png(found.image, written[-1], {PNG_KEY: json.dumps(vars(edit), default=str)})
+                save_png(found.image, written[-1], {PNG_KEY: json.dumps(_records(edit)[0])})
                 rows.append([*before.values(), found.source, found.image])
                 labels.append(tau_name(edit).replace("-", " "))
         finally:
             if rows:
                 grid = new_file(self.folder / f"{self.stem}-grid")
-                save_png(label_grid(rows, labels, [*before, "source", "edit"]), grid, {})
+                shown = json.dumps(_records(*edits[: len(rows)]))
+                save_png(label_grid(rows, labels, [*before, "source", "edit"]), grid, {PNG_KEY: shown})
                 written.append(grid)
         return written
 
@@ -229,10 +233,6 @@ def tau_name(edit: Edit) -> str:
         return "to".join(f"{end:g}" for end in (tau if isinstance(tau, tuple) else (tau,)))
 
     return "-".join(f"{name[-1]}{shown(getattr(edit, name))}" for name in TAUS)
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^\w]+", "-", text).strip("-")[:60] or "edit"
 
 
 # --- lists of edits --------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def edit_rows(options: argparse.Namespace) -> list[Path]:
             edits = row.edits()
             for edit in edits:
                 edit.check(row.prompt)
-            if _is_finished(folder, row, edits):
+            if is_finished(folder, row, edits, options):
                 say(f"case {row.case}: there already")
                 continue
             model = model or load_model(options)
@@ -273,13 +273,44 @@ def edit_rows(options: argparse.Namespace) -> list[Path]:
     return written
 
 
-def _is_finished(folder: Path, row: Row, edits: Sequence[Edit]) -> bool:
-    stem = row_stem(row)
-    if not edits:
-        return concept_file(folder, row).exists()
-    return (folder / f"{stem}-grid.png").exists() and all(
-        (folder / f"{stem}-{tau_name(e)}.png").exists() for e in edits
-    )
+def is_finished(folder: Path, row: Row, edits: Sequence[Edit], options: argparse.Namespace) -> bool:
+    """Return whether what comes of a row is there.
+
+    Raises:
+        ValueError: what is there is of other settings, of another image, or not of this program.
+    """
+    concept = concept_file(folder, row)
+    if concept.exists():
+        from ldm.editing.invert import refuse_changed
+
+        refuse_changed(concept, row.image, row.prompt, vars(options))
+    records = records_of(folder / row_stem(row), edits)
+    there = {file: _shows(file) for file in records if file.exists()}
+    for file, shows in there.items():
+        if not shows or shows != records[file][: len(shows)]:
+            raise ValueError(f"'{file}' is there and shows something else; move it away, or use another --outdir.")
+    return there == records if edits else concept.exists()
+
+
+def records_of(stem: Path, edits: Sequence[Edit]) -> dict[Path, list[Any]]:
+    """Return the files of edits, with what they show; none without edits."""
+    single = {stem.with_name(f"{stem.name}-{tau_name(edit)}.png"): _records(edit) for edit in edits}
+    return single | ({stem.with_name(f"{stem.name}-grid.png"): _records(*edits)} if edits else {})
+
+
+def _records(*edits: Edit) -> list[Any]:
+    return [json.loads(json.dumps(vars(edit), default=str)) for edit in edits]
+
+
+def _shows(file: Path) -> list[Any]:
+    """The records of edits in an image; those of a grid are a list, which is shorter where it was stopped."""
+    from ldm.files.images import image_info
+
+    try:
+        found = json.loads(image_info(file).get(PNG_KEY, "[]"))
+    except (TypeError, ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) else [found]
 
 
 def row_stem(row: Row) -> str:
@@ -305,6 +336,6 @@ def edit_row(model: Any, row: Row, edits: Sequence[Edit], folder: Path, options:
     else:
         concept = invert_options(model, row.image, row.prompt, options, file)
         save_new_concept(concept, file)
-    for old in folder.glob(f"{row_stem(row)}-*.png"):  # of a row that was stopped
-        old.unlink()
+    for old in records_of(folder / row_stem(row), edits):  # of a row that was stopped
+        old.unlink(missing_ok=True)
     return Edits(model, folder, row_stem(row)).inverted(concept, edits, row.image) if edits else [file]

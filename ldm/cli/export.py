@@ -188,7 +188,7 @@ def _use(options: argparse.Namespace, concepts: Mapping[str, tuple[str, Concept]
     if options.scale is not None:
         stages = len(words) if words else most_stages(concept for _, concept in concepts.values())
         own["scale"] = read_scale(options.scale, stages, facts.scale)
-    Request(scale=own["scale"])  # which checks it
+    Request(**own)  # which checks them
     settings = {name: getattr(facts, name) if value is None else value for name, value in own.items()}
     sampler = name_of(options.sampler, options.spacing)
     settings |= {"rescale": options.rescale, "sampler": sampler, "steps": options.steps, "seed": options.seed}

@@ -21,6 +21,7 @@ from ldm.files.shipped import shipped
 
 # `name: what it is`, with the lines that continue it, in the Args of a docstring
 _ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+_ENDLESS = re.compile(r"(\S{300})\S+")
 # Flags of earlier versions, and what says the same.
 REPLACED = {"--word": "--stages '0=TEXT'", "--words": "--stages '0=TEXT', or --prompts FILE"}
 # Metavar and type of a field's flag, by the field's annotation.
@@ -207,8 +208,8 @@ def printable(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return a message as one line that a terminal shows as it is: names in files may hold control characters."""
-    return printable(" ".join(str(text).split()))
+    """Return a message as one line that a terminal shows as it is; of endless words in files only the beginning."""
+    return _ENDLESS.sub(r"\1…", printable(" ".join(str(text).split())))
 
 
 class _Printable(logging.Formatter):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.files.shipped import name_of
+from ldm.files.texts import file_name
 from ldm.files.writing import writing_to
 from ldm.request import PLACEHOLDER, Request
 
@@ -31,7 +32,6 @@ LAYOUTS = {
     "neti": ("{prompt}/{seed}{truncated}", "{prompt}{truncated}", ".png"),
     "catversion": ("{dashed}/{dashed}_{seed}", "{dashed}/{dashed}", ".jpg"),
 }
-_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # on Windows, whatever the ending
 
 
 @dataclass(frozen=True)
@@ -184,17 +184,9 @@ def _names(record: Mapping[str, Any]) -> dict[str, str]:
     """What stands in the templates of a layout."""
     prompt, truncation = record["prompt"], record.get("truncation")
     truncated = "" if truncation is None else f"_truncation_{truncation}"
-    kept = r'[/\\\0<>:"|?*]|[. ]+$' if os.name == "nt" else r"[/\0]"
+    kept = r'[/\\<>:"|?*\x00-\x1f]|[. ]+$' if os.name == "nt" else r"[/\x00-\x1f\x7f]"
     names = {"stem": _stem(record), "truncated": truncated}
-    return names | {"dashed": _file_name(prompt, r"[\s/\\:]"), "prompt": _file_name(prompt, kept)}
-
-
-def _file_name(prompt: str, unusable: str) -> str:
-    """The prompt as a name, with dashes for characters that have no place there."""
-    name = re.sub(unusable, "-", prompt).lstrip(".").strip() or "image"
-    if os.name == "nt" and _DEVICE.match(name):
-        name = f"_{name}"
-    return name.encode()[:200].decode(errors="ignore")
+    return names | {"dashed": file_name(prompt, r"[\s/\\:\x00-\x1f\x7f]"), "prompt": file_name(prompt, kept)}
 
 
 def _write(image: Image.Image, path: Path, suffix: str, record: Mapping[str, Any]) -> Path:

@@ -11,6 +11,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ldm.cli.flags import (
 )
 from ldm.cli.models import add_model_flags, check_weights, load_model, model_setup
 from ldm.editing.request import InversionOptions, check_words_in
+from ldm.files.texts import slug
 from ldm.files.writing import check_new_file, check_writable
 from ldm.request import check_prompt
 
@@ -97,6 +99,8 @@ def _invert(options: argparse.Namespace) -> list[Path]:
     out = options.out or Path("outputs", f"{options.image.stem}-{options.method}.safetensors")
     out = check_new_file(out, options.force, [options.image])
     check_writable(out.parent, "--out")
+    for file in chain.from_iterable(mask_files(out, word) for word in options.mask):
+        check_new_file(file, options.force, [options.image], ".png")
     model = load_model(options)
     concept = invert_options(model, options.image, options.prompt, options, out)
     logger.info(
@@ -164,7 +168,12 @@ def _masks(model: Any, concept: Any, prompt: str, words: Sequence[str], out: Pat
 
     written = []
     for word, images in word_masks(model, concept, words).items():
-        for name, image in zip(("foreground", "background"), images, strict=True):
-            written.append(out.with_name(f"{out.stem}-{word}-{name}.png"))
-            save_png(image, written[-1], {})
+        for file, image in zip(mask_files(out, word), images, strict=True):
+            save_png(image, file, {})
+            written.append(file)
     return written
+
+
+def mask_files(out: Path, word: str) -> list[Path]:
+    """Return where the masks of a word are written: foreground, background."""
+    return [out.with_name(f"{out.stem}-{slug(word)}-{part}.png") for part in ("foreground", "background")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +14,8 @@ from typing import Any
 from ldm.cli.flags import add_field_flag, add_flag
 from ldm.files.hub import fetch, is_hub
 from ldm.files.shipped import shipped
-from ldm.request import PRESETS, Request, check_placeholder, mentions
+from ldm.files.texts import read_text
+from ldm.request import PRESETS, Request, check_placeholder, mentions, shown
 
 MAX_SEEDS = 1000
 WHOLE_FILES = ("embeddings.safetensors", "learned_embeds.safetensors")  # of a concept's folder
@@ -81,8 +83,8 @@ def _range(text: str, num_stages: int) -> range:
     first, last = (int(match[1]), int(match[3] or (num_stages - 1 if match[2] else match[1]))) if match else (1, 0)
     if not first <= last < num_stages:
         raise ValueError(
-            f"--stages: '{text}' is no range of the stages 0-{num_stages - 1}; write one (3), several (0-6) or an open "
-            "range (5-). Stage 0 is the end of sampling."
+            f"--stages: {shown(text)} is no range of the stages 0-{num_stages - 1}; write one (3), several (0-6) or an "
+            "open range (5-). Stage 0 is the end of sampling."
         )
     return range(first, last + 1)
 
@@ -102,7 +104,7 @@ def read_prompts(file: str | Path, names: Sequence[str], num_stages: int) -> lis
         ValueError: there is no such file, it holds no prompt, or an entry is something else.
     """
     if Path(file).suffix.lower() not in (".yaml", ".yml"):
-        entries: object = _lines(Path(file).expanduser())
+        entries: object = _lines(read_text(file, "--prompts"))
     else:
         from ldm.yaml_files import read_yaml_content
 
@@ -113,14 +115,10 @@ def read_prompts(file: str | Path, names: Sequence[str], num_stages: int) -> lis
     return [_entry(file, entry, names, num_stages) for entry in entries]
 
 
-def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise ValueError(f"There is no file '{file}'; check the path given with --prompts.")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{file}' is not UTF-8 text; give a text file with one prompt in each line.") from error
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+def _lines(text: str) -> list[str]:
+    """The lines of a text; other separators of Unicode are part of a prompt."""
+    lines = (line.strip() for line in re.split(r"\r\n?|\n", text))
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _entry(file: str | Path, entry: object, names: Sequence[str], num_stages: int) -> dict[str, Any]:
@@ -152,7 +150,7 @@ def concept_files(texts: Sequence[str], own: str, prompts: str = "") -> dict[str
     concepts: dict[str, str] = {}
     for text in texts:
         name, sign, file = text.partition("=")
-        if not sign or Path(text).is_file():
+        if not sign or os.path.isfile(text):
             file = shipped(text)
             name = placeholder_in(file) or own
             if mentions(prompts, own) and not mentions(prompts, name):
@@ -173,11 +171,14 @@ def placeholder_in(file: str) -> str | None:
     if is_hub(file):
         file = str(fetch(file)[0])
     path = Path(file)
-    folder = path if path.is_dir() else path.parent
-    path = next((path / name for name in WHOLE_FILES if (path / name).is_file()), path)
-    with suppress(OSError, ValueError, LookupError, TypeError, StopIteration):
+    folder = path if os.path.isdir(path) else path.parent
+    path = next((path / name for name in WHOLE_FILES if os.path.isfile(path / name)), path)
+    # any file may be given here, and says anything; `load_concept` has the sentences
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
         if (beside := folder / "token_identifier.txt").is_file():
-            return _usable(beside.read_text(encoding="utf-8").strip())
+            return _usable(read_text(beside, "--concept").strip())
+        if not os.path.isfile(path):  # a pipe would be waited for
+            return None
         with path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(min(size, 1 << 20)))

@@ -43,6 +43,9 @@ def _push(options: argparse.Namespace) -> list[str]:
     from ldm.files.hub import upload
 
     concept, name = load_concept(options.concept), options.repository.partition("/")[2]
+    place = options.outdir
+    if place is not None and place.exists() and (place.is_file() or any(place.iterdir())):
+        raise ValueError(f"'{place}' is not an empty folder; name a new one with --outdir.")
     card = Card(options.license, options.base_model, options.images)
     if options.outdir is not None:
         return [str(file) for file in write_repository(concept, name, options.outdir, card)]

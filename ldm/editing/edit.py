@@ -24,7 +24,7 @@ from ldm.editing.alignment import PromptTokens
 from ldm.editing.blend import LocalBlend
 from ldm.editing.control import AttentionControl, MapStore, Rules, refine, replace, reweight
 from ldm.editing.inversion import inversion_timesteps, layers_of, levels
-from ldm.editing.request import Edit, Pair
+from ldm.editing.request import Edit, Pair, read_number
 from ldm.files.images import to_pil
 from ldm.generate import facts_of
 from ldm.methods.base import StepChange
@@ -32,6 +32,8 @@ from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import draw_noise, guided, seeded_generators
+from ldm.request import MAX_SCALE
+from ldm.util import usual_torch
 
 AREA = 4  # self-attention is exchanged up to a quarter of the latents' positions: 32² of 64²
 
@@ -205,6 +207,7 @@ def decoded(model: DiffusionModel, latents: Tensor) -> Edited:
     return Edited(image, source, latents)
 
 
+@usual_torch()
 def edit_generated(
     model: DiffusionModel,
     prompt: str,
@@ -222,9 +225,11 @@ def edit_generated(
         guidance_scale: None: the model's own.
 
     Raises:
-        ValueError: the edit does not fit the prompt.
+        ValueError: the edit does not fit the prompt, or a number is out of range.
     """
     facts = facts_of(model)
+    scale = facts.scale if guidance_scale is None else read_number("guidance_scale", guidance_scale, 0, MAX_SCALE)
+    steps = int(read_number("steps", steps, 1, model.num_timesteps, whole=True))
     shape = (1, model.channels, facts.height // facts.factor, facts.width // facts.factor)
     x_T = draw_noise(seeded_generators([seed]), shape, model.device)
     timesteps = inversion_timesteps(steps, model.num_timesteps)[::-1].tolist()
@@ -234,5 +239,4 @@ def edit_generated(
         model.get_learned_conditioning([edit.target], edit.prospect_words),
         model.get_unconditional(),
     )
-    scale = facts.scale if guidance_scale is None else guidance_scale
     return decoded(model, denoise_pair(model, x_T, branches, plan, timesteps, scale, progress))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ from ldm.methods.inversion import FIRST, START, TIMESTEPS, Learner
 from ldm.methods.null_text import NullText, TextInversion
 from ldm.methods.stylediffusion import StyleDiffusion, networks_from
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
+from ldm.models.diffusion.sampling import seeded_generators
+from ldm.util import usual_torch
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ PROMPT, IMAGE, SCALE, SIZE = (f"inversion.{key}" for key in ("prompt", "image_ha
 FEATURES, OPTIONS, PSNR, AUTOENCODER = (
     f"inversion.{key}" for key in ("features", "options", "psnr", "autoencoder_psnr")
 )
+_NUMBER = r"\d{1,4}(\.\d{1,20})?"
 POOR = 3.0  # dB below the autoencoder's own reconstruction
 
 
@@ -132,7 +136,7 @@ def make_learner(
         encoder = model.cond_stage_model
         features, name = features_of(subject.image, encoder.width, clip)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(seeded_generators([seed])[0].initial_seed())
             learner: Learner = StyleDiffusion(options.steps, features, encoder.max_length, value_mode)
         described = {FEATURES: name, "inversion.value_mode": value_mode, "inversion.seed": str(seed)}
         return learner.to(model.device), described
@@ -144,6 +148,7 @@ def make_learner(
     return kind(options.steps, start.k).to(model.device), {}
 
 
+@usual_torch()
 def invert_image(
     model: DiffusionModel,
     content: Content,
@@ -220,10 +225,13 @@ def read_unfinished(path: Path, learner: Learner, described: dict[str, str], dev
     if other or not isinstance(content, dict):
         names = ", ".join(key.removeprefix("inversion.") for key in other) or "content"
         raise ValueError(f"'{path}' keeps an unfinished inversion with another {names}; delete it to start anew.")
-    tensors = {name: tensor.to(device) for name, tensor in content.items()}
-    z = tensors.pop("z")
-    learner.load_state_dict(tensors)
-    return Progress(int(metadata["progress.epoch"]), int(metadata["progress.step"]), z)
+    try:
+        tensors = {name: tensor.to(device) for name, tensor in content.items()}
+        z = tensors.pop("z")
+        learner.load_state_dict(tensors)
+        return Progress(int(metadata["progress.epoch"]), int(metadata["progress.step"]), z)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"'{path}' keeps an unfinished inversion that is damaged; delete it to start anew.") from error
 
 
 @torch.no_grad()
@@ -254,6 +262,7 @@ def rebuilt(model: DiffusionModel, concept: Concept) -> Image.Image:
     return to_pil(model.decode_first_stage(concept.tensors[FIRST].to(model.device))[0])
 
 
+@usual_torch()
 def word_masks(
     model: DiffusionModel, concept: Concept, words: Sequence[str], steps: int = 50
 ) -> dict[str, tuple[Image.Image, Image.Image]]:
@@ -277,7 +286,7 @@ def change_of(concept: Concept) -> StepChange:
     """Return the change of the context that an inversion's concept is.
 
     Raises:
-        ValueError: it is a concept of another kind.
+        ValueError: it is a concept of another kind, or does not say what editing needs.
     """
     if concept.method not in METHODS.values():
         raise ValueError(
@@ -286,9 +295,13 @@ def change_of(concept: Concept) -> StepChange:
         )
     change = find_method(concept.method).load(concept.tensors, concept.metadata)
     assert isinstance(change, StepChange)
+    for key, pattern in ((PROMPT, ".+"), (SCALE, _NUMBER), (SIZE, r"[1-9]\d{0,4}x[1-9]\d{0,4}")):
+        if not re.fullmatch(pattern, concept.metadata.get(key, ""), re.DOTALL):
+            raise ValueError(f"The concept does not say its {key.partition('.')[2]}; invert the image anew.")
     return change
 
 
+@usual_torch()
 def import_networks(
     model: DiffusionModel, content: Content, prompt: str, path: str | Path, clip: str | Path | Tensor, **options: Any
 ) -> Concept:
@@ -335,6 +348,12 @@ def check_belongs(
             f"The concept has {length} tokens of width {width}, but this model's text encoder has {encoder.max_length} "
             f"of {encoder.width}: it was learned for another base model, {describe_base(described)}."
         )
+    facts = facts_of(model)
+    unit, latents = facts.size_unit // facts.factor, concept.tensors[START].shape
+    if latents != concept.tensors[FIRST].shape or latents[0] != 1 or any(side % unit for side in latents[2:]):
+        raise ValueError(f"The concept has latents {tuple(latents)}, which this model cannot denoise.")
+    if max(change.timesteps) >= model.num_timesteps:
+        raise ValueError(f"The concept has the timestep {max(change.timesteps)} of {model.num_timesteps}.")
     if content is not None and (found := content_hash(open_content(content))) != described.get(IMAGE):
         raise ValueError(
             f"The concept is of another image ({described.get(IMAGE, 'unknown')}, not {found}); every image has to be "
@@ -346,6 +365,26 @@ def check_belongs(
         raise ValueError(f"The concept was learned with {len(change.timesteps)} steps, not {steps}; omit them.")
 
 
+def refuse_changed(file: Path, content: Content, prompt: str, given: Mapping[str, object]) -> None:
+    """Raise `ValueError` where a concept's file is of another image or prompt, or was learned with other settings.
+
+    Args:
+        given: flags of `scripts/invert.py` by their names; those that are None may be anything.
+    """
+    said = read_file(file, wanted=lambda _: False).metadata
+    method = METHODS[str(given["method"])]
+    was = json.loads(said.get(OPTIONS, "{}")) | {"prompt": said.get(PROMPT), "image": said.get(IMAGE)}
+    was |= {"method": said.get("prospect.method")}
+    now: dict[str, object] = {"prompt": prompt, "image": content_hash(open_content(content)), "method": method}
+    now |= {name: given[name] for name in asdict(InversionOptions()) if given.get(name) is not None}
+    if method == "stylediffusion":
+        was |= {"value_mode": said.get("inversion.value_mode"), "start_seed": said.get("inversion.seed")}
+        now |= {"value_mode": given["value_mode"], "start_seed": str(given["start_seed"])}
+    if other := ", ".join(name for name, value in now.items() if was.get(name) != value):
+        raise ValueError(f"'{file}' was inverted with another {other}; use another --outdir, or delete it.")
+
+
+@usual_torch()
 def edit_image(
     model: DiffusionModel,
     concept: Concept,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from ldm.request import PLACEHOLDER, Words, check_prompt, check_words, shown
@@ -18,6 +18,16 @@ Span = float | tuple[float, float]  # a share of all steps from the first on, or
 Pair = tuple[tuple[str, ...], tuple[str, ...]]  # words of the source prompt, words of the target
 KINDS = ("replace", "refine")
 TAUS = ("tau_v", "tau_c", "tau_s", "tau_u")
+
+MOST_EDITS = 1000  # of a grid of taus
+# Least and greatest value of each number, and what is added to the sentence that says so.
+_RANGES = {
+    "steps": (1, 100, " (the learning rate ends there)"),
+    "guidance_scale": (1, 1000, ""),
+    "inner_steps": (1, 100_000, ""),
+    "epochs": (1, 1000, ""),
+    "epsilon": (0, 1000, ""),
+}
 
 
 @dataclass(frozen=True)
@@ -43,13 +53,11 @@ class InversionOptions:
     half_maps: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.steps <= 100:
-            raise ValueError(f"steps must be in 1..100 (the learning rate ends there), not {self.steps}.")
-        if not 1 <= self.guidance_scale <= 1000:
-            raise ValueError(f"guidance_scale must be in 1..1000, not {self.guidance_scale}.")
-        for name in ("inner_steps", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name, (low, high, remark) in _RANGES.items():
+            whole = name in ("steps", "inner_steps", "epochs")
+            object.__setattr__(self, name, read_number(name, getattr(self, name), low, high, whole, remark))
+        for name in ("attention_loss", "half_maps"):
+            _check_switch(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -94,13 +102,18 @@ class Edit:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {shown(self.kind)}.")
         for name in TAUS:
             self._set(name, read_span(name, getattr(self, name)))
+        for name in ("word_taus", "weights"):
+            if not isinstance(given := getattr(self, name) or {}, Mapping):
+                raise ValueError(f"{name} must be {{word: number}}, not {shown(given)}.")
         self._set("word_taus", {w: read_span(f"tau_c of '{w}'", s) for w, s in (self.word_taus or {}).items()})
         for name in ("blend", "subtract"):
             self._set(name, _pair(name, getattr(self, name)))
         self._set("weights", dict(self.weights or {}))
         for word, weight in (self.weights or {}).items():
-            if not isinstance(weight, Real) or not math.isfinite(weight):
-                raise ValueError(f"The weight of '{word}' must be a number, not {shown(weight)}.")
+            if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+                raise ValueError(f"The weight of {shown(word)} must be a number, not {shown(weight)}.")
+        self._set("threshold", read_number("threshold", self.threshold, 0, 1))
+        _check_switch("compat", self.compat)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -129,6 +142,25 @@ class Edit:
                 )
 
 
+def read_number(name: str, value: Any, low: float, high: float, whole: bool = False, remark: str = "") -> int | float:
+    """Return a number as Python's own.
+
+    Raises:
+        ValueError: it is none, or out of range.
+    """
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number:
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {shown(value)}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low}..{high}{remark}, not {shown(value)}.")
+    return int(value) if whole else float(value)
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {shown(value)}.")
+
+
 def read_span(name: str, value: object) -> Span:
     """Return a tau: a number in 0..1, or the start and the end of a part of the steps.
 
@@ -139,9 +171,9 @@ def read_span(name: str, value: object) -> Span:
     ends = [0, *ends] if len(ends) == 1 else ends
     if len(ends) != 2 or not all(isinstance(end, Real) and not isinstance(end, bool) for end in ends):
         raise ValueError(f"{name} must be a number in 0..1, or a pair of them, not {shown(value)}.")
+    if not 0 <= ends[0] <= ends[1] <= 1:
+        raise ValueError(f"{name} must be in 0..1, the start before the end, not {', '.join(map(shown, ends))}.")
     start, end = map(float, ends)
-    if not 0 <= start <= end <= 1:
-        raise ValueError(f"{name} must be in 0..1, the start before the end, not {', '.join(map(str, ends))}.")
     return (start, end) if start else end
 
 
@@ -150,13 +182,18 @@ def _pair(name: str, value: object) -> Pair | None:
         return None
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be words of the source and words of the target, not {shown(value)}.")
-    source, target = ((words,) if isinstance(words, str) else tuple(words) for words in value)
-    return source, target
+    source, target = ((words,) if isinstance(words, str) else words for words in value)
+    for words in (source, target):
+        if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{name} must be words of the source and words of the target, not {shown(words)}.")
+    return tuple(source), tuple(target)
 
 
 def grid_of(target: str, **given: Any) -> list[Edit]:
     """Return an edit for every combination of the taus, of which each may be a list of several."""
     taus = [[(name, tau) for tau in _several(given.pop(name))] for name in TAUS if name in given]
+    if not 1 <= (count := math.prod(map(len, taus))) <= MOST_EDITS:
+        raise ValueError(f"The taus make a grid of {count} edits; give 1 to {MOST_EDITS}.")
     return [Edit(target, **given, **dict(combination)) for combination in product(*taus)]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
-import csv
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.editing.request import Edit, grid_of
+from ldm.files.texts import read_table
+from ldm.request import shown
 
 COLUMNS = ("case_number", "prompt", "image_path")
 EDITING = ("target", "blend_word", "eq_params", "tau_v", "tau_c", "tau_s", "tau_u", "edit_type")
@@ -39,12 +42,10 @@ class Row:
             return []
         given: dict[str, Any] = {name: tau for name in EDITING[3:7] if (tau := self._literal(name)) is not None}
         if (kind := self.cells.get("edit_type")) and kind not in KIND_OF:
-            raise ValueError(f"edit_type must be one of {', '.join(KIND_OF)}, not '{kind}'.")
+            raise ValueError(f"edit_type must be one of {', '.join(KIND_OF)}, not {shown(kind)}.")
         blend, weights = self._literal("blend_word"), self._literal("eq_params")
         if weights is not None:
-            if len(weights) != 2 or len(weights[0]) != len(weights[1]):
-                raise ValueError(f"eq_params must be [(words), (their weights)], not {self.cells['eq_params']}.")
-            weights = dict(zip(*weights, strict=True))
+            weights = _weights(weights, self.cells["eq_params"])
         return grid_of(self.cells["target"], kind=KIND_OF[kind or "Replacement"], blend=blend, weights=weights, **given)
 
     def _literal(self, column: str) -> Any:
@@ -53,8 +54,17 @@ class Row:
             return None
         try:
             return ast.literal_eval(text)
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"{column} must be a Python literal such as [.5,], not '{text}'.") from error
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise ValueError(f"{column} must be a Python literal such as [.5,], not {shown(text)}.") from error
+
+
+def _weights(pairs: Any, text: str) -> dict[str, Any]:
+    """Return words with their weights from [(words), (weights)]."""
+    try:
+        words, weights = pairs
+        return dict(zip(words, weights, strict=True))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"eq_params must be [(words), (their weights)], not {shown(text)}.") from error
 
 
 def read_rows(path: str | Path, first: int | None = None, end: int | None = None) -> list[Row]:
@@ -65,22 +75,15 @@ def read_rows(path: str | Path, first: int | None = None, end: int | None = None
     Raises:
         ValueError: no such file, or a column is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file '{path}'; check the path given with --csv.")
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if lacking:
-            raise ValueError(f"'{path}' has no column {', '.join(lacking)}; it needs {', '.join(COLUMNS)}.")
-        rows = [_row(path, cells) for cells in reader]
+    rows = [_row(Path(path), line, cells) for line, cells in read_table(path, "--csv", COLUMNS)]
     return [row for row in rows if (first is None or row.case >= first) and (end is None or row.case < end)]
 
 
-def _row(path: Path, cells: dict[str, str]) -> Row:
-    number = cells["case_number"] or ""
-    if not number.strip().isdecimal():
-        raise ValueError(f"'{path}': case_number must be a whole number, not '{number}'.")
-    image = Path(cells["image_path"] or "")
-    beside = path.parent / image
-    return Row(int(number), cells["prompt"], beside if beside.exists() else image, cells)
+def _row(path: Path, line: int, cells: dict[str, str]) -> Row:
+    number = cells["case_number"].strip()
+    if not re.fullmatch(r"\d{1,9}", number):
+        raise ValueError(f"'{path}', line {line}: case_number must be a whole number, not {shown(number)}.")
+    if not cells["image_path"].strip():
+        raise ValueError(f"'{path}', line {line}: it names no image_path.")
+    beside = path.parent / cells["image_path"]
+    return Row(int(number), cells["prompt"], beside if os.path.exists(beside) else Path(cells["image_path"]), cells)

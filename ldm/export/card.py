@@ -31,6 +31,7 @@ ON_THE_HUB = {
 }
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "textual_inversion", "prospect"]
 MAX_LENGTH = 120  # characters of a text that a file gives
+_MEANING = re.compile(r"([\\`*_\[\]()|~$@]|(?<=:)/(?=/)|(?<=www)\.)")  # in Markdown, within a line
 _HOW = {
     "py": "diffusers, with a callback that gives each timestep its prompt",
     "txt": "AUTOMATIC1111's web UI, as prompt editing for one sampler and number of steps",
@@ -124,7 +125,7 @@ def model_card(concepts: Mapping[str, tuple[str, Concept]], uses: Sequence[str],
 
 def _tokens(placeholder: str, name: str, concept: Concept) -> list[str]:
     """The words of prompts that stand for a concept: of its stage files, or the placeholder of the whole."""
-    return [f"{name}-{k}" for k in range(concept.num_stages)] if _in_stage_files(concept) else [placeholder]
+    return [f"{name}-{k}" for k in range(concept.num_stages)] if _in_stage_files(concept) else [one_line(placeholder)]
 
 
 def _in_stage_files(concept: Concept) -> bool:
@@ -177,8 +178,8 @@ def one_line(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """One line that means nothing in Markdown or HTML where it does not begin a line."""
-    return re.sub(r"([\\`*_\[\]()|~$])", r"\\\1", html.escape(one_line(text), quote=False))
+    """One line that means nothing in Markdown or HTML where it does not begin a line; addresses become no links."""
+    return _MEANING.sub(r"\\\1", html.escape(one_line(text), quote=False))
 
 
 def _url(image: Path) -> str:

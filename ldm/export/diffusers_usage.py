@@ -145,8 +145,12 @@ def main() -> None:
     load(pipe)
     noise = torch.Generator().manual_seed(SEED)
     image = generate(pipe, height=HEIGHT, width=WIDTH, generator=noise).images[0]
-    image.save(f"{NAME}.png")
-    sys.stdout.write(f"{NAME}.png\n")
+    file, number = Path(f"{NAME}.png"), 1
+    while file.exists():
+        number += 1
+        file = Path(f"{NAME}-{number}.png")
+    image.save(file)
+    sys.stdout.write(f"{file}\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def infotext(record: Mapping[str, Any]) -> str:
 
     scales = record["scale"] if isinstance(record["scale"], list) else [record["scale"]]
     words, hashes = record.get("prospect_words"), record.get("concept_hashes") or {}
+    layers = record.get("layer_words")
     settings = {
         "Steps": record["ddim_steps"],
         "Sampler": sampler[: len(sampler) - len(schedule_ending(sampler))]
@@ -51,6 +52,9 @@ def infotext(record: Mapping[str, Any]) -> str:
         "Eta DDIM": f"{record['ddim_eta']:g}" if record.get("ddim_eta") else None,
         "ProSpect prompt": record["prompt"],
         "ProSpect scale": json.dumps(scales) if len(scales) > 1 else None,
+        "ProSpect rescale": f"{record['rescale']:g}" if record.get("rescale") else None,
+        "ProSpect truncation": record.get("truncation"),
+        "ProSpect layer words": json.dumps(layers, ensure_ascii=False) if layers else None,
         "ProSpect words": None if words is None else json.dumps(words, ensure_ascii=False),
         "ProSpect concepts": ", ".join(f"{names[p]}: {hashes.get(p, 'unknown')}" for p in sources) or None,
     }

@@ -197,7 +197,8 @@ def whole_in(folder: Path) -> Path | None:
 def placeholder_beside(path: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the name of another program's embedding: token_identifier.txt beside it, or the only name like <this>."""
     beside = path.with_name("token_identifier.txt")
-    text = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+    is_short = beside.is_file() and beside.stat().st_size <= 1000
+    text = beside.read_text(encoding="utf-8", errors="replace").strip() if is_short else ""
     found = text if text.isprintable() and len(text) <= 100 else ""
     if not found and len(names) == 1 and re.fullmatch(r"<[^<>*]{1,100}>", names[0]):
         found = names[0]

@@ -5,6 +5,7 @@ Only safetensors, JSON and YAML are ever fetched. With HF_HUB_OFFLINE=1 nobody i
 
 from __future__ import annotations
 
+import glob
 import logging
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "hf:"
 SUFFIXES = (".safetensors", ".json", ".yaml")
 MAX_BYTES = 100 << 20  # a concept has kilobytes; a whole model is none
-_SOURCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_SOURCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@((?!.*\.\.)[\w./-]{1,200}))?")  # a revision is part of a path, too
 
 
 def is_hub(source: object) -> bool:
@@ -45,7 +46,7 @@ def fetch(source: str) -> tuple[Path, str]:
 
 
 def _wanted(repository: str, revision: str | None, source: str) -> list[str] | None:
-    """Return the files of a concept's repository; None where the hub does not answer."""
+    """Return patterns of the files of a concept's repository; None where the hub does not answer."""
     from huggingface_hub import HfApi
 
     try:
@@ -61,9 +62,11 @@ def _wanted(repository: str, revision: str | None, source: str) -> list[str] | N
         pickles = [name for name in files if name.endswith((".bin", ".pt", ".ckpt"))]
         remedy = f"; download '{pickles[0]}' yourself and give the file" if pickles else ""
         raise ValueError(f"'{source}' has no .safetensors file, and no other kind is fetched{remedy}.")
-    if large := [name for name in wanted if files[name] > MAX_BYTES]:
-        raise ValueError(f"'{source}' is no concept: '{large[0]}' has {files[large[0]] >> 20} MB.")
-    return wanted
+    if (size := sum(files[name] for name in wanted)) > MAX_BYTES:
+        largest = max(wanted, key=lambda name: files[name])
+        shares = f"'{largest}' has {files[largest] >> 20} MB, all files {size >> 20} MB"
+        raise ValueError(f"'{source}' is no concept: {shares}.")
+    return [glob.escape(name) for name in wanted]  # a name may be a pattern that matches others
 
 
 def upload(folder: Path, repository: str, private: bool, message: str) -> str:

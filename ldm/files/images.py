@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def image_info(path: str | Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     path = Path(path).expanduser()
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would be waited for
+        raise ImageError(f"'{path}' is a device, not a file; give an image file.")
     try:
         with Image.open(path) as image:
             if image.format in _NOT_IMAGES:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 from collections.abc import Sequence
 
 from ldm.cli.flags import Parser, add_flag, check_paths, input_path, path, positive, printable, say, script_parser
 from ldm.cli.models import check_weights
 from ldm.cli.train import configuration
 from ldm.files.shipped import MODELS, shipped
+from ldm.files.writing import check_writable
 
 
 def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
@@ -52,6 +54,8 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
                 raise ValueError("Say which base model to learn against: --ckpt FILE.")
             options.ckpt = known
         options.base, options.ckpt = [configuration(name) for name in options.base], shipped(options.ckpt)
+        if options.out.resolve().is_relative_to(options.images.resolve()):
+            raise ValueError(f"--out '{options.out}' is part of IMAGES; give a folder of its own.")
         check_paths({"IMAGES": [options.images], "--base": options.base})
         check_weights(options.ckpt)
         return _learn(options)
@@ -70,9 +74,11 @@ def _learn(options: argparse.Namespace) -> int:
         tuple(path(file).absolute() for file in options.base), path(options.ckpt).absolute(), tuple(options.set)
     )
     out = options.out.absolute()
+    check_writable(out, "--out")
     left, results = unfinished(jobs, setting, out), []
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} concepts are there already.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as Ctrl-C does, and no process is left behind
     learning = learn_many(left, setting, out, options.workers, options.cluster, options.gpu_share)
     try:
         for learned in tqdm(learning, "learning", len(left), disable=not left):

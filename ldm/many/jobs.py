@@ -6,24 +6,29 @@ In the folder of the results lie, for each concept, `NAME.safetensors` when it i
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint import base_model_of
 from ldm.config import nearest
 from ldm.data.personalized import find_images
+from ldm.files.base_model import FINGERPRINT
+from ldm.files.texts import check_file_name, read_table
 from ldm.files.writing import replace_bytes, replace_text
 from ldm.methods import find_method
+from ldm.request import shown
 from ldm.training.runs import EMBEDDINGS, Run
 
+RESULTS = ("concepts.csv", "concepts.png")  # what is written of all concepts together
 RETRIES = 2  # of a process that was killed
 METHOD = "model.params.personalization_config.params.method"
-_NAME = re.compile(r"[^\W.][^/\\\0:*?\"<>|\n]*")
 
 
 @dataclass(frozen=True)
@@ -112,41 +117,40 @@ def read_jobs(images: Path, defaults: Mapping[str, Any] | None = None) -> list[J
 def _check(jobs: Sequence[Job], images: Path) -> None:
     seen: dict[str, Job] = {}
     for job in jobs:
-        if not _NAME.fullmatch(job.name):
-            raise ValueError(f"'{job.name}' in '{images}' cannot be the name of a concept's file; use letters.")
-        if (other := seen.setdefault(job.name.casefold(), job)) is not job:
-            raise ValueError(f"'{other.image}' and '{job.image}' are both called '{job.name}'; rename one of them.")
         try:
+            check_file_name(job.name)
             find_method(job.method or "prospect")
         except ValueError as error:
-            raise ValueError(f"'{job.name}': {error}") from error
+            raise ValueError(f"'{images}', concept {shown(job.name)}: {error}") from error
+        own = unicodedata.normalize("NFC", job.name.casefold())
+        for name in (own, f"{own}.json", f"{own}.log"):  # what lies in `runs`
+            if (other := seen.setdefault(name, job)) is not job:
+                raise ValueError(
+                    f"'{other.image}' and '{job.image}' are called '{other.name}' and '{job.name}', which are the same "
+                    "files; rename one of them."
+                )
 
 
 def _read_csv(path: Path) -> list[Job]:
     known = [field.name for field in fields(Job)]
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for column in reader.fieldnames or ():
-            if column not in known:
-                raise ValueError(f"'{path}' has an unknown column '{column}'{nearest(column, known)}")
-        if "image" not in (reader.fieldnames or ()):
-            raise ValueError(f"'{path}' has no column 'image'; its columns may be {', '.join(known)}.")
-        return [_job(row, path, reader.line_num) for row in reader]
+    rows = read_table(path, "IMAGES", ["image"])
+    for column in rows[0][1] if rows else ():
+        if column not in known:
+            raise ValueError(f"'{path}' has an unknown column '{column}'{nearest(column, known)}")
+    return [_job(row, path, line) for line, row in rows]
 
 
 def _job(row: dict[str, str], path: Path, line: int) -> Job:
     """Return the job in a line of a CSV."""
-    values = {key: value.strip() for key, value in row.items() if isinstance(value, str) and value.strip()}
+    values = {key: value.strip() for key, value in row.items() if value.strip()}
     where = f"'{path}', line {line}"
-    if None in row:
-        raise ValueError(f"{where}: it has more values than there are columns.")
     if "image" not in values:
         raise ValueError(f"{where}: it names no image.")
     steps = values.get("steps", "1")
-    if not steps.isdecimal() or int(steps) < 1:
-        raise ValueError(f"{where}: steps must be a whole number of at least 1, not '{steps}'.")
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", steps):
+        raise ValueError(f"{where}: steps must be a whole number of at least 1, not {shown(steps)}.")
     image = path.parent / Path(values["image"]).expanduser()
-    if not image.exists():
+    if not os.path.exists(image):
         raise ValueError(f"{where}: there is no '{image}'.")
     name = values.get("name", image.name if image.is_dir() else image.stem)
     return Job(image, name, values.get("init_word"), values.get("method"), int(steps) if "steps" in values else None)
@@ -156,26 +160,41 @@ def unfinished(jobs: Sequence[Job], setting: Setting, out: Path) -> list[Job]:
     """Return the jobs that are still to be done, and note what each is.
 
     Raises:
-        Changed: a concept that was learned, or started, had other images or settings.
+        Changed: a concept that was learned, or started, had other images or settings, or a file is someone else's.
         ValueError: a folder without an image.
     """
-    asked = {}
+    for file in (out / name for name in RESULTS):
+        if file.exists() and not (out / "runs").is_dir():
+            raise Changed(f"'{file}' is there already and was not written by this command; use another --out.")
+    asked: dict[str, Any] = {}
+    base_model = base_model_of(setting.ckpt)[FINGERPRINT]
     for job in jobs:
         digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in find_images(job.image)))
         values = {key: value for key, value in asdict(job).items() if key != "image"}
         bases = [hashlib.sha256(path.read_bytes()).hexdigest() for path in setting.base]
         asked[job.name] = values | {"images": digest.hexdigest(), "base": bases, "overrides": list(setting.overrides)}
-        note = noted(out, job)
-        if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != asked[job.name]:
+        asked[job.name]["base_model"] = base_model
+        note, there = noted(out, job), finished(out, job)
+        if there.exists() and not note.is_file():
+            raise Changed(f"'{there}' is there already and was not learned by this command; use another --out.")
+        if note.is_file() and _note(note) != asked[job.name]:
             raise Changed(
                 f"'{job.name}' was started in '{out}' with other images or settings; use another --out, or remove "
-                f"'{note.with_suffix('')}*' and '{finished(out, job)}'."
+                f"'{there}', '{run_of(out, job)}', '{log_of(out, job)}' and '{note}'."
             )
     (out / "runs").mkdir(parents=True, exist_ok=True)
     for job in jobs:
         if not noted(out, job).is_file():
             replace_text(noted(out, job), json.dumps(asked[job.name], indent=1))
     return [job for job in jobs if not finished(out, job).is_file()]
+
+
+def _note(file: Path) -> object:
+    """What was asked for; None where it cannot be read, as after damage."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def finished(out: Path, job: Job) -> Path:

@@ -17,6 +17,8 @@ import torch
 
 from ldm.many.jobs import RETRIES, Job, Learned, Setting, log_of, result, run_of, save
 
+LEFT = "a process of a command that was killed still learns it; wait until it is finished"
+
 
 def visible_gpus() -> list[str]:
     """Return the CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
@@ -43,6 +45,19 @@ def learn_locally(
             raise
 
 
+def _is_alone(log: IO[bytes]) -> bool:
+    """Lock a run's log; False where a process holds it whose parent was killed. It is kept as long as one writes."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 class _Processes:
     """The processes that learn at the moment, each on a CUDA device of its own."""
 
@@ -54,15 +69,22 @@ class _Processes:
         self._stopped = False
 
     def learn(self, job: Job, setting: Setting, out: Path) -> Learned:
-        start, run, log, code = time.monotonic(), run_of(out, job), log_of(out, job), -1
         device = self._devices.get()
+        try:
+            return self._learn(job, setting, out, device)
+        finally:
+            self._devices.put(device)
+
+    def _learn(self, job: Job, setting: Setting, out: Path, device: str | None) -> Learned:
+        start, run, log, code = time.monotonic(), run_of(out, job), log_of(out, job), -1
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
         program = [sys.executable, "-m", "ldm.cli.main", "learn"]
         for _ in range(1 + RETRIES):
             if code < 0 and not self._stopped:
                 with log.open("ab") as file:
+                    if not _is_alone(file):
+                        return Learned(job, 0.0, error=LEFT)
                     code = self._run([*program, *setting.command(job, run)], file, environment)
-        self._devices.put(device)
         return result(job, run, code, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - start)
 
     def _run(self, command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> int:

@@ -40,5 +40,7 @@ def find_method(name: str) -> Method:
         return METHODS[name]
     if "." in name:
         found = get_class(name)
+        if not callable(getattr(found, "check", None)) or not callable(getattr(found, "load", None)):
+            raise ValueError(f"'{name}' is no method: it has no check and no load.")
         return Method(found.check, found.load, found)  # type: ignore[attr-defined]
     raise ValueError(f"it was learned by the method '{name}', which is unknown here; known: {', '.join(METHODS)}.")

@@ -5,12 +5,14 @@ Shapes: P prefix length, d width of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ldm.methods.base import LearnedModule, Metadata, Start, Tensors
+from ldm.util import usual_torch
 
 TEXT_LAYERS, HEADS, HEAD_WIDTH = (9, 10, 11), 12, 64  # of Stable Diffusion v1's text transformer
 FLAT = len(TEXT_LAYERS) * 2 * HEADS * HEAD_WIDTH  # values of a released prefix of length 1
@@ -92,6 +94,7 @@ def check_prefix(tensors: Tensors) -> None:
         raise ValueError(f"its tensors ({', '.join(tensors) or 'none'}) are no CatVersion prefix.")
 
 
+@usual_torch()
 def load_prefix(tensors: Tensors, metadata: Metadata) -> CatVersionPrefix:
     """Return the frozen prefix of a concept.
 
@@ -102,6 +105,8 @@ def load_prefix(tensors: Tensors, metadata: Metadata) -> CatVersionPrefix:
     try:
         layers = tuple(int(layer) for layer in metadata[LAYERS].split(","))
         bias = float(metadata[LOGIT_BIAS])
+        if not math.isfinite(bias):
+            raise ValueError(bias)
     except (KeyError, ValueError) as error:
         raise ValueError(f"it does not say its text layers and logit bias ({LAYERS}, {LOGIT_BIAS}).") from error
     if len(layers) != len(values) or len(set(layers)) != len(layers) or min(layers) < 0:

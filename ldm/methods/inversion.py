@@ -56,6 +56,8 @@ def read_timesteps(tensors: Tensors, metadata: Metadata, learned: str) -> tuple[
         timesteps = tuple(int(t) for t in text.split(","))
     except ValueError as error:
         raise ValueError(f"it does not say its timesteps ({TIMESTEPS}).") from error
+    if min(timesteps) < 0 or list(timesteps) != sorted(set(timesteps), reverse=True):
+        raise ValueError(f"its timesteps ({TIMESTEPS}) do not go down to the image.")
     if len(timesteps) != len(tensors[learned]):
         raise ValueError(f"it has {len(tensors[learned])} steps, but names {len(timesteps)} timesteps.")
     return timesteps

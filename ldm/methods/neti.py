@@ -16,12 +16,18 @@ from torch import Tensor, nn
 
 from ldm.conditioning.learned import TokenVectors
 from ldm.methods.base import LearnedModule, Metadata, Start, Tensors
+from ldm.util import usual_torch
 
 HIDDEN = 128
 FREQUENCIES = 1024  # of the Fourier features, each a sine and a cosine
 BYPASS_STRENGTH = 0.2  # of the textual bypass, in units of the hidden state's norm
 NORMS = ("joint", "token")
 SETTINGS = "neti.settings"  # in a concept's metadata
+
+# Least and greatest value of each number; of these, `_OPEN` may be None.
+_SIZES = {"num_layers": (1, 1000), "width": (1, 1 << 16), "num_anchors": (1, 1000), "target_norm": (0, 1e6)}
+_SIZES |= {"sigma_t": (0, 1e6), "sigma_l": (0, 1e6), "nested_dropout": (0, 1)}
+_OPEN = ("target_norm", "nested_dropout")
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class NeTISettings:
             truncation is ignored.
 
     Raises:
-        ValueError: a number of anchors that does not divide 1000, or an unknown norm.
+        ValueError: a number of anchors that does not divide 1000, an unknown norm, or a value of a wrong type or size.
     """
 
     num_layers: int = 16
@@ -56,6 +62,15 @@ class NeTISettings:
     nested_dropout: float | None = 0.5
 
     def __post_init__(self) -> None:
+        for name, (low, high) in _SIZES.items():
+            value = getattr(self, name)
+            is_whole = isinstance(getattr(type(self), name), int)
+            if value is None and name in _OPEN:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
+                raise ValueError(f"{name} must be a {'whole ' if is_whole else ''}number, not {value!r:.40}.")
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be in {low}..{high}, not {value!r:.40}.")
         if self.num_anchors < 1 or 1000 % self.num_anchors:
             raise ValueError(f"num_anchors must divide 1000, not {self.num_anchors}; 10 is usual.")
         if self.normalize not in NORMS:
@@ -242,6 +257,7 @@ def from_reference(parameters: Tensors, encoding: Tensors, config: Any) -> tuple
     return tensors, metadata
 
 
+@usual_torch()
 def load_mapper(tensors: Tensors, metadata: Metadata) -> NeTIMapper:
     """Return the frozen mapper of a concept.
 

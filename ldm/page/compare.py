@@ -143,7 +143,7 @@ def read_stages(text: str, num_stages: int) -> set[int]:
         return set(range(num_stages))
     found: set[int] = set()
     for part in [] if text.lower() == NONE else text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:[-–]\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:[-–]\s*(\d{1,4})\s*)?", part)
         if match is None:
             raise ValueError(f"Stages are written as 7-3, 9, {ALL} or {NONE}, not '{text}'.")
         ends = sorted((int(match[1]), int(match[2] or match[1])))

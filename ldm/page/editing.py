@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from ldm.cli.edit import Edits, pair, slug, span
+from ldm.cli.edit import Edits, pair, span
 from ldm.cli.images import new_file
 from ldm.editing.inversion import Progress
 from ldm.editing.invert import AUTOENCODER, METHODS, PROMPT, PSNR, check_belongs, invert_image, rebuilt, word_masks
 from ldm.editing.request import KINDS, TAUS, Edit, InversionOptions, grid_of
 from ldm.embeddings import Concept, load_concept, save_new_concept
+from ldm.files.texts import slug
 from ldm.page.engine import Engine, Job
 from ldm.page.uploads import as_the_user_calls_it
 
@@ -123,7 +124,8 @@ class InversionJob(Job):
         if self.concept is None:
             return ""
         said = self.concept.metadata
-        return f"reconstruction {said[PSNR]} dB, the autoencoder's own {said[AUTOENCODER]} dB"
+        known = [said.get(key, "?")[:10] for key in (PSNR, AUTOENCODER)]
+        return f"reconstruction {known[0]} dB, the autoencoder's own {known[1]} dB"
 
     def do(self, engine: Engine) -> None:
         def after(state: Progress) -> None:

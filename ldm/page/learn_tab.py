@@ -175,7 +175,7 @@ def start(form: LearnForm, engine: Engine) -> learning.Learning:
     images.mkdir(parents=True)
     for number, path in enumerate(form.images):
         shutil.copyfile(path, images / f"{number}-{path.name}")
-    stem = re.sub(r"\W+", "-", form.name).strip("-") or "concept"
+    stem = re.sub(r"\W+", "-", form.name).strip("-")[:60] or "concept"
     folder = LOGDIR / f"{stem}-{datetime.now():%Y-%m-%dT%H-%M-%S}"
     form.steps = int(form.steps)  # which a number's input has made a fraction
     words = learning.command(form, images, folder, engine.setup, engine.trust)

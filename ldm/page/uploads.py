@@ -54,7 +54,8 @@ def safe_name(name: str) -> str:
 async def keep(files: Sequence[FileUpload], folder: Path) -> list[Path]:
     """Save files together in a new folder below `folder`."""
     place = folder / uuid4().hex
-    paths = [place / safe_name(file.name) for file in files]
+    names = [safe_name(file.name) for file in files]
+    paths = [place / (name if name not in names[:i] else f"{i}-{name}") for i, name in enumerate(names)]
     for file, path in zip(files, paths, strict=True):
         await file.save(path)
     return paths

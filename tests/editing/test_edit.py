@@ -1,6 +1,7 @@
 """Editing: what must hold without the reference, words and stages, and everything that is refused."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,14 @@ from ldm.editing.control import Rules, edit_attention, map_factor, map_layers, r
 from ldm.editing.control import replace as exchange
 from ldm.editing.edit import Prompts, denoise_pair, edit_generated, plan_edit
 from ldm.editing.image import image_latents
-from ldm.editing.invert import check_belongs, edit_image, invert_image, word_masks
+from ldm.editing.invert import PROMPT as PROMPT_KEY
+from ldm.editing.invert import SCALE, SIZE, check_belongs, edit_image, invert_image, word_masks
 from ldm.editing.masks import mask_of
 from ldm.editing.request import Edit, InversionOptions, grid_of
 from ldm.embeddings import Concept
 from ldm.files.images import fit
 from ldm.generate import main
+from ldm.methods.inversion import TIMESTEPS
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import Site
 
@@ -270,8 +273,31 @@ REFUSED: dict[str, tuple[Callable[[LatentDiffusion, Concept], object], str]] = {
     "no CLIP": (invert_with(clip="models/demo"), "There is no CLIP model in 'models/demo'"),
     "a size": (invert_with(size=(100, 128)), "multiples of 32, not"),
     "too many steps": (lambda *_: InversionOptions(steps=101), r"steps must be in 1..100"),
-    "no inner steps": (lambda *_: InversionOptions(inner_steps=0), "inner_steps must be at least 1"),
+    "no inner steps": (lambda *_: InversionOptions(inner_steps=0), "inner_steps must be in 1..100000"),
+    "steps as text": (lambda *_: InversionOptions(steps="30"), "steps must be a whole number, not '30'"),
+    "a switch as text": (lambda *_: InversionOptions(half_maps="no"), "half_maps must be true or false"),
+    "words that are numbers": (lambda *_: Edit("a", blend=(1, 2)), "blend must be words of the source and words of"),
+    "weights as a list": (lambda *_: Edit("a", weights=[1]), "weights must be .word: number., not a list"),
+    "a threshold": (lambda *_: Edit("a", threshold=math.nan), "threshold must be in 0..1, not nan"),
+    "a generated image's steps": (lambda m, _: edit_generated(m, "a", Edit("b"), steps=0), r"steps must be in 1..1000"),
+    "a generated image's scale": (
+        lambda m, _: edit_generated(m, "a", Edit("b"), guidance_scale=math.nan),
+        "guidance_scale must be in 0..1000, not nan",
+    ),
+    "no prompt": (lambda m, c: check_belongs(changed(c, **{PROMPT_KEY: ""}), m), "does not say its prompt; invert"),
+    "no size": (lambda m, c: check_belongs(changed(c, **{SIZE: "0x0"}), m), "does not say its size; invert the image"),
+    "no scale": (lambda m, c: check_belongs(changed(c, **{SCALE: "nan"}), m), "does not say its guidance_scale"),
+    "timesteps that go up": (lambda m, c: check_belongs(changed(c, **{TIMESTEPS: "1,2,3,4"}), m), "do not go down"),
+    "a negative timestep": (lambda m, c: check_belongs(changed(c, **{TIMESTEPS: "3,2,1,-1"}), m), "do not go down"),
+    "a timestep too late": (
+        lambda m, c: check_belongs(changed(c, **{TIMESTEPS: "1000,2,1,0"}), m),
+        "has the timestep 1000 of 1000",
+    ),
 }
+
+
+def changed(concept: Concept, **metadata: str) -> Concept:
+    return Concept(concept.tensors, concept.metadata | metadata, concept.method)
 
 
 @pytest.mark.parametrize("name", REFUSED)

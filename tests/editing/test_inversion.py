@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from editing_cases import OPTIONS, PROMPT, STAR
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.conditioning.context import Context
@@ -26,7 +28,8 @@ from ldm.editing.inversion import (
     record,
     step_of,
 )
-from ldm.editing.invert import PSNR, Subject, change_of, invert_image
+from ldm.editing.invert import PSNR, Subject, change_of, describe, edit_image, invert_image, make_learner
+from ldm.editing.request import Edit
 from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.methods.inversion import FIRST, START
 from ldm.methods.null_text import NullText
@@ -174,3 +177,29 @@ def test_start_and_image_are_kept(demo: LatentDiffusion, concepts: dict[str, Con
 def test_psnr() -> None:
     image = torch.zeros(1, 3, 4, 4)
     assert psnr(image + 0.2, image) == pytest.approx(20.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["stylediffusion", "null-text"])
+def test_pytorchs_defaults_change_nothing(demo: LatentDiffusion, concepts: dict[str, Concept], method: str) -> None:
+    edit = Edit("a dotted blue star", blend=("star", "star"))
+    expected = edit_image(demo, concepts[method], edit, progress=False).image
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")  # where nothing can be computed
+    try:
+        with torch.inference_mode():
+            found = invert_image(demo, Image.open(STAR), PROMPT, method, OPTIONS, progress=False)
+            image = edit_image(demo, found, edit, progress=False).image
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert found.identity == concepts[method].identity and image == expected
+
+
+def test_a_damaged_unfinished_inversion(demo: LatentDiffusion, tmp_path: Path) -> None:
+    unfinished = tmp_path / "u.safetensors"
+    subject = Subject(demo, STAR, PROMPT)
+    learner, said = make_learner(subject, "null-text", OPTIONS)
+    for tensors in ({}, {"z": torch.zeros(1)}, {"z": torch.zeros(1), "contexts.0": torch.zeros(2)}):
+        save_file({"x": torch.zeros(1)} | tensors, unfinished, describe(subject, learner, OPTIONS) | said)
+        with pytest.raises(ValueError, match="u.safetensors' keeps an unfinished inversion that is damaged; delete it"):
+            invert_image(demo, STAR, PROMPT, "null-text", OPTIONS, unfinished, progress=False)

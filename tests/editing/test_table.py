@@ -47,7 +47,16 @@ def test_cells_of_the_reference(tmp_path: Path) -> None:
         ({"tau_v": "__import__('os')"}, "tau_v must be a Python literal"),
         ({"edit_type": "Swap"}, "edit_type must be one of"),
         ({"eq_params": "[('a','b'),(1,)]"}, "eq_params must be"),
+        ({"eq_params": "5"}, "eq_params must be"),
+        ({"eq_params": "[([1],),(2,)]"}, "eq_params must be"),
+        ({"eq_params": "[('dog',),(True,)]"}, "The weight of 'dog' must be a number, not True"),
         ({"tau_c": "[2,]"}, "tau_c must be in 0..1"),
+        ({"tau_c": "9" * 400}, "tau_c must be in 0..1"),
+        ({"tau_c": "[" * 5000}, "tau_c must be a Python literal such as .*, not '.{59}…"),
+        ({"tau_c": "-" * 50_000 + "1"}, "tau_c must be a Python literal"),
+        ({"tau_c": "[]"}, "a grid of 0 edits; give 1 to 1000"),
+        (dict.fromkeys(("tau_v", "tau_c", "tau_s", "tau_u"), str([0.1] * 300)), "a grid of 8100000000 edits"),
+        ({"blend_word": "[1,2]"}, "blend must be words of the source and words of the target, not 1"),
     ],
 )
 def test_bad_cells(cells: dict[str, str], message: str) -> None:
@@ -62,6 +71,12 @@ def test_ranges_and_missing_columns(tmp_path: Path) -> None:
     file.write_text("prompt\na\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no column case_number, image_path"):
         read_rows(file)
+    for cells, message in (
+        ({"case_number": "9" * 5000, "image_path": "x"}, "line 2: case_number must be a whole number, not '9{59}…"),
+        ({"case_number": "1"}, "line 2: it names no image_path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_rows(write(tmp_path, row(**cells)))
 
 
 def test_rows_are_isolated_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,13 +99,33 @@ def test_rows_are_isolated_and_resumed(tmp_path: Path, capsys: pytest.CaptureFix
     edit.run(edit.__doc__, argv)
     assert capsys.readouterr().out.splitlines()[0] == "case 1: there already"
     assert stamps == [path.stat().st_mtime_ns for path in made]
+    for change, message in (
+        (["--inner_steps", "2"], "concepts/1.safetensors' was inverted with another inner_steps; use another --outdir"),
+        (["--method", "null-text"], "was inverted with another method"),
+    ):
+        with pytest.raises(SystemExit):
+            edit.run(edit.__doc__, [*argv, "--end_case", "2", *change])
+        assert message in capsys.readouterr().out
+    file.write_text(file.read_text("utf-8").replace("[.2,.5]", "[.2]"), encoding="utf-8")
+    (tmp_path / "edits/1-a-dotted-blue-star-mine.png").write_text("mine")
+    with pytest.raises(SystemExit):
+        edit.run(edit.__doc__, [*argv, "--end_case", "2"])
+    assert "1-a-dotted-blue-star-grid.png' is there and shows something else" in capsys.readouterr().out
+    assert (tmp_path / "edits/1-a-dotted-blue-star-mine.png").read_text() == "mine"
+
+
+MASK = ["--mask", "star"]
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     concept = tmp_path / "star.safetensors"
     files = invert.run(invert.__doc__, [str(STAR), "--prompt", PROMPT, "--out", str(concept), "--mask", "star", *FAST])
+    (tmp_path / "star.unmade-star-background.png").write_text("mine")
     assert files == [concept, tmp_path / "star-star-foreground.png", tmp_path / "star-star-background.png"]
     assert load_concept(concept).metadata["inversion.prompt"] == PROMPT
+    with pytest.raises(SystemExit):
+        invert.run("Doc.", [str(STAR), "--prompt", PROMPT, "--out", str(tmp_path / "star.unmade.safetensors"), *MASK])
+    assert "star.unmade-star-background.png' is there already; use --force" in capsys.readouterr().err
     argv = [str(concept), "--target", "a dotted blue star", "--tau_v", ".2", ".1:.5", "--weight", "blue=2"]
     argv += ["--blend", "star:star", "--word_tau", "blue=.2", "--image", str(STAR)]
     first, second, grid = edit.run(edit.__doc__, [*argv, "--outdir", str(tmp_path), "--device", "cpu"])

@@ -77,6 +77,7 @@ def test_texts_from_files_mean_nothing(tmp_path: Path) -> None:
             "[a](b) `c` *d* _e_ |f| ~g~ $h$ \\(",
             "\\[a\\]\\(b\\) \\`c\\` \\*d\\* \\_e\\_ \\|f\\| \\~g\\~ \\$h\\$ \\\\\\(",
         ),
+        ("http://x.y www.x.y a@b.c", "http:\\//x.y www\\.x.y a\\@b.c"),
         ("sd-v1-4.ckpt größer 日本 😀", "sd-v1-4.ckpt größer 日本 😀"),
     ],
 )

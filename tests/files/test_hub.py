@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ class Answer(BaseHTTPRequestHandler):
             listed = [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in files.items()]
             self.send(json.dumps(listed).encode())
         elif found := re.fullmatch(r"/(\w+/[\w-]+)/resolve/\w+/(.+)", path):
-            content = self.server.repositories[found[1]][found[2]]
+            content = self.server.repositories[found[1]][unquote(found[2])]
             self.send(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=COMMIT)
         else:
             self.send(b"{}", 404)
@@ -149,11 +150,20 @@ def test_what_is_pushed_is_what_is_read(hub: Hub, concept: Path, tmp_path: Path)
 def test_only_descriptions_and_tensors_are_fetched(hub: Hub, tmp_path: Path) -> None:
     save_file({"<cat>": torch.ones(1, 128)}, tmp_path / "x.safetensors")
     content = (tmp_path / "x.safetensors").read_bytes()
-    names = ("learned_embeds.safetensors", "evil.bin", "evil.pt", "run.py", "token.json", "deep/er.safetensors")
-    hub.repositories["a/cat"] = dict.fromkeys((*names, "c.yaml"), content)
+    names = (
+        "learned_embeds.safetensors",
+        "*.json",
+        "evil.bin",
+        "evil.pt",
+        "run.py",
+        "token.json",
+        "deep/er.safetensors",
+        "deep/x.json",
+    )
+    hub.repositories["a/cat"] = dict.fromkeys((*names, "c.yaml", "deep/x.json"), content)
     read = load_concept("hf:a/cat@main")
     assert read.metadata["placeholder"] == "<cat>" and read.num_stages == 1
-    assert hub.fetched == ["c.yaml", "learned_embeds.safetensors", "token.json"]
+    assert hub.fetched == ["%2A.json", "c.yaml", "learned_embeds.safetensors", "token.json"]
 
 
 def test_offline_uses_what_was_fetched(hub: Hub, concept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,13 +187,16 @@ def test_offline_uses_what_was_fetched(hub: Hub, concept: Path, monkeypatch: pyt
         ("hf:a/none", "There is no repository 'hf:a/none' on the hub, or it is private; check the name, or log in"),
         ("hf:a/toy@v9", "'hf:a/toy@v9' has no such revision"),
         ("hf:a/pickled", "no .safetensors file, and no other kind is fetched; download 'learned_embeds.bin' yourself"),
+        ("hf:a/toy@../../../x", "must be hf:user/name"),
         ("hf:a/model", "'hf:a/model' is no concept: 'unet.safetensors' has 200 MB"),
+        ("hf:a/many", "'hf:a/many' is no concept: '0.safetensors' has 90 MB, all files 180 MB"),
     ],
 )
 def test_what_cannot_be_fetched(source: str, sentence: str, hub: Hub, concept: Path) -> None:
     hub.repositories |= {"a/toy": {"embeddings.safetensors": b""}, "a/pickled": {"learned_embeds.bin": b""}}
     hub.repositories["a/model"] = {"unet.safetensors": b""}
-    hub.sizes["unet.safetensors"] = 200 << 20
+    hub.repositories["a/many"] = {"0.safetensors": b"", "1.safetensors": b""}
+    hub.sizes |= {"unet.safetensors": 200 << 20, "0.safetensors": 90 << 20, "1.safetensors": 90 << 20}
     with pytest.raises(ValueError, match=re.escape(sentence)):
         fetch(source)
     assert not hub.fetched
@@ -195,6 +208,7 @@ def test_pushing_needs_a_name_and_a_login(
     monkeypatch.setenv("HF_TOKEN", "hf_bad")
     for flags, sentence in (
         ([str(concept), "toy"], "'toy' is no name of a repository; it must be user/name."),
+        ([str(concept), "me/toy", "--outdir", str(tmp_path)], "is not an empty folder; name a new one with --outdir"),
         (["none.safetensors", "me/toy"], "There is no file 'none.safetensors', given with CONCEPT"),
         ([str(concept), "me/toy"], "status 401); log in with `hf auth login`, with a token that may write."),
     ):

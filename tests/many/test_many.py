@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from PIL import Image
 from runs import CONFIG, MODEL, NO_PICTURES, ROOT, every, learn, start, wait_for
 
 from ldm.embeddings import load_concept
+from ldm.many import command
 from ldm.many.cluster import connected, learn_on, run_on
 from ldm.many.jobs import Changed, Job, Setting, finished, read_jobs, unfinished
 from ldm.many.learn import learn_many, write_table
-from ldm.many.pool import learn_locally
+from ldm.many.pool import LEFT, _is_alone, learn_locally
 
 COUNT, STEPS = 8, 4
 SETTING = Setting((CONFIG,), MODEL, (NO_PICTURES, "data.params.batch_size=2"))
@@ -140,15 +142,16 @@ def test_a_failing_concept_stops_no_other_and_what_is_there_is_not_learned_again
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT")
-def test_ctrl_c_saves_and_the_same_command_goes_on(pictures: Path, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_saves_and_the_same_command_goes_on(number: int, pictures: Path, tmp_path: Path):
     out = tmp_path / "out"
     for name in [f"c{i}" for i in range(1, COUNT)]:
         shutil.rmtree(pictures / name)
-    command = [str(pictures), "--out", str(out), "--no_sheet", "--set", *every(2)]
-    process = start("scripts/learn_many.py", *command, "--max_steps", "2000", stderr=subprocess.PIPE)
+    flags = [str(pictures), "--out", str(out), "--no_sheet", "--set", *every(2)]
+    process = start("scripts/learn_many.py", *flags, "--max_steps", "2000", stderr=subprocess.PIPE)
     log = out / "runs/c0.log"
     wait_for((out / "runs/c0/checkpoints/last.ckpt").is_file)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "0 of 1 concepts are learned; the same command resumes" in errors
@@ -158,24 +161,65 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(pictures: Path, tmp_path: Pat
 BAD = {
     "image\nnowhere.png": "line 2: there is no '.*nowhere.png'",
     "image,stepz\nc0,3": "unknown column 'stepz'.*steps",
-    "picture\nc0": "unknown column 'picture'",
-    "name\nc0": "no column 'image'",
+    "picture\nc0": "no column image",
+    "image,image\nc0,c1": "two columns of one name",
     "image,steps\nc0,three": "line 2: steps must be a whole number of at least 1, not 'three'",
     "image,steps\nc0,0": "steps must be a whole number",
-    "image,method\nc0,nety": "'c0': .*'nety', which is unknown here; known: .*neti",
-    "image,name\nc0,x\nc1,X": "both called 'X'",
-    "image,name\nc0,../x": "cannot be the name",
+    "image,steps\nc0," + "9" * 5000: "steps must be a whole number of at least 1, not '9{59}…",
+    "image,method\nc0,nety": "concept 'c0': .*'nety', which is unknown here; known: .*neti",
+    "image,method\nc0,ldm.methods.neti.NeTIMapper": "'ldm.methods.neti.NeTIMapper' is no method",
+    "image,name\nc0,x\nc1,X": "are called 'x' and 'X', which are the same files",
+    "image,name\nc0,\u00e9\nc1,e\u0301": "which are the same files",
+    "image,name\nc0,x\nc1,x.json": "which are the same files",
     "image,name\nc0,x,y": "line 2: it has more values than there are columns",
     "image,name\n,x": "line 2: it names no image",
+    f"image\n{'x' * 5000}": "line 2: there is no",
+    f'image\n"{"x" * 200_000}"': "line 1: field larger than field limit",
+    "image\nc0\0": "is not UTF-8 text .line 2.",
     "image": "nothing to learn",
-}
+} | {
+    f'image,name\nc0,"{name}"': "cannot be a file's name"
+    for name in ("../x", "/x", "a\\b", "CON", "nul.txt", "a.", "a\x1b[31m", "a\u202eb", "x" * 101, "-a", "*", "${x}")
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", BAD)
 def test_a_csv_is_refused_with_its_line(text: str, pictures: Path):
-    (pictures / "jobs.csv").write_text(text)
-    with pytest.raises(ValueError, match=BAD[text]):
+    (pictures / "jobs.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=BAD[text]) as caught:
         read_jobs(pictures / "jobs.csv")
+    assert "jobs.csv" in str(caught.value) or "same files" in str(caught.value)
+
+
+def test_nothing_of_others_is_taken_or_overwritten(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    jobs, out = read_jobs(pictures)[:1], tmp_path / "out"
+    out.mkdir()
+    for name in ("concepts.csv", "concepts.png", "c0.safetensors"):
+        (out / name).write_text("mine")
+        with pytest.raises(Changed, match=f"'.*{name}' is there already and was not"):
+            unfinished(jobs, SETTING, out)
+        (out / name).unlink()
+    unfinished(jobs, SETTING, out)
+    with pytest.raises(Changed, match="'c0' was started in .* with other images or settings"):
+        unfinished(jobs, replace(SETTING, ckpt=ROOT / "models/demo/clip.safetensors"), out)
+    (out / "runs/c0.json").write_text("[" * 100_000)
+    with pytest.raises(Changed, match="'c0' was started"):
+        unfinished(jobs, SETTING, out)
+    with pytest.raises(SystemExit):
+        command.run("Learn.", [str(pictures), "--out", str(pictures / "out")])
+    assert "is part of IMAGES" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock")
+def test_a_process_that_was_left_behind_is_not_joined_by_another(pictures: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    jobs = unfinished(read_jobs(pictures)[:1], SETTING, out)
+    with (out / "runs/c0.log").open("ab") as log, subprocess.Popen(["sleep", "60"], stdout=log) as left:
+        assert _is_alone(log)
+        log.close()
+        (found,) = learn_locally(jobs, SETTING, out, 1, [])
+        left.kill()
+    assert found.error == LEFT
 
 
 def test_jobs_come_from_folders_images_and_tables(pictures: Path):
