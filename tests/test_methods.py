@@ -64,7 +64,8 @@ def test_published_settings(method: str, rate: float, batch: int, steps: int, ca
     sizes = {"ti": 768, "xti": 16 * 768, "neti": 563_616}
     assert sum(p.numel() for p in learned.parameters()) == sizes[method]
     if method == "neti":
-        assert learned.settings == NeTISettings(target_norm=pytest.approx(768**0.5))
+        assert learned.settings.target_norm == pytest.approx(768**0.5)
+        assert learned.settings == NeTISettings(target_norm=learned.settings.target_norm)
     elif method == "xti":
         assert (learned.table == 1).all()
 

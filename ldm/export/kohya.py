@@ -31,5 +31,6 @@ def save(concept: Concept, folder: Path, name: str, placeholder: str) -> list[Pa
     """Write the file of a concept that `check_exports` accepts."""
     layers = {layer: vectors.contiguous() for layer, vectors in zip(XTI_LAYERS, concept.table[0].cpu(), strict=True)}
     with replacing_set(folder) as staging:
-        save_state_dict(layers, *paths(staging, name), concept.metadata | {"placeholder": placeholder, "format": "pt"})
+        (file,) = paths(staging, name)
+        save_state_dict(layers, file, concept.metadata | {"placeholder": placeholder, "format": "pt"})
     return paths(folder, name)

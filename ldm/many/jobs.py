@@ -193,7 +193,7 @@ def _note(file: Path) -> object:
     """What was asked for; None where it cannot be read, as after damage."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -61,7 +61,7 @@ class EditForm:
             taus = {name: tau if isinstance(tau := getattr(edit, name), tuple) else (tau,) for name in TAUS}
             blend = ":".join(map(",".join, edit.blend or ()))
             weights = " ".join(f"{word}={weight:g}" for word, weight in (edit.weights or {}).items())
-        except (TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        except (TypeError, AttributeError, RecursionError, ValueError) as error:
             raise ValueError("The edit's record cannot be read; use another copy of the image.") from error
         self.target, self.kind, self.blend, self.weights = edit.target, edit.kind, blend, weights
         self.taus |= {name: ":".join(f"{end:g}" for end in ends) for name, ends in taus.items()}

@@ -110,7 +110,7 @@ def check_captions(module: Any, data: DataModuleFromConfig) -> None:
                     f"The caption '{template}' has no place for the learned token; write * (in YAML: {{}}) there."
                 )
             if not is_prefix(manager.learned):
-                _check_is_read(module, template.replace("{}", dataset.placeholder_token))
+                _check_is_read(module, template.replace("{}", getattr(dataset, "placeholder_token", "*")))
 
 
 def _check_is_read(module: Any, caption: str) -> None:

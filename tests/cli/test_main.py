@@ -72,7 +72,7 @@ MISTAKES = {
     "invert no.png --prompt a": "There is no file 'no.png', given with IMAGE; check the path.",
     f"invert {IMAGES}/dotted-star.png --prompt a --ckpt no.ckpt": "There is no file 'no.ckpt', given with --ckpt",
     "edit no.pt --target a": "There is no file 'no.pt', given with CONCEPT; check the path.",
-    "edit --csv no.csv": "There is no file 'no.csv'; check the path given with --csv.",
+    "edit --csv no.csv": "There is no CSV file 'no.csv'; check the path given with --csv.",
     "page --config nowhere": "Unknown --config 'nowhere'; there are demo, sd, or give a YAML file.",
     "page --ckpt no.ckpt": "There is no file 'no.ckpt', given with --ckpt; check the path.",
 }

@@ -31,7 +31,7 @@ from ldm.embeddings import Concept, load_concept, save_concept, save_stages
 from ldm.files import tensors
 from ldm.generate import load_model_from_config, main, read_parameters
 from ldm.methods.neti import NeTIMapper, NeTISettings
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.request import Request
 
 CONTENT = "models/demo/references/dotted-star/dotted-star.png"
@@ -41,7 +41,7 @@ HEART = "a large * heart on black"
 
 @pytest.fixture(autouse=True)
 def each_model_is_loaded_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(config: object, *arguments: object, **options: object) -> LatentDiffusion:
+    def load(config: object, *arguments: object, **options: object) -> DiffusionModel:
         key = repr((config, arguments, options))
         if key not in LOADED:
             LOADED[key] = load_model_from_config(config, *arguments, **options)
@@ -51,7 +51,7 @@ def each_model_is_loaded_once(request: pytest.FixtureRequest, monkeypatch: pytes
         monkeypatch.setattr(ldm.generate, "load_model_from_config", load)
 
 
-LOADED: dict[str, LatentDiffusion] = {}
+LOADED: dict[str, DiffusionModel] = {}
 
 
 @pytest.fixture
@@ -120,14 +120,14 @@ def test_one_run_builds_one_model_and_reads_each_file_once(
     shutil.copy("models/demo/presets.yaml", tmp_path)
     config = shutil.copy("configs/demo/finetune.yaml", tmp_path)
     built: list[object] = []
-    build = LatentDiffusion.__init__
+    build = DiffusionModel.__init__
 
     @functools.wraps(build)
-    def counted(self: LatentDiffusion, *arguments: object, **options: object) -> None:
+    def counted(self: DiffusionModel, *arguments: object, **options: object) -> None:
         built.append(self)
         build(self, *arguments, **options)
 
-    monkeypatch.setattr(LatentDiffusion, "__init__", counted)
+    monkeypatch.setattr(DiffusionModel, "__init__", counted)
     hashed: list[object] = []
     fingerprint = checkpoint.fingerprint
     monkeypatch.setattr(checkpoint, "fingerprint", lambda state: hashed.append(state) or fingerprint(state))
@@ -197,14 +197,14 @@ def test_several_images_come_as_a_grid_and_alone(tmp_path: Path) -> None:
 
 def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Press Ctrl-C when so many batches are finished."""
-    decode, calls = LatentDiffusion.decode_first_stage, iter(range(batches))
+    decode, calls = DiffusionModel.decode_first_stage, iter(range(batches))
 
-    def stop_or_decode(model: LatentDiffusion, latents: torch.Tensor) -> torch.Tensor:
+    def stop_or_decode(model: DiffusionModel, latents: torch.Tensor) -> torch.Tensor:
         if next(calls, None) is None:
             raise KeyboardInterrupt
         return decode(model, latents)
 
-    monkeypatch.setattr(LatentDiffusion, "decode_first_stage", stop_or_decode)
+    monkeypatch.setattr(DiffusionModel, "decode_first_stage", stop_or_decode)
 
 
 @pytest.mark.parametrize(
@@ -559,8 +559,8 @@ GENERATING: dict[str, Cases] = {
             "nowhere.txt": "check the path given with --prompts",
             "folder.yaml": "is a folder",
             "binary.yaml": "is not a readable YAML file",
-            "x.png": "There is no file",
-            "noise.png": "is not UTF-8 text; give a text file with one prompt in each line",
+            "x.png": "is a folder and no file",
+            "noise.png": "is not UTF-8 text (line 1); save it as UTF-8.",
             "star.yaml": "a text that begins with * needs quotes",
             "deep.yaml": "is nested too deeply",
             "words-laughs.yaml": "aliases",

@@ -1,6 +1,7 @@
 """The small model that ships, loaded once, behind the page's engine."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,14 @@ from ldm.page.engine import Engine
 ROOT = Path(__file__).parents[2]
 SETUP = {"config": "configs/demo/finetune.yaml", "ckpt": "models/demo/model.safetensors", "dtype": "float32"}
 STAR = "models/demo/concepts/dotted-star.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def modules_stay() -> Iterator[None]:
+    """NiceGUI's simulation forgets the module of a page and its parents, `ldm` among them."""
+    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "ldm"}
+    yield
+    sys.modules.update(kept)
 
 
 @pytest.fixture(scope="session")
