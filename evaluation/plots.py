@@ -151,6 +151,8 @@ def plot_steps(families: Mapping[str, Summaries], default: Mapping[str, np.ndarr
     for axes in panels:
         axes.set_xlabel("time of an image, the default's = 1")
         axes.set_xscale("log")
+        axes.set_xticks([0.1, 0.2, 0.4, 0.6, 1], [".1", ".2", ".4", ".6", "1"])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncol=4, loc="outside lower center")
     _save(figure, path)
