@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -282,25 +283,25 @@ def label_grid(
     """Put rows of images below each other, with a label left of each row and above each column.
 
     Args:
-        rows: images; smaller ones stand at the upper left of their place.
+        rows: images; a column is as wide as its widest, smaller ones stand at the upper left of their place.
         size: of the letters, in pixels.
     """
-    width = max(image.width for row in rows for image in row)
+    widths = [max(image.width for image in column if image) for column in zip_longest(*rows)]
     height = max(image.height for row in rows for image in row)
     font, gap = ImageFont.load_default(size), size // 2
     widest = max(int(font.getlength(label)) for label in labels)
-    left, top = min(widest, max(width, 8 * size)) + 2 * gap, 2 * size if columns else gap
-    count = max(map(len, rows))
-    sheet = Image.new("RGB", (left + count * (width + gap), top + len(rows) * (height + gap)), WHITE)
+    left, top = min(widest, max(*widths, 8 * size)) + 2 * gap, 2 * size if columns else gap
+    *starts, right = accumulate(widths, lambda x, width: x + width + gap, initial=left)
+    sheet = Image.new("RGB", (right, top + len(rows) * (height + gap)), WHITE)
     draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(columns):
-        draw.text((left + column * (width + gap), gap), label, BLACK, font)
+    for x, label in zip(starts, columns, strict=False):
+        draw.text((x, gap), label, BLACK, font)
     for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + number * (height + gap)
         lines = _wrapped(label, left - 2 * gap, font)[: max(1, height // (size + 4))]
         draw.multiline_text((gap, y), "\n".join(lines), BLACK, font)
-        for column, image in enumerate(row):
-            sheet.paste(image.convert("RGB"), (left + column * (width + gap), y))
+        for x, image in zip(starts, row, strict=False):
+            sheet.paste(image.convert("RGB"), (x, y))
     return sheet
 
 
