@@ -93,7 +93,7 @@ class EmbeddingManager(nn.Module):
             return
         word, count = initial_embedding(embedder, self.initial_word)
         self.initial_embeddings.copy_(word)
-        start = Start(word, count, num_stages, num_layers, *self._text)
+        start = Start(self.initial_embeddings, count, num_stages, num_layers, *self._text)  # who sets it, sets both
         if method is not None:
             self.learned = find_method(method).learn(start, **(method_params or {}))
         elif generator == "block":

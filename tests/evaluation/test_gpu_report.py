@@ -1,0 +1,39 @@
+"""The command that waits for a GPU, on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import gpu_report
+
+MARKED = "before\n<!-- gpu report -->\nold\n<!-- end of gpu report -->\nafter\n"
+
+
+def report(folder: Path, *flags: str) -> dict[str, list]:
+    """What the command leaves in its folder."""
+    gpu_report.main(["--device", "cpu", "--repeats", "1", "--no_compile", "--out", str(folder), *flags])
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_parity_with_the_records_and_where_the_tables_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = tmp_path / "page.md"
+    document.write_text(MARKED)
+    found = report(tmp_path / "a", "--only", "parity", "--into", str(document))
+    rows = found["parity"]
+    assert len(rows) == 8 and all(row["ok"] for row in rows), rows
+    text = document.read_text()
+    assert text.startswith("before\n<!-- gpu report -->\n") and text.endswith("<!-- end of gpu report -->\nafter\n")
+    assert "bfloat16" in text and "old" not in text
+    capsys.readouterr()
+    report(tmp_path / "a", "--only", "parity")
+    assert "TOO FAR" not in capsys.readouterr().out  # what is there is not run again
+
+
+@pytest.mark.slow
+def test_every_section(tmp_path: Path) -> None:
+    report(tmp_path, "--only", "parity", "learn", "train", "methods", "sample", "profile")
+    text = (tmp_path / "report.md").read_text()
+    assert "TOO FAR" not in text and "prospect" in text and "catversion" in text
