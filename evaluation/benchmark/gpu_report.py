@@ -19,9 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import profiler
 
-from evaluation.benchmark.measure import Contender, device_name, time_run
+from evaluation.benchmark.measure import (
+    Contender,
+    count_flop,
+    device_name,
+    matmul_ceiling,
+    peak_memory,
+    time_run,
+)
 from evaluation.benchmark.models import ROOT, VOCABULARY, build_model
 from evaluation.benchmark.peer import peer_contender
 from evaluation.benchmark.sample import Sampling, sampling_contender
@@ -129,8 +136,20 @@ class GpuReport:
             step.run()
         self._synchronize()
         seconds = time.perf_counter() - start
-        say(f"  {steps} steps in {seconds:.1f} s, the first after {first:.1f} s")
-        return {"steps": steps, "seconds": seconds, "first_step_s": first, **self._learn_by_command(steps, say)}
+        peak = peak_memory(step.run, self.device)
+        wall, profiled = self._profiled(step.run)
+        counted = TrainingStep(self.base, captured - {"cuda_graph"}, 1, self.resolution)  # a graph hides what it does
+        ceiling = matmul_ceiling(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
+        found = {
+            "steps": steps,
+            "seconds": seconds,
+            "first_step_s": first,
+            "peak_gb": peak and peak / 1e9,
+            "busy": _busy_ms(profiled) / wall,
+            "of_ceiling": count_flop(counted.run) / ceiling / (1e3 * seconds / steps),
+        }
+        say(f"  {_learning(found)}")
+        return {**found, **self._learn_by_command(steps, say)}
 
     def _learn_by_command(self, steps: int, say: Callable[[str], None]) -> Row:
         config = "configs/stable-diffusion/v1-finetune.yaml" if self.size == "sd-v1" else "configs/demo/finetune.yaml"
@@ -178,23 +197,26 @@ class GpuReport:
         }.items():
             for _ in range(2):
                 run()
-            wall, _ = time_run(run, self.device)
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-            with profile(activities=activities) as profiled:
-                run()
-                self._synchronize()
+            wall, profiled = self._profiled(run)
             own = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
             events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, own))
-            kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-            busy = sum(kernel.time_range.elapsed_us() for kernel in kernels) / 1e3
             found[name] = {
                 "wall_ms": wall,
-                "busy_ms": busy,
-                "kernels": len(kernels),
+                "busy_ms": _busy_ms(profiled),
+                "kernels": len(_kernels(profiled)),
                 "top": [[e.key[:90], getattr(e, own) / 1e3, e.count] for e in events[:15]],
             }
-            say(f"  {name}: {wall:.2f} ms, kernels {busy:.2f} ms in {len(kernels)}")
+            say(f"  {name}: {wall:.2f} ms, kernels {found[name]['busy_ms']:.2f} ms in {found[name]['kernels']}")
         return found
+
+    def _profiled(self, run: Callable[[], object]) -> tuple[float, profiler.profile]:
+        """Return the milliseconds of one run without the profiler, and the profile of another."""
+        wall, _ = time_run(run, self.device)
+        activities = [profiler.ProfilerActivity.CPU] + [profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
+        with profiler.profile(activities=activities) as profiled:
+            run()
+            self._synchronize()
+        return wall, profiled
 
     def tests(self, say: Callable[[str], None]) -> Row:
         """Run the tests that need a CUDA device."""
@@ -299,6 +321,8 @@ class GpuReport:
         lines += ["| goal | measured | |", "|---|---|---|"]
         marks = {True: "pass", False: "miss", None: "waiting"}
         lines += [f"| {goal} | {measured} | {marks[reached]} |" for goal, measured, reached in self.goals()]
+        if "learn" in self.results:
+            lines += ["", f"Learning, captured where that is possible: {_learning(self.results['learn'])}."]
         for what in ("train", "methods", "sample"):
             if what in self.results:
                 lines += ["", f"| {what} | batch | ms | first, s | peak, GB |", "|---|---|---|---|---|"]
@@ -315,6 +339,25 @@ class GpuReport:
         if "tests" in self.results:
             lines += ["", f"Tests on the device: {self.results['tests']['summary']}"]
         return "\n".join(lines) + "\n"
+
+
+def _kernels(profiled: profiler.profile) -> list[Any]:
+    """Return the kernels of a profile; on the CPU there are none, and the operations without their parts stand in."""
+    events = list(profiled.events() or [])
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return kernels or [event for event in events if event.cpu_parent is None]
+
+
+def _busy_ms(profiled: profiler.profile) -> float:
+    return sum(kernel.time_range.elapsed_us() for kernel in _kernels(profiled)) / 1e3
+
+
+def _learning(found: Row) -> str:
+    """Say what the section `learn` found, in one line."""
+    memory = f"{found['peak_gb']:.1f} GB at the peak" if found["peak_gb"] else "peak of memory unknown"
+    use = f"kernels run {found['busy']:.0%} of the time, {found['of_ceiling']:.0%} of what matrix products reach"
+    seconds = f"{found['steps']} steps in {found['seconds']:.1f} s"
+    return f"{seconds}, the first after {found['first_step_s']:.1f} s; {use}; {memory}"
 
 
 def _best(ms: dict[str, float | None], prefix: str) -> float | None:

@@ -3,24 +3,29 @@
 What is counted are the bytes of all tensors that are alive at once, weights included. A GPU needs more: the allocator's
 fragmentation, and the workspaces of cuDNN and cuBLAS.
 
-    python -m evaluation.benchmark.memory        # the table of docs/benchmarks.md, about a minute on one core
+    python -m evaluation.benchmark.memory        # the tables of docs/benchmarks.md, a few minutes on one core
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evaluation.benchmark.models import CONFIGS, ROOT, set_tokenizer
+from evaluation.benchmark.sample import Sampling
+from evaluation.benchmark.switches import DEFAULTS
+from evaluation.benchmark.train import TrainingStep
 from ldm.config import instantiate_from_config, load_config
 from ldm.editing.edit import Branches, Prompts, denoise_pair, plan_edit
 from ldm.editing.inversion import Sweep, record, step_of
@@ -67,16 +72,15 @@ class PeakMemory(TorchDispatchMode):
         return result
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention by the memory-efficient kernel, as on a GPU; on `meta` PyTorch would make the probabilities."""
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Take the memory-efficient kernel for attention, as on a GPU; on `meta` PyTorch would make the probabilities."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        causal = kwargs.get("is_causal", False)
-        return kernel(*args[:3], kwargs.get("attn_mask"), True, 0.0, causal)[0]
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, is_causal: bool = False, **_: Any) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, 0.0, is_causal)[0]
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
+        yield
 
 
 def meta_model(size: str = "sd-v1", **params: Any) -> LatentDiffusion:
@@ -98,7 +102,7 @@ def learning_peak(model: LatentDiffusion, side: int = 64, batch: int = 1) -> int
     x, noise = (torch.empty(batch, model.channels, side, side, device="meta") for _ in range(2))
     t = torch.zeros(batch, dtype=torch.long, device="meta")
     cond = model.get_learned_conditioning(["*"] * batch)
-    with FusedAttention(), PeakMemory(model) as memory:
+    with fused_attention(), PeakMemory(model) as memory:
         for _ in range(3):
             loss = model.p_losses(x, cond, t, noise)[0]
             loss.backward()
@@ -111,7 +115,7 @@ def learning_peak(model: LatentDiffusion, side: int = 64, batch: int = 1) -> int
 def sampling_peak(model: LatentDiffusion, side: int = 64, batch: int = 1) -> int:
     """Return the peak in bytes of three guided DDIM steps and of decoding, for latents (batch, C, side, side)."""
     model.eval()
-    with FusedAttention(), PeakMemory(model) as memory:
+    with fused_attention(), PeakMemory(model) as memory:
         cond, uncond = model.get_learned_conditioning(["*"] * batch), model.get_unconditional(count=batch)
         latents, _ = DDIMSampler(model).sample(
             S=3,
@@ -130,7 +134,7 @@ def inversion_peak(model: LatentDiffusion, side: int = 64, steps: int = 30) -> i
     model.eval().requires_grad_(False)
     options = InversionOptions(steps=steps)
     encoder = model.cond_stage_model
-    with FusedAttention(), PeakMemory(model) as memory, torch.device("meta"):
+    with fused_attention(), PeakMemory(model) as memory, torch.device("meta"):
         z_0 = torch.empty(1, model.channels, side, side)
         cond, uncond = model.get_unconditional("a thing"), model.get_unconditional()
         way = record(model, z_0, cond, steps, maps=True)
@@ -153,7 +157,7 @@ def editing_peak(model: LatentDiffusion, side: int = 64) -> int:
     model.eval()
     timesteps = [901, 501, 1]
     edit = Edit("a thing", tau_v=1, tau_c=1, tau_s=1, tau_u=1, blend=(("thing",), ("thing",)))
-    with FusedAttention(), PeakMemory(model) as memory:
+    with fused_attention(), PeakMemory(model) as memory:
         x = torch.empty(1, model.channels, side, side, device="meta")
         plan = plan_edit(model, Prompts(model.prompt_reader(), "a thing", None, edit), timesteps, x)
         branches = Branches(*(model.get_unconditional(text) for text in ("a thing", "a thing", "")))
@@ -180,6 +184,39 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def switched_peaks(model: LatentDiffusion, switches: frozenset[str], resolution: int, batch: int) -> tuple[int, int]:
+    """Return the peaks in bytes of three training steps, and of three guided DDIM steps with decoding."""
+    step = TrainingStep(model, switches, batch, resolution)
+    with fused_attention(), PeakMemory(step.model) as learning:
+        for _ in range(3):
+            step.run()
+    images = Sampling(model, switches, batch, resolution, 3)
+    with fused_attention(), PeakMemory(images.model) as sampling:
+        images.run()
+    return learning.peak, sampling.peak
+
+
+# Captured and compiled calls cannot be counted here, nor can `stages`, whose reference order reads the timesteps.
+SWITCHED = ("frozen", "attention", "batch", "latents", "guidance_batch", "kv", "text_batch", "fused_adamw")
+TURNED_ON = ("decode_slices", "channels_last", "fast", "half_guided")
+
+
+def switch_table(batch: int = 4) -> str:
+    """Return the Markdown table of what the switches do to the peaks, at Stable Diffusion's size and 512²."""
+    head = [f"{what}, {dtype}" for dtype in ("float32", "bfloat16") for what in ("learning", "sampling")]
+    lines = [f"| 512², batch {batch}, counted | {' | '.join(head)} |", "|---|---|---|---|---|"]
+    rows = {"as it is": DEFAULTS, **{f"without `{name}`": DEFAULTS - {name} for name in SWITCHED}}
+    rows |= {f"with `{name}`": DEFAULTS | {name} for name in TURNED_ON} | {"with `use_checkpoint`": DEFAULTS}
+    found: dict[str, list[str]] = {}
+    for name, switches in rows.items():
+        model = meta_model("sd-v1", **{"unet_config.params.use_checkpoint": "use_checkpoint" in name})
+        peaks = [switched_peaks(model, switches | dtype, 512, batch) for dtype in (set[str](), {"bfloat16"})]
+        found[name] = [f"{peak / 1e9:.1f} GB" for pair in peaks for peak in pair]
+    same = [name for name in rows if name != "as it is" and found[name] == found["as it is"]]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in found.items() if name not in same]
+    return "\n".join([*lines, "", f"No difference: {', '.join(same)}."])
+
+
 if __name__ == "__main__":
     logging.disable(logging.INFO)
-    print(table())  # noqa: T201
+    print(table(), switch_table(), sep="\n\n")  # noqa: T201

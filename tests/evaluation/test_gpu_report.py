@@ -35,5 +35,8 @@ def test_parity_with_the_records_and_where_the_tables_go(tmp_path: Path, capsys:
 @pytest.mark.slow
 def test_every_section(tmp_path: Path) -> None:
     report(tmp_path, "--only", "parity", "learn", "train", "methods", "sample", "profile")
+    learn = json.loads((tmp_path / "report.json").read_text())["learn"]
+    assert learn["command_code"] == 0 and learn["peak_gb"] > 0
+    assert 0 < learn["of_ceiling"] < 1 and 0.2 < learn["busy"] < 2  # on the CPU two runs are divided
     text = (tmp_path / "report.md").read_text()
     assert "TOO FAR" not in text and "prospect" in text and "catversion" in text

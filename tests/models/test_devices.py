@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evaluation.benchmark.memory import editing_peak, inversion_peak, learning_peak, meta_model, sampling_peak
+from evaluation.benchmark.memory import (
+    editing_peak,
+    inversion_peak,
+    learning_peak,
+    meta_model,
+    sampling_peak,
+    switched_peaks,
+)
+from evaluation.benchmark.switches import DEFAULTS
 from ldm.editing.inversion import record
 from ldm.models.autoencoder import FirstStage
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -185,3 +193,13 @@ def test_counted_memory() -> None:
     assert weights < learning_peak(half) < 6e9 and weights < sampling_peak(half) < 6e9
     small = meta_model("demo")
     assert learning_peak(small, 16) < learning_peak(small, 16, batch=4)
+
+
+def test_counted_memory_of_a_switch() -> None:
+    small = meta_model("demo")
+    learning, sampling = switched_peaks(small, DEFAULTS, 256, 4)
+    assert switched_peaks(small, DEFAULTS - {"attention"}, 256, 4)[0] > learning  # the probabilities are kept
+    assert switched_peaks(small, DEFAULTS - {"frozen"}, 256, 4)[0] > learning  # gradients of all weights
+    assert switched_peaks(small, DEFAULTS | {"decode_slices"}, 256, 4)[1] < sampling
+    checkpointed = meta_model("demo", **{"unet_config.params.use_checkpoint": True})
+    assert switched_peaks(checkpointed, DEFAULTS, 256, 4)[0] < learning
