@@ -24,7 +24,7 @@ from ldm.editing.control import MapStore
 from ldm.editing.edit import Branches, Plan, Prompts, denoise_pair, plan_edit
 from ldm.editing.inversion import Step, Sweep, Trajectory, move, predict, record, step_of
 from ldm.editing.request import Edit, InversionOptions
-from ldm.methods.stylediffusion import LearnedValues, StyleDiffusion, inner_iterations
+from ldm.methods.stylediffusion import FEATURE_TOKENS, LearnedValues, StyleDiffusion, inner_iterations
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import AttentionHook, BasicTransformerBlock, Site
 
@@ -184,6 +184,33 @@ class Bench:
             x = plan.blend(x, plan.control.store.at(), i)
             plan.control.store.maps.clear()
         return x
+
+
+def inversion_step(model: LatentDiffusion, resolution: int, steps: int = 4) -> Contender:
+    """Return what learns the values of one inner iteration, behind a recorded path of an image (R, R) of noise."""
+    model.eval().requires_grad_(False)
+    side, encoder = resolution // model.first_stage_model.downsampling, model.cond_stage_model
+    z_0, features = (
+        torch.randn(1, *sizes).to(model.device)
+        for sizes in ((model.channels, side, side), (FEATURE_TOKENS, encoder.width))
+    )
+    with torch.no_grad():
+        prompts = model.get_unconditional(PROMPT), model.get_unconditional()
+        way = record(model, z_0, prompts[0], steps, maps=True)
+        cond, uncond = (prompt.at(0) for prompt in prompts)
+    learner = StyleDiffusion(steps, features, encoder.max_length).to(model.device)
+    sweep = Sweep(model, way, learner, cond, uncond, InversionOptions(steps=steps))
+    step = step_of(model, way, 0, way.path[-1])
+    adam, fixed = torch.optim.Adam(learner.begin(0, True)), sweep.fixed(step)
+
+    def run() -> Tensor:
+        loss = sweep.loss(step, fixed).total
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return loss.detach()
+
+    return Contender("stylediffusion", run, run)
 
 
 def measure(repeats: int = 5) -> str:

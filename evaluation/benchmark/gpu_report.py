@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import profiler
 
+from evaluation.benchmark.editing import inversion_step
 from evaluation.benchmark.measure import (
     Contender,
     count_flop,
@@ -29,7 +30,7 @@ from evaluation.benchmark.measure import (
     peak_memory,
     time_run,
 )
-from evaluation.benchmark.models import ROOT, VOCABULARY, build_model
+from evaluation.benchmark.models import ROOT, VOCABULARY, build_model, variant
 from evaluation.benchmark.peer import peer_contender
 from evaluation.benchmark.sample import Sampling, sampling_contender
 from evaluation.benchmark.switches import DEFAULTS, REFERENCE
@@ -172,14 +173,13 @@ class GpuReport:
         return self._rows(TRAINING, "train", 1, say)
 
     def methods(self, say: Callable[[str], None]) -> list[Row]:
-        """Time a training step of every method, eager and captured."""
-        rows: list[Row] = []
+        """Time a training step of every method, eager and captured, and one of StyleDiffusion, eager and in float32."""
         for method in METHODS:
             base, self._base = self._base, build_model(self.size, self.device, [f"{METHOD}={method}"])
             ways = {f"{method}{way}": TRAINING[f"ours{way}"] for way in ("", ", captured")}
-            rows = self._rows(ways, "methods", 1, say)
+            self._rows(ways, "methods", 1, say)
             self._base = base
-        return rows
+        return self._rows({"stylediffusion": DEFAULTS}, "methods", 1, say)
 
     def sample(self, say: Callable[[str], None]) -> list[Row]:
         """Time DDIM from noise to images, batch 1 and 8, in every way."""
@@ -254,6 +254,8 @@ class GpuReport:
     def _contender(self, name: str, switches: frozenset[str] | None, what: str, batch: int) -> Contender:
         if switches is None:
             return peer_contender(self.base, name, what, self._here(HALF), batch, self.resolution, self.steps)
+        if name == "stylediffusion":
+            return inversion_step(variant(self.base, DEFAULTS), self.resolution)  # which freezes what it is given
         switches = self._here(switches)
         if what in ("train", "methods"):
             return training_contender(self.base, name, switches, batch, self.resolution)
