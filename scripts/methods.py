@@ -1,7 +1,7 @@
 """Learn one image by every method with the small model, or in several captions, and show them beside each other.
 
-    python scripts/methods.py                                   # 15 minutes on two cores; resumes where it was stopped
-    python scripts/methods.py --captions --out docs/images/captions.png                                     # 5 minutes
+    python scripts/methods.py                                   # 6 minutes; resumes where it was stopped
+    python scripts/methods.py --captions --out docs/images/captions.png       # 3 minutes
     python scripts/methods.py --reference striped-heart --out outputs/methods.png
 
 Rows are methods (or captions), columns the reference and prompts; all images have one seed. Runs stay in --logs.
