@@ -190,10 +190,8 @@ def inversion_step(model: LatentDiffusion, resolution: int, steps: int = 4) -> C
     """Return what learns the values of one inner iteration, behind a recorded path of an image (R, R) of noise."""
     model.eval().requires_grad_(False)
     side, encoder = resolution // model.first_stage_model.downsampling, model.cond_stage_model
-    z_0, features = (
-        torch.randn(1, *sizes).to(model.device)
-        for sizes in ((model.channels, side, side), (FEATURE_TOKENS, encoder.width))
-    )
+    z_0 = torch.randn(1, model.channels, side, side, device=model.device)
+    features = torch.randn(1, FEATURE_TOKENS, encoder.width, device=model.device)
     with torch.no_grad():
         prompts = model.get_unconditional(PROMPT), model.get_unconditional()
         way = record(model, z_0, prompts[0], steps, maps=True)

@@ -62,8 +62,6 @@ SAMPLING: dict[str, frozenset[str] | None] = {
     "DPM++, two fifths of the steps, captured": HALF | {"cuda_graph", "fast"},
     "guidance in half of the stages, captured": HALF | {"cuda_graph", "half_guided"},
 }
-
-
 METHOD = "model.params.personalization_config.params.method"
 METHODS = ("prospect", "textual-inversion", "xti", "table", "neti", "catversion")
 
@@ -76,8 +74,6 @@ class GpuReport:
         size: `sd-v1` (random weights at Stable Diffusion's size) or `demo`.
         compiled: also the rows that compile, which take a minute or more each.
     """
-
-    SECTIONS = ("parity", "learn", "train", "methods", "sample", "profile", "tests")
 
     def __init__(self, folder: Path, device: torch.device, size: str, compiled: bool = True, repeats: int = 10) -> None:
         self.folder, self.device, self.size = folder, device, size

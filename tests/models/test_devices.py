@@ -18,7 +18,6 @@ from evaluation.benchmark.memory import (
     learning_peak,
     meta_model,
     sampling_peak,
-    switched_peaks,
 )
 from evaluation.benchmark.switches import DEFAULTS
 from ldm.editing.inversion import record
@@ -154,13 +153,14 @@ def test_inversion_asks_the_device_nothing(case: tuple[LatentDiffusion, int]) ->
     """The path with its maps, and a step of what is learned of it, in any precision."""
     model, side = case
     model.eval()
+    resolution = side * model.first_stage_model.downsampling
     if model.model.diffusion_model.dtype == torch.float32:
-        assert inversion_peak(model, side, steps=2) > editing_peak(model, side) / 20
+        assert inversion_peak(model, resolution, steps=2) > editing_peak(model, resolution) / 20
     else:
         cond, z = model.get_unconditional("a thing"), torch.empty(1, model.channels, side, side, device="meta")
         way = record(model, z, cond, 2, maps=True)
         assert way.path[-1].is_meta and all(m.is_meta for maps in way.maps for m in maps)
-        assert editing_peak(model, side) > 0
+        assert editing_peak(model, resolution) > 0
 
 
 class Reads(TorchDispatchMode):
@@ -187,19 +187,18 @@ def test_how_often_sampling_reads_does_not_grow_with_its_steps(tiny_model: Laten
 
 
 def test_counted_memory() -> None:
-    """Learning at 512² in half precision fits into 6 GB; a larger batch needs more."""
-    half = meta_model(frozen_dtype="bfloat16")
-    weights = sum(p.nbytes for p in half.parameters())
-    assert weights < learning_peak(half) < 6e9 and weights < sampling_peak(half) < 6e9
-    small = meta_model("demo")
-    assert learning_peak(small, 16) < learning_peak(small, 16, batch=4)
+    """Learning at 512² in half precision fits into 6 GB."""
+    full, half = meta_model(), DEFAULTS | {"bfloat16"}
+    weights = sum(p.nbytes for p in full.parameters()) // 2
+    assert weights < learning_peak(full, 512, 1, half) < 6e9 and weights < sampling_peak(full, 512, 1, half) < 6e9
 
 
 def test_counted_memory_of_a_switch() -> None:
     small = meta_model("demo")
-    learning, sampling = switched_peaks(small, DEFAULTS, 256, 4)
-    assert switched_peaks(small, DEFAULTS - {"attention"}, 256, 4)[0] > learning  # the probabilities are kept
-    assert switched_peaks(small, DEFAULTS - {"frozen"}, 256, 4)[0] > learning  # gradients of all weights
-    assert switched_peaks(small, DEFAULTS | {"decode_slices"}, 256, 4)[1] < sampling
+    learning, sampling = learning_peak(small, 256, 4), sampling_peak(small, 256, 4)
+    assert learning_peak(small, 256, 1) < learning
+    assert learning_peak(small, 256, 4, DEFAULTS - {"attention"}) > learning  # the probabilities are kept
+    assert learning_peak(small, 256, 4, DEFAULTS - {"frozen"}) > learning  # gradients of all weights
+    assert sampling_peak(small, 256, 4, DEFAULTS | {"decode_slices"}) < sampling
     checkpointed = meta_model("demo", **{"unet_config.params.use_checkpoint": True})
-    assert switched_peaks(checkpointed, DEFAULTS, 256, 4)[0] < learning
+    assert learning_peak(checkpointed, 256, 4) < learning
