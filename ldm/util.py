@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from ldm.config import instantiate_from_config
-
-__all__ = ["instantiate_from_config", "mix_seed", "pick_device", "seed_step", "to_device", "usual_torch"]
+from ldm.config import instantiate_from_config as instantiate_from_config
 
 
 def to_device(tensor: Tensor, device: torch.device | str | None) -> Tensor:
@@ -58,6 +57,23 @@ def usual_torch(keep_meta: bool = False) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips `torch.nn.init`, whose functions return the tensor that they are given first."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Build modules on the `meta` device and fill nothing, for which PyTorch would import its compiler: a second."""
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 def mix_seed(*numbers: int) -> int:

@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -101,6 +103,19 @@ def test_without_lightning_it_is_the_same_model(model: LatentDiffusion, config: 
     assert type(model) is LatentDiffusion and not isinstance(lean, LightningModule)
     assert lean.state_dict().keys() == model.state_dict().keys()
     assert draw(model=lean).tobytes() == draw().tobytes()
+
+
+def test_it_loads_without_lightning_and_without_the_compiler() -> None:
+    """They take longer to import than all the rest."""
+    code = f"""
+import sys
+from ldm.generate import load_model_from_config, main
+model = load_model_from_config("{ROOT}/configs/demo/finetune.yaml", "{CKPT}", device="cpu", lightning=False)
+main("a star", ddim_steps=1, height=32, width=32, model=model, progress=False)
+print(*({{"pytorch_lightning", "torch._dynamo"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_the_contract_of_the_signature() -> None:

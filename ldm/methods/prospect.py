@@ -13,6 +13,7 @@ from ldm.conditioning.stages import matching_stage
 from ldm.methods.base import LearnedModule, Metadata, Start, Tensors
 from ldm.methods.table import VECTORS
 from ldm.modules.attention import CrossAttention, FeedForward
+from ldm.util import without_weights
 
 
 class GeneratorBlock(LearnedModule):
@@ -122,7 +123,7 @@ def generate_vectors(parameters: Mapping[str, Tensor], initial: Tensor | None) -
     width = max(initial.shape[1], 1)
     found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     inner, rows = (next(iter(found.get(name, ())), 0) for name in ("attn1.to_q.weight", "ff.net.2.weight"))
-    with torch.device("meta"):
+    with without_weights():
         # One token: the softmax over it is 1 however the inner width is cut into heads.
         block = GeneratorBlock(width, max(rows // width, 1), heads=1, dim_head=max(inner, 1))
     try:

@@ -35,7 +35,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.request import ModelFacts
-from ldm.util import instantiate_from_config, usual_torch
+from ldm.util import instantiate_from_config, usual_torch, without_weights
 
 
 class DiffusionWrapper(nn.Module):
@@ -107,8 +107,8 @@ class DiffusionModel(nn.Module):
             self.register_buffer(name, buffer)
         self.register_buffer("lvlb_weights", vlb_weights(betas), persistent=False)
         self.balance = LossBalance() if opt.balanced_loss else None
-        # with a checkpoint the weights are built without memory and then taken from the file
-        with torch.device("meta") if opt.ckpt_path else contextlib.nullcontext():
+        # with a checkpoint the weights are taken from the file
+        with without_weights() if opt.ckpt_path else contextlib.nullcontext():
             self.model = DiffusionWrapper(instantiate_from_config(unet_config))
             self.first_stage_model = instantiate_from_config(first_stage_config)
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
