@@ -18,6 +18,8 @@ from ldm.methods.neti import NeTISettings
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
 CONFIG, CKPT = "configs/demo/finetune.yaml", "models/demo/model.safetensors"
+PARAMS = "model.params.personalization_config.params"
+TOKENS = f"{PARAMS}.method_params.tokens=4"
 METHODS = {
     "ti": ("textual-inversion", {"vectors": (1, 128)}),
     "xti": ("xti", {"table": (1, 7, 1, 128)}),
@@ -142,9 +144,14 @@ def test_methods_mix_in_one_prompt(concepts: dict[str, Path], model: LatentDiffu
     [
         ("neti", ["--caption", "a thing"], "no place for the learned token"),
         ("ti", ["--caption", "star " * 40 + "*"], "…' is too long, its learned token is cut off; shorten it"),
+        (
+            "ti",
+            ["--caption", "star " * 28 + "*", TOKENS],
+            "its learned token is cut off",
+        ),
         ("neti", ["--init_word", "a thing"], "super-category must be a word of one token"),
-        ("neti", ["model.params.personalization_config.params.method_params.num_anchors=7"], "must divide 1000"),
-        ("ti", ["model.params.personalization_config.params.method=nti"], "method 'nti', which is unknown"),
+        ("neti", [f"{PARAMS}.method_params.num_anchors=7"], "must divide 1000"),
+        ("ti", [f"{PARAMS}.method=nti"], "method 'nti', which is unknown"),
     ],
 )
 def test_mistakes(

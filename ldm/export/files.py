@@ -214,7 +214,8 @@ class Export:
 
     def _chunks(self) -> list[str]:
         """A warning of what AUTOMATIC1111's web UI and ComfyUI do with a long prompt."""
-        if not any(map(may_be_cut, self._all_words())):
+        most = max(concept.table.shape[2] for _, concept in self.concepts.values())
+        if not any(may_be_cut(words, most) for words in self._all_words()):
             return []
         return [
             f"The prompt may be longer than {MAX_TOKENS} tokens; what follows is cut off here and in diffusers, while "

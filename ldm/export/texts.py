@@ -91,12 +91,16 @@ def misread(words: Sequence[str], tokens: Iterable[str]) -> str | None:
     return None
 
 
-def may_be_cut(words: Sequence[str]) -> bool:
-    """Whether a text may have more than 75 tokens, guessed without the tokenizer from the lengths of its words."""
+def may_be_cut(words: Sequence[str], num_vectors: int) -> bool:
+    """Whether a text may have more than 75 tokens, guessed without the tokenizer from the lengths of its words.
+
+    Args:
+        num_vectors: consecutive vectors of a learned word.
+    """
 
     def tokens(word: str) -> int:
         if isinstance(word, Learned):
-            return 1
+            return num_vectors
         return sum(-(-len(piece) // 5) if piece.isascii() else len(piece.encode()) for piece in _PIECE.findall(word))
 
     return sum(map(tokens, words)) > MAX_TOKENS

@@ -114,7 +114,10 @@ def check_captions(module: Any, data: DataModuleFromConfig) -> None:
 
 
 def _check_is_read(module: Any, caption: str) -> None:
-    """Raise `ConfigError` where the learned token of a caption stands behind what the text transformer reads."""
-    if not (module.get_learned_conditioning(caption).slots < 0).any():
+    """Raise `ConfigError` where a learned vector of a caption stands behind what the text transformer reads."""
+    words = module.prompt_reader().words_in(caption)
+    if (module.get_learned_conditioning(caption).slots[0] < 0).sum() < sum(
+        slot < 0 for _, own in words for slot in own
+    ):
         shown = caption if len(caption) <= 60 else f"{caption[:60]}…"
         raise ConfigError(f"The caption '{shown}' is too long, its learned token is cut off; shorten it.")

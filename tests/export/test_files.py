@@ -19,7 +19,7 @@ from ldm.conditioning.prompts import PromptReader
 from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept
 from ldm.export import files
 from ldm.export.files import PROGRAMS, Export, Use
-from ldm.export.texts import check_name
+from ldm.export.texts import Learned, check_name, may_be_cut
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models/demo/concepts/dotted-star.safetensors"
@@ -160,6 +160,11 @@ def test_size_and_guidance_are_those_of_the_small_model_in_every_folder(
 
 
 # What other programs read in another way
+
+
+def test_a_learned_word_is_as_long_as_its_vectors() -> None:
+    words = [Learned("star-0")] * 25
+    assert may_be_cut(words, 4) and not may_be_cut(words, 3)
 
 
 @pytest.mark.parametrize(
