@@ -199,9 +199,8 @@ def start_inversion(form: EditForm, engine: Engine) -> InversionJob:
         raise ValueError("Choose the image to edit first.")
     if not form.prompt.strip():
         raise ValueError("Say what the image shows: words of this prompt are what an edit exchanges.")
-    job = InversionJob(image=form.image, prompt=form.prompt, method=form.method, options=form.options(engine))
-    engine.queue(job)
-    return job
+    options = form.options(engine)
+    return engine.queue(InversionJob(image=form.image, prompt=form.prompt, method=form.method, options=options))
 
 
 def start_edit(form: EditForm, engine: Engine) -> EditJob:
@@ -216,6 +215,4 @@ def start_edit(form: EditForm, engine: Engine) -> EditJob:
     edits = form.edits()
     for edit in edits:
         edit.check(inversion.concept.metadata[PROMPT], engine.facts.num_stages)
-    job = EditJob(inversion=inversion, edits=edits)
-    engine.queue(job)
-    return job
+    return engine.queue(EditJob(inversion=inversion, edits=edits))

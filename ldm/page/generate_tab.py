@@ -43,8 +43,6 @@ class GenerateTab:
         self.refresh()
         ui.timer(POLL, self._poll)
 
-    # --- the form --------------------------------------------------------------------------------------------------
-
     def _build_prompt(self) -> None:
         with parts.section("Prompt").classes("prompt-panel"):
             self._prompt = ui.textarea(on_change=self._write_prompt).mark("prompt").classes("prompt")
@@ -123,8 +121,6 @@ class GenerateTab:
         self._fields.refresh()
         self._changed()
 
-    # --- concepts --------------------------------------------------------------------------------------------------
-
     def _show_concepts(self) -> None:
         self._concepts.clear()
         known = self.engine.concept_names(self.session.uploaded)
@@ -183,8 +179,6 @@ class GenerateTab:
         self.refresh()
         self._changed()
 
-    # --- the image to edit -----------------------------------------------------------------------------------------
-
     def _show_content(self) -> None:
         self._content.clear()
         content = self.session.form.settings.get("content_dir")
@@ -211,8 +205,6 @@ class GenerateTab:
             self.session.form.settings.pop("content_dir", None)
         self._show_content()
         self._changed()
-
-    # --- the result ------------------------------------------------------------------------------------------------
 
     def _build_result(self) -> None:
         with ui.element("section").classes("panel canvas").props('aria-label="Image"'):
@@ -299,11 +291,5 @@ class GenerateTab:
 
 def status_of(job: ImageJob) -> str:
     """Where a job is, in a line."""
-    if job.state == "waiting":
-        return "Waiting for another tab's image…"
-    if job.state == "running":
-        return f"Step {job.step} of {job.steps} · t {job.timestep} · stage {job.stage}" if job.step else "Preparing…"
-    kept = f" · kept as {job.files[0]}" if job.files else ""
-    if job.state == "done":
-        return f"Done in {job.seconds:.1f} s{kept}"
-    return f"Stopped after step {job.step} of {job.steps}{kept}" if job.state == "stopped" else ""
+    running = f"Step {job.step} of {job.steps} · t {job.timestep} · stage {job.stage}" if job.step else "Preparing…"
+    return job.status(running, f"Done in {job.seconds:.1f} s", job.files[:1])

@@ -119,8 +119,6 @@ class Timeline:
                 frame.set_source(parts.inline(image))
         self._shown = dict(previews)
 
-    # --- building --------------------------------------------------------------------------------------------------
-
     def _build_presets(self) -> None:
         self._presets.clear()
         if not self.form.lanes:
@@ -236,8 +234,6 @@ class Timeline:
         count = self.engine.tokens(row.entry.value or "", [lane.placeholder for lane in self.form.lanes])
         row.count.set_text(f"{count} of {most} tokens" if count > most else f"{count} token{'s' * (count != 1)}")
         parts.look(row.count, "problem", count > most)
-
-    # --- what the user does ----------------------------------------------------------------------------------------
 
     def _toggle(self, number: int, stage: int, first: bool) -> None:
         lane = self.form.lanes[number]
