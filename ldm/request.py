@@ -107,7 +107,7 @@ class Request:
         n_samples: images in a batch
         n_iter: batches
         n_rows: images in a row of the grid; 0 for as square as possible
-        truncation: hidden values of a NeTI concept that are kept, 0 to 128: few: easier to edit, many: closer (all)
+        truncation: hidden values of a NeTI concept that are kept, 0 to 128 (all); few are easier to edit, many closer
         height: pixels (the model's; Stable Diffusion: 512)
         width: pixels (the model's; Stable Diffusion: 512)
         concepts: learned embeddings, {placeholder: file}, for this request only
