@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ldm.conditioning.context import Conditioning
 from ldm.conditioning.learned import truncates

@@ -125,12 +125,12 @@ class GenerateTab:
         self._concepts.clear()
         known = self.engine.concept_names(self.session.uploaded)
         with self._concepts:
-            for lane in self.session.form.lanes:
-                self._build_concept(lane, {lane.file: Path(lane.file).stem} | known)
+            for number, lane in enumerate(self.session.form.lanes, start=1):
+                self._build_concept(number, lane, {lane.file: Path(lane.file).stem} | known)
             if not self.session.form.lanes:
                 ui.label("No concept: the prompt alone says what the image shows.").classes("soft")
 
-    def _build_concept(self, lane: Lane, known: dict[str, str]) -> None:
+    def _build_concept(self, number: int, lane: Lane, known: dict[str, str]) -> None:
         with ui.element("div").classes("concept"):
             if (picture := self.engine.reference_of(lane.file)) is not None:
                 parts.shown(parts.url_of(picture), f"The image that {known[lane.file]} was learned from", "thumb")
@@ -140,7 +140,7 @@ class GenerateTab:
             name.on("change", lambda: self._rename(lane, name.value))
             choice = ui.select(known, label="Concept", value=lane.file).props(parts.LOOK).mark("concept")
             choice.on_value_change(lambda event: self._choose(lane, event.value))
-            parts.button("×", partial(self._remove, lane), "quiet small", f"Remove the concept {lane.placeholder}")
+            parts.button("×", partial(self._remove, lane), "quiet small", f"Remove concept {number}")
 
     def _choose(self, lane: Lane, file: str) -> None:
         lane.file = file
