@@ -73,9 +73,7 @@ class EditForm:
             ValueError: a number cannot be used.
         """
         scale = min(7.5, engine.facts.scale) if self.guidance_scale is None else self.guidance_scale
-        return InversionOptions(
-            steps=int(self.steps or 0), inner_steps=int(self.inner_steps or 0), guidance_scale=scale
-        )
+        return InversionOptions(int(self.steps or 0), scale, inner_steps=int(self.inner_steps or 0))
 
     def edits(self) -> list[Edit]:
         """Return an edit for each combination of taus.

@@ -43,7 +43,7 @@ class LearnTab:
             self._images = ui.element("div").classes("tiles")
             upload = uploads.upload(self.engine.uploads, self.take, multiple=True).mark("learn-upload")
             with ui.element("div").classes("line"):
-                parts.file_button("Choose images", upload)
+                self._choose = parts.file_button("Choose images", upload)
                 ui.label("or drop them here").classes("soft")
         with parts.section("Concept"):
             with ui.element("div").classes("fields roomy"):
@@ -89,6 +89,7 @@ class LearnTab:
         self._show_images()
 
     def _remove(self, path: Path) -> None:
+        ui.run_javascript(parts.TAKE_FOCUS % self._choose.id)
         self.form.images.remove(path)
         self._show_images()
 

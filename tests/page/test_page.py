@@ -128,6 +128,16 @@ def test_the_text_of_a_selection_is_edited_with_its_token_count(engine: Engine) 
     drive(engine, script)
 
 
+def test_a_text_without_the_concept_is_marked_while_it_is_written(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        one(user, "text-7").value = "a large green heart"
+        await until(lambda: marked_stages(user) == [], 5)
+        one(user, "text-7").value = "a large green * heart"
+        await until(lambda: marked_stages(user) == [3, 4, 5, 6, 7], 5)
+
+    drive(engine, script)
+
+
 def test_each_stage_can_have_a_guidance_scale(engine: Engine) -> None:
     async def script(user: User) -> None:
         user.find(marker="scales").trigger("click")
