@@ -43,7 +43,7 @@ class ExportTab:
             for lane in lanes:
                 self.form.names.setdefault(lane.file, usual_name(lane))
                 name = ui.input(f"Name of {lane.placeholder} in the files").props(parts.LOOK).mark("export-name")
-                name.bind_value(self.form.names, lane.file)
+                name.bind_value(self.form.names, lane.file).classes("wide")
             if not lanes:
                 ui.label("Generate has no concept; add one there first.").classes("soft wide")
 
