@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ldm.conditioning.context import Conditioning
 from ldm.conditioning.learned import truncates
@@ -161,13 +161,10 @@ def main(
     rescale: float = 0.0,
     spacing: str | None = None,
 ) -> Image.Image:
-    """Generate an image, or edit one. Several images come as a grid.
-
-    Image i of n_iter · n_samples has the seed `seed + i`; it is the same image when it is made alone.
+    """Generate an image, or edit one. Several images come as a grid. `**FAST` takes two fifths of the U-Net calls.
 
     Args:
         model: from `load_model_from_config`.
-        sampler, ddim_steps: `main(…, **FAST)` makes two fifths of the default's U-Net calls.
         C, f: accepted because the reference's calls give them; the model knows its own.
         callback, progress: see `generate_image`.
         All others: see `ldm.request.Request`.

@@ -91,30 +91,25 @@ class Request:
         prompt: in it, * stands for the concept or for the entries of `prospect_words`
         prospect_words: one entry for each stage, the end of sampling (low noise) first: a text that replaces *, the
             number of the stage whose learned token does, or None for the prompt as it is
-        layer_words: the same for each cross-attention layer of the U-Net (P+), in order of execution: a text that
-            replaces *, the number of the layer whose learned token does, or None for the prompt as it is
-        preset: what the concept gives, the prompt the rest: content, layout, material or style; of several concepts
-            only the first that the prompt names (ldm.prompts.joint, in Python, takes something from each)
+        layer_words: the same as prospect_words for each cross-attention layer of the U-Net (P+), in order of execution
+        preset: what the first concept in the prompt gives, the prompt the rest: content, layout, material or style
         negative_prompt: plain text that guidance leads away from, in all stages
         content_dir: image to edit: a file, or one that Pillow has opened; None generates from noise
         strength: how much of the content image is given up, 0 (nothing) to 1 (all)
         resize: how the content image is brought to width x height: crop, pad or squash
         ddim_steps: sampling steps, 1 to 1000
         ddim_eta: 0 is deterministic DDIM, 1 is as random as DDPM
-        scale: guidance scale, 0 to 1000, or a list of one for each stage, the end of sampling first; 1 is no guidance,
-            and takes half the time; by default the model's own (Stable Diffusion: 10)
+        scale: of guidance, 0 to 1000, or one for each stage, the end first; 1 is none, in half the time (the model's)
         rescale: share of the contrast which guidance adds that is taken back, 0 to 1 (Lin et al. 2024)
         sampler: ddim, plms or dpmpp_2m (DPM-Solver++)
-        spacing: of the timesteps: leading as the reference's, or trailing, which begins with pure noise; by default the
-            sampler's own (dpmpp_2m: trailing)
-        seed: of the first image; image i has seed + i
+        spacing: of timesteps: leading, or trailing, which begins with pure noise (the sampler's; dpmpp_2m: trailing)
+        seed: of the first image; image i has seed + i, and is the same image when it is made alone
         n_samples: images in a batch
         n_iter: batches
         n_rows: images in a row of the grid; 0 for as square as possible
-        truncation: of a NeTI concept: hidden values that are kept, 0 to 128; few are easier to edit, many closer to
-            the images; by default all
-        height: pixels; by default the model's own (Stable Diffusion: 512)
-        width: pixels; by default the model's own (Stable Diffusion: 512)
+        truncation: hidden values of a NeTI concept that are kept, 0 to 128 (all); few are easier to edit, many closer
+        height: pixels (the model's; Stable Diffusion: 512)
+        width: pixels (the model's; Stable Diffusion: 512)
         concepts: learned embeddings, {placeholder: file}, for this request only
         any_base: use concepts that were learned for another base model, too
         legacy_word_tokens: read prospect_words as the reference does: only the first piece of each word

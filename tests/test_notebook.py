@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 import re
 import shutil
 import sys
@@ -138,7 +139,9 @@ def test_what_the_notebook_shows_of_objects_and_functions_is_short(tiny_model: L
 
     found = Inspector(theme_name="nocolor").info(generate)
     lines = f"{found['definition']}\n{found['docstring']}".splitlines()
-    assert len(lines) < 100 and not any("All others" in line for line in lines)
+    names = [line.partition(":")[0].strip() for line in found["docstring"].splitlines()]
+    missing = set(inspect.signature(main).parameters) - {name for text in names for name in text.split(", ")}
+    assert len(lines) < 70 and not missing and not any("All others" in line for line in lines)
     assert any("strength: how much of the content image is given up" in line for line in lines)
 
 

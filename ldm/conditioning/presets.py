@@ -95,8 +95,9 @@ def preset_words(
             *(attribute, chosen),
         )
     words = preset(attribute, prompt, num_stages=num_stages, placeholder=chosen, windows=windows)
-    stages = ", ".join(map(str, preset_stages(attribute, num_stages, windows)))
-    logger.info("The preset '%s' is stages %s of %d, from %s.", attribute, stages, num_stages, windows.source)
+    found = preset_stages(attribute, num_stages, windows)
+    stages = f"stage{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
+    logger.info("The preset '%s' is %s of %d, from %s.", attribute, stages, num_stages, windows.source)
     return words
 
 

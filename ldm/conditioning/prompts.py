@@ -24,6 +24,7 @@ from ldm.request import (
     check_words,
     mentions,
     placeholder_pattern,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ class PromptReader:
         body = self._body(prompt, None if words is None else words[stage], stage)
         room = self.max_length - 2
         if len(body) > room:
-            self._warn(f"The prompt is longer than {room} tokens; cut off: '{self._spell(body[room:])}'")
+            self._warn(f"The prompt is longer than {room} tokens; cut off: {shown(self._spell(body[room:]))}")
         return self._close(body[:room])
 
     def _learned(self, placeholder: str, stage: int) -> list[int]:

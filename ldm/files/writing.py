@@ -10,10 +10,15 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
+
+if sys.platform != "win32":
+    import fcntl
 
 _PARTIAL = re.compile(r"\.prospect-\d+-[0-9a-f]{8}\.partial")
 # A place without room or without the right to write; other errors have other causes.
@@ -217,6 +222,24 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock(stream: IO[Any]) -> bool:
+    """Lock a file for those who have it open or inherit it; False where others have. Windows has no such locks."""
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some file systems of clusters lock nothing
+            return not isinstance(error, BlockingIOError)
+    return True
+
+
+def is_locked(path: str | Path) -> bool:
+    """Return whether a file is there and a process has it locked."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as stream:
+        return not lock(stream)
 
 
 def is_unfinished(name: str) -> bool:

@@ -234,9 +234,6 @@ class Comparison:
             save_sheet(whole, self.rows, self.columns, self.file)
 
 
-# --- the sheet -------------------------------------------------------------------------------------------------
-
-
 def save_sheet(images: Sequence[Sequence[Image.Image]], rows: Axis, columns: Axis, path: Path) -> None:
     """Save the labelled grid as PNG, with what repeats each of its images."""
     records = [[json.loads(image.info[PNG_KEY]) for image in line] for line in images]

@@ -172,11 +172,4 @@ class EditTab:
 def status_of(job: Job) -> str:
     """Where a job is, in a line."""
     what = "Inverting" if isinstance(job, InversionJob) else "Editing"
-    if job.state == "waiting":
-        return "Waiting for another tab's image…"
-    kept = f" · kept as {job.files[-1]}" if job.files else ""
-    return {
-        "running": f"{what}: step {job.step} of {job.steps}",
-        "done": f"Done{kept}",
-        "stopped": f"Stopped after step {job.step} of {job.steps}{kept}",
-    }.get(job.state, "")
+    return job.status(f"{what}: step {job.step} of {job.steps}", "Done", job.files[-1:])

@@ -73,9 +73,7 @@ class EditForm:
             ValueError: a number cannot be used.
         """
         scale = min(7.5, engine.facts.scale) if self.guidance_scale is None else self.guidance_scale
-        return InversionOptions(
-            steps=int(self.steps or 0), inner_steps=int(self.inner_steps or 0), guidance_scale=scale
-        )
+        return InversionOptions(int(self.steps or 0), scale, inner_steps=int(self.inner_steps or 0))
 
     def edits(self) -> list[Edit]:
         """Return an edit for each combination of taus.
@@ -199,9 +197,8 @@ def start_inversion(form: EditForm, engine: Engine) -> InversionJob:
         raise ValueError("Choose the image to edit first.")
     if not form.prompt.strip():
         raise ValueError("Say what the image shows: words of this prompt are what an edit exchanges.")
-    job = InversionJob(image=form.image, prompt=form.prompt, method=form.method, options=form.options(engine))
-    engine.queue(job)
-    return job
+    options = form.options(engine)
+    return engine.queue(InversionJob(image=form.image, prompt=form.prompt, method=form.method, options=options))
 
 
 def start_edit(form: EditForm, engine: Engine) -> EditJob:
@@ -216,6 +213,4 @@ def start_edit(form: EditForm, engine: Engine) -> EditJob:
     edits = form.edits()
     for edit in edits:
         edit.check(inversion.concept.metadata[PROMPT], engine.facts.num_stages)
-    job = EditJob(inversion=inversion, edits=edits)
-    engine.queue(job)
-    return job
+    return engine.queue(EditJob(inversion=inversion, edits=edits))

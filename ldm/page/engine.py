@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -36,6 +36,7 @@ LOGS = Path("logs")
 LIBRARY = "ldm"
 TALKATIVE = "ldm.conditioning.presets"  # says which stages a preset is, and from where
 PREVIEW_SHARE = 10  # a preview is made when this many times its own duration has passed since the last
+AnyJob = TypeVar("AnyJob", bound="Job")
 MENDABLE = (ValueError, OSError, ImportError, ArithmeticError)  # errors whose sentence is for the user
 
 
@@ -62,6 +63,18 @@ class Job:
     @property
     def is_over(self) -> bool:
         return self.state in ("done", "stopped", "failed")
+
+    def status(self, running: str, done: str, kept: Sequence[Path]) -> str:
+        """Where it is, in a line."""
+        end = "".join(f" · kept as {file}" for file in kept)
+        stopped = f"Stopped after step {self.step} of {self.steps}{end}"
+        said = {
+            "waiting": "Waiting for another tab's image…",
+            "running": running,
+            "done": done + end,
+            "stopped": stopped,
+        }
+        return said.get(self.state, "")
 
     def stop(self) -> None:
         """Stop before the next step; one that waits stops at once."""
@@ -137,7 +150,7 @@ class Engine:
         self.windows = model.presets if isinstance(model.presets, Windows) else Windows(model.presets)
         self.preview = Preview(model)
         self.uploads = Path(tempfile.mkdtemp(prefix="prospect-page-"))
-        self.runs: list[Learning] = []
+        self.runs: dict[Path, Learning] = {}  # log folder -> the latest that learns there
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
         logging.getLogger(TALKATIVE).setLevel(logging.INFO)
 
@@ -154,7 +167,7 @@ class Engine:
 
     def close(self) -> None:
         """Let what is being learned save and end, drop what waits, and the files that were uploaded."""
-        for run in self.runs:
+        for run in self.runs.values():
             run.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(self.uploads, ignore_errors=True)
@@ -195,12 +208,12 @@ class Engine:
         """
         request = request.for_model(self.facts)
         job = ImageJob(request=request, keep=keep, steps=request.n_iter * request.denoising_steps)
-        self.queue(job)
-        return job
+        return self.queue(job)
 
-    def queue(self, job: Job) -> None:
-        """Do a job when those before it are over."""
+    def queue(self, job: AnyJob) -> AnyJob:
+        """Do a job when those before it are over; returns it."""
         self._pool.submit(self._work, job)
+        return job
 
     def _work(self, job: Job) -> None:
         if job.stopping:

@@ -32,7 +32,8 @@ class ExportTab:
                 self._contents = ui.element("div").classes("messages")
                 with self._contents:
                     ui.label("What is in the zip is listed here.").classes("soft")
-        view.follow_form(self._refresh)
+        if view.tabs is not None:
+            view.tabs.on_value_change(lambda: self._refresh())  # the concepts may be others when it is opened
         self._refresh()
 
     def _refresh(self) -> None:
@@ -40,11 +41,11 @@ class ExportTab:
         lanes = self.view.session.form.lanes
         with self._concepts:
             for lane in lanes:
-                self.form.names.setdefault(lane.placeholder, usual_name(lane))
+                self.form.names.setdefault(lane.file, usual_name(lane))
                 name = ui.input(f"Name of {lane.placeholder} in the files").props(parts.LOOK).mark("export-name")
-                name.bind_value(self.form.names, lane.placeholder)
+                name.bind_value(self.form.names, lane.file).classes("wide")
             if not lanes:
-                ui.label("Generate has no concept; add one there first.").classes("soft")
+                ui.label("Generate has no concept; add one there first.").classes("soft wide")
 
     def export(self) -> None:
         """Write everything into a folder, and hand it over as a zip."""

@@ -24,7 +24,7 @@ class ExportForm:
     """What is to be written beside the stages' files."""
 
     programs: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(PROGRAMS, True))
-    names: dict[str, str] = field(default_factory=dict)  # placeholder -> name in the other program
+    names: dict[str, str] = field(default_factory=dict)  # file of a concept -> name in the other program
     card: bool = True
     license: str = "creativeml-openrail-m"
 
@@ -60,7 +60,7 @@ def package(form: Form, chosen: ExportForm, engine: Engine) -> Package:
 
 
 def _name(lane: Lane, chosen: ExportForm) -> str:
-    return check_name(chosen.names.get(lane.placeholder) or usual_name(lane))
+    return check_name(chosen.names.get(lane.file) or usual_name(lane))
 
 
 def usual_name(lane: Lane) -> str:

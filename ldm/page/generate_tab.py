@@ -43,8 +43,6 @@ class GenerateTab:
         self.refresh()
         ui.timer(POLL, self._poll)
 
-    # --- the form --------------------------------------------------------------------------------------------------
-
     def _build_prompt(self) -> None:
         with parts.section("Prompt").classes("prompt-panel"):
             self._prompt = ui.textarea(on_change=self._write_prompt).mark("prompt").classes("prompt")
@@ -57,7 +55,7 @@ class GenerateTab:
             upload = uploads.upload(self.engine.uploads, self.take_concepts, multiple=True).mark("concept-upload")
             with ui.element("div").classes("line concepts-line"):
                 self._concepts = ui.element("div").classes("concepts")
-                parts.button("Add a concept", self._add_concept).mark("add-concept")
+                self._add = parts.button("Add a concept", self._add_concept).mark("add-concept")
                 parts.file_button("Upload…", upload, "Upload a concept file")
             self.timeline = Timeline(self.session.form, self.engine, self._changed)
             self.timeline.build()
@@ -123,33 +121,35 @@ class GenerateTab:
         self._fields.refresh()
         self._changed()
 
-    # --- concepts --------------------------------------------------------------------------------------------------
-
     def _show_concepts(self) -> None:
         self._concepts.clear()
         known = self.engine.concept_names(self.session.uploaded)
         with self._concepts:
-            for lane in self.session.form.lanes:
-                self._build_concept(lane, {lane.file: Path(lane.file).stem} | known)
+            for number, lane in enumerate(self.session.form.lanes, start=1):
+                self._build_concept(number, lane, {lane.file: Path(lane.file).stem} | known)
             if not self.session.form.lanes:
                 ui.label("No concept: the prompt alone says what the image shows.").classes("soft")
 
-    def _build_concept(self, lane: Lane, known: dict[str, str]) -> None:
+    def _build_concept(self, number: int, lane: Lane, known: dict[str, str]) -> None:
         with ui.element("div").classes("concept"):
-            if (picture := self.engine.reference_of(lane.file)) is not None:
-                parts.shown(parts.url_of(picture), f"The image that {known[lane.file]} was learned from", "thumb")
-            else:
-                ui.element("div").classes("thumb")
+            thumb = ui.element("div").classes("thumb")
+            self._show_reference(thumb, lane)
             name = ui.input("Name", value=lane.placeholder).props(parts.LOOK)
             name.on("change", lambda: self._rename(lane, name.value))
             choice = ui.select(known, label="Concept", value=lane.file).props(parts.LOOK).mark("concept")
-            choice.on_value_change(lambda event: self._choose(lane, event.value))
-            parts.button("×", partial(self._remove, lane), "quiet small", f"Remove the concept {lane.placeholder}")
+            choice.on_value_change(lambda event: self._choose(lane, event.value, thumb))
+            parts.button("×", partial(self._remove, lane), "quiet small", f"Remove concept {number}")
 
-    def _choose(self, lane: Lane, file: str) -> None:
+    def _choose(self, lane: Lane, file: str, thumb: ui.element) -> None:
         lane.file = file
-        self.refresh()
+        self._show_reference(thumb, lane)
         self._changed()
+
+    def _show_reference(self, thumb: ui.element, lane: Lane) -> None:
+        thumb.clear()
+        if (picture := self.engine.reference_of(lane.file)) is not None:
+            with thumb:
+                parts.shown(parts.url_of(picture), f"The image that {Path(lane.file).stem} was learned from")
 
     def _rename(self, lane: Lane, placeholder: str) -> None:
         lane.placeholder = placeholder.strip()
@@ -158,6 +158,7 @@ class GenerateTab:
 
     def _remove(self, lane: Lane) -> None:
         self.session.form.lanes.remove(lane)
+        ui.run_javascript(parts.TAKE_FOCUS % self._add.id)  # before the button goes, and this handler's place with it
         self.refresh()
         self._changed()
 
@@ -182,8 +183,6 @@ class GenerateTab:
             self.session.form.add_concept(file)
         self.refresh()
         self._changed()
-
-    # --- the image to edit -----------------------------------------------------------------------------------------
 
     def _show_content(self) -> None:
         self._content.clear()
@@ -211,8 +210,6 @@ class GenerateTab:
             self.session.form.settings.pop("content_dir", None)
         self._show_content()
         self._changed()
-
-    # --- the result ------------------------------------------------------------------------------------------------
 
     def _build_result(self) -> None:
         with ui.element("section").classes("panel canvas").props('aria-label="Image"'):
@@ -259,7 +256,8 @@ class GenerateTab:
 
     def _show(self, job: ImageJob) -> None:
         self._bar.value = job.step / max(1, job.steps)
-        self._status.set_text(status_of(job))
+        step = f"Step {job.step} of {job.steps} · t {job.timestep} · stage {job.stage}" if job.step else "Preparing…"
+        self._status.set_text(job.status(step, f"Done in {job.seconds:.1f} s", job.files[:1]))
         if job.error:
             self._problem.set_text(job.error)
         if job.files and job.files[0].is_file():
@@ -295,15 +293,3 @@ class GenerateTab:
                 for file in files:
                     with parts.button("", partial(self.open, file), "thumb-button", f"Restore the form of {file.name}"):
                         parts.shown(parts.url_of(file), file.name)
-
-
-def status_of(job: ImageJob) -> str:
-    """Where a job is, in a line."""
-    if job.state == "waiting":
-        return "Waiting for another tab's image…"
-    if job.state == "running":
-        return f"Step {job.step} of {job.steps} · t {job.timestep} · stage {job.stage}" if job.step else "Preparing…"
-    kept = f" · kept as {job.files[0]}" if job.files else ""
-    if job.state == "done":
-        return f"Done in {job.seconds:.1f} s{kept}"
-    return f"Stopped after step {job.step} of {job.steps}{kept}" if job.state == "stopped" else ""

@@ -7,7 +7,6 @@ import shutil
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 from nicegui import ui
 from nicegui.elements.mixins.value_element import ValueElement
@@ -19,6 +18,7 @@ from ldm.page.view import View
 
 POLL = 1.0
 LOGDIR = Path("logs") / "page"
+MOST_UNFINISHED = 5
 
 
 class LearnTab:
@@ -28,6 +28,7 @@ class LearnTab:
         self.view, self.engine = view, view.session.engine
         self.form = view.session.learn
         self._seen: object = None
+        self._was_running: bool | None = None
         with ui.element("div").classes("split even"):
             with ui.element("div").classes("stack"):
                 self._build_form()
@@ -42,7 +43,7 @@ class LearnTab:
             self._images = ui.element("div").classes("tiles")
             upload = uploads.upload(self.engine.uploads, self.take, multiple=True).mark("learn-upload")
             with ui.element("div").classes("line"):
-                parts.file_button("Choose images", upload)
+                self._choose = parts.file_button("Choose images", upload)
                 ui.label("or drop them here").classes("soft")
         with parts.section("Concept"):
             with ui.element("div").classes("fields roomy"):
@@ -72,6 +73,7 @@ class LearnTab:
             self._curve = ui.html("", sanitize=False)
             self._bars = ui.html("", sanitize=False)
             self._samples = ui.element("div").classes("samples")
+            self._unfinished = ui.element("div").classes("line").props('role=group aria-label="Unfinished runs"')
 
     def take(self, paths: list[Path]) -> None:
         """Add images to learn from; of those that are none the library's sentence is shown."""
@@ -87,6 +89,7 @@ class LearnTab:
         self._show_images()
 
     def _remove(self, path: Path) -> None:
+        ui.run_javascript(parts.TAKE_FOCUS % self._choose.id)
         self.form.images.remove(path)
         self._show_images()
 
@@ -112,8 +115,26 @@ class LearnTab:
         run = self.form.run
         if run is not None and not run.is_running:
             self.form.run = learning.resume(run, int(self.form.steps or run.steps), self.engine.trust)
-            self.engine.runs.append(self.form.run)
+            self.engine.runs[run.folder] = self.form.run
             self._poll()
+
+    def open(self, run: learning.Learning) -> None:
+        """Show a run, to be stopped or resumed."""
+        self.form.run, self.form.steps = run, run.steps
+        self.engine.runs[run.folder] = run
+        self._poll()
+
+    def _show_unfinished(self) -> None:
+        """Those of other tabs, and of pages that have ended."""
+        shown = self.form.run.folder if self.form.run else None
+        runs = [self.engine.runs.get(run.folder, run) for run in learning.unfinished(LOGDIR) if run.folder != shown]
+        self._unfinished.clear()
+        with self._unfinished:
+            if runs:
+                ui.label("Unfinished runs").classes("soft")
+            for run in runs[:MOST_UNFINISHED]:
+                state = "running" if run.is_running else f"step {run.step} of {run.steps}"
+                parts.button(f"{run.folder.name} · {state}", partial(self.open, run), "quiet small").mark("unfinished")
 
     def use(self) -> None:
         """Read the learned concept in every stage of the prompt that Generate has."""
@@ -132,6 +153,9 @@ class LearnTab:
         self._switch.set(running)
         self._resume.set_visibility(run is not None and not running and (run.folder / "checkpoints").is_dir())
         self._use.set_visibility(run is not None and run.concept is not None)
+        if running is not self._was_running:
+            self._was_running = running
+            self._show_unfinished()
         if run is None:
             self._status.set_text("Nothing is being learned.")
             self._bar.set_visibility(False)
@@ -144,7 +168,7 @@ class LearnTab:
         self._show(run, running, points, images)
 
     def _show(self, run: learning.Learning, running: bool, points: list[tuple[int, float]], images: list[Path]) -> None:
-        last = points[-1][0] if points else 0
+        last = run.step
         state = "Failed" if run.error else "Complete" if last >= run.steps else "Stopped"
         if running:
             state = "Learning" if points else "Starting…"
@@ -171,14 +195,14 @@ def start(form: LearnForm, engine: Engine) -> learning.Learning:
         raise ValueError("Choose the images to learn from first.")
     if not form.steps or int(form.steps) < 1:
         raise ValueError("Steps must be a whole number of at least 1.")
-    images = engine.uploads / uuid4().hex / "images"
+    stem = re.sub(r"\W+", "-", form.name).strip("-")[:60] or "concept"
+    folder = LOGDIR / f"{stem}-{datetime.now():%Y-%m-%dT%H-%M-%S}"
+    images = learning.given(folder) / "images"
     images.mkdir(parents=True)
     for number, path in enumerate(form.images):
         shutil.copyfile(path, images / f"{number}-{path.name}")
-    stem = re.sub(r"\W+", "-", form.name).strip("-")[:60] or "concept"
-    folder = LOGDIR / f"{stem}-{datetime.now():%Y-%m-%dT%H-%M-%S}"
     form.steps = int(form.steps)  # which a number's input has made a fraction
     words = learning.command(form, images, folder, engine.setup, engine.trust)
-    run = learning.start(words, folder, form.steps, engine.uploads / f"{folder.name}.txt")
-    engine.runs.append(run)
+    run = learning.start(words, folder, form.steps)
+    engine.runs[folder] = run
     return run

@@ -1,6 +1,7 @@
 """A run of `prospect learn` in a process of its own, and what its log folder says of it so far.
 
-Stopping is Ctrl-C, so the run saves and can be resumed; memory and crashes are its own.
+Stopping is Ctrl-C, so the run saves and can be resumed; memory and crashes are its own. What another page needs to show
+and resume it lies beside it: the images, what it prints, and the number of its process.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import ConfigError, load_config
+from ldm.embeddings import EmbeddingError, load_concept
+from ldm.files.writing import is_locked, lock
 
 PACKAGES = Path(__file__).parents[2]  # where the process finds this program
 PROGRAM = (sys.executable, "-m", "ldm.cli.main", "learn")
@@ -37,24 +40,45 @@ USUAL_STEPS = 300  # where a configuration says none
 IN_A_CAPTION = "CatVersion"  # is learned in a caption that names the class
 STOPPED = (130, -signal.SIGINT)  # exit codes after Ctrl-C, which has come while it trained or before
 MOST_ERROR = 600  # characters of what a process said at last
+GIVEN, OUTPUT, PID = "given", "output.txt", "pid"
+
+
+def given(folder: Path) -> Path:
+    """Where the things lie that the page keeps for the run in a log folder, which is to be empty when it starts."""
+    return folder.parent / GIVEN / folder.name
 
 
 @dataclass
 class Learning:
-    """A process that learns, and its log folder.
+    """A run that learns, and its log folder.
 
     Args:
-        output: the file that holds what it prints.
+        steps: that it is to take.
+        process: None where another page has started it.
     """
 
     folder: Path
     steps: int
-    process: subprocess.Popen[bytes]
-    output: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def output(self) -> Path:
+        """The file that holds what the process prints."""
+        return given(self.folder) / OUTPUT
 
     @property
     def is_running(self) -> bool:
-        return self.process.poll() is None
+        """Whether a process learns there: the one of this run, or another that has resumed it."""
+        return (self.process is not None and self.process.poll() is None) or is_locked(self.output)
+
+    @property
+    def step(self) -> int:
+        """The last that was logged or saved."""
+        saved = 0
+        if self.concept is not None:
+            with suppress(EmbeddingError):
+                saved = int(load_concept(self.concept).metadata.get("step", 0))
+        return max([saved, *(step for step, _ in losses(self.folder))])
 
     @property
     def concept(self) -> Path | None:
@@ -65,7 +89,7 @@ class Learning:
     @property
     def error(self) -> str:
         """The sentence that it ended with; empty while it runs, and where it ended well or was stopped."""
-        if self.process.poll() in (None, 0, *STOPPED):
+        if self.process is None or self.process.poll() in (None, 0, *STOPPED):
             return ""
         lines = [line for line in self.output.read_text(errors="replace").splitlines() if line.strip()]
         last = lines[-1] if lines else f"The process ended with code {self.process.returncode}."
@@ -74,7 +98,8 @@ class Learning:
     def stop(self) -> None:
         """Let the step finish, save and end; on Windows, where no process takes Ctrl-C from another, at once."""
         if self.is_running:
-            self.process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
+            pid = int((given(self.folder) / PID).read_text())
+            os.kill(pid, signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
 
 
 @dataclass
@@ -150,27 +175,35 @@ def _load(path: Path, trust: Sequence[str]) -> DictConfig:
     return load_config(path, flag="--config", resolvers=RESOLVERS in trust)
 
 
-def start(words: Sequence[str], folder: Path, steps: int, output: Path) -> Learning:
-    """Start a command; what it prints goes into the file `output`."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    known = os.environ.get("PYTHONPATH")
-    paths = os.pathsep.join([str(PACKAGES), *([known] if known else [])])
-    with output.open("wb") as stream:  # Ctrl-C in the terminal is for the page, which stops it in its turn
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | {"PYTHONPATH": paths},
+def start(words: Sequence[str], folder: Path, steps: int) -> Learning:
+    """Start a command that learns into `folder`."""
+    run = Learning(folder, steps)
+    run.output.parent.mkdir(parents=True, exist_ok=True)
+    known = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))}
+    with run.output.open("wb") as stream:
+        lock(stream)  # for as long as the process lives, to which Ctrl-C in the terminal comes through the page
+        run.process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=known
         )
-    return Learning(folder, steps, process, output)
+    (given(folder) / PID).write_text(str(run.process.pid))
+    return run
+
+
+def unfinished(place: Path) -> list[Learning]:
+    """The runs in the folders of `place` that are running, or have not taken all their steps; the latest first."""
+    settings = {path.parents[1]: path for path in sorted(place.glob("*/configs/*-lightning.yaml"))}
+    runs = []
+    for folder, path in sorted(settings.items(), key=lambda pair: pair[1].name, reverse=True):
+        with suppress(ConfigError):
+            steps = OmegaConf.select(_load(path, ()), "lightning.trainer.max_steps") or USUAL_STEPS
+            runs.append(Learning(folder, int(steps)))
+    return [run for run in runs if run.is_running or run.step < run.steps]
 
 
 def resume(run: Learning, steps: int, trust: Sequence[str] = ()) -> Learning:
     """Resume a run, up to `steps`."""
     words = [*PROGRAM, "-r", str(run.folder), "--max_steps", str(steps), "--log_every_n_steps", "5", *trust]
-    return start(words, run.folder, steps, run.output)
+    return start(words, run.folder, steps)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 LOOK = "outlined dense stack-label"  # of inputs
 # The element takes the focus from one that cannot be seen any more.
-_TAKE_FOCUS = """setTimeout(() => {
+TAKE_FOCUS = """setTimeout(() => {
   const focused = document.activeElement;
   if (focused === document.body || !focused.checkVisibility()) getHtmlElement(%d)?.focus({preventScroll: true});
 }, 50)"""
@@ -30,12 +30,11 @@ def say(message: object, kind: Literal["negative", "info"] = "negative") -> None
 @contextmanager
 def problems(label: ui.label) -> Iterator[None]:
     """Show the sentence of what cannot be done, or that there is none."""
+    label.set_text("")
     try:
         yield
     except (ValueError, OSError) as error:
         label.set_text(str(error))
-    else:
-        label.set_text("")
 
 
 @cache
@@ -111,7 +110,7 @@ class Switch:
         for start in self._starts:
             start.set_visibility(not is_on)
         shown = self._stop if is_on else self._starts[-1]
-        ui.run_javascript(_TAKE_FOCUS % shown.id)
+        ui.run_javascript(TAKE_FOCUS % shown.id)
 
 
 def show_messages(box: ui.element, messages: Sequence[tuple[str, str]]) -> None:

@@ -91,18 +91,20 @@ class Timeline:
 
     def refresh(self) -> None:
         """Show the stages and their texts anew."""
+        self._mark()
+        self._show_texts()
+
+    def _mark(self) -> None:
+        """Show what each stage reads."""
         for (number, stage), cell in self._cells.items():
             parts.press(cell, stage in self.form.lanes[number].stages and self._reads(number, stage))
         for stage, head in self._heads.items():
             parts.press(head, stage in self.selected, "selected")
             parts.look(head, "own", stage in self.form.own)
         lane = self.form.lanes[self._lane] if self.form.lanes else None
+        every = lane is not None and lane.preset is None and lane.stages == self.form.every_stage
         for attribute, chip in self._presets.items():
-            parts.press(chip, lane is not None and (lane.preset == attribute if attribute else self._reads_all(lane)))
-        self._show_texts()
-
-    def _reads_all(self, lane: Lane) -> bool:
-        return lane.preset is None and lane.stages == self.form.every_stage
+            parts.press(chip, lane is not None and lane.preset == attribute if attribute else every)
 
     def _reads(self, number: int, stage: int) -> bool:
         """Whether a stage with a text of its own has the placeholder in it."""
@@ -118,8 +120,6 @@ class Timeline:
             if image is not None and image is not self._shown.get(stage):
                 frame.set_source(parts.inline(image))
         self._shown = dict(previews)
-
-    # --- building --------------------------------------------------------------------------------------------------
 
     def _build_presets(self) -> None:
         self._presets.clear()
@@ -148,15 +148,13 @@ class Timeline:
         row.props(f'role=group aria-label="Stages that read concept {number + 1}"')
         with row:
             for stage in self.stages:
-                cell = self._cell(f"Concept {number + 1} in stage {stage}", stage, "cell").mark(
-                    f"cell-{number}-{stage}"
-                )
+                cell = self._cell(f"Concept {number + 1} in stage {stage}", stage, "cell")
                 with cell:
                     ui.label(lane.placeholder.strip("<>")[:2])
                 if lane.placeholder != PLACEHOLDER:
                     cell.classes("named")
                 self._drawn(cell, partial(self._toggle, number, stage))
-                self._cells[number, stage] = cell
+                self._cells[number, stage] = cell.mark(f"cell-{number}-{stage}")
 
     def _build_scales(self) -> None:
         """The guidance scale of each stage, where each has its own."""
@@ -237,8 +235,6 @@ class Timeline:
         row.count.set_text(f"{count} of {most} tokens" if count > most else f"{count} token{'s' * (count != 1)}")
         parts.look(row.count, "problem", count > most)
 
-    # --- what the user does ----------------------------------------------------------------------------------------
-
     def _toggle(self, number: int, stage: int, first: bool) -> None:
         lane = self.form.lanes[number]
         is_other = self._lane != number
@@ -272,10 +268,12 @@ class Timeline:
         for stage in row.run:
             self.form.own[stage] = str(text or "")
         row.reset.set_visibility(True)
+        self._mark()
         self._count(row)
         self._changed()
 
     def _reset(self, run: list[int]) -> None:
+        ui.run_javascript(parts.TAKE_FOCUS % self._heads[run[0]].id)
         for stage in run:
             self.form.own.pop(stage, None)
         self.refresh()

@@ -82,7 +82,7 @@ def test_a_preset_is_for_the_concept_that_the_prompt_names(caplog: pytest.LogCap
     assert words == preset("layout", "a starfish, a sks", placeholder="sks")
     assert caplog.messages == [
         "--preset takes layout from 'sks' alone; ldm.prompts.joint, in Python, takes something from each concept.",
-        "The preset 'layout' is stages 9 of 10, from the paper.",
+        "The preset 'layout' is stage 9 of 10, from the paper.",
     ]
     assert preset_words("layout", "a star", ["<a>"])[9] == "a star <a>"
     assert preset_words("layout", "a star")[9] == "a star *"

@@ -201,6 +201,18 @@ def test_cells_are_drawn_with_the_mouse_and_reached_with_the_keyboard(page: Any)
     until(lambda: marked_stages(page) == [3, 4, 5, 7], 5)
 
 
+def test_the_keyboard_keeps_its_place_when_a_concept_is_chosen_and_removed(page: Any) -> None:
+    choice = page.get_by_role("combobox", name="Concept")
+    choice.focus()
+    for key in ("Enter", "ArrowDown", "ArrowDown", "Enter"):
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)
+    assert page.evaluate("document.activeElement.ariaLabel") == "Concept" == choice.get_attribute("aria-label")
+    page.get_by_alt_text(re.compile("The image that (?!dotted-star)")).wait_for()
+    page.get_by_role("button", name="Remove concept 1").press("Enter")
+    until(lambda: page.evaluate("document.activeElement.innerText") == "Add a concept", 5)
+
+
 def test_the_image_has_previews_and_is_what_main_gives(
     page: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,10 +15,11 @@ from nicegui.testing import User, user_simulation
 from runs import wait_for
 
 from ldm.generate import read_parameters
-from ldm.page import learning
+from ldm.page import learn_tab, learning
 from ldm.page.app import build
 from ldm.page.editing import InversionJob
 from ldm.page.engine import Engine
+from ldm.page.learning import LearnForm
 from ldm.page.session import Session
 from ldm.request import Request
 
@@ -127,6 +128,16 @@ def test_the_text_of_a_selection_is_edited_with_its_token_count(engine: Engine) 
     drive(engine, script)
 
 
+def test_a_text_without_the_concept_is_marked_while_it_is_written(engine: Engine) -> None:
+    async def script(user: User) -> None:
+        one(user, "text-7").value = "a large green heart"
+        await until(lambda: marked_stages(user) == [], 5)
+        one(user, "text-7").value = "a large green * heart"
+        await until(lambda: marked_stages(user) == [3, 4, 5, 6, 7], 5)
+
+    drive(engine, script)
+
+
 def test_each_stage_can_have_a_guidance_scale(engine: Engine) -> None:
     async def script(user: User) -> None:
         user.find(marker="scales").trigger("click")
@@ -187,7 +198,7 @@ def test_mistakes_are_answered_with_the_librarys_sentence(engine: Engine) -> Non
         one(user, "prompt").value = "word " * 60
         user.find(marker="generate").trigger("click")
         await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
-        await user.should_see("The prompt is longer than 30 tokens; cut off:", retries=20)
+        await user.should_see("The prompt is longer than 30 tokens; cut off: 'rd word", retries=20)
 
     drive(engine, script)
 
@@ -313,12 +324,42 @@ def test_what_is_learned_is_shown_used_and_resumed(engine: Engine, monkeypatch: 
         user.find(marker="learn-stop").trigger("click")
         await until(lambda: not form.run.is_running, 10)  # type: ignore[union-attr]
         await until(lambda: re.search(r"Stopped · step \d+ of 300", _texts(user)), 10)
-        one(user, "learn-steps").value = 20
+        one(user, "learn-steps").value = 23
         user.find(marker="learn-resume").trigger("click")
-        await until(lambda: "Complete · step 20 of 20" in _texts(user), 10)
+        await until(lambda: "Complete · step 23 of 23" in _texts(user), 10)  # of which 20 is the last that was logged
         user.find(marker="use").trigger("click")
         [lane] = session(user).form.lanes
         assert Path(lane.file).is_file() and Path(lane.file).parts[:2] == ("logs", "page")
+
+    drive(engine, script)
+
+
+def test_a_run_of_another_tab_or_page_is_shown_stopped_and_resumed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the page was killed: what the run was given lies beside it, and its lock says whether it runs."""
+    monkeypatch.setattr(learning, "PROGRAM", (sys.executable, str(Path(__file__).with_name("learner.py"))))
+    left = learn_tab.start(LearnForm([REFERENCE], "cup", steps=300), engine)
+    engine.runs.clear()
+
+    async def script(user: User) -> None:
+        await until(lambda: left.step, 10)
+        user.find("Learn").click()
+        await user.should_see(f"{left.folder.name} · running")
+        user.find(marker="unfinished").trigger("click")
+        form = session(user).learn
+        await until(lambda: re.search(r"Learning · step \d+ of 300", _texts(user)), 10)
+        user.find(marker="learn-stop").trigger("click")
+        await until(lambda: re.search(r"Stopped · step \d+ of 300", _texts(user)), 10)
+        assert left.process is not None and left.process.wait(10) == 130
+        assert [(run.folder, run.is_running) for run in learning.unfinished(learn_tab.LOGDIR)] == [(left.folder, False)]
+        one(user, "learn-steps").value = 23
+        user.find(marker="learn-resume").trigger("click")
+        assert left.is_running  # so no tab starts it twice
+        await until(lambda: "Complete · step 23 of 23" in _texts(user), 10)
+        assert learning.unfinished(learn_tab.LOGDIR) == [] and form.run in engine.runs.values()
+        [image] = (learning.given(left.folder) / "images").iterdir()
+        assert image.read_bytes() == REFERENCE.read_bytes()
 
     drive(engine, script)
 
@@ -439,6 +480,16 @@ def test_an_inversion_that_is_dropped_is_edited_elsewhere(engine: Engine) -> Non
 def test_the_export_is_downloaded(engine: Engine) -> None:
     async def script(user: User) -> None:
         user.find("Export").click()
+        await until(lambda: one(user, "export-name").value == "dotted-star")
+        [lane] = session(user).form.lanes
+        one(user, "concept").value = str(Path(lane.file).with_name("striped-heart.safetensors"))
+        user.find("Generate").click()
+        user.find("Export").click()
+        await until(lambda: one(user, "export-name").value == "striped-heart")  # and not the name of the one before
+        one(user, "concept").value = STAR
+        user.find("Generate").click()
+        user.find("Export").click()
+        await until(lambda: one(user, "export-name").value == "dotted-star")
         user.find(marker="export").trigger("click")
         download = await user.download.next()
         assert download.content[:2] == b"PK"

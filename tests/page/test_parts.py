@@ -248,7 +248,7 @@ def test_the_zip_is_what_the_command_line_writes(engine: Engine) -> None:
     form = Form(prompt="a large * heart")
     lane = form.add_concept(STAR)
     form.set_preset(lane, "material", engine.windows)
-    made = package(form, ExportForm(names={"*": "star"}), engine)
+    made = package(form, ExportForm(names={STAR: "star"}), engine)
     with zipfile.ZipFile(io.BytesIO(made.content)) as archive:
         names = archive.namelist()
         prompt = archive.read("star/star_a1111.txt").decode()
@@ -257,7 +257,7 @@ def test_the_zip_is_what_the_command_line_writes(engine: Engine) -> None:
     with pytest.raises(ValueError, match="There is no concept to export"):
         package(Form(prompt="a star"), ExportForm(), engine)
     with pytest.raises(ValueError, match="The name 'a b' cannot be used"):
-        package(form, ExportForm(names={"*": "a b"}), engine)
+        package(form, ExportForm(names={STAR: "a b"}), engine)
 
 
 @pytest.mark.parametrize(
