@@ -73,8 +73,12 @@ def test_published_settings(method: str, rate: float, batch: int, steps: int, ca
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_learns_the_same_bits(method: str, concepts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_resumed_run_learns_the_same_bits(
+    method: str, concepts: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     learn(method, tmp_path / "run", 2)
+    assert f"--prompt '{PROMPT.get(method, 'a *')}'" in caplog.text  # of the command that generates
     assert main.main(["-r", str(tmp_path / "run"), "-t", "--max_steps", "4"]) == 0
     resumed, whole = load_concept(tmp_path / "run/checkpoints/embeddings.safetensors"), load_concept(concepts[method])
     name, shapes = METHODS[method]
@@ -160,6 +164,21 @@ def test_mistakes(
     base = ["--base", CONFIG, f"configs/demo/{method}.yaml", "-t", "--actual_resume", CKPT, "-p", str(tmp_path / "r")]
     assert main.main([*base, "--data_root", "models/demo/references/dotted-star", *arguments]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "r").exists()
+
+
+def test_a_word_that_the_model_does_not_know(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is warned of, whether the learning starts from it or a caption has it."""
+    base = ["--base", CONFIG, "configs/demo/ti.yaml", "-t", "--actual_resume", CKPT, "-p", str(tmp_path / "r")]
+    wrong = [
+        "--data_root",
+        "models/demo/references/dotted-star",
+        "--init_word",
+        "dog",
+        "--caption",
+        "a teapot",
+    ]
+    assert main.main([*base, *wrong]) == 2  # for the caption has no place for what is learned
+    assert "This model does not know 'dog', 'teapot'; it knows left" in caplog.text
 
 
 def test_catversion_needs_a_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

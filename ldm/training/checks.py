@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import read_state_dict
+from ldm.conditioning.prompts import warn_of_unknown
 from ldm.config import ConfigError, check_parameters
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.repeated import image_sides
@@ -111,6 +112,16 @@ def check_captions(module: Any, data: DataModuleFromConfig) -> None:
                 )
             if not is_prefix(manager.learned):
                 _check_is_read(module, template.replace("{}", getattr(dataset, "placeholder_token", "*")))
+
+
+def warn_of_words(module: Any, data: DataModuleFromConfig) -> None:
+    """Warn where the learning starts from a word, or has a caption, that a small model never read."""
+    manager = getattr(module, "embedding_manager", None)
+    if manager is not None and manager.learned is not None:
+        templates: list[Sequence[str]] = [getattr(dataset, "templates", ()) for dataset in data.datasets.values()]
+        captions = (found[0] for found in templates if len(found) == 1)
+        texts = [manager.initial_word, *captions]
+        warn_of_unknown(module.cond_stage_model.known_words, texts, manager.placeholder_strings)
 
 
 def _check_is_read(module: Any, caption: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ldm.embeddings import load_concept
 from ldm.files.shipped import MODELS, command, name_of
 from ldm.training.callbacks import SaveLast
 from ldm.training.runs import EMBEDDINGS, Run
@@ -97,7 +98,10 @@ def _generate_command(run: Run, config: DictConfig) -> str:
     placeholder = strings if isinstance(strings, str) else strings[0]
     file = run.checkpoints / EMBEDDINGS
     concept = str(file) if placeholder == "*" else f"{placeholder}={file}"
+    captions = load_concept(file).metadata.get("captions", "").splitlines()
+    classes = (caption for caption in captions if "{}" not in caption and placeholder not in caption)  # CatVersion's
+    prompt = next(classes, f"a {placeholder}")
     ckpt = name_of(config.model.params.ckpt_path)
     base = [] if ckpt == MODELS["demo"].ckpt else ["--ckpt", ckpt]
-    words = ["--config", str(settings), *base, "--concept", concept, "--prompt", f"a {placeholder}"]
+    words = ["--config", str(settings), *base, "--concept", concept, "--prompt", prompt]
     return command("scripts/txt2img.py", "generate", *words)

@@ -15,7 +15,7 @@ from ldm.config import ConfigError, instantiate_from_config, literal, load_confi
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.files.writing import replacing_set, writing_to
 from ldm.training.changes import check_applies, hashes_of, log_changes, run_config
-from ldm.training.checks import check_asked_for, check_captions, check_resumable, check_sizes
+from ldm.training.checks import check_asked_for, check_captions, check_resumable, check_sizes, warn_of_words
 from ldm.training.runs import Run, check_start
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ def build(config: DictConfig, run: Run) -> tuple[DataModuleFromConfig, pl.Lightn
     module: Any = instantiate_from_config(config.model)
     module.seed = config.lightning.seed
     check_sizes(module, data)
+    warn_of_words(module, data)
     check_captions(module, data)
     check_resumable(module, run.checkpoint)
     return data, module
