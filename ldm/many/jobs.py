@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ldm.checkpoint import base_model_of
 from ldm.config import nearest
@@ -213,6 +213,22 @@ def log_of(out: Path, job: Job) -> Path:
     return out / "runs" / f"{job.name}.log"
 
 
+def is_alone(log: IO[bytes]) -> bool:
+    """Lock a run's log for as long as a process writes to it; False where another one has locked it.
+
+    It is locked only where the file system has locks.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, and network drives without locks
+        pass
+    return True
+
+
 def save(learned: Learned, out: Path) -> Learned:
     """Put a concept where the results are."""
     if learned.concept is not None:
@@ -229,4 +245,5 @@ def result(job: Job, run: Path, code: int, log: str, seconds: float) -> Learned:
     return Learned(job, seconds, error=KILLED if code < 0 else error)
 
 
+LEFT = "another process learns it, of a command that runs or was killed; wait until it is finished"
 KILLED = f"its process was killed {1 + RETRIES} times, most likely for want of memory; use fewer --workers"
