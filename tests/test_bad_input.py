@@ -231,6 +231,14 @@ SCRIPTS: list[tuple[str, str, str]] = [
     ("render_world", "--out {out} --name same", "the same name"),
     ("render_world", "--out {out} --name {{nothing}}", "cannot be filled in"),
     ("render_world", "--out {out} --caption-like large,green", "need one word of every factor"),
+    ("benchmark", "--json models/demo/tokenizer/vocab.json", "is there already; use --force"),
+    ("benchmark", "--what scaling --figure {bad}/text.png", "is there already; use --force"),
+    ("benchmark", "--what load --ckpt {bad}/text.png --figure {bad}/text.png --force", "is part of, what is read"),
+    ("benchmark", "--json {bad}/text.png/a.json", "is a file; give a folder with --json"),
+    ("gpu_report", "--into README.md --out {out}/report", "'README.md' has no block from '<!-- gpu report -->'"),
+    ("gpu_report", "--into {out}/none.md --out {out}/report", "There is no file"),
+    ("gpu_report", "--out {bad}/text.png", "is a file; give a folder with --out"),
+    ("gpu_report", "--repeats 0 --out {out}/report", "must be a whole number of at least 1"),
     ("render_world", "--out {out} --caption-like enormous", "unknown words ['enormous']"),
 ]
 
