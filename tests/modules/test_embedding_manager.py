@@ -1,5 +1,6 @@
 """The learned vectors: the recorded generator block, the table, initial words, and what changes with training."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,23 @@ def test_learning_starts_from_vectors_whose_length_is_kept(embedder: FrozenCLIPE
     vectors = torch.nn.functional.normalize(torch.randn(4, 128), dim=-1) * manager.initial_embeddings.norm()
     manager.start_from(Concept(vectors))
     torch.testing.assert_close(manager.embeddings(), vectors, rtol=1e-4, atol=1e-5)
+
+
+METHODS = ("prospect", "textual-inversion", "xti", "table", "neti", "catversion")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learning_starts_from_a_concept_of_its_method_only(
+    embedder: FrozenCLIPEmbedder, method: str, tmp_path: Path
+) -> None:
+    managers = {name: EmbeddingManager(embedder, "*", "teddy", method=name, num_layers=7) for name in METHODS}
+    for other, manager in managers.items():
+        manager.save(tmp_path / f"{other}.safetensors")
+        start = load_concept(tmp_path / f"{other}.safetensors")
+        alike = other == method or {other, method} == {"prospect", "table"}
+        with contextlib.nullcontext() if alike else pytest.raises(ValueError, match="cannot be used: it ") as caught:
+            managers[method].start_from(start)
+        assert alike or "another copy" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
