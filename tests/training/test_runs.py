@@ -66,8 +66,26 @@ def without_the_optimizer(path: Path) -> None:
     torch.save({"state_dict": torch.load(path, weights_only=True)["state_dict"]}, path)
 
 
+def with_parts(**parts: object) -> Callable[[Path], None]:
+    """Replaces parts of a checkpoint; None removes one."""
+
+    def damage(path: Path) -> None:
+        saved = torch.load(path, weights_only=True) | {
+            name.replace("_V", "-lightning_v"): x for name, x in parts.items()
+        }
+        torch.save({name: value for name, value in saved.items() if value is not None}, path)
+
+    return damage
+
+
 @pytest.mark.parametrize(
-    "damage", [cut, hole, empty, Path.unlink, as_safetensors, in_the_old_format, without_the_optimizer]
+    "damage",
+    [
+        *(cut, hole, empty, Path.unlink, as_safetensors, in_the_old_format, without_the_optimizer),
+        *(with_parts(optimizer_states=value) for value in ([], "x", {})),
+        *(with_parts(loops=value) for value in (None, {}, {"fit_loop": "x"})),
+        *(with_parts(pytorch_Version=None), with_parts(state_dict={})),
+    ],
 )
 def test_the_checkpoint_before_is_offered(
     run: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
