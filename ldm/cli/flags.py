@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         """Write the hyphens in flags' names as underscores where such a flag is known."""
         known = {name for action in self._actions for name in action.option_strings}
         parts = [text.partition("=") for text in args]
-        names = ["--" + name[2:].replace("-", "_") for name, _, _ in parts]
+        names = [re.sub(r"(?<=[^-])-", "_", name) for name, _, _ in parts]
         return [
             name + sign + value if text not in known and name in known else text + sign + value
             for name, (text, sign, value) in zip(names, parts, strict=True)
