@@ -56,6 +56,11 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} -l {{bad}}/empty.ckpt", "is a file"),
         (f"{LEARN} --init_word {{nothing}}", "has no token"),
         (f"{LEARN} --placeholder_tokens {{nothing}}", "A placeholder must be a visible text"),
+        (
+            f"{LEARN} {MANAGER}.placeholder_strings=[<x>]",
+            "but what is learned is called '<x>'",
+        ),
+        (f"{LEARN} {MANAGER}.method=xti {MANAGER}.norm=word", "norm has no effect with the method 'xti'"),
         (f"{LEARN} --placeholder_tokens <*>", "The placeholder '<*>' must not contain '*'"),
         (f"{LEARN} --init_word a\udcffb", "initializer_words: 'a\\xffb' is not UTF-8"),
         ("-r {bad}/nowhere -t", "Nothing to resume"),

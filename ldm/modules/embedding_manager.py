@@ -95,6 +95,11 @@ class EmbeddingManager(nn.Module):
         self.initial_embeddings.copy_(word)
         start = Start(self.initial_embeddings, count, num_stages, num_layers, *self._text)  # who sets it, sets both
         if method is not None:
+            asked = {"generator": generator != "block", "dropout": dropout != 0.1, "norm": norm != "free"}
+            if idle := [name for name, is_asked in asked.items() if is_asked] + ["initial_spread"] * (
+                initial_spread != 1
+            ):
+                raise ValueError(f"{idle[0]} has no effect with the method '{method}', whose own are in method_params.")
             self.learned = find_method(method).learn(start, **(method_params or {}))
         elif generator == "block":
             self.learned = ProSpect(start, dropout, norm)

@@ -110,11 +110,17 @@ def check_captions(module: Any, data: DataModuleFromConfig) -> None:
                     f"The caption '{template}' has no place for the learned token; write * (in YAML: {{}}) there."
                 )
             if not is_prefix(manager.learned):
-                _check_is_read(module, template.replace("{}", getattr(dataset, "placeholder_token", "*")))
+                _check_is_read(module, template, getattr(dataset, "placeholder_token", "*"))
 
 
-def _check_is_read(module: Any, caption: str) -> None:
-    """Raise `ConfigError` where the learned token of a caption stands behind what the text transformer reads."""
+def _check_is_read(module: Any, template: str, placeholder: str) -> None:
+    """Raise `ConfigError` where the token of a caption is not learned, or stands behind what the transformer reads."""
+    learned, caption = module.embedding_manager.placeholder_strings, template.replace("{}", placeholder)
+    if placeholder not in learned:
+        raise ConfigError(
+            f"The captions' placeholder_token is '{placeholder}', but what is learned is called '{learned[0]}' "
+            "(placeholder_strings); write the same in both."
+        )
     if not (module.get_learned_conditioning(caption).slots < 0).any():
         shown = caption if len(caption) <= 60 else f"{caption[:60]}…"
         raise ConfigError(f"The caption '{shown}' is too long, its learned token is cut off; shorten it.")

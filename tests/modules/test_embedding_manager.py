@@ -186,6 +186,13 @@ def test_learning_starts_from_vectors_whose_length_is_kept(embedder: FrozenCLIPE
     torch.testing.assert_close(manager.embeddings(), vectors, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("asked", [{"generator": "table"}, {"dropout": 0.0}, {"norm": "word"}, {"initial_spread": 2.0}])
+def test_settings_of_prospect_are_refused_with_another_method(embedder: FrozenCLIPEmbedder, asked: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(asked))} has no effect with the method 'neti'"):
+        EmbeddingManager(embedder, "*", "teddy", method="neti", **asked)
+    assert EmbeddingManager(embedder, "*", method="neti", **asked).learned is None  # to generate with
+
+
 METHODS = ("prospect", "textual-inversion", "xti", "table", "neti", "catversion")
 
 

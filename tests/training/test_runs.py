@@ -204,6 +204,12 @@ def changed(run: Path, caplog: pytest.LogCaptureFixture, *arguments: str) -> lis
     return [line for line in caplog.messages if line.startswith("This run is resumed with changes: ")]
 
 
+def test_a_resumed_run_takes_another_placeholder(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the captions are, too, though their images are those of the run's own configuration."""
+    (line,) = changed(run, caplog, "--max_steps", "7", "--placeholder_tokens", "<x>")
+    assert "placeholder_strings" in line and load_concept(run / NAME).metadata["placeholder"] == "<x>"
+
+
 def test_what_differs_is_said_in_one_line(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Also where only the content of files changed; the rate is the configured one."""
     images, model = tmp_path / "images", tmp_path / "model.safetensors"
