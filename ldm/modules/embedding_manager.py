@@ -83,6 +83,7 @@ class EmbeddingManager(nn.Module):
         self.num_stages, self.num_layers = num_stages, num_layers
         self.width = embedder.width
         text = embedder.transformer.config
+        self._room = embedder.max_length - 2  # between the marks of a prompt
         self._text = text.num_hidden_layers, text.num_attention_heads
         self.loaded: dict[str, Concept] = {}
         self._modules_loaded: dict[str, LearnedTokens | LearnedPrefix] = {}
@@ -201,6 +202,11 @@ class EmbeddingManager(nn.Module):
             raise ValueError(
                 f"This concept ({concept.method}) has width {width}, but this model's text encoder has {self.width}: "
                 "it was learned for another base model."
+            )
+        if (tokens := getattr(module, "num_tokens", 1)) > self._room:
+            raise ValueError(
+                f"This concept ({concept.method}) has {tokens} tokens, and a prompt of this model has room for "
+                f"{self._room}; if they are stages: scripts/import_embedding.py --rows_are_stages."
             )
         if hasattr(module, "check_fits"):
             module.check_fits(*self._text)

@@ -186,6 +186,14 @@ def test_learning_starts_from_vectors_whose_length_is_kept(embedder: FrozenCLIPE
     torch.testing.assert_close(manager.embeddings(), vectors, rtol=1e-4, atol=1e-5)
 
 
+def test_more_tokens_than_a_prompt_has_are_refused(embedder: FrozenCLIPEmbedder) -> None:
+    room = embedder.max_length - 2
+    manager = EmbeddingManager(embedder)
+    manager.load(Concept({"table": torch.zeros(1, 1, room, 128)}, method="table"))
+    with pytest.raises(ValueError, match=f"has 100000 tokens, and a prompt of this model has room for {room}"):
+        manager.load(Concept({"table": torch.zeros(1, 1, 100_000, 128)}, method="table"))
+
+
 @pytest.mark.parametrize("asked", [{"generator": "table"}, {"dropout": 0.0}, {"norm": "word"}, {"initial_spread": 2.0}])
 def test_settings_of_prospect_are_refused_with_another_method(embedder: FrozenCLIPEmbedder, asked: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(asked))} has no effect with the method 'neti'"):
