@@ -48,6 +48,7 @@ RANGES: dict[str, tuple[int, int, str]] = {
     "width": (1, MAX_SIDE, ""),
 }
 MAX_PLACEHOLDER = 100  # characters
+MAX_PROMPT = 1 << 17  # characters; some hundred are read, and for a million the tokenizer needs ten seconds
 MAX_CONCEPTS = 100  # a prompt has room for 75 tokens
 
 Words = Sequence["str | int | None"]
@@ -283,12 +284,14 @@ def model_facts(config: DictConfig) -> ModelFacts:
 
 
 def check_prompt(prompt: object, what: str = "A prompt") -> None:
-    """Raise `ValueError` unless `prompt` is a text that can be written down."""
+    """Raise `ValueError` unless `prompt` is a text of bearable length that can be written down."""
     if not isinstance(prompt, str):
         remedy = "; in YAML, put it in quotes" if isinstance(prompt, (int, float)) else ""
         raise ValueError(f"{what} must be a text, not {shown(prompt)}{remedy}.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"{what} has bytes that are no text ({prompt[:40]!a}); write it in UTF-8.")
+    if len(prompt) > MAX_PROMPT:
+        raise ValueError(f"{what} has {len(prompt)} characters, of which only the first are read; shorten it.")
 
 
 def check_placeholder(placeholder: object) -> None:

@@ -244,4 +244,9 @@ def test_a_device_must_be_there(gpus: int, usable: str, monkeypatch: pytest.Monk
         else:
             with pytest.raises(ValueError, match=f"^Device '{device}' is not usable here; usable: {usable}\\.$"):
                 pick_device(device)
+    for device in ("gpu", "cuda:-1", "meta", "CPU"):
+        monkeypatch.setenv("PROSPECT_DEVICE", device)
+        with pytest.raises(ValueError, match=f"^Device '{device}' is not usable here; usable: {usable}\\.$"):
+            pick_device()
+    monkeypatch.setenv("PROSPECT_DEVICE", "")
     assert pick_device().type == ("cuda" if gpus else "cpu") and pick_device("cpu") == torch.device("cpu")

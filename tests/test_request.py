@@ -15,8 +15,8 @@ from PIL import Image
 
 from ldm.config import instantiate_from_config, load_config
 from ldm.generate import SAMPLERS, facts_of
-from ldm.request import SAMPLERS as SAMPLER_SPACINGS
 from ldm.request import (
+    MAX_PROMPT,
     ModelFacts,
     Request,
     check_words,
@@ -26,6 +26,7 @@ from ldm.request import (
     placeholder_pattern,
     read_scale,
 )
+from ldm.request import SAMPLERS as SAMPLER_SPACINGS
 
 ROOT = Path(__file__).parents[1]
 TEN = ["a star"] * 10
@@ -306,3 +307,11 @@ def test_nothing_heavy_is_imported() -> None:
     modules = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert "ldm.request" in modules
     assert not set(modules) & {"torch", "numpy", "PIL", "omegaconf", "yaml", "transformers"}
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_endless_prompts_are_refused(name: str) -> None:
+    """A prompt of the longest kind takes seconds; a record can hold megabytes."""
+    assert Request(**{name: "a" * MAX_PROMPT})
+    with pytest.raises(ValueError, match=r"has 4000000 characters, of which only the first are read; shorten it\.$"):
+        Request(**{name: "star " * 800_000})

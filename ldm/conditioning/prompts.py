@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
+SHOWN = 200  # tokens of a text that is cut off, in a message
 
 __all__ = [
     "PLACEHOLDER",
@@ -246,7 +247,8 @@ class PromptReader:
         body = self._body(prompt, None if words is None else words[stage], stage)
         room = self.max_length - 2
         if len(body) > room:
-            self._warn(f"The prompt is longer than {room} tokens; cut off: '{self._spell(body[room:])}'")
+            rest = self._spell(body[room:][:SHOWN]) + ("…" if len(body) > room + SHOWN else "")
+            self._warn(f"The prompt is longer than {room} tokens; cut off: '{rest}'")
         return self._close(body[:room])
 
     def _learned(self, placeholder: str, stage: int) -> list[int]:
