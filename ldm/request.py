@@ -166,6 +166,9 @@ class Request:
             value = getattr(self, name)
             is_list = name == "scale" and isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
             self._set(name, _scales(value) if is_list else _number(name, value))
+        last, highest = self.seed + self.n_samples * self.n_iter - 1, RANGES["seed"][1]
+        if last > highest:
+            raise ValueError(f"seed + i of the last image is {last}, beyond {highest}; give a smaller seed.")
         self._set("content_dir", _content(self.content_dir))
         self._set("concepts", _concepts(self.concepts or {}))
         check_negative_prompt(self.negative_prompt, self.concepts or {})

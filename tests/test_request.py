@@ -309,6 +309,12 @@ def test_nothing_heavy_is_imported() -> None:
     assert not set(modules) & {"torch", "numpy", "PIL", "omegaconf", "yaml", "transformers"}
 
 
+def test_every_image_has_a_seed_that_repeats_it() -> None:
+    assert Request(seed=2**63 - 4, n_samples=2, n_iter=2).seed == 2**63 - 4
+    with pytest.raises(ValueError, match="seed [+] i of the last image is 9223372036854775808, beyond 92"):
+        Request(seed=2**63 - 3, n_samples=2, n_iter=2)
+
+
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
 def test_endless_prompts_are_refused(name: str) -> None:
     """A prompt of the longest kind takes seconds; a record can hold megabytes."""

@@ -247,7 +247,8 @@ class PromptReader:
         body = self._body(prompt, None if words is None else words[stage], stage)
         room = self.max_length - 2
         if len(body) > room:
-            rest = self._spell(body[room:][:SHOWN]) + ("…" if len(body) > room + SHOWN else "")
+            rest = self._spell(body[room:][:SHOWN])
+            rest = f"{rest.rstrip(chr(0xFFFD))}…" if len(body) > room + SHOWN else rest
             self._warn(f"The prompt is longer than {room} tokens; cut off: '{rest}'")
         return self._close(body[:room])
 

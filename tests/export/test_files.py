@@ -342,6 +342,8 @@ def test_names_are_file_names_everywhere() -> None:
         "a--b",
         "a.b",
         "C:x",
+        "BREAK",
+        "rock-AND-roll",
         "a" * 101,
         "~",
         "$HOME",
