@@ -75,7 +75,7 @@ def load_config(
         if key == "allow_targets":
             raise ConfigError("A configuration cannot allow its own targets; if you trust it, use --allow_targets.")
         if key not in TOP_LEVEL_KEYS:
-            raise ConfigError(f"Unknown section '{key}' in the configuration{nearest(key, TOP_LEVEL_KEYS)}")
+            raise ConfigError(f"Unknown section '{key!s:.60}' in the configuration{nearest(key, TOP_LEVEL_KEYS)}")
     check_sections(merged, *SECTIONS)
     return merged
 

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
-from ldm.conditioning.prompts import check_placeholder
 from ldm.conditioning.stages import matching_stage
 from ldm.files.base_model import describe_base, same_base
 from ldm.files.embedding_formats import (
     LAYERS_FILE,
-    WHOLE,
     FlatPrefix,
     PickledBlock,
     PickledMapper,
@@ -35,25 +33,14 @@ from ldm.files.embedding_formats import (
     whole_in,
 )
 from ldm.files.hub import fetch, is_hub
-from ldm.files.tensors import TensorFileError as EmbeddingError
-from ldm.files.tensors import naming, read_file
+from ldm.files.tensors import TensorFileError, naming, read_file
 from ldm.files.writing import check_new_file, replacing_set, writing_to
 from ldm.methods import catversion, find_method, neti
 from ldm.methods.prospect import generate_vectors
 from ldm.methods.table import TABLE, VECTORS, Table
+from ldm.request import check_placeholder
 
-__all__ = [
-    "WHOLE",
-    "Concept",
-    "EmbeddingError",
-    "load_concept",
-    "refuse_mixed_bases",
-    "save_concept",
-    "save_new_concept",
-    "save_stages",
-    "stage_paths",
-]
-
+EmbeddingError = TensorFileError
 _VERSION_KEY, _VERSION = "prospect.version", "1"
 _METHOD = "prospect.method"  # omitted in files of stage vectors
 _STAGES = "prospect.num_stages"

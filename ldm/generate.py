@@ -35,7 +35,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
 from ldm.models.first_stage import DiagonalGaussianDistribution
 from ldm.request import FAST, PLACEHOLDER, ModelFacts, Request, Words, check_negative_prompt, model_facts
-from ldm.util import pick_device
+from ldm.util import pick_device, usual_torch
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.latent_diffusion import DiffusionModel
@@ -74,6 +74,7 @@ class Interrupted(KeyboardInterrupt):
         self.image = image
 
 
+@usual_torch()
 def load_model_from_config(
     config: DictConfig | Mapping[str, Any] | str | Path,
     ckpt: str | Path,

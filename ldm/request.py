@@ -48,6 +48,7 @@ RANGES: dict[str, tuple[int, int, str]] = {
     "width": (1, MAX_SIDE, ""),
 }
 MAX_PLACEHOLDER = 100  # characters
+MAX_PROMPT = 1 << 17  # characters; some hundred are read, and for a million the tokenizer needs ten seconds
 MAX_CONCEPTS = 100  # a prompt has room for 75 tokens
 
 Words = Sequence["str | int | None"]
@@ -158,8 +159,13 @@ class Request:
                 raise ValueError(f"Unknown {name} {shown(value)}; there are {listed}.")
         for name in RANGES:
             value = getattr(self, name)
-            is_list = name == "scale" and isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
-            self._set(name, _scales(value) if is_list else _number(name, value))
+            if name == "scale" and isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
+                self._set(name, tuple(_in_range(name, each, f"scale[{i}]") for i, each in enumerate(value)))
+            else:
+                self._set(name, _number(name, value))
+        last, highest = self.seed + self.n_samples * self.n_iter - 1, RANGES["seed"][1]
+        if last > highest:
+            raise ValueError(f"seed + i of the last image is {last}, beyond {highest}; give a smaller seed.")
         self._set("content_dir", _content(self.content_dir))
         self._set("concepts", _concepts(self.concepts or {}))
         check_negative_prompt(self.negative_prompt, self.concepts or {})
@@ -278,12 +284,14 @@ def model_facts(config: DictConfig) -> ModelFacts:
 
 
 def check_prompt(prompt: object, what: str = "A prompt") -> None:
-    """Raise `ValueError` unless `prompt` is a text that can be written down."""
+    """Raise `ValueError` unless `prompt` is a text of bearable length that can be written down."""
     if not isinstance(prompt, str):
         remedy = "; in YAML, put it in quotes" if isinstance(prompt, (int, float)) else ""
         raise ValueError(f"{what} must be a text, not {shown(prompt)}{remedy}.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"{what} has bytes that are no text ({prompt[:40]!a}); write it in UTF-8.")
+    if len(prompt) > MAX_PROMPT:
+        raise ValueError(f"{what} has {len(prompt)} characters, of which only the first are read; shorten it.")
 
 
 def check_placeholder(placeholder: object) -> None:
@@ -388,10 +396,6 @@ def _number(name: str, value: Any) -> int | float | None:
     """Return a value as the int or float that its field wants, within its range; None where that is the default."""
     is_open = value is None and Request.__dataclass_fields__[name].default is None
     return None if is_open else _in_range(name, value, name)
-
-
-def _scales(values: Sequence[Any]) -> tuple[float, ...]:
-    return tuple(_in_range("scale", value, f"scale[{i}]") for i, value in enumerate(values))
 
 
 def _in_range(name: str, value: Any, label: str) -> int | float:

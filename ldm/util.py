@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,14 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
     wanted = wanted or os.environ.get("PROSPECT_DEVICE")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if wanted is None:
+    if not wanted:
         return torch.device(next(kind for kind, count in counts.items() if count))
-    device = torch.device(wanted)
-    if (device.index or 0) >= counts.get(device.type, 0):
-        usable = [f"cuda:{i}" for i in range(gpus)] + [kind for kind in ("mps", "cpu") if counts[kind]]
-        raise ValueError(f"Device '{device}' is not usable here; usable: {', '.join(usable)}.")
-    return device
+    with suppress(RuntimeError, TypeError):  # it is no device's name
+        device = torch.device(wanted)
+        if (device.index or 0) < counts.get(device.type, 0):
+            return device
+    usable = [f"cuda:{i}" for i in range(gpus)] + [kind for kind in ("mps", "cpu") if counts[kind]]
+    raise ValueError(f"Device '{wanted!s:.60}' is not usable here; usable: {', '.join(usable)}.")
 
 
 @contextmanager

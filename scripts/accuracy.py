@@ -59,13 +59,13 @@ def count(args: argparse.Namespace) -> None:
 
     correct = np.concatenate([result["correct"] for result in results])
     table = {"captions": len(correct), "steps": args.steps, "scale": args.scale, "held_out": not args.seen}
-    print(f"{'':12} {'follows its caption':>24}   classifier on rendered / reconstructed images")
+    say(f"{'':12} {'follows its caption':>24}   classifier on rendered / reconstructed images")
     for column, name in enumerate(FACTORS):
         low, high = wilson(correct[:, column].sum(), len(correct))
         share = float(correct[:, column].mean())
         own = [float(itself[kind][:, column].mean()) for kind in ("rendered", "reconstructed")]
         table[name] = {"share": share, "low": low, "high": high, "rendered": own[0], "reconstructed": own[1]}
-        print(f"{name:12} {share:8.3f} ({low:.3f} to {high:.3f})   {own[0]:.3f} / {own[1]:.3f}")
+        say(f"{name:12} {share:8.3f} ({low:.3f} to {high:.3f})   {own[0]:.3f} / {own[1]:.3f}")
     replace_text(args.outdir / "accuracy.json", json.dumps(table, indent=2) + "\n")
     images = np.concatenate([result["images"] for result in results])[:64]
     make_grid([Image.fromarray(image) for image in images], 8).save(args.outdir / "images.png")

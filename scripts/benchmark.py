@@ -29,7 +29,8 @@ from evaluation.benchmark.switches import (
     describe,
     dtype_name,
 )
-from ldm.cli.flags import Parser, add_flag, path, positive
+from ldm.cli.flags import Parser, add_flag, path, positive, say
+from ldm.files.writing import check_new_file, check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,7 @@ def build_parser() -> Parser:
     add_flag(parser, "--ckpt", type=path, metavar="FILE", help="load: the file to open")
     add_flag(parser, "--figure", type=path, metavar="PNG", help="scaling: draw it there")
     add_flag(parser, "--json", type=path, metavar="FILE", help="write the numbers there")
+    add_flag(parser, "--force", action="store_true", help="overwrite the files of --json and --figure")
     return parser
 
 
@@ -89,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> bool:
         parser.error(f"--json takes a file that ends in .json, not '{options.json}'")
     options.overrides = rest
     with parser.sentences():
+        for file, suffix in ((options.json, ".json"), (options.figure, ".png")):
+            if file is not None:
+                check_writable(file.parent, f"--{'json' if suffix == '.json' else 'figure'}")
+                check_new_file(file, options.force, [options.ckpt] if options.ckpt else [], suffix)
         return measure(options, list(sys.argv[1:] if argv is None else argv))
 
 
@@ -120,7 +126,7 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> bool:
         about["ceiling_gflop_per_s"] = {name: ceiling / 1e6 for name, ceiling in ceilings.items()}
     if options.json is not None:
         report.write_json(options.json, rows, about)
-    print("\n".join(f"{key}: {value}" for key, value in about.items()), report.table(rows), sep="\n\n")
+    say("\n".join(f"{key}: {value}" for key, value in about.items()) + f"\n\n{report.table(rows)}")
     return agree
 
 

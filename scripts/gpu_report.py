@@ -11,12 +11,15 @@ and the goals. --into docs/benchmarks.md puts the tables between the marks of th
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from ldm.cli.flags import Parser, add_flag
+from ldm.cli.flags import Parser, add_flag, path, positive, say
+from ldm.files.texts import read_text
+from ldm.request import shown
 
 SECTIONS = ("parity", "learn", "train", "methods", "sample", "profile", "tests")
 MARKS = "<!-- gpu report -->", "<!-- end of gpu report -->"
@@ -29,9 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     only = {"nargs": "+", "choices": SECTIONS, "default": list(SECTIONS), "metavar": "SECTION"}
     add_flag(parser, "--only", help=f"some of {', '.join(SECTIONS)}", **only)
     add_flag(parser, "--no_compile", action="store_true", help="leave out the rows that compile for minutes")
-    add_flag(parser, "--repeats", type=int, default=10, metavar="N", help="timed runs of each row (10)")
-    add_flag(parser, "--out", type=Path, default=Path("outputs/gpu_report"), metavar="DIR", help="(outputs/gpu_report)")
-    add_flag(parser, "--into", type=Path, metavar="FILE", help="Markdown file whose marked block the tables replace")
+    add_flag(parser, "--repeats", type=positive, default=10, metavar="N", help="timed runs of each row (10)")
+    add_flag(parser, "--out", type=path, default=Path("outputs/gpu_report"), metavar="DIR", help="(outputs/gpu_report)")
+    add_flag(parser, "--into", type=path, metavar="FILE", help="Markdown file whose marked block the tables replace")
     options = parser.parse_strictly(argv)
     with parser.sentences():
         report(options)
@@ -39,21 +42,46 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(options: argparse.Namespace) -> None:
     from evaluation.benchmark.gpu_report import GpuReport
+    from evaluation.benchmark.measure import device_name
+    from ldm.files.writing import check_writable, replace_text
     from ldm.util import pick_device
 
+    if options.into is not None:
+        around_tables(options.into)
+    check_writable(options.out, "--out")
     device = pick_device(options.device)
     size = options.size or ("sd-v1" if device.type == "cuda" else "demo")
+    refuse_other_report(options.out / "report.json", device_name(device), size)
     options.out.mkdir(parents=True, exist_ok=True)
     run = GpuReport(options.out, device, size, not options.no_compile, options.repeats)
-    run.run(options.only, lambda line: print(line, flush=True))
-    print(run.markdown())
+    run.run(options.only, say)
+    say(run.markdown())
     if options.into is not None:
-        text = options.into.read_text(encoding="utf-8")
-        before, _, rest = text.partition(MARKS[0])
-        _, found, after = rest.partition(MARKS[1])
-        if not found:
-            raise ValueError(f"'{options.into}' has no block from '{MARKS[0]}' to '{MARKS[1]}'; add these two lines.")
-        options.into.write_text(f"{before}{MARKS[0]}\n{run.markdown()}{MARKS[1]}{after}", encoding="utf-8")
+        before, after = around_tables(options.into)
+        replace_text(options.into, f"{before}{MARKS[0]}\n{run.markdown()}{MARKS[1]}{after}")
+
+
+def refuse_other_report(file: Path, device: str, size: str) -> None:
+    """Raise `ValueError` where a report is of another device or size, or a file of something else."""
+    if not file.exists():
+        return
+    try:
+        found = json.loads(read_text(file, "--out"))
+        made_for = found["device"], found["size"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"'{file}' is no report of this script; give another folder with --out.") from error
+    if made_for != (device, size):
+        remedy = f"for {device} and {size}, give another folder with --out"
+        raise ValueError(f"'{file}' was measured on {shown(made_for[0])} with {shown(made_for[1])}; {remedy}.")
+
+
+def around_tables(file: Path) -> tuple[str, str]:
+    """Return what stands before and behind the marked block of a Markdown file."""
+    before, _, rest = read_text(file, "--into").partition(MARKS[0])
+    _, found, after = rest.partition(MARKS[1])
+    if not found:
+        raise ValueError(f"'{file}' has no block from '{MARKS[0]}' to '{MARKS[1]}'; add these two lines.")
+    return before, after
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Learn one image by every method with the small model, or in several captions, and show them beside each other.
 
     python scripts/methods.py                                   # 6 minutes; resumes where it was stopped
-    python scripts/methods.py --captions --out docs/images/captions.png       # 3 minutes
-    python scripts/methods.py --reference striped-heart --out outputs/methods.png
+    python scripts/methods.py --captions --out outputs/captions.png           # 3 minutes
+    python scripts/methods.py --reference striped-heart --out outputs/striped-heart.png
 
 Rows are methods (or captions), columns the reference and prompts; all images have one seed. Runs stay in --logs.
 """
@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("--logs", type=path, default=path("logs/methods"), metavar="DIR", help="for the runs")
     parser.add_argument("--seed", type=natural, default=42, help="of the images (42)")
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (50)")
-    parser.add_argument("--out", type=path, default=path("docs/images/methods.png"), metavar="PNG")
+    parser.add_argument("--out", type=path, default=path("outputs/methods.png"), metavar="PNG")
+    parser.add_argument("--force", action="store_true", help="overwrite the sheet if it is there")
     args = parser.parse_strictly()
     with parser.sentences():
         if args.captions and args.reference != "dotted-star":
@@ -78,11 +79,12 @@ def main() -> None:
 def draw(args: argparse.Namespace, learned: list[Row], prompts: list[str]) -> None:
     from ldm.files.images import label_grid, open_image
     from ldm.files.records import save_png
-    from ldm.files.writing import check_writable
+    from ldm.files.writing import check_new_file, check_writable
     from ldm.generate import load_model_from_config
     from ldm.generate import main as generate
 
     check_writable(args.out.parent, "--out")
+    check_new_file(args.out, args.force, [ROOT / REFERENCES, args.logs], ".png")
     concepts = [learn(row, args) for row in learned]
     model = load_model_from_config(CONFIG, CKPT)
     reference = open_image(next((ROOT / REFERENCES / args.reference).iterdir())).resize((SIZE, SIZE))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,8 @@ def write(args: argparse.Namespace) -> None:
         raise ValueError(f"--count must be in 1..10^6, --resolution in 1..{LARGEST}, --seed in 0..2^62.")
     names = file_names(args.name, args.count)
     check_writable(args.out, "--out")
+    if members(aside := set_aside(args.out)) and not args.out.exists():  # killed before the new set was in its place
+        aside.rename(args.out)
     check_replaceable(args.out, args.force)
     if args.caption_like:
         if args.held_out:
@@ -85,8 +88,16 @@ def check_replaceable(folder: Path, force: bool) -> None:
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if held and not force:
         raise ValueError(f"'{folder}' is not empty; use --force to replace a rendered set, or name another folder.")
+    if held and folder.samefile("."):
+        raise ValueError(f"'{folder}' is the current folder, and a set is replaced as a whole; start it from another.")
     if strangers := held - members(folder):
         raise ValueError(f"'{folder}' holds '{min(strangers)}', which is not of a rendered set; name another folder.")
+
+
+def set_aside(folder: Path) -> Path:
+    """Return where the old set lies for the moment in which the new one takes its place."""
+    folder = folder.absolute()
+    return folder.with_name(f"{folder.name}.prospect-replaced")
 
 
 def members(folder: Path) -> set[str]:
@@ -108,21 +119,25 @@ def save_set(folder: Path, images: Mapping[str, Image.Image], captions: Sequence
     with writing_to(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".rendered-", dir=folder.parent) as beside:
-            new, old = Path(beside, "new"), Path(beside, "old")
+            is_new = not folder.is_dir() or not any(folder.iterdir())
+            new, old = folder if is_new else Path(beside, "new"), set_aside(folder)
             with replacing_set(new) as place:
                 for name, image in images.items():
                     image.save(place / name, pnginfo=info)
                 with (place / CAPTIONS).open("w", newline="", encoding="utf-8") as file:
                     rows = [(name, text, identity) for name, text in zip(images, captions, strict=True)]
                     csv.writer(file, lineterminator="\n").writerows([("file", "caption", "set"), *rows])
-            if folder.is_dir():
-                folder.rename(old)
+            if is_new:
+                return
+            check_replaceable(old, force=True)
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
             try:
                 new.rename(folder)
             except BaseException:
-                if old.is_dir():
-                    old.rename(folder)
+                old.rename(folder)
                 raise
+            shutil.rmtree(old, ignore_errors=True)
 
 
 if __name__ == "__main__":

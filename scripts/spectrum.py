@@ -1,7 +1,7 @@
 """Measure what a model decides in which stage, and which stages a learned concept should stand in.
 
     python scripts/spectrum.py                                   # the small model, with known attributes
-    python scripts/spectrum.py --write-presets models/demo/presets.yaml
+    python scripts/spectrum.py --write-presets models/demo/presets.yaml --force
     python scripts/spectrum.py --config configs/stable-diffusion/v1-inference.yaml --ckpt models/sd/sd-v1-4.ckpt \\
         --size 512 --prompt 'a mug' --add 'a blue mug' --switch 'a bowl' --concept teddy.safetensors='a * mug'
 
@@ -44,6 +44,7 @@ def build_parser() -> Parser:
     parser.add_argument("--clip", metavar="FOLDER", help="judge with this CLIP model, too")
     parser.add_argument("--lpips", action="store_true", help="judge with LPIPS, too")
     parser.add_argument("--write-presets", type=path, metavar="YAML", help="write the best windows of the presets")
+    parser.add_argument("--force", action="store_true", help="replace the presets that are there")
     add_job_flags(parser, "outputs/spectrum")
     return parser
 
@@ -84,14 +85,14 @@ def measure(args: argparse.Namespace) -> None:
     check(args.config, args.ckpt, Sampling(args.steps, args.scale), args.size, concepts)
     check_writable(args.outdir, "--outdir")
     if args.write_presets:
-        check_presets_file(args.write_presets)
+        check_presets_file(args.write_presets, args.force)
     judge = DistanceJudge(args.clip, args.lpips) if args.prompt is not None else AttributeJudge(args.classifier)
     experiments = own_experiments(args) if args.prompt is not None else world_experiments(args)
     options = {"steps": args.steps, "scale": args.scale, "size": args.size, "batch_size": args.batch}
     found = spectrum.run(experiments, judge, args.config, args.ckpt, args.outdir, options, args.workers)
     if "switch" in found.scores:
         places = spectrum.half_way(found.scores["switch"], judge).items()
-        print("half of the images follow A at stage " + ", ".join(f"{stage:.1f} ({name})" for name, stage in places))
+        say("half of the images follow A at stage " + ", ".join(f"{stage:.1f} ({name})" for name, stage in places))
     figures = plot_spectrum(found, experiments, judge, args.outdir)
     if args.write_presets:
         write_presets(args.write_presets, found, args.ckpt)
@@ -124,10 +125,10 @@ def own_experiments(args: argparse.Namespace) -> dict[str, Experiment]:
     return experiments
 
 
-def check_presets_file(file: Path) -> None:
+def check_presets_file(file: Path, force: bool) -> None:
     """Raise an error where the windows could not be written, or would take the place of another kind of file."""
     from ldm.conditioning.presets import load_presets
-    from ldm.files.writing import check_writable
+    from ldm.files.writing import check_new_file, check_writable
 
     if file.is_dir():
         raise ValueError(f"--write-presets takes a file, not the folder '{file}'.")
@@ -137,6 +138,7 @@ def check_presets_file(file: Path) -> None:
             load_presets(file)
         except ValueError as error:
             raise ValueError(f"'{file}' does not hold presets, and would be lost; name another file.") from error
+    check_new_file(file, force, suffix=file.suffix)
 
 
 def write_presets(file: Path, found: Spectrum, ckpt: str) -> None:

@@ -56,6 +56,11 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} -l {{bad}}/empty.ckpt", "is a file"),
         (f"{LEARN} --init_word {{nothing}}", "has no token"),
         (f"{LEARN} --placeholder_tokens {{nothing}}", "A placeholder must be a visible text"),
+        (
+            f"{LEARN} {MANAGER}.placeholder_strings=[<x>]",
+            "but what is learned is called '<x>'",
+        ),
+        (f"{LEARN} {MANAGER}.method=xti {MANAGER}.norm=word", "norm has no effect with the method 'xti'"),
         (f"{LEARN} --placeholder_tokens <*>", "The placeholder '<*>' must not contain '*'"),
         (f"{LEARN} --init_word a\udcffb", "initializer_words: 'a\\xffb' is not UTF-8"),
         ("-r {bad}/nowhere -t", "Nothing to resume"),
@@ -231,6 +236,14 @@ SCRIPTS: list[tuple[str, str, str]] = [
     ("render_world", "--out {out} --name same", "the same name"),
     ("render_world", "--out {out} --name {{nothing}}", "cannot be filled in"),
     ("render_world", "--out {out} --caption-like large,green", "need one word of every factor"),
+    ("benchmark", "--json models/demo/tokenizer/vocab.json", "is there already; use --force"),
+    ("benchmark", "--what scaling --figure {bad}/text.png", "is there already; use --force"),
+    ("benchmark", "--what load --ckpt {bad}/text.png --figure {bad}/text.png --force", "is part of, what is read"),
+    ("benchmark", "--json {bad}/text.png/a.json", "is a file; give a folder with --json"),
+    ("gpu_report", "--into README.md --out {out}/report", "'README.md' has no block from '<!-- gpu report -->'"),
+    ("gpu_report", "--into {out}/none.md --out {out}/report", "There is no file"),
+    ("gpu_report", "--out {bad}/text.png", "is a file; give a folder with --out"),
+    ("gpu_report", "--repeats 0 --out {out}/report", "must be a whole number of at least 1"),
     ("render_world", "--out {out} --caption-like enormous", "unknown words ['enormous']"),
 ]
 

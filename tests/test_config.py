@@ -227,6 +227,13 @@ def test_every_configuration_that_ships_builds() -> None:
             instantiate_from_config(config.model)
 
 
+def test_a_file_that_is_no_configuration_is_not_quoted_whole(tmp_path: Path) -> None:
+    (tmp_path / "secrets.yaml").write_text("line " * 150 + ": 1\n")
+    with pytest.raises(ConfigError, match="^Unknown section 'line line") as caught:
+        load_config(tmp_path / "secrets.yaml")
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize(("device", "waits"), [("cuda:1", False), ("mps", True), ("cpu", True), (None, True)])
 def test_only_copies_to_cuda_are_not_waited_for(device: str | None, waits: bool) -> None:
     asked = SimpleNamespace(to=lambda device, non_blocking: (device, non_blocking))
@@ -244,4 +251,9 @@ def test_a_device_must_be_there(gpus: int, usable: str, monkeypatch: pytest.Monk
         else:
             with pytest.raises(ValueError, match=f"^Device '{device}' is not usable here; usable: {usable}\\.$"):
                 pick_device(device)
+    for device in ("gpu", "cuda:-1", "meta", "CPU"):
+        monkeypatch.setenv("PROSPECT_DEVICE", device)
+        with pytest.raises(ValueError, match=f"^Device '{device}' is not usable here; usable: {usable}\\.$"):
+            pick_device()
+    monkeypatch.setenv("PROSPECT_DEVICE", "")
     assert pick_device().type == ("cuda" if gpus else "cpu") and pick_device("cpu") == torch.device("cpu")

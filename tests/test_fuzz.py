@@ -20,10 +20,10 @@ from ldm.checkpoint import CheckpointError, read_state_dict
 from ldm.cli.prompts import read_prompts
 from ldm.cli.sample import build_parser, build_requests
 from ldm.conditioning.presets import PRESET_STAGES, load_presets, preset
-from ldm.conditioning.prompts import PromptReader, check_words
+from ldm.conditioning.prompts import PromptReader
 from ldm.embeddings import EmbeddingError, load_concept
 from ldm.files.records import read_parameters, save_png
-from ldm.request import ModelFacts, Request
+from ldm.request import ModelFacts, Request, check_words
 
 ROOT = Path(__file__).parents[1]
 FUZZ = settings(

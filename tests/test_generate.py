@@ -290,12 +290,12 @@ def test_pytorchs_defaults_change_nothing(
 ) -> None:
     arguments = {"content_dir": content, "ddim_eta": 0.5, "concepts": {"*": concept_file}}
     expected = draw("a *", **arguments)
-    other = config if place is None else None
     torch.set_default_dtype(torch.float64)
     torch.set_default_device(place)  # where nothing can be computed
     try:
-        model = {} if other is None else {"model": load_model_from_config(other, CKPT, device="cpu")}
-        assert difference(draw("a *", **arguments, **model), expected) == 0
+        model = load_model_from_config(config, CKPT, device="cpu")
+        assert difference(draw("a *", **arguments), expected) == 0
+        assert difference(draw("a *", **arguments, model=model), expected) == 0
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ldm.config import instantiate_from_config, load_config
 from ldm.generate import SAMPLERS, facts_of
-from ldm.request import SAMPLERS as SAMPLER_SPACINGS
 from ldm.request import (
+    MAX_PROMPT,
     ModelFacts,
     Request,
     check_words,
@@ -26,6 +26,7 @@ from ldm.request import (
     placeholder_pattern,
     read_scale,
 )
+from ldm.request import SAMPLERS as SAMPLER_SPACINGS
 
 ROOT = Path(__file__).parents[1]
 TEN = ["a star"] * 10
@@ -306,3 +307,17 @@ def test_nothing_heavy_is_imported() -> None:
     modules = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert "ldm.request" in modules
     assert not set(modules) & {"torch", "numpy", "PIL", "omegaconf", "yaml", "transformers"}
+
+
+def test_every_image_has_a_seed_that_repeats_it() -> None:
+    assert Request(seed=2**63 - 4, n_samples=2, n_iter=2).seed == 2**63 - 4
+    with pytest.raises(ValueError, match="seed [+] i of the last image is 9223372036854775808, beyond 92"):
+        Request(seed=2**63 - 3, n_samples=2, n_iter=2)
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_endless_prompts_are_refused(name: str) -> None:
+    """A prompt of the longest kind takes seconds; a record can hold megabytes."""
+    assert Request(**{name: "a" * MAX_PROMPT})
+    with pytest.raises(ValueError, match=r"has 4000000 characters, of which only the first are read; shorten it\.$"):
+        Request(**{name: "star " * 800_000})

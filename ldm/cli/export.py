@@ -202,8 +202,10 @@ def _base_model(options: argparse.Namespace, concepts: Mapping[str, tuple[str, C
     The base model is `--ckpt`, or the small model that ships if the first concept was learned for it. Where neither
     says it, they are Stable Diffusion v1's and the paper's.
     """
+    from ldm.checkpoint import base_model_of
     from ldm.conditioning.presets import Windows, presets_beside
     from ldm.config import load_config
+    from ldm.files.base_model import refuse_other_base
 
     ckpt, config = options.ckpt, options.config
     if ckpt is None and _learned_for(concepts, small := Path(shipped(MODEL_DEFAULTS["ckpt"]))):
@@ -213,6 +215,8 @@ def _base_model(options: argparse.Namespace, concepts: Mapping[str, tuple[str, C
         return facts, Windows()
     if not ckpt.exists():
         raise ValueError(f"There is no file '{ckpt}'; check the path given with --ckpt.")
+    for name, concept in concepts.values() if options.ckpt and not options.any_base else ():
+        refuse_other_base(concept.metadata, base_model_of(ckpt), f"The concept '{name}'")
     return facts, presets_beside(ckpt)
 
 

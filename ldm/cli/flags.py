@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         """Write the hyphens in flags' names as underscores where such a flag is known."""
         known = {name for action in self._actions for name in action.option_strings}
         parts = [text.partition("=") for text in args]
-        names = ["--" + name[2:].replace("-", "_") for name, _, _ in parts]
+        names = [re.sub(r"(?<=[^-])-", "_", name) for name, _, _ in parts]
         return [
             name + sign + value if text not in known and name in known else text + sign + value
             for name, (text, sign, value) in zip(names, parts, strict=True)
@@ -168,13 +168,10 @@ def check_paths(paths: Mapping[str, Iterable[str | Path | None]]) -> None:
     for flag, given in paths.items():
         for file in given:
             if file is not None and not os.path.exists(os.path.expanduser(file)):
-                near = difflib.get_close_matches(Path(file).name, _siblings(Path(file)), n=1)
+                beside = [other.name for other in Path(file).parent.glob("*")]
+                near = difflib.get_close_matches(Path(file).name, beside, n=1)
                 hint = f"did you mean '{Path(file).with_name(near[0])}'?" if near else "check the path."
                 raise ValueError(f"There is no file '{file}', given with {flag}; {hint}")
-
-
-def _siblings(file: Path) -> list[str]:
-    return os.listdir(file.parent) if file.parent.is_dir() else []
 
 
 def path(text: str) -> Path:

@@ -16,7 +16,7 @@ from ldm.cli.flags import Parser, add_field_flag, add_flag, check_paths, log_to_
 from ldm.cli.images import LAYOUTS, OWN_LAYOUT, Drawing
 from ldm.cli.models import MODEL_DEFAULTS, add_model_flags, check_weights, model_setup, read_config
 from ldm.cli.prompts import add_stage_flags, concept_files, read_prompts, read_stages, seeds, word
-from ldm.files.hub import is_hub
+from ldm.files.hub import is_hub, refuse_unfetched
 from ldm.files.shipped import shipped
 from ldm.files.writing import check_writable
 from ldm.request import FAST, PLACEHOLDER, ModelFacts, Request, model_facts, read_scale, shown
@@ -153,6 +153,8 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     recorded = read_parameters(options.source)
     if "cells" in recorded:
         raise ValueError(f"'{options.source}' shows images of several commands; repeat one of its single images.")
+    if not options.concept:
+        refuse_unfetched(recorded.get("concepts"))
     name = recorded.get("base_model")
     if "ckpt" not in recorded and options.ckpt is None and name != Path(MODEL_DEFAULTS["ckpt"]).name:
         raise ValueError(f"'{options.source}' was made with the model {shown(name)}; give it with --ckpt and --config.")

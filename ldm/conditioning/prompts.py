@@ -18,8 +18,6 @@ from torch import Tensor
 from ldm.request import (
     PLACEHOLDER,
     Words,
-    check_negative_prompt,
-    check_placeholder,
     check_prompt,
     check_words,
     mentions,
@@ -31,23 +29,6 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
-
-__all__ = [
-    "PLACEHOLDER",
-    "PromptReader",
-    "Words",
-    "check_negative_prompt",
-    "check_placeholder",
-    "check_prompt",
-    "check_words",
-    "class_words",
-    "foreign_syntax",
-    "split_pattern",
-    "stage_pieces",
-    "warn_of_class",
-    "warn_of_unknown",
-    "warn_of_unused",
-]
 
 # What other programs read as weights and extra networks: (word:1.4), <lora:name:1>.
 _FOREIGN = re.compile(
@@ -193,8 +174,12 @@ class PromptReader:
         self._warnings.clear()
         if words is not None:
             words = check_words(words, self.num_stages)
-            self._warn_without_placeholder(prompts)
-        self._warn_of_foreign_syntax([*prompts, *(word for word in words or () if isinstance(word, str))])
+            for prompt in prompts:
+                if PLACEHOLDER not in prompt:
+                    self._warn(f"prospect_words has no effect: the prompt '{prompt}' has no '*' for it to replace.")
+        texts = [*prompts, *(word for word in words or () if isinstance(word, str))]
+        for found in filter(None, map(foreign_syntax, texts)):
+            self._warn(f"'{found}' is read as letters: weights and extra networks of other programs mean nothing here.")
         if legacy_word_tokens:
             rows = [self._legacy_slots(prompt, words) for prompt in prompts]
         else:
@@ -233,21 +218,13 @@ class PromptReader:
                 count += 1
         return None
 
-    def _warn_without_placeholder(self, prompts: Sequence[str]) -> None:
-        for prompt in prompts:
-            if PLACEHOLDER not in prompt:
-                self._warn(f"prospect_words has no effect: the prompt '{prompt}' has no '*' for it to replace.")
-
-    def _warn_of_foreign_syntax(self, texts: Sequence[str]) -> None:
-        for found in filter(None, map(foreign_syntax, texts)):
-            self._warn(f"'{found}' is read as letters: weights and extra networks of other programs mean nothing here.")
-
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
         """Return the L slots of one prompt in one stage, the whole text tokenised by BPE."""
         body = self._body(prompt, None if words is None else words[stage], stage)
         room = self.max_length - 2
         if len(body) > room:
-            self._warn(f"The prompt is longer than {room} tokens; cut off: {shown(self._spell(body[room:]))}")
+            rest = self._spell(body[room:][:240])  # of which a message has 60 letters
+            self._warn(f"The prompt is longer than {room} tokens; cut off: {shown(rest)}")
         return self._close(body[:room])
 
     def _learned(self, placeholder: str, stage: int) -> list[int]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ldm.conditioning.context import Conditioning
 from ldm.conditioning.encoding import encode_together
-from ldm.conditioning.prompts import PromptReader, Words
+from ldm.conditioning.prompts import PromptReader
 from ldm.conditioning.rows import Modulated, Rows
 from ldm.conditioning.stages import stage_of
 from ldm.editing import alignment
@@ -32,7 +32,7 @@ from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import draw_noise, guided, seeded_generators
-from ldm.request import MAX_SCALE
+from ldm.request import MAX_SCALE, Words
 from ldm.util import usual_torch
 
 AREA = 4  # self-attention is exchanged up to a quarter of the latents' positions: 32² of 64²

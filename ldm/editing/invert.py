@@ -20,7 +20,6 @@ from torch import Tensor
 from ldm.checkpoint import save_state_dict
 from ldm.conditioning.context import Context
 from ldm.conditioning.encoding import encode_together
-from ldm.conditioning.prompts import check_prompt
 from ldm.editing.alignment import value_steps
 from ldm.editing.edit import Branches, Edited, Prompts, decoded, denoise_pair, plan_edit, read_tokens
 from ldm.editing.image import clip_features, image_latents, patch_features, psnr
@@ -48,6 +47,7 @@ from ldm.methods.null_text import NullText, TextInversion
 from ldm.methods.stylediffusion import StyleDiffusion, networks_from
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import seeded_generators
+from ldm.request import check_prompt
 from ldm.util import usual_torch
 
 logger = logging.getLogger(__name__)

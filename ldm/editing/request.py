@@ -191,14 +191,11 @@ def _pair(name: str, value: object) -> Pair | None:
 
 def grid_of(target: str, **given: Any) -> list[Edit]:
     """Return an edit for every combination of the taus, of which each may be a list of several."""
-    taus = [[(name, tau) for tau in _several(given.pop(name))] for name in TAUS if name in given]
+    lists = {name: tau if isinstance(tau := given.pop(name), list) else [tau] for name in TAUS if name in given}
+    taus = [[(name, tau) for tau in several] for name, several in lists.items()]
     if not 1 <= (count := math.prod(map(len, taus))) <= MOST_EDITS:
         raise ValueError(f"The taus make a grid of {count} edits; give 1 to {MOST_EDITS}.")
     return [Edit(target, **given, **dict(combination)) for combination in product(*taus)]
-
-
-def _several(tau: object) -> list[Any]:
-    return list(tau) if isinstance(tau, list) else [tau]
 
 
 def check_words_in(words: Collection[str], texts: Sequence[str], flag: str) -> None:

@@ -6,9 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
-from ldm.embeddings import WHOLE, Concept, save_concept
+from ldm.embeddings import Concept, save_concept
 from ldm.export.card import Card, model_card
 from ldm.export.files import Export
+from ldm.files.embedding_formats import WHOLE
 from ldm.files.writing import replacing_set
 
 

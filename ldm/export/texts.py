@@ -9,8 +9,8 @@ from ldm.conditioning.prompts import split_pattern, stage_pieces
 from ldm.request import Words, check_words
 
 MAX_TOKENS = 75  # that a prompt has room for here; the web UI and ComfyUI read on in further chunks of as many
-# also a file's name on Windows, where those of devices are taken
-_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
+# also a file's name on Windows, where those of devices are taken; the web UI cuts prompts at AND and BREAK
+_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$|.*\b(?:AND|BREAK)\b)[A-Za-z0-9]+([_-][A-Za-z0-9]+)*")
 # What CLIP's tokenizer cuts a text into before it splits words (openai/CLIP, simple_tokenizer.py).
 _PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+")
 

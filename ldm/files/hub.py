@@ -1,6 +1,7 @@
 """Concepts on the Hugging Face hub: a repository `hf:user/name[@revision]` becomes a folder here, and a folder one.
 
 Only safetensors, JSON and YAML are ever fetched. With HF_HUB_OFFLINE=1 nobody is asked, and what was fetched is used.
+What the record of an image names is fetched again, but not for the first time.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +44,21 @@ def fetch(source: str) -> tuple[Path, str]:
         found = snapshot_download(repository, revision=revision, allow_patterns=wanted, local_files_only=only_here)
     folder = Path(found)
     return folder, f"{PREFIX}{repository}@{folder.name}"
+
+
+def refuse_unfetched(concepts: object) -> None:
+    """Raise `ValueError` where a concept of an image's record was never fetched: that is for the user to ask for."""
+    from huggingface_hub import constants
+
+    for source in filter(is_hub, concepts.values() if isinstance(concepts, Mapping) else ()):
+        match = _SOURCE.fullmatch(source)
+        repository, commit = match.groups() if match else ("", None)
+        fetched = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots", commit or "-")
+        if not any(fetched.glob(f"*{SUFFIXES[0]}")):
+            raise ValueError(
+                f"The image names the concept '{source}', which was not fetched before, and for an image nothing is; "
+                "if you trust it, give it with --concept."
+            )
 
 
 def _wanted(repository: str, revision: str | None, source: str) -> list[str] | None:

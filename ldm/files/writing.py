@@ -26,6 +26,7 @@ _PLACE = frozenset((
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST,
 ))  # fmt: skip
 
+MAX_NAME = 255  # bytes, of common file systems
 _WAITS = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()  # seconds, for another program to close a file
 
 
@@ -60,6 +61,8 @@ def check_writable(folder: str | Path, flag: str) -> None:
     """Raise `WriteError` if `folder`, which `flag` gives, cannot be made or written to; nothing stays there."""
     place = Path(os.path.abspath(folder))
     while not os.path.lexists(place):
+        if len(os.fsencode(place.name)) > MAX_NAME:
+            raise WriteError(f"Cannot write to a folder called '{place.name:.40}…': the name is too long; shorten it.")
         place = place.parent
     if not place.is_dir():
         raise WriteError(f"Cannot write to '{folder}': '{place}' is a file; give a folder with {flag}.")

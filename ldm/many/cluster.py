@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ldm.cli import train
-from ldm.files.writing import replace_bytes
-from ldm.many.jobs import KILLED, RETRIES, Job, Learned, Setting, log_of, noted, result, run_of, save
+from ldm.files.writing import lock, replace_bytes
+from ldm.many.jobs import KILLED, LEFT, RETRIES, Job, Learned, Setting, log_of, noted, result, run_of, save
 
 Name = TypeVar("Name", bound=Hashable)
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prospect-ldm"
@@ -164,10 +164,12 @@ def learn_here(
     run, log = run_of(folder, job), log_of(folder, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     ckpt, base, images = sent
-    here = replace(setting, ckpt=ckpt.here(ray), base=tuple(each.here(ray) for each in base))
     with log.open("ab") as file:
+        if not lock(file):
+            return Learned(job, 0.0, error=LEFT), ""
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    here = replace(setting, ckpt=ckpt.here(ray), base=tuple(each.here(ray) for each in base))
     code = train.run(here.command(replace(job, image=images.here(ray)), run))
     text = log.read_text(encoding="utf-8", errors="replace")
     return result(job, run, code, text, time.monotonic() - start), "" if shared else text

@@ -229,4 +229,5 @@ def result(job: Job, run: Path, code: int, log: str, seconds: float) -> Learned:
     return Learned(job, seconds, error=KILLED if code < 0 else error)
 
 
+LEFT = "another process learns it, of a command that runs or was killed; wait until it is finished"
 KILLED = f"its process was killed {1 + RETRIES} times, most likely for want of memory; use fewer --workers"

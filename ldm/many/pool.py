@@ -15,9 +15,8 @@ from typing import IO
 
 import torch
 
-from ldm.many.jobs import RETRIES, Job, Learned, Setting, log_of, result, run_of, save
-
-LEFT = "a process of a command that was killed still learns it; wait until it is finished"
+from ldm.files.writing import lock
+from ldm.many.jobs import LEFT, RETRIES, Job, Learned, Setting, log_of, result, run_of, save
 
 
 def visible_gpus() -> list[str]:
@@ -45,19 +44,6 @@ def learn_locally(
             raise
 
 
-def _is_alone(log: IO[bytes]) -> bool:
-    """Lock a run's log; False where a process holds it whose parent was killed. It is kept as long as one writes."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 class _Processes:
     """The processes that learn at the moment, each on a CUDA device of its own."""
 
@@ -82,7 +68,7 @@ class _Processes:
         for _ in range(1 + RETRIES):
             if code < 0 and not self._stopped:
                 with log.open("ab") as file:
-                    if not _is_alone(file):
+                    if not lock(file):
                         return Learned(job, 0.0, error=LEFT)
                     code = self._run([*program, *setting.command(job, run)], file, environment)
         return result(job, run, code, log.read_text(encoding="utf-8", errors="replace"), time.monotonic() - start)

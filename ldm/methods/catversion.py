@@ -101,7 +101,8 @@ def load_prefix(tensors: Tensors, metadata: Metadata) -> CatVersionPrefix:
     Raises:
         ValueError: the layers or the logit bias are missing or do not fit.
     """
-    values = tensors[PREFIX]
+    if (values := tensors.get(PREFIX)) is None:
+        raise ValueError("it holds no prefix of CatVersion.")
     try:
         layers = tuple(int(layer) for layer in metadata[LAYERS].split(","))
         bias = float(metadata[LOGIT_BIAS])

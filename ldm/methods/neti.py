@@ -264,6 +264,8 @@ def load_mapper(tensors: Tensors, metadata: Metadata) -> NeTIMapper:
     Raises:
         ValueError: the settings are missing or do not fit the tensors.
     """
+    if SETTINGS not in metadata:
+        raise ValueError(f"it holds no mapper of NeTI (it does not say its {SETTINGS}).")
     try:
         values = json.loads(metadata[SETTINGS])
         if lacking := ", ".join(field.name for field in fields(NeTISettings) if field.name not in values):

@@ -106,6 +106,13 @@ def check_table(tensors: Tensors) -> None:
 
 
 def load_table(tensors: Tensors, metadata: Metadata) -> Table:
-    """Return the frozen table of a concept of stage vectors (S, D), or of a table (S, layers, n, D)."""
-    vectors = tensors.get(VECTORS)
-    return Table(tensors[TABLE] if vectors is None else vectors[:, None, None]).requires_grad_(False)
+    """Return the frozen table of a concept of stage vectors (S, D), or of a table (S, layers, n, D).
+
+    Raises:
+        ValueError: it has neither.
+    """
+    if (vectors := tensors.get(VECTORS)) is not None:
+        return Table(vectors[:, None, None]).requires_grad_(False)
+    if TABLE not in tensors:
+        raise ValueError("it holds no learned vectors, but a module of another method.")
+    return Table(tensors[TABLE]).requires_grad_(False)

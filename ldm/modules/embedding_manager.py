@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.learned import Learned, LearnedPrefix, LearnedTokens
-from ldm.conditioning.prompts import check_placeholder
 from ldm.embeddings import Concept, load_concept, refuse_other_width, save_concept
 from ldm.files.base_model import describe_base, refuse_other_base, same_base
 from ldm.methods import find_method
@@ -23,6 +22,7 @@ from ldm.methods.base import LearnedModule, Start, StepChange
 from ldm.methods.prospect import GeneratorBlock, ProSpect
 from ldm.methods.table import Table, learn_table
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.request import check_placeholder
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class EmbeddingManager(nn.Module):
         self.num_stages, self.num_layers = num_stages, num_layers
         self.width = embedder.width
         text = embedder.transformer.config
+        self._room = embedder.max_length - 2  # between the marks of a prompt
         self._text = text.num_hidden_layers, text.num_attention_heads
         self.loaded: dict[str, Concept] = {}
         self._modules_loaded: dict[str, LearnedTokens | LearnedPrefix] = {}
@@ -95,6 +96,10 @@ class EmbeddingManager(nn.Module):
         self.initial_embeddings.copy_(word)
         start = Start(self.initial_embeddings, count, num_stages, num_layers, *self._text)  # who sets it, sets both
         if method is not None:
+            asked = {"generator": generator != "block", "dropout": dropout != 0.1, "norm": norm != "free"}
+            asked["initial_spread"] = initial_spread != 1
+            if idle := [name for name, is_asked in asked.items() if is_asked]:
+                raise ValueError(f"{idle[0]} has no effect with the method '{method}', whose own are in method_params.")
             self.learned = find_method(method).learn(start, **(method_params or {}))
         elif generator == "block":
             self.learned = ProSpect(start, dropout, norm)
@@ -196,6 +201,11 @@ class EmbeddingManager(nn.Module):
             raise ValueError(
                 f"This concept ({concept.method}) has width {width}, but this model's text encoder has {self.width}: "
                 "it was learned for another base model."
+            )
+        if (tokens := getattr(module, "num_tokens", 1)) > self._room:
+            raise ValueError(
+                f"This concept ({concept.method}) has {tokens} tokens, and a prompt of this model has room for "
+                f"{self._room}; if they are stages: scripts/import_embedding.py --rows_are_stages."
             )
         if hasattr(module, "check_fits"):
             module.check_fits(*self._text)

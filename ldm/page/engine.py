@@ -67,13 +67,8 @@ class Job:
     def status(self, running: str, done: str, kept: Sequence[Path]) -> str:
         """Where it is, in a line."""
         end = "".join(f" · kept as {file}" for file in kept)
-        stopped = f"Stopped after step {self.step} of {self.steps}{end}"
-        said = {
-            "waiting": "Waiting for another tab's image…",
-            "running": running,
-            "done": done + end,
-            "stopped": stopped,
-        }
+        said = {"waiting": "Waiting for another tab's image…", "running": running, "done": done + end}
+        said["stopped"] = f"Stopped after step {self.step} of {self.steps}{end}"
         return said.get(self.state, "")
 
     def stop(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.conditioning.presets import Windows, preset_stages, with_only
+from ldm.files.hub import refuse_unfetched
 from ldm.request import PLACEHOLDER, PRESETS, ModelFacts, Request, Words
 
 # Fields that the prompt, the lanes and the timeline decide; all others are settings.
@@ -161,6 +162,7 @@ class Form:
         given = {name: value for name, value in record.items() if name in known - {"preset"}}
         request = Request(**given)
         request.for_model(facts)
+        refuse_unfetched(request.concepts)
         concepts = {name: str(file) for name, file in (request.concepts or {}).items()}
         self.lanes = [Lane(name, file, self.every_stage) for name, file in concepts.items()]
         self.settings = {

@@ -15,6 +15,7 @@ from ldm.config import ConfigError, check_parameters
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.repeated import image_sides
 from ldm.modules.embedding_manager import is_prefix
+from ldm.request import shown
 from ldm.training.callbacks import ImageLogger
 
 CASTS_ALL = {"bf16-true": "bfloat16", "16-true": "float16"}  # Lightning casts the whole module, buffers too
@@ -111,7 +112,7 @@ def check_captions(module: Any, data: DataModuleFromConfig) -> None:
                     f"The caption '{template}' has no place for the learned token; write * (in YAML: {{}}) there."
                 )
             if not is_prefix(manager.learned):
-                _check_is_read(module, template.replace("{}", getattr(dataset, "placeholder_token", "*")))
+                _check_is_read(module, template, getattr(dataset, "placeholder_token", "*"))
 
 
 def warn_of_words(module: Any, data: DataModuleFromConfig) -> None:
@@ -119,16 +120,18 @@ def warn_of_words(module: Any, data: DataModuleFromConfig) -> None:
     manager = getattr(module, "embedding_manager", None)
     if manager is not None and manager.learned is not None:
         templates: list[Sequence[str]] = [getattr(dataset, "templates", ()) for dataset in data.datasets.values()]
-        captions = (found[0] for found in templates if len(found) == 1)
-        texts = [manager.initial_word, *captions]
+        texts = [manager.initial_word, *(found[0] for found in templates if len(found) == 1)]
         warn_of_unknown(module.cond_stage_model.known_words, texts, manager.placeholder_strings)
 
 
-def _check_is_read(module: Any, caption: str) -> None:
-    """Raise `ConfigError` where a learned vector of a caption stands behind what the text transformer reads."""
-    words = module.prompt_reader().words_in(caption)
-    if (module.get_learned_conditioning(caption).slots[0] < 0).sum() < sum(
-        slot < 0 for _, own in words for slot in own
-    ):
-        shown = caption if len(caption) <= 60 else f"{caption[:60]}…"
-        raise ConfigError(f"The caption '{shown}' is too long, its learned token is cut off; shorten it.")
+def _check_is_read(module: Any, template: str, placeholder: str) -> None:
+    """Raise `ConfigError` where a caption's token is not learned, or not read to its end."""
+    learned, caption = module.embedding_manager.placeholder_strings, template.replace("{}", placeholder)
+    if placeholder not in learned:
+        raise ConfigError(
+            f"The captions' placeholder_token is '{placeholder}', but what is learned is called '{learned[0]}' "
+            "(placeholder_strings); write the same in both."
+        )
+    asked = sum(slot < 0 for _, slots in module.prompt_reader().words_in(caption) for slot in slots)
+    if int((module.get_learned_conditioning(caption).slots[0] < 0).sum()) < asked:
+        raise ConfigError(f"The caption {shown(caption)} is too long, its learned token is cut off; shorten it.")

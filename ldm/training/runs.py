@@ -202,7 +202,14 @@ def _step_of(checkpoint: Path) -> int:
     Raises:
         CheckpointError: it is foreign, cut off, has holes, or lacks what a run needs beside the weights.
     """
-    return int(read_checkpoint(checkpoint, ["state_dict", "optimizer_states", "global_step"])["global_step"])
+    saved = read_checkpoint(checkpoint, ["state_dict", "optimizer_states", "global_step"])
+    loops = saved.get("loops")
+    parts = {"loops": loops, "fit_loop": loops.get("fit_loop") if isinstance(loops, dict) else None}
+    parts |= {name: saved.get(name) for name in ("state_dict", "optimizer_states", "pytorch-lightning_version")}
+    kinds = {"optimizer_states": list, "pytorch-lightning_version": str}
+    if unfit := [name for name, value in parts.items() if not value or not isinstance(value, kinds.get(name, dict))]:
+        raise CheckpointError(f"'{checkpoint}' has no usable {', '.join(unfit)}; use another copy of it.")
+    return int(saved["global_step"])
 
 
 def _way_on(folder: Path, damaged: Path) -> str:

@@ -89,19 +89,20 @@ def _put_flags(config: DictConfig, options: argparse.Namespace) -> None:
         OmegaConf.update(config, "lightning.trainer.gpus", options.gpus)
     if options.data_root:
         _put_data_root(config, options)
+    captions: dict[str, object] = {}
+    if options.placeholder_tokens:
+        captions["placeholder_token"] = literal(options.placeholder_tokens[0])
     if options.caption:
-        templates = [_readable("--caption", text.replace("*", "{}")) for text in options.caption]
-        for split in ("train", "validation"):
-            if config.data.params.get(split):
-                OmegaConf.update(config, f"data.params.{split}.params.templates", templates)
+        captions["templates"] = [_readable("--caption", text.replace("*", "{}")) for text in options.caption]
+    for split in ("train", "validation"):
+        if captions and config.data.params.get(split):
+            OmegaConf.update(config, f"data.params.{split}.params", captions)
 
 
 def _put_data_root(config: DictConfig, options: argparse.Namespace) -> None:
     for split in ("train", "validation"):
         if config.data.params.get(split):
             values = {"data_root": _readable("--data_root", options.data_root), "seed": config.lightning.seed}
-            if options.placeholder_tokens:
-                values["placeholder_token"] = literal(options.placeholder_tokens[0])
             OmegaConf.update(config, f"data.params.{split}.params", values)
 
 

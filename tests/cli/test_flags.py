@@ -38,6 +38,8 @@ def test_flags_are_those_of_the_dataclass(capsys: pytest.CaptureFixture[str]) ->
     options = parser.parse_strictly(["--name", "tea", "--sugar-share", "0.5", "--hot"])
     assert vars(options) == {"name": "tea", "sugar_share": 0.5, "cubes": None, "hot": True}
     assert parser.parse_strictly(["--sugar_share", "1", "--ice=2"]).cubes == 2
+    for value in ("a ice", "x-hot", "..sugar-share", "l.name=b"):  # which end like flags
+        assert parser.parse_strictly(["--name", value]).name == value
     for flags, sentence in {
         ("--ices", "2"): "unknown argument '--ices'; did you mean --ice?",
         ("--ice", "x"): "argument --ice: invalid int value: 'x'",

@@ -543,6 +543,7 @@ GENERATING: dict[str, Cases] = {
         (f"{MAKE} --device tpu", "'tpu' is none of cpu, mps, cuda"),
         (f"{MAKE} --device cuda:7", "is not usable here; usable:"),
         (f"{MAKE} --outdir {{bad}}/text.png/below", "is a file; give a folder with --outdir"),
+        (f"{MAKE} --outdir {{bad}}/{'x' * 256}/below", "xxx…': the name is too long; shorten it."),
         (f"{MAKE} --config {{bad}}/folder.yaml", "is a folder"),
         (f"{MAKE} --config {{bad}}/empty.yaml", "does not say 'model:'"),
         (f"{MAKE} --config {{bad}}/allowing.yaml", "--allow_targets"),

@@ -186,6 +186,7 @@ PRESETS = "--write-presets"
         (command, [*OWN, "--concept", "README.md=a *"], "'README.md' is a text file"),
         (command, [PRESETS, "README.md/presets.yaml"], "'README.md'"),
         (command, [PRESETS, MODEL], "does not hold presets, and would be lost"),
+        (command, [PRESETS, "models/demo/presets.yaml"], "is there already; use --force"),
         (command, [PRESETS, "docs"], "takes a file, not the folder 'docs'"),
         *((command, [PRESETS, "p.yaml", *x], "needs concepts of") for x in (["--concepts", 0], ["--prompt", ""])),
     ],

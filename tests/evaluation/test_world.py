@@ -2,6 +2,8 @@
 
 import csv
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -277,3 +279,26 @@ def test_a_set_is_replaced_as_a_whole_and_has_one_identity(tmp_path: Path, capsy
         write_set(out, "--count", "1", "--force")
     assert "'mine.txt', which is not of a rendered set" in capsys.readouterr().err
     assert (out / "mine.txt").read_text() == "mine"
+
+
+def test_a_set_survives_a_kill_between_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    out = tmp_path / "world"
+    out.mkdir()
+    _, first = write_set(out, "--count", "3")
+    killed = (
+        "import os, sys; from pathlib import Path; from scripts import render_world; rename = Path.rename;"
+        "Path.rename = lambda path, target: (rename(path, target), os._exit(9)); render_world.main(sys.argv[1:])"
+    )
+    flags = ["--out", str(out), "--count", "2", "--force"]
+    done = subprocess.run(
+        [sys.executable, "-c", killed, *flags], cwd=Path(render_world.__file__).parents[1], check=False
+    )
+    assert done.returncode == 9 and not out.exists()
+    with pytest.raises(SystemExit):
+        render_world.main(["--out", str(out), "--count", "1"])
+    assert "is not empty; use --force" in capsys.readouterr().err
+    assert {Image.open(path).info["set"] for path in out.glob("*.png")} == first
+    monkeypatch.chdir(out)
+    with pytest.raises(SystemExit):
+        render_world.main(["--out", ".", "--count", "1", "--force"])
+    assert "is the current folder" in capsys.readouterr().err and len(list(out.iterdir())) == 4

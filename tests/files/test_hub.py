@@ -15,11 +15,15 @@ from urllib.parse import unquote
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm.cli import export, push, sample
 from ldm.embeddings import Concept, EmbeddingError, load_concept, save_concept
 from ldm.files.hub import fetch
+from ldm.files.records import PNG_KEY, save_png
+from ldm.page.form import Form
+from ldm.request import ModelFacts
 
 COMMIT = "c0ffee" + 34 * "0"
 
@@ -230,6 +234,23 @@ def test_an_image_of_a_concept_on_the_hub(hub: Hub, concept: Path, tmp_path: Pat
     assert read_parameters(image)["concepts"] == {"<toy>": f"hf:a/toy@{COMMIT}"}
     (again,) = sample.run("", argv=["--from", str(image), "--outdir", str(tmp_path / "b")])
     assert read_parameters(again)["concept_hashes"] == read_parameters(image)["concept_hashes"]
+
+
+@pytest.mark.parametrize("source", ["hf:a/toy", f"hf:a/toy@{COMMIT}", "hf:a/toy@main", "hf:../x@y", "hf:"])
+def test_an_image_of_a_stranger_fetches_nothing(
+    hub: Hub, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"prompt": "a <toy>", "concepts": {"<toy>": source}, "ddim_steps": 1, "height": 32, "width": 32}
+    image = tmp_path / "image.png"
+    save_png(Image.new("RGB", (32, 32)), image, {PNG_KEY: json.dumps(record)})
+    flags = ["--from", str(image), "--ckpt", "models/demo/model.safetensors", "--outdir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        sample.run("", argv=flags)
+    assert "was not fetched before, and for an image nothing is; if you trust it" in capsys.readouterr().err
+    form = Form(10)
+    with pytest.raises(ValueError, match="was not fetched before"):
+        form.restore(record, ModelFacts(size_unit=32))
+    assert not hub.asked and not form.lanes
 
 
 def test_the_layout_of_sd_concepts_library(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Many concepts, in processes of this machine and on a Ray cluster: each ends as if it were learned alone."""
 
+import errno
 import os
 import shutil
 import signal
@@ -18,11 +19,12 @@ from PIL import Image
 from runs import CONFIG, MODEL, NO_PICTURES, ROOT, every, learn, start, wait_for
 
 from ldm.embeddings import load_concept
+from ldm.files.writing import lock
 from ldm.many import command
-from ldm.many.cluster import connected, learn_on, run_on
-from ldm.many.jobs import Changed, Job, Setting, finished, read_jobs, unfinished
+from ldm.many.cluster import connected, learn_here, learn_on, run_on
+from ldm.many.jobs import LEFT, Changed, Job, Setting, finished, noted, read_jobs, unfinished
 from ldm.many.learn import learn_many, write_table
-from ldm.many.pool import LEFT, _is_alone, learn_locally
+from ldm.many.pool import learn_locally
 
 COUNT, STEPS = 8, 4
 SETTING = Setting((CONFIG,), MODEL, (NO_PICTURES, "data.params.batch_size=2"))
@@ -215,11 +217,24 @@ def test_a_process_that_was_left_behind_is_not_joined_by_another(pictures: Path,
     out = tmp_path / "out"
     jobs = unfinished(read_jobs(pictures)[:1], SETTING, out)
     with (out / "runs/c0.log").open("ab") as log, subprocess.Popen(["sleep", "60"], stdout=log) as left:
-        assert _is_alone(log)
+        assert lock(log)
         log.close()
         (found,) = learn_locally(jobs, SETTING, out, 1, [])
+        on_cluster, _ = learn_here(jobs[0], SETTING, (None, (), None), str(out), noted(out, jobs[0]).read_text())
         left.kill()
-    assert found.error == LEFT
+    assert found.error == on_cluster.error == LEFT
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock")
+def test_a_drive_without_locks_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import fcntl
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (tmp_path / "c0.log").open("ab") as log:
+        assert lock(log)
 
 
 def test_jobs_come_from_folders_images_and_tables(pictures: Path):

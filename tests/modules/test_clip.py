@@ -178,6 +178,7 @@ def first_half(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
+        ("tokenizer_config.json", lambda content: content.replace(b"32", b'"x"'), "cannot be read (.*not supported"),
         ("merges.txt", lambda _: b"#version: 0.2\n", "merges.txt lacks what makes 189 tokens of vocab.json, such as"),
         ("merges.txt", first_half, "merges.txt lacks what makes 95 tokens"),
         ("merges.txt", lambda _: (GOLDEN / "merges.txt").read_bytes(), "cannot be read (.*out of vocabulary"),
@@ -204,6 +205,13 @@ def test_damaged_tokenizers_are_refused(tmp_path: Path, name: str, change, words
     with pytest.raises(OSError, match=words.replace("(", r"\(")) as caught:
         open_tokenizer(tmp_path, 703)
     assert f"'{tmp_path}'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_list_of_words_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_bytes(b"star\n\xa1")
+    embedder = FrozenCLIPEmbedder("small", max_length=8, text_config=SMALL, tokenizer=str(tmp_path))
+    with pytest.raises(ValueError, match="words.txt' is not UTF-8 text"):
+        _ = embedder.known_words
 
 
 @pytest.mark.parametrize("folder", [".", "nowhere"])

@@ -1,5 +1,6 @@
 """The learned vectors: the recorded generator block, the table, initial words, and what changes with training."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,38 @@ def test_learning_starts_from_vectors_whose_length_is_kept(embedder: FrozenCLIPE
     vectors = torch.nn.functional.normalize(torch.randn(4, 128), dim=-1) * manager.initial_embeddings.norm()
     manager.start_from(Concept(vectors))
     torch.testing.assert_close(manager.embeddings(), vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_more_tokens_than_a_prompt_has_are_refused(embedder: FrozenCLIPEmbedder) -> None:
+    room = embedder.max_length - 2
+    manager = EmbeddingManager(embedder)
+    manager.load(Concept({"table": torch.zeros(1, 1, room, 128)}, method="table"))
+    with pytest.raises(ValueError, match=f"has 100000 tokens, and a prompt of this model has room for {room}"):
+        manager.load(Concept({"table": torch.zeros(1, 1, 100_000, 128)}, method="table"))
+
+
+@pytest.mark.parametrize("asked", [{"generator": "table"}, {"dropout": 0.0}, {"norm": "word"}, {"initial_spread": 2.0}])
+def test_settings_of_prospect_are_refused_with_another_method(embedder: FrozenCLIPEmbedder, asked: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(asked))} has no effect with the method 'neti'"):
+        EmbeddingManager(embedder, "*", "teddy", method="neti", **asked)
+    assert EmbeddingManager(embedder, "*", method="neti", **asked).learned is None  # to generate with
+
+
+METHODS = ("prospect", "textual-inversion", "xti", "table", "neti", "catversion")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learning_starts_from_a_concept_of_its_method_only(
+    embedder: FrozenCLIPEmbedder, method: str, tmp_path: Path
+) -> None:
+    managers = {name: EmbeddingManager(embedder, "*", "teddy", method=name, num_layers=7) for name in METHODS}
+    for other, manager in managers.items():
+        manager.save(tmp_path / f"{other}.safetensors")
+        start = load_concept(tmp_path / f"{other}.safetensors")
+        alike = other == method or {other, method} == {"prospect", "table"}
+        with contextlib.nullcontext() if alike else pytest.raises(ValueError, match="cannot be used: it ") as caught:
+            managers[method].start_from(start)
+        assert alike or "another copy" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,26 @@ def without_the_optimizer(path: Path) -> None:
     torch.save({"state_dict": torch.load(path, weights_only=True)["state_dict"]}, path)
 
 
+def with_parts(**parts: object) -> Callable[[Path], None]:
+    """Replaces parts of a checkpoint; None removes one."""
+
+    def damage(path: Path) -> None:
+        saved = torch.load(path, weights_only=True) | {
+            name.replace("_V", "-lightning_v"): x for name, x in parts.items()
+        }
+        torch.save({name: value for name, value in saved.items() if value is not None}, path)
+
+    return damage
+
+
 @pytest.mark.parametrize(
-    "damage", [cut, hole, empty, Path.unlink, as_safetensors, in_the_old_format, without_the_optimizer]
+    "damage",
+    [
+        *(cut, hole, empty, Path.unlink, as_safetensors, in_the_old_format, without_the_optimizer),
+        *(with_parts(optimizer_states=value) for value in ([], "x", {})),
+        *(with_parts(loops=value) for value in (None, {}, {"fit_loop": "x"})),
+        *(with_parts(pytorch_Version=None), with_parts(state_dict={})),
+    ],
 )
 def test_the_checkpoint_before_is_offered(
     run: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
@@ -184,6 +202,12 @@ def changed(run: Path, caplog: pytest.LogCaptureFixture, *arguments: str) -> lis
     caplog.clear()
     assert resume(run, *arguments) == 0
     return [line for line in caplog.messages if line.startswith("This run is resumed with changes: ")]
+
+
+def test_a_resumed_run_takes_another_placeholder(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the captions are, too, though their images are those of the run's own configuration."""
+    (line,) = changed(run, caplog, "--max_steps", "7", "--placeholder_tokens", "<x>")
+    assert "placeholder_strings" in line and load_concept(run / NAME).metadata["placeholder"] == "<x>"
 
 
 def test_what_differs_is_said_in_one_line(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

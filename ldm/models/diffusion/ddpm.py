@@ -25,12 +25,11 @@ from ldm.models.diffusion import latents
 from ldm.models.diffusion.acceleration import Step, TensorStep
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.draws import Draws
-from ldm.models.diffusion.latent_diffusion import DiffusionModel, DiffusionWrapper
+from ldm.models.diffusion.latent_diffusion import DiffusionModel
+from ldm.models.diffusion.latent_diffusion import DiffusionWrapper as DiffusionWrapper  # LDM has it here
 from ldm.models.diffusion.latents import LatentCache, Posterior
 from ldm.models.diffusion.sampling import draw_noise
 from ldm.util import mix_seed, to_device
-
-__all__ = ["DiffusionWrapper", "LatentDiffusion"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,25 +43,16 @@ NOT_CAPTURED = (
 class LatentDiffusion(DiffusionModel, pl.LightningModule):
     """A `DiffusionModel` to be trained; arguments and errors are those of that class."""
 
-    def __init__(
-        self,
-        unet_config: Mapping[str, Any],
-        first_stage_config: Mapping[str, Any],
-        cond_stage_config: Mapping[str, Any],
-        personalization_config: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(unet_config, first_stage_config, cond_stage_config, personalization_config, **options)
-        self.learning_rate = 1e-4
-        self.seed = 23
-        self.timesteps: Tensor | None = None  # (B,), of the latest training batch
-        self.losses: Tensor | None = None  # (B,), of the latest training batch
-        self._latents: LatentCache | None = None
-        self._prompts: tuple[Any, PromptConditioning] | None = None  # of the latest training batch
-        self._read_below: dict[tuple[str, int], Tensor] = {}  # caption, text layer -> what it reads (L, D)
+    learning_rate = 1e-4
+    seed = 23
+    timesteps: Tensor | None = None  # (B,), of the latest training batch
+    losses: Tensor | None = None  # (B,), of the latest training batch
+    _latents: LatentCache | None = None
+    _prompts: tuple[Any, PromptConditioning] | None = None  # of the latest training batch
 
     def accelerate(self, compile_unet: bool | str = False, cuda_graph: bool = False) -> None:
         super().accelerate(compile_unet, cuda_graph)
+        self._read_below: dict[tuple[str, int], Tensor] = {}  # caption, text layer -> what it reads (L, D)
         self._captured: dict[Any, TensorStep] = {}  # by the sizes of their inputs; no submodules of this one
 
     def on_fit_start(self) -> None:

@@ -21,7 +21,7 @@ from ldm.conditioning.context import Cond, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import LayeredPrompt, PromptConditioning, SlotEncoder
 from ldm.conditioning.learned import NOTHING_LEARNED, Learned
 from ldm.conditioning.presets import Windows
-from ldm.conditioning.prompts import PLACEHOLDER, PromptReader, Words, check_words
+from ldm.conditioning.prompts import PromptReader
 from ldm.methods.base import LearnedModule
 from ldm.models.diffusion import latents
 from ldm.models.diffusion.acceleration import FixedUNet, Step
@@ -34,7 +34,7 @@ from ldm.modules.attention import AttentionHook
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.request import ModelFacts
+from ldm.request import PLACEHOLDER, ModelFacts, Words, check_words
 from ldm.util import instantiate_from_config, usual_torch, without_weights
 
 

@@ -16,6 +16,7 @@ from ldm.conditioning.context import Context
 from ldm.conditioning.learned import TokenVectors
 from ldm.config import nearest
 from ldm.files.shipped import shipped
+from ldm.files.texts import read_text
 from ldm.modules.diffusionmodules.util import enter, leave
 from ldm.modules.encoders.clip import NO_PREFIX, CLIPTextConfig, CLIPTextModel, KeyValue, LogitBias
 
@@ -93,7 +94,7 @@ class FrozenCLIPEmbedder(nn.Module):
         path = Path(shipped(self.tokenizer_folder or "")) / "words.txt"
         if self.tokenizer_folder is None or not path.is_file():
             return [], []
-        first, _, others = path.read_text(encoding="utf-8").partition("\n")
+        first, _, others = read_text(path, "cond_stage_config.params.tokenizer").partition("\n")
         return first.split(), others.split()
 
     def embed(self, slots: Tensor, vectors: Tensor | None = None) -> Tensor:
@@ -179,6 +180,7 @@ def open_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer("a")
         bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     except Exception as error:  # a malformed file can fail in any way
         reason = " ".join(str(error).split())[:200]
