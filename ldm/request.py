@@ -388,8 +388,9 @@ def shown(value: object) -> str:
         return "a number of more than 20 digits"
     if value is not None and not isinstance(value, (str, Real)):
         return f"a {type(value).__name__}"
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    text = str(value)
+    text = text if len(text) <= 60 else f"{text[:60]}…"
+    return repr(text) if isinstance(value, str) else text
 
 
 def _number(name: str, value: Any) -> int | float | None:

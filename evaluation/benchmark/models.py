@@ -40,8 +40,9 @@ def build_model(
         params.ckpt_path = str(ROOT / DEMO_WEIGHTS)
     if stages is not None:
         params.prospect_stages = stages
-    # what differs from step to step could not be compared
-    OmegaConf.update(config, "model.params.personalization_config.params.dropout", 0.0)
+    learning = params.personalization_config.params
+    if learning.get("method") is None:  # what differs from step to step could not be compared
+        learning.dropout = 0.0
     torch.manual_seed(0)
     model = instantiate_from_config(config.model)
     _fill_zeros(model)

@@ -276,7 +276,8 @@ class PromptReader:
                 resolved.append(learned(stage))
             elif isinstance(entry, str):
                 pieces = entry.split(" ")
-                slots_of = [learned(stage) if p == PLACEHOLDER else [self._first_piece(p)] for p in pieces]
+                end = [self.tokenizer.eos_token_id]
+                slots_of = [learned(stage) if p == PLACEHOLDER else (self._ids(p) or end)[:1] for p in pieces]
                 resolved.append(list(chain.from_iterable(slots_of)))
             else:
                 resolved.append(resolved[entry] if entry < stage else learned(entry))
@@ -287,7 +288,3 @@ class PromptReader:
                 slots.extend(replacement if token == star else [token])
             stages.append(slots[: self.max_length])
         return stages
-
-    def _first_piece(self, word: str) -> int:
-        ids = self._ids(word)
-        return ids[0] if ids else cast(int, self.tokenizer.eos_token_id)

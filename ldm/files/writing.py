@@ -214,6 +214,8 @@ def _rename_aside(path: Path, keep: Path) -> None:
         move(link, keep)
     except OSError:  # a file system without links
         move(path, keep)
+    finally:
+        link.unlink(missing_ok=True)  # which stays where a kill has left both names to one file
 
 
 def _sync(path: Path) -> None:
@@ -239,10 +241,9 @@ def lock(stream: IO[Any]) -> bool:
 
 def is_locked(path: str | Path) -> bool:
     """Return whether a file is there and a process has it locked."""
-    if not Path(path).is_file():
-        return False
-    with open(path, "rb") as stream:
+    with suppress(FileNotFoundError), open(path, "rb") as stream:
         return not lock(stream)
+    return False
 
 
 def is_unfinished(name: str) -> bool:

@@ -38,6 +38,15 @@ def test_what_was_replaced_is_kept_or_gone(tmp_path: Path) -> None:
     assert content(tmp_path) == {"a": "3", "b": "2"}
 
 
+def test_after_a_kill_both_names_are_of_one_file(tmp_path: Path) -> None:
+    """The kill came between the two renames; a rename of one link over another to the same file does nothing."""
+    write(tmp_path, last="1")
+    os.link(tmp_path / "last", tmp_path / "previous")
+    with replacing(tmp_path / "last", keep=tmp_path / "previous") as temporary:
+        temporary.write_text("2")
+    assert content(tmp_path) == {"last": "2", "previous": "1"}
+
+
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     write(tmp_path, original="kept")
     (tmp_path / "link").symlink_to(tmp_path / "original")
