@@ -167,7 +167,7 @@ BAD = {
     "image,image\nc0,c1": "two columns of one name",
     "image,steps\nc0,three": "line 2: steps must be a whole number of at least 1, not 'three'",
     "image,steps\nc0,0": "steps must be a whole number",
-    "image,steps\nc0," + "9" * 5000: "steps must be a whole number of at least 1, not '9{59}…",
+    "image,steps\nc0," + "9" * 5000: "steps must be a whole number of at least 1, not '9{60}…'",
     "image,method\nc0,nety": "concept 'c0': .*'nety', which is unknown here; known: .*neti",
     "image,method\nc0,ldm.methods.neti.NeTIMapper": "'ldm.methods.neti.NeTIMapper' is no method",
     "image,name\nc0,x\nc1,X": "are called 'x' and 'X', which are the same files",
