@@ -18,7 +18,12 @@ import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+    from ldm.conditioning.context import Conditioning
+    from ldm.conditioning.prompts import PromptReader
     from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 torch.set_num_threads(1)
 
@@ -83,3 +88,38 @@ def trainable(tiny_model: "LatentDiffusion") -> Iterator["LatentDiffusion"]:
     tiny_model.embedding_manager = shared
     tiny_model.zero_grad()
     tiny_model.eval()
+
+
+@pytest.fixture
+def unet(tiny_model: "LatentDiffusion") -> "UNetModel":
+    """The shared tiny model's U-Net."""
+    return tiny_model.model.diffusion_model
+
+
+@pytest.fixture(scope="module")
+def teddy(tiny_model: "LatentDiffusion") -> "Conditioning":
+    """The prompt of the recorded sampling runs."""
+    prompt = tiny.META["prompts"][tiny.META["sampling"]["prompt"]]
+    return tiny_model.get_learned_conditioning([prompt["prompt"]], prospect_words=prompt["prospect_words"])
+
+
+@pytest.fixture(scope="module")
+def empty(tiny_model: "LatentDiffusion") -> "Conditioning":
+    """The unconditional prompt of the recorded sampling runs."""
+    return tiny_model.get_learned_conditioning([tiny.META["sampling"]["uc"]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> "CLIPTokenizer":
+    """The tokenizer of the records."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(tiny.TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def reader(tokenizer: "CLIPTokenizer") -> "PromptReader":
+    """Reads `*` as one learned token in each of ten stages."""
+    from ldm.conditioning.prompts import PromptReader
+
+    return PromptReader(tokenizer, {"*": [[row] for row in range(10)]}, 10)

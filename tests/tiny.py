@@ -108,6 +108,11 @@ def context(name: str) -> Tensor:
     return _context(name).clone()
 
 
+def stage_contexts() -> list[Tensor]:
+    """The made-up context of each of the ten stages, (1, 77, 768) each."""
+    return [context(f"stage{i}") for i in range(10)]
+
+
 def checksum(weights: nn.Module | Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
     """What `META["checksums"]` holds for a module: sha256, numel, sum and abs_sum (in float64).
 
@@ -136,3 +141,20 @@ def golden(name: str) -> dict[str, Tensor]:
     The file is read once; the tensors are shared, so a test that changes one in place clones it first.
     """
     return dict(_golden(name))
+
+
+def close(ours: Tensor, recorded: Tensor) -> None:
+    """Latents or images are equal up to 1e-4 of the largest value."""
+    torch.testing.assert_close(ours, recorded, rtol=0, atol=1e-4 * recorded.abs().max().item())
+
+
+class Recorder:
+    """Keeps what a step callback is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int]] = []
+        self.pairs: list[Tensor] = []
+
+    def __call__(self, step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+        self.steps.append((step, t))
+        self.pairs.append(torch.cat([x, x_0]))

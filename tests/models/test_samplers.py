@@ -1,4 +1,4 @@
-"""The samplers: recorded runs, diffusers' schedulers as an oracle, and what LDM code expects of the classes."""
+"""The samplers: diffusers' schedulers as an oracle, and what LDM code expects of the classes."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from tiny import Recorder, close
 from torch import Tensor
 
 from ldm.conditioning.context import Conditioning
@@ -19,138 +20,8 @@ from ldm.models.diffusion.plms import PLMSSampler, plms
 from ldm.models.diffusion.sampling import Sampler, guided, seeded_generators
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 
-RECORDED = tiny.golden("sample")
-IMG2IMG = tiny.META["img2img"]
+X_T = tiny.golden("sample")["x_T"]
 DIFFUSERS = {"beta_start": 0.00085, "beta_end": 0.0120, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
-def close(ours: Tensor, recorded: Tensor) -> None:
-    """Equal up to 1e-4 of the largest value."""
-    torch.testing.assert_close(ours, recorded, rtol=0, atol=1e-4 * recorded.abs().max().item())
-
-
-class Recorder:
-    """Keeps what a step callback is told."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[int, int]] = []
-        self.pairs: list[Tensor] = []
-
-    def __call__(self, step: int, t: int, x: Tensor, x_0: Tensor) -> None:
-        self.steps.append((step, t))
-        self.pairs.append(torch.cat([x, x_0]))
-
-
-@pytest.fixture(scope="module")
-def teddy(tiny_model: LatentDiffusion) -> Conditioning:
-    prompt = tiny.META["prompts"][tiny.META["sampling"]["prompt"]]
-    return tiny_model.get_learned_conditioning([prompt["prompt"]], prospect_words=prompt["prospect_words"])
-
-
-@pytest.fixture(scope="module")
-def empty(tiny_model: LatentDiffusion) -> Conditioning:
-    return tiny_model.get_learned_conditioning([tiny.META["sampling"]["uc"]])
-
-
-def check_run(model: LatentDiffusion, name: str, latents: Tensor, recorder: Recorder) -> None:
-    trajectory = RECORDED[f"ddim.{name}.trajectory_xprev_and_predx0"]
-    every = len(recorder.pairs) // len(trajectory)  # of 50 steps, ten were recorded
-    for pair, recorded in zip(recorder.pairs[::every], trajectory, strict=True):
-        close(pair[0], recorded[0])
-        close(pair[1], recorded[1])
-    close(latents, RECORDED[f"ddim.{name}.latent"])
-    close(model.decode_first_stage(latents), RECORDED[f"ddim.{name}.image"])
-
-
-# The records
-
-
-@pytest.mark.parametrize(("steps", "scale"), tiny.META["sampling"]["scales"])
-def test_guided_runs(
-    tiny_model: LatentDiffusion, teddy: Conditioning, empty: Conditioning, steps: int, scale: float
-) -> None:
-    recorder = Recorder()
-    latents, _ = DDIMSampler(tiny_model).sample(
-        S=steps,
-        batch_size=1,
-        shape=[4, 8, 8],
-        conditioning=teddy,
-        eta=0.0,
-        x_T=RECORDED["x_T"],
-        unconditional_guidance_scale=scale,
-        unconditional_conditioning=empty,
-        step_callback=recorder,
-    )
-    check_run(tiny_model, f"S{steps}.scale{scale}", latents, recorder)
-    assert recorder.steps == list(enumerate(range(1001 - 1000 // steps, 0, -1000 // steps)))
-
-
-@pytest.mark.parametrize("uncond", [True, False])
-def test_scale_1_is_the_conditional_prediction(
-    tiny_model: LatentDiffusion, teddy: Conditioning, empty: Conditioning, uncond: bool
-) -> None:
-    recorder = Recorder()
-    batches: list[int] = []
-    unet = tiny_model.model.diffusion_model
-    handle = unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
-    latents, _ = DDIMSampler(tiny_model).sample(
-        S=10,
-        batch_size=1,
-        shape=(4, 8, 8),
-        conditioning=teddy,
-        x_T=RECORDED["x_T"],
-        unconditional_conditioning=empty if uncond else None,
-        step_callback=recorder,
-    )
-    handle.remove()
-    check_run(tiny_model, "S10.scale1_correct", latents, recorder)
-    assert batches == [1] * 10, "nothing is computed that has no weight"
-    with_bug = RECORDED["ddim.S10.scale1_upstream_bug.latent"]
-    assert (latents - with_bug).abs().max() > 0.01 * with_bug.abs().max(), "the records tell the two apart"
-
-
-def test_contexts_as_tensors(tiny_model: LatentDiffusion) -> None:
-    recorder = Recorder()
-    latents, _ = DDIMSampler(tiny_model).sample(
-        S=10,
-        batch_size=1,
-        shape=(4, 8, 8),
-        conditioning=[tiny.context(f"stage{i}") for i in range(10)],
-        x_T=RECORDED["x_T"],
-        unconditional_guidance_scale=7.5,
-        unconditional_conditioning=tiny.context("uncond"),
-        step_callback=recorder,
-    )
-    check_run(tiny_model, "S10.synthetic_ctx", latents, recorder)
-
-
-def test_recorded_noises(tiny_model: LatentDiffusion, teddy: Conditioning, empty: Conditioning) -> None:
-    """Every step adds its noise, the last one too."""
-    sampler, recorder = DDIMSampler(tiny_model), Recorder()
-    sampler.make_schedule(ddim_num_steps=10, ddim_eta=0.5)
-    noises = iter(RECORDED["eta_noises"])
-    latents = sampler.run(guided(tiny_model, teddy, empty, 7.5), RECORDED["x_T"], 10, lambda: next(noises), recorder)
-    check_run(tiny_model, "S10.eta0.5", latents, recorder)
-    assert next(noises, None) is None
-
-
-@pytest.mark.parametrize("strength", IMG2IMG["strength"])
-def test_image_to_image(tiny_model: LatentDiffusion, empty: Conditioning, strength: float) -> None:
-    cond = tiny_model.get_learned_conditioning([IMG2IMG["prompt"]], prospect_words=IMG2IMG["words"])
-    posterior = tiny_model.encode_first_stage(RECORDED["i2i.image"])
-    start = tiny_model.get_first_stage_encoding(posterior, RECORDED["i2i.posterior_noise"])
-    close(start, RECORDED["i2i.init_latent"])
-    sampler = DDIMSampler(tiny_model)
-    sampler.make_schedule(ddim_num_steps=IMG2IMG["S"], ddim_eta=0.0, verbose=False)
-    t_enc = int(strength * IMG2IMG["S"])
-    assert [t_enc] == RECORDED[f"i2i.strength{strength}.t_enc"].tolist()
-    z_enc = sampler.stochastic_encode(start, torch.tensor([t_enc]), noise=RECORDED["i2i.encode_noise"])
-    close(z_enc, RECORDED[f"i2i.strength{strength}.z_enc"])
-    latents = sampler.decode(
-        z_enc, cond, t_enc, unconditional_guidance_scale=IMG2IMG["scale"], unconditional_conditioning=empty
-    )
-    close(latents, RECORDED[f"i2i.strength{strength}.latent"])
-    close(tiny_model.decode_first_stage(latents), RECORDED[f"i2i.strength{strength}.image"])
 
 
 # diffusers as an oracle
@@ -159,14 +30,14 @@ def test_image_to_image(tiny_model: LatentDiffusion, empty: Conditioning, streng
 @pytest.fixture
 def predict(tiny_model: LatentDiffusion) -> Callable[[Tensor, int], Tensor]:
     """What the tiny U-Net says with the context of each stage."""
-    contexts = [tiny.context(f"stage{i}") for i in range(10)]
+    contexts = tiny.stage_contexts()
     return lambda x, t: tiny_model.apply_model(x, torch.tensor([t]), contexts)
 
 
 @torch.no_grad()
 def theirs(scheduler: DDIMScheduler | PNDMScheduler, predict: Callable[[Tensor, int], Tensor], steps: int) -> Tensor:
     scheduler.set_timesteps(steps)
-    x = RECORDED["x_T"]
+    x = X_T
     for t in scheduler.timesteps:
         x = scheduler.step(predict(x, int(t)), t, x).prev_sample
     return x
@@ -184,7 +55,7 @@ def our_schedule(steps: int, spacing: str = "leading") -> tuple[np.ndarray, np.n
 def test_ddim_is_that_of_diffusers(predict: Callable[[Tensor, int], Tensor], steps: int, spacing: str) -> None:
     options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": spacing}
     scheduler = DDIMScheduler(1000, **DIFFUSERS, **options)
-    close(ddim(predict, RECORDED["x_T"], *our_schedule(steps, spacing)), theirs(scheduler, predict, steps))
+    close(ddim(predict, X_T, *our_schedule(steps, spacing)), theirs(scheduler, predict, steps))
 
 
 class ForEachPrompt(DPMSolverMultistepScheduler):
@@ -216,9 +87,7 @@ def test_dpmpp_2m_is_that_of_diffusers(tiny_model: LatentDiffusion, steps: int, 
         return tiny_model.apply_model(x, torch.tensor([t]), contexts)
 
     expected, recorder = theirs(scheduler, predict, steps), Recorder()
-    found, _ = DPMSolverSampler(tiny_model).sample(
-        steps, 1, (4, 8, 8), contexts, x_T=RECORDED["x_T"], step_callback=recorder
-    )
+    found, _ = DPMSolverSampler(tiny_model).sample(steps, 1, (4, 8, 8), contexts, x_T=X_T, step_callback=recorder)
     close(found, expected)
     assert [t for _, t in recorder.steps] == calls == ddim_timesteps(steps, spacing="trailing")[::-1].tolist()
 
@@ -264,7 +133,7 @@ def test_plms_is_that_of_diffusers(predict: Callable[[Tensor, int], Tensor], ste
     expected = theirs(scheduler, counted, steps)
     their_calls = calls.copy()
     calls.clear()
-    close(plms(counted, RECORDED["x_T"], *our_schedule(steps)[:3]), expected)
+    close(plms(counted, X_T, *our_schedule(steps)[:3]), expected)
     assert calls == their_calls and len(calls) == steps + 1
 
 
@@ -278,14 +147,14 @@ def test_v_prediction_is_that_of_diffusers(
     options = {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"}
     expected = theirs(DDIMScheduler(1000, **DIFFUSERS, **options), predict, steps)
     monkeypatch.setattr(tiny_model, "parameterization", "v")
-    denoise = guided(tiny_model, [tiny.context(f"stage{i}") for i in range(10)])
-    close(ddim(denoise, RECORDED["x_T"], *our_schedule(steps)), expected)
+    denoise = guided(tiny_model, tiny.stage_contexts())
+    close(ddim(denoise, X_T, *our_schedule(steps)), expected)
 
 
 def test_guided_v_prediction(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guidance is linear, so it may be applied to v or to the noise."""
     monkeypatch.setattr(tiny_model, "parameterization", "v")
-    cond, uncond, x, t = tiny.context("stage0"), tiny.context("uncond"), RECORDED["x_T"], torch.tensor([500])
+    cond, uncond, x, t = tiny.context("stage0"), tiny.context("uncond"), X_T, torch.tensor([500])
     with torch.no_grad():
         v, v_uncond = (tiny_model.apply_model(x, t, context) for context in (cond, uncond))
         expected = tiny_model.to_eps(v_uncond + 5 * (v - v_uncond), x, t)
@@ -305,9 +174,9 @@ def counted_rows(model: LatentDiffusion) -> Iterator[list[int]]:
 
 
 def led(model: LatentDiffusion, scale: float | list[float], **options: object) -> Tensor:
-    cond, uncond = [tiny.context(f"stage{i}") for i in range(10)], tiny.context("uncond")
+    cond, uncond = tiny.stage_contexts(), tiny.context("uncond")
     denoise = guided(model, cond, uncond, scale, **options)
-    return ddim(denoise, RECORDED["x_T"], *our_schedule(20))
+    return ddim(denoise, X_T, *our_schedule(20))
 
 
 def test_a_constant_list_of_scales_is_one_scale(tiny_model: LatentDiffusion) -> None:
@@ -323,14 +192,14 @@ def test_a_stage_without_guidance_makes_one_prediction(tiny_model: LatentDiffusi
 
 
 def test_the_scale_of_a_call_is_that_of_its_stage(tiny_model: LatentDiffusion) -> None:
-    cond, uncond, x = tiny.context("stage0"), tiny.context("uncond"), RECORDED["x_T"]
+    cond, uncond, x = tiny.context("stage0"), tiny.context("uncond"), X_T
     by_stage = guided(tiny_model, cond, uncond, [float(stage) for stage in range(10)])
     for t in (0, 99, 100, 350, 999):
         assert torch.equal(by_stage(x, t), guided(tiny_model, cond, uncond, float(t // 100))(x, t))
 
 
 def test_rescaled_guidance_is_that_of_diffusers(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    cond, uncond, x, t = tiny.context("stage0"), tiny.context("uncond"), RECORDED["x_T"], torch.tensor([500])
+    cond, uncond, x, t = tiny.context("stage0"), tiny.context("uncond"), X_T, torch.tensor([500])
     with torch.no_grad():
         text, empty = (tiny_model.apply_model(x, t, context) for context in (cond, uncond))
         expected = rescale_noise_cfg(empty + 9 * (text - empty), text, 0.7)
@@ -392,20 +261,6 @@ def test_other_shapes(tiny_model: LatentDiffusion, shape: tuple[int, ...]) -> No
 # The classes, as LDM code uses them
 
 
-@pytest.mark.parametrize("steps", [7, 50, 1000])
-def test_attributes_after_make_schedule(tiny_model: LatentDiffusion, steps: int) -> None:
-    sampler = DDIMSampler(tiny_model)
-    sampler.make_schedule(ddim_num_steps=steps, ddim_eta=0.5, verbose=False)
-    assert sampler.ddpm_num_timesteps == 1000
-    for name in ("timesteps", "alphas", "alphas_prev", "sigmas", "sqrt_one_minus_alphas"):
-        assert getattr(sampler, f"ddim_{name}").shape == (steps,)
-    record = f"ddim.S{steps}.eta0.5."
-    if steps == 50:
-        for name in ("alphas", "alphas_prev", "sigmas", "sqrt_one_minus_alphas"):
-            expected = tiny.golden("schedule")[f"{record}ddim_{name}"].double().numpy()
-            np.testing.assert_allclose(getattr(sampler, f"ddim_{name}"), expected, rtol=1e-6)
-
-
 @pytest.mark.parametrize("kind", [DDIMSampler, PLMSSampler])
 def test_callbacks_and_intermediates(tiny_model: LatentDiffusion, kind: type[Sampler]) -> None:
     steps: list[int] = []
@@ -416,7 +271,7 @@ def test_callbacks_and_intermediates(tiny_model: LatentDiffusion, kind: type[Sam
         1,
         (4, 8, 8),
         tiny.context("stage0"),
-        x_T=RECORDED["x_T"],
+        x_T=X_T,
         callback=steps.append,
         img_callback=lambda x_0, step: predictions.append((step, x_0)),
         log_every_t=3,
@@ -427,8 +282,8 @@ def test_callbacks_and_intermediates(tiny_model: LatentDiffusion, kind: type[Sam
     assert torch.equal(recorder.pairs[-1][:1], latents)
     assert all(torch.equal(x_0, pair[1:]) for (_, x_0), pair in zip(predictions, recorder.pairs, strict=True))
     kept = [recorder.pairs[i] for i in (0, 3, 6)]  # the first step, and every third counted from the end
-    expected = {"x_inter": [RECORDED["x_T"], *(pair[:1] for pair in kept)]}
-    expected["pred_x0"] = [RECORDED["x_T"], *(pair[1:] for pair in kept)]
+    expected = {"x_inter": [X_T, *(pair[:1] for pair in kept)]}
+    expected["pred_x0"] = [X_T, *(pair[1:] for pair in kept)]
     assert set(intermediates) == set(expected)
     for name, tensors in expected.items():
         assert torch.equal(torch.stack(intermediates[name]), torch.stack(tensors))
@@ -437,7 +292,7 @@ def test_callbacks_and_intermediates(tiny_model: LatentDiffusion, kind: type[Sam
 def test_noising_to_an_entry_or_to_a_timestep(tiny_model: LatentDiffusion) -> None:
     sampler = DDIMSampler(tiny_model)
     sampler.make_schedule(20)
-    x0, noise = RECORDED["x_T"].repeat(2, 1, 1, 1), torch.randn(2, 4, 8, 8)
+    x0, noise = X_T.repeat(2, 1, 1, 1), torch.randn(2, 4, 8, 8)
     entries = torch.tensor([3, 20])  # the second is one past the end: all the way to the last entry
     expected = tiny_model.q_sample(x0, torch.tensor([151, 951]), noise)
     assert torch.equal(sampler.stochastic_encode(x0, entries, noise=noise), expected)
@@ -454,7 +309,7 @@ def test_decoding_from_any_strength(
 ) -> None:
     sampler, recorder = kind(tiny_model), Recorder()
     sampler.make_schedule(10)
-    x = RECORDED["x_T"]
+    x = X_T
     latents = sampler.decode(x, tiny.context("stage0"), t_start, step_callback=recorder)
     assert [t for _, t in recorder.steps] == list(calls)
     assert torch.equal(latents, x) == (t_start == 0)
@@ -463,9 +318,9 @@ def test_decoding_from_any_strength(
 
 
 def test_the_start_is_not_changed(tiny_model: LatentDiffusion) -> None:
-    start = RECORDED["x_T"].clone()
+    start = X_T.clone()
     DDIMSampler(tiny_model).sample(3, 1, (4, 8, 8), tiny.context("stage0"), eta=1.0, x_T=start)
-    assert torch.equal(start, RECORDED["x_T"])
+    assert torch.equal(start, X_T)
 
 
 def test_sampling_leaves_no_graph(tiny_model: LatentDiffusion, teddy: Conditioning, empty: Conditioning) -> None:

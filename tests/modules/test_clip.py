@@ -1,23 +1,17 @@
-"""The text transformer: recorded contexts, and equality with transformers' CLIPTextModel."""
+"""The text transformer equals transformers' CLIPTextModel; damaged tokenizers are refused."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from torch import Tensor
 from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModel as TheirModel
 
 from ldm.conditioning.learned import TokenVectors
-from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.clip import CLIPTextConfig, CLIPTextModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, hub_folder, open_tokenizer
 
-RECORDED = tiny.golden("text")
-PROMPTS = tiny.META["prompts"]
-COMPLETE = [name for name in PROMPTS if name != "short_list"]
 SMALL = {
     "vocab_size": 50,
     "hidden_size": 24,
@@ -26,51 +20,6 @@ SMALL = {
     "num_hidden_layers": 3,
     "max_position_embeddings": 16,
 }
-
-
-def close(ours: Tensor, recorded: Tensor) -> None:
-    torch.testing.assert_close(ours, recorded, rtol=0, atol=1e-4)
-
-
-def contexts(model: LatentDiffusion, name: str, legacy: bool) -> Tensor:
-    """(10, 77, 768), read stage by stage as a sampler would."""
-    prompt = PROMPTS[name]
-    with torch.no_grad():
-        cond = model.get_learned_conditioning([prompt["prompt"]], prompt["prospect_words"], legacy)
-        return torch.cat([cond.at(100 * stage + 50).k for stage in range(10)])
-
-
-@pytest.mark.parametrize("name", COMPLETE)
-def test_contexts_by_the_references_rule(tiny_model: LatentDiffusion, name: str) -> None:
-    found = contexts(tiny_model, name, legacy=True)
-    close(found[:, :, ::48], RECORDED[f"{name}.cond_every48"])
-    close(found.norm(dim=-1), RECORDED[f"{name}.cond_l2_per_token"])
-
-
-@pytest.mark.parametrize("name", COMPLETE)
-def test_contexts_of_the_plain_reading(tiny_model: LatentDiffusion, name: str) -> None:
-    found = contexts(tiny_model, name, legacy=False)[:, :, ::48]
-    agrees = PROMPTS[name]["upstream_equals_plain_reading"]
-    record = f"{name}.cond_every48" if all(agrees) else f"{name}.plain_cond_every48"
-    close(found, RECORDED[record])
-    for stage, first in enumerate(PROMPTS[name]["equal_stage_classes"]):
-        if agrees[stage] and agrees[first]:
-            assert torch.equal(found[stage], found[first]), "equal prompts give equal contexts, bit for bit"
-
-
-def test_complete_contexts(tiny_model: LatentDiffusion) -> None:
-    found = contexts(tiny_model, "photo_star", legacy=False)
-    close(found[[0, 4, 9]], RECORDED["photo_star.cond_full_stages_0_4_9"])
-
-
-def test_the_weights_of_the_records(tiny_model: LatentDiffusion) -> None:
-    parts = {
-        "unet": (tiny_model.model.diffusion_model, tiny.UNET),
-        "vae": (tiny_model.first_stage_model, tiny.FIRST_STAGE),
-        "clip": (tiny_model.cond_stage_model.transformer.text_model, tiny.TEXT),
-    }
-    for name, (module, prefix) in parts.items():
-        assert tiny.checksum(module, prefix)["sha256"] == tiny.META["checksums"][name]["sha256"], name
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])

@@ -1,6 +1,5 @@
-"""The U-Net gives the recorded outputs, inside and out, and its switches change no number."""
+"""The U-Net's contexts for each layer, and switches that change no number."""
 
-import copy
 from collections.abc import Iterator
 
 import pytest
@@ -9,71 +8,15 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.context import Context
-from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules import attention
 from ldm.modules.attention import BasicTransformerBlock, attend
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.diffusionmodules.util import timestep_embedding
 
-RECORDED = tiny.golden("unet")
-HOOK = "hook.t250."
+X = tiny.golden("unet")["x"]
 # in order of execution; the tiny model has attention in every level, as Stable Diffusion has in three of four
 ATTENTION_PLACES = ["input_blocks.1", "input_blocks.2", "input_blocks.4", "input_blocks.5", "middle_block"] + [
     f"output_blocks.{i}" for i in range(6)
 ]
-
-
-@pytest.fixture
-def unet(tiny_model: LatentDiffusion) -> UNetModel:
-    return tiny_model.model.diffusion_model
-
-
-def run(unet: UNetModel, t: int, name: str = "unet") -> Tensor:
-    return unet(RECORDED["x"], torch.tensor([t]), Context.of(tiny.context(name)))
-
-
-def close(ours: Tensor, recorded: Tensor) -> None:
-    torch.testing.assert_close(ours, recorded, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("t", [0, 1, 250, 981, 999])
-@torch.no_grad()
-def test_output(unet: UNetModel, t: int) -> None:
-    close(run(unet, t), RECORDED[f"out.t{t}"])
-
-
-@torch.no_grad()
-def test_each_sample_has_its_own_timestep_and_context(unet: UNetModel) -> None:
-    context = Context.of(torch.cat([tiny.context("unet"), tiny.context("unet2")]))
-    out = unet(RECORDED["x_batch2"], torch.tensor([700, 3]), context)
-    close(out, RECORDED["out_batch2.t700_3"])
-
-
-@torch.no_grad()
-def test_every_recorded_part(unet: UNetModel) -> None:
-    names = [key.removeprefix(HOOK) for key in RECORDED if key.startswith(HOOK)]
-    assert len(names) == 24
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> object:
-        return unet.get_submodule(name).register_forward_hook(
-            lambda module, args, output: outputs.__setitem__(name, output)
-        )
-
-    handles = [keep(name) for name in names]
-    try:
-        run(unet, 250)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name in names:
-        close(outputs[name], RECORDED[HOOK + name])
-
-
-def test_timestep_embedding() -> None:
-    embedding = timestep_embedding(torch.tensor([0, 1, 250, 999]), 32)
-    close(embedding, RECORDED["timestep_embedding.t_0_1_250_999"])
-    assert timestep_embedding(torch.tensor([5]), 33).shape == (1, 33)
 
 
 @pytest.fixture
@@ -91,10 +34,9 @@ def test_attention_layers_are_numbered_in_order_of_execution(unet: UNetModel, la
 def test_a_context_for_each_layer_reaches_that_layer(unet: UNetModel, layers: dict[int, str]) -> None:
     """Same context in every layer: same output. Another one in layer i: the first change is in layer i."""
     count = len(ATTENTION_PLACES)
-    plain = run(unet, 250)
     layered = tiny.context("unet").expand(count, 1, 77, 768).clone()
-    x, t = RECORDED["x"], torch.tensor([250])
-    assert torch.equal(unet(x, t, Context.of(layered)), plain)
+    x, t = X, torch.tensor([250])
+    assert torch.equal(unet(x, t, Context.of(layered)), unet(x, t, Context.of(tiny.context("unet"))))
 
     outputs: dict[int, Tensor] = {}
     handles = [
@@ -120,7 +62,7 @@ def test_a_context_for_each_layer_reaches_that_layer(unet: UNetModel, layers: di
 @torch.no_grad()
 def test_keys_and_values_may_differ(unet: UNetModel) -> None:
     k, v = tiny.context("unet"), tiny.context("unet2")
-    x, t = RECORDED["x"], torch.tensor([250])
+    x, t = X, torch.tensor([250])
     split = unet(x, t, Context(k, v))
     block = unet.input_blocks[1][1].transformer_blocks[0].attn2
     h = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
@@ -172,7 +114,7 @@ def test_recomputed_activations_give_the_same_gradients(recomputing: UNetModel) 
             recomputing.use_checkpoint = use
             context = tiny.context("unet").requires_grad_()
             calls.clear()
-            recomputing(RECORDED["x"], torch.tensor([250]), Context.of(context)).square().sum().backward()
+            recomputing(X, torch.tensor([250]), Context.of(context)).square().sum().backward()
             gradients.append(context.grad)
             assert len(calls) == 1 + use
     finally:
@@ -201,14 +143,6 @@ def test_plain_attention_equals_the_fused_one(shape: tuple[int, int], monkeypatc
         assert len(fused_calls) == (limit == 0)
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_half_precision_weights_give_float32_and_are_close(unet: UNetModel) -> None:
-    half = copy.deepcopy(unet).to(torch.bfloat16)
-    out, expected = run(half, 250), RECORDED["out.t250"]
-    assert out.dtype == torch.float32
-    assert (out - expected).norm() / expected.norm() < 0.03
 
 
 @pytest.mark.parametrize(("width", "heads", "groups"), [(48, 4, 32), (32, 5, 32)])
