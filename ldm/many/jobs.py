@@ -151,7 +151,7 @@ def _job(row: dict[str, str], path: Path, line: int) -> Job:
         raise ValueError(f"{where}: steps must be a whole number of at least 1, not {shown(steps)}.")
     image = path.parent / Path(values["image"]).expanduser()
     if not os.path.exists(image):
-        raise ValueError(f"{where}: there is no '{image}'.")
+        raise ValueError(f"{where}: there is no '{image!s:.300}'.")
     name = values.get("name", image.name if image.is_dir() else image.stem)
     return Job(image, name, values.get("init_word"), values.get("method"), int(steps) if "steps" in values else None)
 
