@@ -55,7 +55,8 @@ def read_table(path: str | Path, flag: str, needed: Collection[str]) -> list[tup
     try:
         columns = reader.fieldnames or []
         if lacking := [name for name in needed if name not in columns]:
-            raise ValueError(f"'{path}' has no column {', '.join(lacking)}; it needs {', '.join(needed)}, with commas between.")
+            asked = f"{', '.join(needed)}, with commas between"
+            raise ValueError(f"'{path}' has no column {', '.join(lacking)}; it needs {asked}.")
         if len(set(columns)) < len(columns):
             raise ValueError(f"'{path}' has two columns of one name; rename one.")
         rows = [(reader.line_num, row) for row in reader]
