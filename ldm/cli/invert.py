@@ -135,7 +135,6 @@ def invert_options(model: Any, image: Path, prompt: str, options: argparse.Names
         if clip is None:
             raise ValueError("--import needs what the networks read: --clip DIR, or --features FILE.")
         return import_networks(model, image, prompt, options.source, clip, guidance_scale=how.guidance_scale)
-    out.parent.mkdir(parents=True, exist_ok=True)
     size = (getattr(options, "height", None), getattr(options, "width", None))
     start: dict[str, Any] = {}
     if options.method == METHODS[0]:

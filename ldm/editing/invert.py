@@ -187,6 +187,7 @@ def invert_image(
         if callable(progress):
             progress(state)
         if unfinished is not None:
+            Path(unfinished).parent.mkdir(parents=True, exist_ok=True)
             place = {"progress.epoch": str(state.epoch), "progress.step": str(state.step)}
             save_state_dict(learner.state_dict() | {"z": state.z}, unfinished, described | place)
 

@@ -114,6 +114,14 @@ def test_rows_are_isolated_and_resumed(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "edits/1-a-dotted-blue-star-mine.png").read_text() == "mine"
 
 
+def test_a_row_without_an_image_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = {"case_number": "1", "prompt": PROMPT, "target": "a dotted blue star", "image_path": __file__}
+    argv = ["--csv", str(write(tmp_path, row(**cells))), "--outdir", str(tmp_path / "out"), *FAST]
+    with pytest.raises(SystemExit):
+        edit.run(edit.__doc__, argv)
+    assert "No row could be edited" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 MASK = ["--mask", "star"]
 
 
