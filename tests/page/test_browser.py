@@ -312,7 +312,8 @@ def test_an_image_is_edited_and_dropped_images_restore_the_form(page: Any, folde
     set_seed(page, 1)
     drop(page, "ours.png", file.read_bytes())
     until(lambda: page.get_by_role("textbox", name="Seed").input_value() == "77", 10)
-    until(lambda: prompt_of(page).input_value() == "a large * heart on a black background", 10)  # fields come one by one
+    # the browser gets the fields one by one
+    until(lambda: prompt_of(page).input_value() == "a large * heart on a black background", 10)
 
 
 def test_markup_in_a_prompt_is_text(page: Any) -> None:
