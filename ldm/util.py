@@ -72,7 +72,7 @@ class _Unfilled(TorchFunctionMode):
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Build modules on the `meta` device and fill nothing, for which PyTorch would import its compiler: a second."""
+    """Build modules on the `meta` device and leave them unfilled: to fill them there PyTorch imports its compiler."""
     with torch.device("meta"), _Unfilled():
         yield
 

@@ -22,14 +22,7 @@ import torch
 from torch import profiler
 
 from evaluation.benchmark.editing import inversion_step
-from evaluation.benchmark.measure import (
-    Contender,
-    count_flop,
-    device_name,
-    matmul_ceiling,
-    peak_memory,
-    time_run,
-)
+from evaluation.benchmark.measure import Contender, count_flop, device_name, matmul_ceiling, peak_memory, time_run
 from evaluation.benchmark.models import ROOT, VOCABULARY, build_model, variant
 from evaluation.benchmark.peer import peer_contender
 from evaluation.benchmark.sample import Sampling, sampling_contender
@@ -122,9 +115,10 @@ class GpuReport:
     def learn(self, say: Callable[[str], None]) -> Row:
         """Learn one concept: 600 steps without start-up, and `main.py` as a whole."""
         steps = 600 if self.size == "sd-v1" else 40
-        captured = self._here(HALF | {"cuda_graph"})
+        captured, base = self._here(HALF | {"cuda_graph"}), self.base
+        before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0  # in float32, not used
         start = time.perf_counter()
-        step = TrainingStep(self.base, captured, 1, self.resolution)
+        step = TrainingStep(base, captured, 1, self.resolution)
         step.run()
         self._synchronize()
         first = time.perf_counter() - start
@@ -135,13 +129,13 @@ class GpuReport:
         seconds = time.perf_counter() - start
         peak = peak_memory(step.run, self.device)
         wall, profiled = self._profiled(step.run)
-        counted = TrainingStep(self.base, captured - {"cuda_graph"}, 1, self.resolution)  # a graph hides what it does
+        counted = TrainingStep(base, captured - {"cuda_graph"}, 1, self.resolution)  # a graph hides what it does
         ceiling = matmul_ceiling(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
         found = {
             "steps": steps,
             "seconds": seconds,
             "first_step_s": first,
-            "peak_gb": peak and peak / 1e9,
+            "peak_gb": peak and (peak - before) / 1e9,
             "busy": _busy_ms(profiled) / wall,
             "of_ceiling": count_flop(counted.run) / ceiling / (1e3 * seconds / steps),
         }

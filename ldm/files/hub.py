@@ -56,8 +56,8 @@ def refuse_unfetched(concepts: object) -> None:
         fetched = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots", commit or "-")
         if not any(fetched.glob(f"*{SUFFIXES[0]}")):
             raise ValueError(
-                f"The image names the concept '{source}', which was not fetched before, and for an image nothing is; "
-                "if you trust it, give it with --concept."
+                f"The image names the concept '{source}', which was not fetched before, and an image's record "
+                "fetches nothing; if you trust it, give it with --concept."
             )
 
 

@@ -230,7 +230,7 @@ def _sync(path: Path) -> None:
 
 
 def lock(stream: IO[Any]) -> bool:
-    """Lock a file for those who have it open or inherit it; False where others have. Windows has no such locks."""
+    """Lock a file until all who have it open or inherit it have closed it (not on Windows); False where others have."""
     if sys.platform != "win32":
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

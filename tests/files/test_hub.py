@@ -246,7 +246,7 @@ def test_an_image_of_a_stranger_fetches_nothing(
     flags = ["--from", str(image), "--ckpt", "models/demo/model.safetensors", "--outdir", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
         sample.run("", argv=flags)
-    assert "was not fetched before, and for an image nothing is; if you trust it" in capsys.readouterr().err
+    assert "was not fetched before, and an image's record fetches nothing; if you trust it" in capsys.readouterr().err
     form = Form(10)
     with pytest.raises(ValueError, match="was not fetched before"):
         form.restore(record, ModelFacts(size_unit=32))
