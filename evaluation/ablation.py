@@ -29,7 +29,7 @@ Settings = TypeVar("Settings")
 
 def read_settings(kind: type[Settings], path: Path, example: str) -> Settings:
     """Return a dataclass that a YAML file fills; raises `ValueError` for what is missing, unknown or out of range."""
-    text = read_yaml(path, "the command", "file of settings", example)
+    text = read_yaml(path, "the command", "file of settings", example).text
     try:
         content = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(text))
         values: Any = OmegaConf.to_container(content, throw_on_missing=True)

@@ -233,20 +233,19 @@ def refuse_other_families(state: Mapping[str, Tensor], model: nn.Module, path: s
             text transformers of different widths.
     """
     own = model.state_dict()
-    family, expected = identify(state), identify(own)
-    width, own_width = context_width(state), context_width(own)
+    family, width = identify(state), context_width(state)
+    expected, own_width = identify(own), context_width(own)
+    config = ""
     if width and own_width and width != own_width:
-        (name, short), (own_name, _) = (_WIDTHS.get(w, ("a model", "")) for w in (width, own_width))
-        full = f"a full checkpoint of {own_name}{', such as sd-v1-4.ckpt' if own_width == 768 else ''}"
-        raise CheckpointError(
-            f"'{path}' holds {name} (context width {width}), but this configuration is for {own_name} (context width "
-            f"{own_width}); use {f'--config {short} (in main.py: --base {short}), or ' if short else ''}{full}."
-        )
-    if family in ("unknown", expected) or expected not in _FAMILIES:
+        (family, config), (expected, _) = (_WIDTHS.get(w, ("a model", "")) for w in (width, own_width))
+        family += f" (context width {width})"
+    elif family in ("unknown", expected) or expected not in _FAMILIES:
         return
+    use = f"--config {config} (in main.py: --base {config}), or " if config else ""
+    example = ", such as sd-v1-4.ckpt" if expected == _FAMILIES[0] else ""
     raise CheckpointError(
-        f"'{path}' holds {family}, this configuration is {expected} (context width {own_width}); "
-        f"use a full {expected} checkpoint{', such as sd-v1-4.ckpt' if expected == _FAMILIES[0] else ''}."
+        f"'{path}' holds {family}, but this configuration is for {expected} (context width {own_width}); "
+        f"use {use}a full checkpoint of {expected}{example}."
     )
 
 

@@ -29,10 +29,11 @@ ALLOWED_TARGETS = (
     "pytorch_lightning.loggers",
     "taming.modules.vqvae",
 )
-# Targets of the reference's configurations, whose main.py defines these classes.
+# Other names of classes; the reference's main.py defines the first two.
 ALIASES = {
     "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
     "main.ImageLogger": "ldm.training.callbacks.ImageLogger",
+    "torch.nn.Identity": "torch.nn.modules.linear.Identity",
 }
 # Values that are paths, where they stand in a file: relative to it, if they lead somewhere from there.
 PATH_KEYS = ("tokenizer", "data_root", "ckpt_path", "first_stage_ckpt", "cond_stage_ckpt", "embedding_manager_ckpt")
@@ -72,11 +73,13 @@ def load_config(
             _check_resolvers(part)
         merged = merge(merged, part)
     for key in map(str, merged):
-        if key == "allow_targets":
-            raise ConfigError("A configuration cannot allow its own targets; if you trust it, use --allow_targets.")
         if key not in TOP_LEVEL_KEYS:
             raise ConfigError(f"Unknown section '{key!s:.60}' in the configuration{nearest(key, TOP_LEVEL_KEYS)}")
-    check_sections(merged, *SECTIONS)
+    for name in SECTIONS:
+        with in_one_sentence(f"The section '{name}' cannot be read"):
+            section = OmegaConf.select(merged, name)
+        if section is not None and not isinstance(section, DictConfig):
+            raise ConfigError(f"'{name}:' must be a section with keys of its own, not {section!r}.")
     return merged
 
 
@@ -93,7 +96,7 @@ def merge(first: DictConfig | dict[str, Any], second: DictConfig) -> DictConfig:
 
 
 def _parse_file(path: str | Path, flag: str) -> DictConfig:
-    text = read_yaml(path, flag)
+    text = read_yaml(path, flag).text
     with in_one_sentence(f"'{path}' is not a readable YAML file"):
         config = OmegaConf.create(text) if text.strip() else OmegaConf.create()
     if not isinstance(config, DictConfig):
@@ -184,22 +187,14 @@ def resolved(section: Mapping[str, Any] | DictConfig, what: str) -> dict[str, An
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
-def check_sections(config: DictConfig, *names: str) -> None:
-    """Raise `ConfigError` where one of `names` is there and is no mapping."""
-    for name in names:
-        *parents, key = name.split(".")
-        parent = OmegaConf.select(config, ".".join(parents)) if parents else config
-        if parent is not None and parent.get(key) is not None and not isinstance(parent[key], DictConfig):
-            raise ConfigError(f"'{name}:' must be a section with keys of its own, not {parent[key]!r}.")
-
-
 def check_generates(config: DictConfig) -> None:
     """Raise `ConfigError` unless `config` is of a model that makes images from text; nothing is imported."""
-    if OmegaConf.select(config, "model.params") is None or "target" not in config.model:
-        raise ConfigError("The configuration does not say 'model:' with 'target:' and 'params:'; see configs/.")
-    if not {"unet_config", "first_stage_config", "cond_stage_config"} <= set(config.model.params):
-        use = "such as configs/demo/finetune.yaml or configs/stable-diffusion/v1-inference.yaml"
-        raise ConfigError(f"A {config.model.target} makes no images from text; use a whole model's file, {use}.")
+    params = OmegaConf.select(config, "model.params") or ()
+    if not {"unet_config", "first_stage_config", "cond_stage_config"} <= set(params) or "target" not in config.model:
+        raise ConfigError(
+            "The configuration makes no images from text: 'model:' needs 'target:' and 'params:' with unet_config, "
+            "first_stage_config and cond_stage_config; use a file such as configs/stable-diffusion/v1-inference.yaml."
+        )
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -217,8 +212,7 @@ def get_class(target: str) -> type:
     target = ALIASES.get(str(target), str(target))
     module_name, _, name = target.rpartition(".")
     allow_list = (*ALLOWED_TARGETS, *sorted(_allowed))
-    is_alias = target == "torch.nn.Identity"  # public name of an allowed class
-    if not is_alias and not _is_below(target, allow_list):
+    if not _is_below(target, allow_list):
         raise ConfigError(
             f"target '{target}' is outside the packages a configuration may name ({', '.join(allow_list)}); "
             "if you trust it, allow its package with --allow_targets."
@@ -245,18 +239,14 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     Raises:
         ConfigError: `target` is missing or refused, a parameter is unknown or missing.
     """
-    if not isinstance(config, Mapping | DictConfig):
-        raise ConfigError(f"A section with a `target:` must be a mapping, not {config!r}.")
-    if "target" not in config:
-        raise ConfigError(f"A `target:` is missing beside the keys {', '.join(map(str, config)) or '(none)'}.")
-    for key in config:
-        if key not in CONFIG_KEYS:
-            raise ConfigError(
-                f"Unknown key '{key}' beside `target: {config['target']}`{nearest(str(key), CONFIG_KEYS)}"
-            )
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise ConfigError(f"A section with a `target:` belongs here, not {config!r:.80}.")
+    if unknown := [str(key) for key in config if key not in CONFIG_KEYS]:
+        remedy = nearest(unknown[0], CONFIG_KEYS)
+        raise ConfigError(f"Unknown key '{unknown[0]}' beside `target: {config['target']}`{remedy}")
     cls = get_class(config["target"])
     given = config.get("params") or {}
-    if not isinstance(given, Mapping | DictConfig):
+    if not isinstance(given, Mapping):
         raise ConfigError(f"`params:` of {cls.__name__} must be a mapping, not {given!r}.")
     params = resolved(given, f"The parameters of {cls.__name__}") | extra
     for key, reason in getattr(cls, "ignored_keys", {}).items():

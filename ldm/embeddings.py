@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -44,17 +43,13 @@ EmbeddingError = TensorFileError
 _VERSION_KEY, _VERSION = "prospect.version", "1"
 _METHOD = "prospect.method"  # omitted in files of stage vectors
 _STAGES = "prospect.num_stages"
-_TIMESTEPS = ("prospect.num_timesteps", "1000")
-_ORDER = ("prospect.order", "0 = low noise (end of generation), S-1 = high noise (start)")
 # In a file of one stage: its number, how many there are, and the concept's identity.
 _STAGE, _OF, _CONCEPT = "prospect.stage", "prospect.stage_files", "prospect.concept"
-_LISTED = 8
 _ADAPTER_FILE = "pytorch_adapter.bin"  # of CatVersion, in a folder of its own
 
 Source = str | Path | Sequence[str | Path]
 
 
-@dataclass(frozen=True, eq=False, init=False)
 class Concept:
     """The tensors that one method learned from a few images.
 
@@ -69,11 +64,6 @@ class Concept:
         EmbeddingError: an unknown method, or tensors that are not what the method learns.
     """
 
-    method: str
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    source: str = ""  # the file or folder that it was read from
-
     def __init__(
         self,
         tensors: Tensor | Mapping[str, Tensor],
@@ -87,9 +77,10 @@ class Concept:
             find_method(method).check(tensors)
         except ValueError as error:
             raise EmbeddingError(str(error)) from error
-        object.__setattr__(self, "method", method)
-        object.__setattr__(self, "tensors", {name: _own(tensor) for name, tensor in tensors.items()})
-        object.__setattr__(self, "metadata", {key: str(value) for key, value in (metadata or {}).items()})
+        self.method = method
+        self.tensors = {name: _own(tensor) for name, tensor in tensors.items()}
+        self.metadata = {key: str(value) for key, value in (metadata or {}).items()}
+        self.source = ""  # the file or folder that it was read from
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {'x'.join(map(str, t.shape))}" for name, t in sorted(self.tensors.items())[:3])
@@ -136,12 +127,10 @@ class Concept:
 
     @property
     def num_stages(self) -> int:
-        """S."""
         return self.table.shape[0]
 
     @property
     def width(self) -> int:
-        """D."""
         return self.table.shape[-1]
 
     @property
@@ -173,15 +162,12 @@ class Concept:
         stages = max(self.num_stages, other.num_stages)
         weights = list(weight) if isinstance(weight, Sequence) else [weight] * stages
         if len(weights) != stages or not all(0 <= number <= 1 for number in weights):
-            many = f" or {stages} such numbers" if isinstance(weight, Sequence) else ""
-            raise EmbeddingError(f"the weight of the second concept must be in 0..1{many}, not {weight}.")
-        if self.width != other.width:
-            raise EmbeddingError(
-                f"concepts of width {self.width} and {other.width} cannot be mixed: they were learned for "
-                f"different base models, {describe_base(self.metadata)} and {describe_base(other.metadata)}."
-            )
+            raise EmbeddingError(f"the weight of the second must be in 0..1, or {stages} such numbers, not {weight}.")
         if self.table.shape[1:] != other.table.shape[1:]:
-            raise EmbeddingError(f"concepts of {self} and of {other} cannot be mixed; use two of the same method.")
+            raise EmbeddingError(
+                f"concepts of {self} (base model {describe_base(self.metadata)}) and of {other} (base model "
+                f"{describe_base(other.metadata)}) cannot be mixed; use two of one method and one base model."
+            )
         if not any_base:
             refuse_mixed_bases({"the first": self, "the second": other})
         first, second = (concept.table[concept.rows_for(stages)] for concept in (self, other))
@@ -239,14 +225,13 @@ def refuse_other_width(concept: Concept, placeholder: str, width: int, base_mode
         width: D of the model that is to read it.
         base_model: its name.
     """
-    if VECTORS not in concept.tensors or concept.width == width:
-        return
-    what = f"The embedding for '{placeholder}'{f' ({concept.source})' if concept.source else ''}"
-    theirs = concept.metadata.get("base_model", "unknown")
-    raise ValueError(
-        f"{what} has width {concept.width} (base model: {theirs}), but this model's text encoder has width {width} "
-        f"(base model: {base_model}): it was learned for another base model."
-    )
+    if VECTORS in concept.tensors and concept.width != width:
+        source = f" ({concept.source})" if concept.source else ""
+        theirs = concept.metadata.get("base_model", "unknown")
+        raise ValueError(
+            f"The embedding for '{placeholder}'{source} has width {concept.width} (base model: {theirs}), but this "
+            f"model's text encoder has width {width} (base model: {base_model}): it was learned for another base model."
+        )
 
 
 def save_new_concept(
@@ -307,7 +292,11 @@ def remove_more_stages(folder: str | Path, name: str, count: int) -> None:
 def _describe(concept: Concept) -> dict[str, str]:
     of_method = {_METHOD: concept.method}
     if VECTORS in concept.tensors:
-        of_method = {_STAGES: str(concept.num_stages), **dict([_TIMESTEPS, _ORDER])}
+        of_method = {
+            _STAGES: str(concept.num_stages),
+            "prospect.num_timesteps": "1000",
+            "prospect.order": "0 = low noise (end of generation), S-1 = high noise (start)",
+        }
     return concept.metadata | {"format": "pt", _VERSION_KEY: _VERSION} | of_method
 
 
@@ -340,21 +329,17 @@ def load_concept(source: Source, key: str | None = None, rows_are_stages: bool =
             Stable Diffusion XL or of an unknown method; stages are missing, or do not belong together.
     """
     if is_hub(source):
-        folder, pinned = fetch(str(source))
-        return _from(pinned, _read_path(folder, key, rows_are_stages))
-    listed = [source] if isinstance(source, (str, Path)) else source
-    if not listed:
-        raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
-    paths = [Path(path).expanduser() for path in listed]
-    if listed is source:
-        concept, place = _read_list(paths), paths[0].parent
+        folder, place = fetch(str(source))
+        concept = _read_path(folder, key, rows_are_stages)
+    elif isinstance(source, (str, Path)):
+        concept = _read_path(path := Path(source).expanduser(), key, rows_are_stages)
+        place = str(path)
     else:
-        concept, place = _read_path(paths[0], key, rows_are_stages), paths[0]
-    return _from(str(place), concept)
-
-
-def _from(source: str, concept: Concept) -> Concept:
-    object.__setattr__(concept, "source", source)
+        paths = [Path(path).expanduser() for path in source]
+        if not paths:
+            raise EmbeddingError("the list of stage files is empty; give one file for each stage.")
+        concept, place = _read_list(paths), str(paths[0].parent)
+    concept.source = place
     return concept
 
 
@@ -407,7 +392,9 @@ def _read(path: Path, key: str | None = None, rows_are_stages: bool = False) -> 
         vectors = vectors.unsqueeze(0) if vectors.ndim == 1 else vectors
         metadata = placeholder_beside(path, list(content)) | metadata
         concept = Concept(vectors, metadata)
-        _check_stages(concept.num_stages, metadata)
+        stages = str(concept.num_stages)
+        if _STAGE not in metadata and metadata.get(_STAGES, stages) != stages:
+            raise EmbeddingError(f"there are {stages} vectors for {metadata[_STAGES]} stages; use another copy.")
         consecutive = _STAGE in metadata or not (_STAGES in metadata or rows_are_stages)
         return _of_table(vectors[None, None], metadata) if consecutive and len(vectors) > 1 else concept
 
@@ -422,49 +409,36 @@ def _choose(names: list[str], key: str | None) -> str:
         raise EmbeddingError("it is for Stable Diffusion XL (clip_l and clip_g); use one for version 1.")
     if key in names:
         return str(key)
-    if not names:
-        raise EmbeddingError("the file holds no embedding; use one that does.")
-    if len(names) > 1:
-        listing = ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
+    if len(names) != 1:
+        listing = f" ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""
         raise EmbeddingError(
-            f"the file holds {len(names)} embeddings ({listing}); give the name of one (key=…, or --key of "
-            "scripts/import_embedding.py)."
+            f"the file holds {len(names) or 'no'} embeddings{listing}; use one of a single one, or give its name "
+            "(key=…, or --key of scripts/import_embedding.py)."
         )
     return names[0]
-
-
-def _check_stages(rows: int, metadata: Mapping[str, str]) -> None:
-    stages = None if _STAGE in metadata else metadata.get(_STAGES)
-    if stages is not None and stages != str(rows):
-        raise EmbeddingError(f"there are {rows} vectors for {stages} stages; use another copy of the file.")
 
 
 def _join(folder: Path, paths: Sequence[Path]) -> Concept:
     """Return one concept from a file for each stage, the END of generation first."""
     parts = [_read(path) for path in paths]
-    size = parts[0].table.shape[1:]
+    size, origin = parts[0].table.shape[1:], _origin(parts[0])
     for path, part in zip(paths, parts, strict=True):
         with naming(path):
             if part.num_stages != 1 or (_STAGES in part.metadata and _STAGE not in part.metadata):
                 raise EmbeddingError("this holds all stages of a concept, not one of them; give it alone.")
-            if part.table.shape[1:] != size:
-                raise EmbeddingError(
-                    f"it has {part}, but '{paths[0].name}' {parts[0]}; give the stages of one concept."
-                )
-    origins = [_origin(part) for part in parts]
-    with naming(folder):
-        if any(origin != origins[0] for origin in origins):
-            raise EmbeddingError("the stage files were exported from different concepts; give those of one.")
-        numbers = [part.metadata.get(_STAGE) for part in parts]
-        count = parts[0].metadata.get(_OF, str(len(parts)))
-        if numbers[0] is not None and (numbers != [str(k) for k in range(len(parts))] or count != str(len(parts))):
-            raise EmbeddingError(
-                f"of {count} stage files those of stages {', '.join(map(str, numbers))} are here; give all, each once."
-            )
-    origins[0].pop(_CONCEPT, None)
-    return _of_table(torch.cat([part.table for part in parts]), origins[0])
+            if part.table.shape[1:] != size or _origin(part) != origin:
+                raise EmbeddingError(f"this and '{paths[0].name}' are of different concepts; give the stages of one.")
+    numbers = [part.metadata.get(_STAGE) for part in parts]
+    count = origin.pop(_OF, str(len(parts)))
+    if numbers[0] is not None and (numbers != [str(k) for k in range(len(parts))] or count != str(len(parts))):
+        raise EmbeddingError(
+            f"'{folder}': of {count} stage files those of stages {', '.join(map(str, numbers))} are here; give all, "
+            "each once."
+        )
+    origin.pop(_CONCEPT, None)
+    return _of_table(torch.cat([part.table for part in parts]), origin)
 
 
 def _origin(part: Concept) -> dict[str, str]:
     """Return what the files of all stages of a concept say alike."""
-    return {key: value for key, value in part.metadata.items() if key not in (_STAGE, _OF)}
+    return {key: value for key, value in part.metadata.items() if key != _STAGE}

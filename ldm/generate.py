@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ldm.conditioning.context import Conditioning
 from ldm.conditioning.learned import truncates
-from ldm.conditioning.presets import Windows, preset_words, presets_beside
+from ldm.conditioning.presets import preset_words, presets_beside
 from ldm.conditioning.prompts import warn_of_class, warn_of_unknown, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
@@ -224,7 +224,8 @@ def generate_image(
     images: list[Image.Image] = []
     with _naming_switches(request, model):
         prepared = prepare(request, model)
-        with tqdm(total=request.n_iter * prepared.steps, desc="sampling", disable=not progress, leave=False) as bar:
+        steps = request.n_iter * request.denoising_steps
+        with tqdm(total=steps, desc="sampling", disable=not progress, leave=False) as bar:
 
             def report(step: int, t: int, x: Tensor, x_0: Tensor) -> Tensor | None:
                 bar.update()
@@ -249,7 +250,6 @@ class Prepared:
         cond, uncond: the prompt, and what guidance leads away from (None: no guidance).
         sampler: with its schedule made.
         posterior: of the content image's latents; None: from noise.
-        steps: denoising steps of a batch.
         record: for the PNG.
     """
 
@@ -257,7 +257,6 @@ class Prepared:
     uncond: Conditioning | None
     sampler: Sampler
     posterior: DiagonalGaussianDistribution | Tensor | None
-    steps: int
     record: dict[str, Any]
 
 
@@ -267,16 +266,13 @@ def prepare(request: Request, model: DiffusionModel) -> Prepared:
     Raises:
         ValueError: one of them cannot be used.
     """
-    made_of: dict[str, Any] = {}
-    with _LOADING, _concepts_of(request, model):
-        prompt, words = request.prompt, request.prospect_words
-        if request.preset is not None:
-            windows = model.presets if isinstance(model.presets, Windows) else Windows(model.presets, "model.presets")
-            words = preset_words(request.preset, prompt, _placeholders(request, model), model.num_stages, windows)
-            made_of = {"preset": request.preset, "preset_prompt": prompt, "preset_windows": windows.source}
-            prompt = PLACEHOLDER
-        cond, uncond = _conditionings(request, model, prompt, words)
-        record = _record(request, model, prompt, words) | _words_read(request, model, prompt, words) | made_of
+    manager = model.embedding_manager
+    with _LOADING, nullcontext() if manager is None else manager.keeping():
+        if manager is not None and request.concepts:
+            manager.load(request.concepts, request.any_base)
+        request, made_of = _without_preset(request, model)
+        cond, uncond = _conditionings(request, model)
+        record = _record(request, model) | _words_read(request, model) | made_of
     sampler = SAMPLERS[request.sampler](model)
     sampler.make_schedule(request.ddim_steps, request.spacing, request.ddim_eta, verbose=False)
     posterior = None
@@ -290,52 +286,46 @@ def prepare(request: Request, model: DiffusionModel) -> Prepared:
             "strength %g of %d steps is less than one, so the content image stays as it is; %g makes one.",
             *(request.strength, request.ddim_steps, math.ceil(1e4 / request.ddim_steps) / 1e4),
         )
-    return Prepared(cond, uncond, sampler, posterior, request.denoising_steps, record)
+    return Prepared(cond, uncond, sampler, posterior, record)
 
 
-def _placeholders(request: Request, model: DiffusionModel) -> tuple[str, ...]:
-    """Return the request's concepts that a preset can place in stages.
+def _loaded(model: DiffusionModel) -> tuple[Mapping[str, Concept], Mapping[str, Any]]:
+    """Return what is loaded or learned by placeholder: the concepts, and the rows of those that have tokens."""
+    manager = model.embedding_manager
+    return ({}, {}) if manager is None else (manager.loaded, manager.rows())
+
+
+def _without_preset(request: Request, model: DiffusionModel) -> tuple[Request, dict[str, Any]]:
+    """Return the request with its preset as `prospect_words`, and what the record says of that.
 
     Raises:
-        ValueError: there are concepts, and none has a placeholder.
+        ValueError: there are concepts, and none has a token that a preset could place in stages.
     """
-    manager, names = model.embedding_manager, tuple(request.concepts or ())
-    if manager is None or not names:
-        return names
-    placed = tuple(name for name in names if name in manager.rows())
-    if not placed:
+    if request.preset is None:
+        return request, {}
+    loaded, rows = _loaded(model)
+    placed = tuple(name for name in request.concepts or () if name in rows)
+    if request.concepts and not placed:
+        first = next(iter(request.concepts))
         raise ValueError(
-            f"A preset says in which stages a concept's token stands, and '{names[0]}' "
-            f"({manager.loaded[names[0]].method}) has none: it changes every prompt; omit the preset."
+            f"A preset says in which stages a concept's token stands, and '{first}' ({loaded[first].method}) has none: "
+            "it changes every prompt; omit the preset."
         )
-    return placed
+    words = preset_words(request.preset, request.prompt, placed, model.num_stages, model.presets)
+    made_of = {"preset": request.preset, "preset_prompt": request.prompt, "preset_windows": model.presets.source}
+    return replace(request, preset=None, prompt=PLACEHOLDER, prospect_words=words), made_of
 
 
-@contextmanager
-def _concepts_of(request: Request, model: DiffusionModel) -> Iterator[None]:
-    """Load the request's concepts, for as long as its prompts are read."""
-    manager = model.embedding_manager
-    if manager is None:
-        yield
-        return
-    with manager.keeping():
-        if request.concepts:
-            manager.load(request.concepts, request.any_base)
-        yield
-
-
-def _conditionings(
-    request: Request, model: DiffusionModel, prompt: str, words: Words | None
-) -> tuple[Conditioning, Conditioning | None]:
+def _conditionings(request: Request, model: DiffusionModel) -> tuple[Conditioning, Conditioning | None]:
     """Return the prompt and what guidance leads away from, with the learned vectors of this moment."""
-    manager = model.embedding_manager
-    check_negative_prompt(request.negative_prompt, manager.rows() if manager is not None else ())
-    prompts = [prompt] * request.n_samples
+    check_negative_prompt(request.negative_prompt, _loaded(model)[1])
+    prompts = [request.prompt] * request.n_samples
     cond: Conditioning
     if request.layer_words is not None:
         cond = model.get_layered_conditioning(prompts, request.layer_words, request.truncation)
     else:
-        cond = model.get_learned_conditioning(prompts, words, request.legacy_word_tokens, request.truncation)
+        legacy = request.legacy_word_tokens
+        cond = model.get_learned_conditioning(prompts, request.prospect_words, legacy, request.truncation)
     if request.truncation is not None and not any(map(truncates, model.learned_now().tokens)):
         logger.warning("truncation has no effect: no concept of NeTI is loaded that was learned with nested dropout.")
     uncond = None
@@ -343,14 +333,14 @@ def _conditionings(
         uncond = model.get_unconditional(request.negative_prompt, request.n_samples)
     elif request.negative_prompt:
         logger.warning("negative_prompt has no effect with guidance scale 1; use a larger one.")
-    _warn_of_names(request, model, prompt, words if request.layer_words is None else request.layer_words)
+    _warn_of_names(request, model)
     return cond, uncond
 
 
-def _warn_of_names(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> None:
+def _warn_of_names(request: Request, model: DiffusionModel) -> None:
     """Warn of concepts that no text names, by placeholder or else class word, and of words that a small model lacks."""
-    manager = model.embedding_manager
-    loaded, rows = ({}, {}) if manager is None else (manager.loaded, manager.rows())
+    loaded, rows = _loaded(model)
+    prompt, words = request.prompt, request.prospect_words or request.layer_words
     learned_as = {name: concept.metadata.get("placeholder", name) for name, concept in loaded.items() if name in rows}
     asked_for = [name for name in request.concepts or () if name in rows or name not in loaded]
     warn_of_unused(asked_for, prompt, words, learned_as)
@@ -361,10 +351,11 @@ def _warn_of_names(request: Request, model: DiffusionModel, prompt: str, words: 
             warn_of_class(name, concept.metadata.get("captions", "").splitlines(), prompt, words)
 
 
-def _words_read(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> dict[str, Any]:
+def _words_read(request: Request, model: DiffusionModel) -> dict[str, Any]:
     """Return for the record how many words of too long prompts were read, those of `prompt` in each stage."""
     reader = model.prompt_reader()
-    prompt_read, negative_read = reader.words_read(prompt, words), reader.words_read(request.negative_prompt)[0]
+    prompt_read = reader.words_read(request.prompt, request.prospect_words)
+    negative_read = reader.words_read(request.negative_prompt)[0]
     cut = negative_read is not None or any(count is not None for count in prompt_read)
     return {"words_read": {"prompt": prompt_read, "negative_prompt": negative_read}} if cut else {}
 
@@ -381,7 +372,7 @@ def denoise(request: Request, model: DiffusionModel, prepared: Prepared, iterati
     x = draw_noise(generators, shape, model.device)
     if prepared.posterior is not None:
         x = model.get_first_stage_encoding(prepared.posterior, x).expand(shape)
-        if prepared.steps:
+        if request.denoising_steps:
             level = torch.full((request.n_samples,), request.noised_entry, device=model.device)
             noise = draw_noise(generators, shape, model.device)
             x = prepared.sampler.stochastic_encode(x, level, noise=noise)
@@ -392,9 +383,8 @@ def denoise(request: Request, model: DiffusionModel, prepared: Prepared, iterati
         watch.add(t, x if changed is None else changed)
         return changed
 
-    x = prepared.sampler.decode(
-        x, prepared.cond, prepared.steps, request.guidance_scale, prepared.uncond, generators, watched, request.rescale
-    )
+    steps, scale, uncond = request.denoising_steps, request.guidance_scale, prepared.uncond
+    x = prepared.sampler.decode(x, prepared.cond, steps, scale, uncond, generators, watched, request.rescale)
     refuse_bad_latents(watch, model.num_stages, model.num_timesteps)
     return x
 
@@ -415,17 +405,14 @@ def _naming_switches(request: Request, model: DiffusionModel) -> Iterator[None]:
         ) from error
 
 
-def _record(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> dict[str, Any]:
+def _record(request: Request, model: DiffusionModel) -> dict[str, Any]:
     """Return what repeats the image: the request as it was carried out, and what it was made with."""
-    written = {field.name: getattr(request, field.name) for field in fields(Request)}
-    del written["preset"]
-    loaded = {} if model.embedding_manager is None else model.embedding_manager.loaded
+    written = {field.name: getattr(request, field.name) for field in fields(Request) if field.name != "preset"}
+    loaded, _ = _loaded(model)
     stages = {name: concept.num_stages for name, concept in loaded.items() if concept.has_table}
     if set(stages.values()) - {model.num_stages}:
         written["concept_stages"] = stages
     return written | {
-        "prompt": prompt,
-        "prospect_words": None if words is None else list(words),
         "content_hash": None,
         "concepts": {name: concept.source for name, concept in loaded.items()},
         "concept_hashes": {name: concept.identity for name, concept in loaded.items()},

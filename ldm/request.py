@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,20 +32,19 @@ CHOICES: dict[str, tuple[object, ...]] = {
 CHOICES |= {"any_base": (False, True), "legacy_word_tokens": (False, True)}
 MAX_SCALE = 1000  # guidance beyond it leaves nothing of an image; useful scales are below 30
 MAX_SIDE = 1 << 14  # pixels
-# Least and greatest value of each number, and what may be added to the sentence that says so.
-RANGES: dict[str, tuple[int, int, str]] = {
-    "strength": (0, 1, ": 0 keeps the content image, 1 keeps none of it"),
-    "ddim_steps": (1, 1000, ""),
-    "ddim_eta": (0, 1, ": 0 is deterministic, 1 is as random as DDPM"),
-    "scale": (0, MAX_SCALE, "; 1 means no guidance, 5 to 10 are usual"),
-    "rescale": (0, 1, ": 0 leaves guidance as it is, 0.7 is usual"),
-    "seed": (0, 2**63 - 1, ""),
-    "n_samples": (1, 4096, "; n_iter makes more"),
-    "n_iter": (1, 1_000_000, ""),
-    "n_rows": (0, 1_000_000, ": 0 is as square as possible"),
-    "truncation": (0, 128, ": hidden values of NeTI that are kept; few are easier to edit, many closer to the images"),
-    "height": (1, MAX_SIDE, ""),
-    "width": (1, MAX_SIDE, ""),
+RANGES = {  # least and greatest value of each number
+    "strength": (0, 1),
+    "ddim_steps": (1, 1000),
+    "ddim_eta": (0, 1),
+    "scale": (0, MAX_SCALE),
+    "rescale": (0, 1),
+    "seed": (0, 2**63 - 1),
+    "n_samples": (1, 4096),
+    "n_iter": (1, 1_000_000),
+    "n_rows": (0, 1_000_000),
+    "truncation": (0, 128),
+    "height": (1, MAX_SIDE),
+    "width": (1, MAX_SIDE),
 }
 MAX_PLACEHOLDER = 100  # characters
 MAX_PROMPT = 1 << 17  # characters; some hundred are read, and for a million the tokenizer needs ten seconds
@@ -146,12 +145,12 @@ class Request:
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
-        if self.prospect_words is not None:
-            self._set("prospect_words", tuple(check_words(self.prospect_words)))
-        if self.layer_words is not None:
-            self._set("layer_words", tuple(check_words(self.layer_words, part="layer")))
-            if self.prospect_words is not None or self.preset is not None:
-                raise ValueError("layer_words and the stages' prospect_words or preset exclude each other; give one.")
+        given = [name for name in ("prospect_words", "layer_words", "preset") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one.")
+        for part, name in WORDS_OF.items():
+            if name in given:
+                self._set(name, tuple(check_words(getattr(self, name), part=part)))
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if not any(isinstance(value, type(choice)) and value == choice for choice in known):
@@ -159,21 +158,18 @@ class Request:
                 raise ValueError(f"Unknown {name} {shown(value)}; there are {listed}.")
         for name in RANGES:
             value = getattr(self, name)
-            if name == "scale" and isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
-                self._set(name, tuple(_in_range(name, each, f"scale[{i}]") for i, each in enumerate(value)))
-            else:
-                self._set(name, _number(name, value))
+            if name == "scale" and _is_list(value):
+                self._set(name, tuple(_number(name, each, f"scale[{i}]") for i, each in enumerate(value)))
+            elif value is not None or self.__dataclass_fields__[name].default is not None:
+                self._set(name, _number(name, value, name))
         last, highest = self.seed + self.n_samples * self.n_iter - 1, RANGES["seed"][1]
         if last > highest:
             raise ValueError(f"seed + i of the last image is {last}, beyond {highest}; give a smaller seed.")
         self._set("content_dir", _content(self.content_dir))
         self._set("concepts", _concepts(self.concepts or {}))
         check_negative_prompt(self.negative_prompt, self.concepts or {})
-        if self.preset is not None and self.prospect_words is not None:
-            raise ValueError("preset makes prospect_words itself; give one of them.")
         if self.sampler != "ddim" and self.ddim_eta != 0:
-            reason = f"{self.sampler} is deterministic"
-            raise ValueError(f"{reason}: ddim_eta must be 0, not {self.ddim_eta}; use DDIM for eta > 0.")
+            raise ValueError(f"{self.sampler} is deterministic: ddim_eta must be 0, not {self.ddim_eta}; use DDIM.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -222,8 +218,12 @@ class Request:
 
     @property
     def denoising_steps(self) -> int:
-        """Steps that are made: all of them from noise, `edit_steps` of them for a content image."""
-        return self.ddim_steps if self.content_dir is None else edit_steps(self.strength, self.ddim_steps)
+        """Steps that are made: all of them from noise, strength · ddim_steps without its fraction for a content image.
+
+        The product is decimal, 0.29 of 100 is 29: the reference's `int(strength * ddim_steps)` gives 28, because the
+        binary number nearest to 0.29 is less.
+        """
+        return self.ddim_steps if self.content_dir is None else int(Decimal(str(self.strength)) * self.ddim_steps)
 
     @property
     def noised_entry(self) -> int:
@@ -232,14 +232,6 @@ class Request:
         Leading, that is one above the entry that is denoised first, as in the reference; trailing, that entry itself.
         """
         return self.denoising_steps - (self.spacing == "trailing")
-
-
-def edit_steps(strength: float, ddim_steps: int) -> int:
-    """Return strength · ddim_steps without its fraction, in decimal: 0.29 of 100 is 29.
-
-    The reference's `int(strength * ddim_steps)` gives 28, because the binary number nearest to 0.29 is less.
-    """
-    return int(Decimal(str(strength)) * ddim_steps)
 
 
 def model_facts(config: DictConfig) -> ModelFacts:
@@ -286,77 +278,67 @@ def model_facts(config: DictConfig) -> ModelFacts:
 def check_prompt(prompt: object, what: str = "A prompt") -> None:
     """Raise `ValueError` unless `prompt` is a text of bearable length that can be written down."""
     if not isinstance(prompt, str):
-        remedy = "; in YAML, put it in quotes" if isinstance(prompt, (int, float)) else ""
-        raise ValueError(f"{what} must be a text, not {shown(prompt)}{remedy}.")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"{what} must be a text, not {shown(prompt)}; in YAML, put it in quotes.")
+    if re.search("[\ud800-\udfff]", prompt):
         raise ValueError(f"{what} has bytes that are no text ({prompt[:40]!a}); write it in UTF-8.")
     if len(prompt) > MAX_PROMPT:
         raise ValueError(f"{what} has {len(prompt)} characters, of which only the first are read; shorten it.")
 
 
-def check_placeholder(placeholder: object) -> None:
+def check_placeholder(placeholder: Any) -> None:
     """Raise `ValueError` unless prompts can be cut at `placeholder`: `*` is replaced wherever it stands."""
-    check_prompt(placeholder if isinstance(placeholder, str) else "", "A placeholder")
-    if not isinstance(placeholder, str) or not placeholder.strip() or not placeholder.isprintable():
-        raise ValueError(f"A placeholder must be a visible text such as '*', not {shown(placeholder)}.")
-    if len(placeholder) > MAX_PLACEHOLDER:
-        raise ValueError(
-            f"The placeholder {shown(placeholder)} has more than {MAX_PLACEHOLDER} characters; shorten it."
-        )
+    is_text = isinstance(placeholder, str) and placeholder.strip() and placeholder.isprintable()
+    if not is_text or len(placeholder) > MAX_PLACEHOLDER:
+        wanted = f"a visible text of at most {MAX_PLACEHOLDER} characters, such as '*'"
+        raise ValueError(f"A placeholder must be {wanted}, not {shown(placeholder)}.")
     if PLACEHOLDER in placeholder and placeholder != PLACEHOLDER:
-        raise ValueError(
-            f"The placeholder '{placeholder}' must not contain '*', which is one itself; take '<star>' or so."
-        )
+        raise ValueError(f"The placeholder '{placeholder}' must not contain '*', which is one itself; take '<star>'.")
 
 
-def check_negative_prompt(text: object, placeholders: Iterable[str]) -> None:
+def check_negative_prompt(text: str, placeholders: Iterable[str]) -> None:
     """Raise `ValueError` unless `text` is plain: learned tokens have no place in what guidance leads away from."""
     check_prompt(text, "negative_prompt")
-    for placeholder in (PLACEHOLDER, *placeholders):
-        if mentions(str(text), placeholder):
-            raise ValueError(
-                f"negative_prompt has the placeholder '{placeholder}'; it must be plain text, so leave it out."
-            )
+    if found := placeholder_pattern([PLACEHOLDER, *placeholders]).search(text):
+        raise ValueError(f"negative_prompt has the placeholder '{found[0]}'; it must be plain text, so leave it out.")
 
 
-def check_words(words: object, num_stages: int | None = None, part: str = "stage") -> list[str | int | None]:
+def check_words(words: object, count: int | None = None, part: str = "stage") -> list[str | int | None]:
     """Return `words` as a checked list.
 
     Args:
-        num_stages: S; None leaves the number of entries, and which stages they may name, for later.
+        count: stages or layers of the model; None leaves the number of entries, and what they may name, for later.
         part: `layer` for a list of one entry for each U-Net layer.
 
     Raises:
-        ValueError: not a list of S entries, or an entry that is neither a text, a stage number, nor None.
+        ValueError: not a list of `count` entries, or an entry that is neither a text, a number below `count`, nor None.
     """
-    if isinstance(words, (str, bytes, bytearray)) or not isinstance(words, Sequence):
-        count = f"one entry for each {part}" if num_stages is None else f"{num_stages} entries"
-        raise ValueError(f"{WORDS_OF[part]} must be a list of {count}, not a {type(words).__name__}.")
-    if num_stages is not None:
-        _check_length(WORDS_OF[part], words, num_stages, part)
-    return [_entry(i, word, num_stages, part) for i, word in enumerate(words)]
+    name = WORDS_OF[part]
+    if not _is_list(words):
+        raise ValueError(f"{name} must be a list of one entry for each {part}, not {shown(words)}.")
+    if count is not None:
+        _check_length(name, words, count, part)
+    return [_word(f"{name}[{i}]", word, count, part) for i, word in enumerate(words)]
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
 def _check_length(name: str, entries: Sequence[object], count: int, part: str = "stage") -> None:
     if len(entries) != count:
-        ends = ("end of generation", "start") if part == "stage" else ("first layer", "last")
-        raise ValueError(
-            f"{name} has {len(entries)} entries, but this model has {count} {part}s; entry 0 is the {ends[0]}, "
-            f"the last one its {ends[1]}."
-        )
+        ends = "the end of generation, the last one its start" if part == "stage" else "the first layer"
+        raise ValueError(f"{name} has {len(entries)} entries, but this model has {count} {part}s; entry 0 is {ends}.")
 
 
-def _entry(i: int, word: object, num_stages: int | None, part: str) -> str | int | None:
-    name = f"{WORDS_OF[part]}[{i}]"
+def _word(name: str, word: Any, count: int | None, part: str) -> str | int | None:
     if word is None or isinstance(word, str):
         check_prompt(word or "", name)
         return word
-    if not isinstance(word, Integral) or isinstance(word, bool):
-        raise ValueError(f"{name} is a {type(word).__name__}; an entry is a text, a {part} number, or None.")
-    number = int(word)
-    if num_stages is not None and not 0 <= number < num_stages:
-        raise ValueError(f"{name} = {shown(number)}: a {part} number must be in 0..{num_stages - 1}.")
-    return number
+    is_number = isinstance(word, Integral) and not isinstance(word, bool)
+    if not is_number or (count is not None and not 0 <= word < count):
+        wanted = f"a {part} number" + ("" if count is None else f" in 0..{count - 1}")
+        raise ValueError(f"{name} must be a text, {wanted}, or None, not {shown(word)}.")
+    return int(word)
 
 
 def placeholder_pattern(placeholders: Iterable[str]) -> re.Pattern[str]:
@@ -393,22 +375,14 @@ def shown(value: object) -> str:
     return repr(text) if isinstance(value, str) else text
 
 
-def _number(name: str, value: Any) -> int | float | None:
-    """Return a value as the int or float that its field wants, within its range; None where that is the default."""
-    is_open = value is None and Request.__dataclass_fields__[name].default is None
-    return None if is_open else _in_range(name, value, name)
-
-
-def _in_range(name: str, value: Any, label: str) -> int | float:
-    """Return a value as Python's number; `label` is what an error calls it."""
-    field = Request.__dataclass_fields__[name]
-    whole = str(field.type).startswith("int")
+def _number(name: str, value: Any, label: str) -> int | float:
+    """Return a value in the range of its field as Python's number; `label` is what an error calls it."""
+    whole = str(Request.__dataclass_fields__[name].type).startswith("int")
     is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if not is_number:
-        raise ValueError(f"{label} must be a {'whole ' if whole else ''}number, not {shown(value)}.")
-    low, high, remark = RANGES[name]
-    if not low <= value <= high:
-        raise ValueError(f"{label} must be in {low}..{high}, not {shown(value)}{remark}.")
+    low, high = RANGES[name]
+    if not is_number or not low <= value <= high:
+        wanted = f"in {low}..{high}" if is_number else f"a {'whole ' if whole else ''}number"
+        raise ValueError(f"{label} must be {wanted}, not {shown(value)}.")
     # NumPy's float32(0.7) was written as 0.7; its double is 0.699999988
     return int(value) if whole else float(str(value) if hasattr(value, "dtype") else value)
 
@@ -425,32 +399,29 @@ def read_scale(text: str, num_stages: int, default: float) -> float | list[float
     """
     scales = [default] * num_stages
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(?:(\d{1,4})(?:-(\d{1,4}))?:)?([^:]+)", part)
+        stages, colon, scale = part.rpartition(":")
+        first, _, last = stages.partition("-")
         try:
-            first, last, scale = found.groups() if found else (None, None, "")
             value = float(scale)
+            chosen = range(int(first), int(last or first) + 1) if colon else range(num_stages)
         except ValueError:
             remedy = "give a number, and after commas other ones for stages, such as 7.5,0-1:1"
             raise ValueError(f"scale cannot be read from {shown(text)}; {remedy}.") from None
-        if found and found[1] is None and "," not in text:
+        if not chosen or chosen[-1] >= num_stages:
+            raise ValueError(f"scale has no stages {stages}; they are 0..{num_stages - 1}.")
+        if part == text and not colon:
             return value
-        stages = range(num_stages) if first is None else range(int(first), int(last or first) + 1)
-        if not stages or stages[-1] >= num_stages:
-            raise ValueError(f"scale has no stages {part.partition(':')[0]}; they are 0..{num_stages - 1}.")
-        for stage in stages:
-            scales[stage] = value
+        scales[chosen.start : chosen.stop] = [value] * len(chosen)
     return scales
 
 
 def _content(content: Any) -> Any:
     """Return the content image: None, a path with `~` expanded, an open file, or Pillow's image."""
-    if isinstance(content, (str, os.PathLike)):
-        if not os.fspath(content):
-            raise ValueError("content_dir is an empty path; give the image to edit (--content FILE), or None.")
+    if isinstance(content, (str, os.PathLike)) and os.fspath(content):
         return os.path.expanduser(content)
     if content is None or hasattr(content, "read") or hasattr(content, "getexif"):
         return content
-    raise ValueError(f"content_dir must be a file's path or an image of Pillow, not {shown(content)}.")
+    raise ValueError(f"content_dir must be a file's path (--content FILE) or an image of Pillow, not {shown(content)}.")
 
 
 def _concepts(concepts: object) -> dict[str, Any] | None:
@@ -464,10 +435,8 @@ def _concepts(concepts: object) -> dict[str, Any] | None:
 
 def _concept(name: object, source: Any) -> Any:
     check_placeholder(name)
-    if source == "":
-        raise ValueError(f"The concept '{name}' has no file here; give it with --concept '{name}=FILE'.")
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, (str, os.PathLike)) and os.fspath(source):
         return os.path.expanduser(source)
     if not hasattr(source, "metadata"):  # it is no loaded one
-        raise ValueError(f"concepts must be {{name: file}}, but '{name}' has {shown(source)} and no file's path.")
+        raise ValueError(f"The concept '{name}' has no file here, but {shown(source)}; give --concept '{name}=FILE'.")
     return source

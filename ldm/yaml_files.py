@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf.errors import OmegaConfBaseException
@@ -29,24 +29,23 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message says which key and what to do."""
 
 
-def read_yaml(path: str | Path, flag: str, what: str = "configuration file", hint: str = "correct that place") -> str:
-    """Return the text of a YAML file that is safe to parse; `flag` is where the path came from.
+class Yaml(NamedTuple):
+    text: str
+    content: object  # plain Python values
+
+
+def read_yaml(path: str | Path, flag: str, what: str = "configuration file", hint: str = "correct that place") -> Yaml:
+    """Return a YAML file that is safe to parse.
+
+    Args:
+        flag: where the path came from.
+        what: how to call the file.
+        hint: what to do about a mistake in it.
 
     Raises:
         ConfigError: there is no such file, it is not YAML, a key is there twice, or its aliases or its depth would
             fill the memory. The message names the line and the column.
     """
-    return _read(path, flag, what, hint)[0]
-
-
-def read_yaml_content(
-    path: str | Path, flag: str, what: str = "configuration file", hint: str = "correct that place"
-) -> object:
-    """Return the content of a YAML file as plain Python values; see `read_yaml`."""
-    return _read(path, flag, what, hint)[1]
-
-
-def _read(path: str | Path, flag: str, what: str, hint: str) -> tuple[str, object]:
     path = Path(path).expanduser()
     if not os.path.isfile(path):  # unlike pathlib's, no error for a name that is too long
         problem = f"'{path}' is a folder and no {what}" if os.path.isdir(path) else f"There is no {what} '{path}'"
@@ -55,7 +54,7 @@ def _read(path: str | Path, flag: str, what: str, hint: str) -> tuple[str, objec
         raise ConfigError(f"'{path}' has {path.stat().st_size >> 10} KB; a {what} has at most {MAX_BYTES >> 10} KB.")
     try:
         text = path.read_bytes().decode("utf-8")
-        return text, _parse(text)
+        return Yaml(text, _parse(text))
     except RecursionError as error:
         raise ConfigError(f"'{path}' is nested too deeply; write it with fewer levels.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

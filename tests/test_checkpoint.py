@@ -408,7 +408,9 @@ def test_families_are_identified_and_refused(family: str, state: dict[str, Tenso
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, state, "x.ckpt")
     assert str(caught.value).startswith(f"'x.ckpt' holds {family}")
-    assert re.search("this configuration is.* Stable Diffusion v1 .context width 768.; use a full", str(caught.value))
+    assert re.search(
+        "but this configuration is for Stable Diffusion v1 .context width 768.; use a full", str(caught.value)
+    )
 
 
 def test_a_model_and_the_configuration_of_another_are_named_in_one_sentence() -> None:

@@ -35,7 +35,7 @@ def test_builds_with_parameters() -> None:
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({}, "A `target:` is missing"),
+        ({}, "A section with a `target:` belongs here, not {}."),
         ({"target": "os.system", "params": {"command": "true"}}, "outside the packages"),
         ({"target": "builtins.eval"}, "outside the packages"),
         ({"target": "torch.nn.Linear"}, "outside the packages"),
@@ -190,7 +190,7 @@ def test_any_damage_to_a_file_is_read_or_refused(
     path.write_text(text)
     try:
         load_config(path, overrides=[f"model.x={text[changes[0][0] :][:20]}"])
-        yaml.safe_load(read_yaml(path, "--words"))
+        yaml.safe_load(read_yaml(path, "--words").text)
     except ConfigError as error:
         assert "\n" not in str(error) and len(str(error)) < 500
 

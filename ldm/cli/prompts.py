@@ -106,9 +106,9 @@ def read_prompts(file: str | Path, names: Sequence[str], num_stages: int) -> lis
     if Path(file).suffix.lower() not in (".yaml", ".yml"):
         entries: object = _lines(read_text(file, "--prompts"))
     else:
-        from ldm.yaml_files import read_yaml_content
+        from ldm.yaml_files import read_yaml
 
-        content = read_yaml_content(file, "--prompts", "file", "a text that begins with * needs quotes")
+        content = read_yaml(file, "--prompts", "file", "a text that begins with * needs quotes").content
         entries = [content] if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"'{file}' holds no prompts; write one in each line, or a YAML list of prompts.")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ldm.conditioning.stages import matching_stage
 from ldm.request import PLACEHOLDER, PRESETS, mentions, placeholder_pattern
-from ldm.yaml_files import read_yaml_content
+from ldm.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def load_presets(path: str | Path | None) -> Windows:
     """
     if path is None:
         return Windows()
-    content = read_yaml_content(path, "--presets", "file of presets")
+    content = read_yaml(path, "--presets", "file of presets").content
     if not isinstance(content, dict) or not set(content) <= set(PRESETS):
         raise ValueError(f"The presets '{path}' must give lists of stages for {', '.join(PRESETS)}.")
     for attribute, stages in content.items():

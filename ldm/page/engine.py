@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.cli.images import save_images
-from ldm.conditioning.presets import Windows
 from ldm.conditioning.stages import stage_of
 from ldm.files.shipped import MODELS, shipped
 from ldm.generate import Interrupted, facts_of, generate_image
@@ -142,7 +141,7 @@ class Engine:
     ) -> None:
         self.model, self.setup, self.outdir, self.trust = model, dict(setup), outdir, trust
         self.facts = facts_of(model)
-        self.windows = model.presets if isinstance(model.presets, Windows) else Windows(model.presets)
+        self.windows = model.presets
         self.preview = Preview(model)
         self.uploads = Path(tempfile.mkdtemp(prefix="prospect-page-"))
         self.runs: dict[Path, Learning] = {}  # log folder -> the latest that learns there

@@ -12,7 +12,7 @@ from ldm.page import parts
 from ldm.page.form import Form
 from ldm.request import CHOICES, RANGES, ModelFacts, Request
 
-TYPED = [name for name, (_, high, _) in RANGES.items() if high > 1 << 53]  # seeds: a browser would round them
+TYPED = [name for name, (_, high) in RANGES.items() if high > 1 << 53]  # seeds: a browser would round them
 NAMES = {  # where the field's own name is not what a user would say
     "ddim_steps": "Steps",
     "ddim_eta": "Eta",
@@ -91,7 +91,7 @@ class Fields:
 
     def _number(self, name: str) -> Any:
         whole = str(Request.__dataclass_fields__[name].type).startswith("int")
-        _, high, _ = RANGES[name]
+        _, high = RANGES[name]
         step = self.facts.size_unit if name in ("height", "width") else 1 if whole or high > 1 else 0.05
         # no limits: what is out of range is answered by the library's sentence
         return ui.number(name_of(name), value=self.value_of(name), step=step, min=None, max=None)

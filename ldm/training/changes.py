@@ -13,7 +13,7 @@ from ldm.config import ConfigError, flatten, load_config
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.files.base_model import FINGERPRINT
 from ldm.training.runs import Run
-from ldm.yaml_files import read_yaml_content
+from ldm.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,6 @@ def log_changes(run: Run, before: DictConfig, now: DictConfig, hashes: dict[str,
 
 def _saved_hashes(run: Run) -> dict[str, str]:
     for path in run.saved("data"):
-        content = read_yaml_content(path, "-r")
+        content = read_yaml(path, "-r").content
         return content if isinstance(content, dict) else {}
     return {}

@@ -73,7 +73,7 @@ class DiffusionModel(nn.Module):
 
     # what `load_model_from_config` finds in the configuration and beside the weights
     facts = ModelFacts()
-    presets: Mapping[str, Sequence[int]] = Windows()
+    presets = Windows()
 
     alphas_cumprod: Tensor
     sqrt_alphas_cumprod: Tensor
