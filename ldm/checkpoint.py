@@ -190,24 +190,24 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
 
 
 def _refuse_misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
-    def optional(key: str) -> bool:
-        return key in SCHEDULE_BUFFERS or _EXTRA.fullmatch(key) is not None
+    def lacking(keys: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
+        return [key for key in keys if key not in others and key not in SCHEDULE_BUFFERS and not _EXTRA.fullmatch(key)]
 
     problems = {
-        "missing": [key for key in own if key not in state and not optional(key)],
-        "unexpected": [key for key in state if key not in own and not optional(key)],
+        "missing": lacking(own, state),
+        "unexpected": lacking(state, own),
         "misshapen": [
             f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
             for key in own
             if key in state and key not in SCHEDULE_BUFFERS and state[key].shape != own[key].shape
         ],
     }
-    if any(problems.values()):
-        listing = "; ".join(
-            f"{len(keys)} {kind}: {', '.join(keys[:8])}{', …' if len(keys) > 8 else ''}"
-            for kind, keys in problems.items()
-            if keys
-        )
+    listing = "; ".join(
+        f"{len(keys)} {kind}: {', '.join(keys[:8])}{', …' if len(keys) > 8 else ''}"
+        for kind, keys in problems.items()
+        if keys
+    )
+    if listing:
         raise CheckpointError(
             f"'{source}' does not fit this model ({listing}); "
             "use the configuration this file was made with, or a file of this configuration."

@@ -41,9 +41,9 @@ def test_builds_with_parameters() -> None:
         ({"target": "torch.nn.Linear"}, "outside the packages"),
         ({"target": "ldmx.thing"}, "outside the packages"),
         ({"target": "ldm.checkpoint.os.system"}, "cannot be imported"),
-        ({"target": "ldm.config.importlib"}, "must be a class"),
-        ({"target": "ldm.config.load_config"}, "must be a class"),
-        ({"target": "ldm.config.Path"}, "must be a class"),  # a class, but not one of ours
+        ({"target": "ldm.config.importlib"}, "is no class"),
+        ({"target": "ldm.config.load_config"}, "is no class"),
+        ({"target": "ldm.config.Path"}, "is no class"),  # a class, but not one of ours
         ({"target": "ldm.modules.attention.Nothing"}, "cannot be imported"),
         ({"target": ATTENTION, "params": {"query_dim": 8, "headz": 2}}, "did you mean 'heads'?"),
         ({"target": ATTENTION, "params": {1: 2}}, "has no parameter '1'"),
