@@ -238,7 +238,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         ConfigError: `target` is missing or refused, a parameter is unknown or missing.
     """
     if not isinstance(config, Mapping) or "target" not in config:
-        raise ConfigError(f"A section with a `target:` belongs here, not {config!r:.80}.")
+        raise ConfigError(f"A `target:` is missing in {config!r:.80}; see configs/.")
     if unknown := [str(key) for key in config if key not in CONFIG_KEYS]:
         remedy = nearest(unknown[0], CONFIG_KEYS)
         raise ConfigError(f"Unknown key '{unknown[0]}' beside `target: {config['target']}`{remedy}")

@@ -31,7 +31,6 @@ CHOICES: dict[str, tuple[object, ...]] = {
 }
 CHOICES |= {"any_base": (False, True), "legacy_word_tokens": (False, True)}
 MAX_SCALE = 1000  # guidance beyond it leaves nothing of an image; useful scales are below 30
-MAX_SIDE = 1 << 14  # pixels
 RANGES = {  # least and greatest value of each number
     "strength": (0, 1),
     "ddim_steps": (1, 1000),
@@ -43,8 +42,8 @@ RANGES = {  # least and greatest value of each number
     "n_iter": (1, 1_000_000),
     "n_rows": (0, 1_000_000),
     "truncation": (0, 128),
-    "height": (1, MAX_SIDE),
-    "width": (1, MAX_SIDE),
+    "height": (1, 1 << 14),
+    "width": (1, 1 << 14),
 }
 MAX_PLACEHOLDER = 100  # characters
 MAX_PROMPT = 1 << 17  # characters; some hundred are read, and for a million the tokenizer needs ten seconds
@@ -156,12 +155,12 @@ class Request:
             if not any(isinstance(value, type(choice)) and value == choice for choice in known):
                 listed = ", ".join(str(choice) for choice in known if choice is not None)
                 raise ValueError(f"Unknown {name} {shown(value)}; there are {listed}.")
-        for name in RANGES:
-            value = getattr(self, name)
+        for name, limits in RANGES.items():
+            value, field = getattr(self, name), self.__dataclass_fields__[name]
             if name == "scale" and _is_list(value):
-                self._set(name, tuple(_number(name, each, f"scale[{i}]") for i, each in enumerate(value)))
-            elif value is not None or self.__dataclass_fields__[name].default is not None:
-                self._set(name, _number(name, value, name))
+                self._set(name, tuple(read_number(f"scale[{i}]", each, *limits) for i, each in enumerate(value)))
+            elif value is not None or field.default is not None:
+                self._set(name, read_number(name, value, *limits, whole=str(field.type).startswith("int")))
         last, highest = self.seed + self.n_samples * self.n_iter - 1, RANGES["seed"][1]
         if last > highest:
             raise ValueError(f"seed + i of the last image is {last}, beyond {highest}; give a smaller seed.")
@@ -364,6 +363,16 @@ def mentions(text: str, placeholder: str) -> bool:
 # --- values ----------------------------------------------------------------------------------------------------
 
 
+def read_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> int | float:
+    """Return a number as Python's own; raises `ValueError` where it is none, or out of range."""
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        wanted = f"in {low}..{high}" if is_number else f"a {'whole ' if whole else ''}number"
+        raise ValueError(f"{name} must be {wanted}, not {shown(value)}.")
+    # NumPy's float32(0.7) was written as 0.7; its double is 0.699999988
+    return int(value) if whole else float(str(value) if hasattr(value, "dtype") else value)
+
+
 def shown(value: object) -> str:
     """Return a value for a message: in short, and of arrays, lists and bytes only what they are."""
     if isinstance(value, Integral) and abs(int(value)) >= 10**20:  # thousands of digits cannot even be written
@@ -373,18 +382,6 @@ def shown(value: object) -> str:
     text = str(value)
     text = text if len(text) <= 60 else f"{text[:60]}…"
     return repr(text) if isinstance(value, str) else text
-
-
-def _number(name: str, value: Any, label: str) -> int | float:
-    """Return a value in the range of its field as Python's number; `label` is what an error calls it."""
-    whole = str(Request.__dataclass_fields__[name].type).startswith("int")
-    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    low, high = RANGES[name]
-    if not is_number or not low <= value <= high:
-        wanted = f"in {low}..{high}" if is_number else f"a {'whole ' if whole else ''}number"
-        raise ValueError(f"{label} must be {wanted}, not {shown(value)}.")
-    # NumPy's float32(0.7) was written as 0.7; its double is 0.699999988
-    return int(value) if whole else float(str(value) if hasattr(value, "dtype") else value)
 
 
 def read_scale(text: str, num_stages: int, default: float) -> float | list[float]:

@@ -61,6 +61,16 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_model() -> "LatentDiffusion":
+    """The small model that ships, loaded for generating; shared, so a test that changes it puts it back."""
+    from runs import CONFIG, MODEL
+
+    from ldm.generate import load_model_from_config
+
+    return load_model_from_config(CONFIG, MODEL, device="cpu")
+
+
+@pytest.fixture(scope="session")
 def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of files that a user may hand in by mistake."""
     import bad_files

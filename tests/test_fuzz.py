@@ -27,7 +27,7 @@ from ldm.request import ModelFacts, Request, check_words
 
 ROOT = Path(__file__).parents[1]
 FUZZ = settings(
-    max_examples=200,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,

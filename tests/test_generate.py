@@ -17,6 +17,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pytorch_lightning import LightningModule
+from runs import CONFIG, ROOT
+from runs import MODEL as CKPT
 from torch import Tensor
 
 from ldm.conditioning.presets import preset
@@ -25,30 +27,21 @@ from ldm.files.images import fit, open_image, to_pil, to_tensor
 from ldm.generate import Interrupted, load_model_from_config, main, read_parameters, save_picture
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
-ROOT = Path(__file__).parents[1]
-CKPT = ROOT / "models/demo/model.safetensors"
 SIZE = 32  # pixels; half of what the model was trained at takes a quarter of the time
 PROMPT = "a large striped red star on the left on a navy background"
 Draw = Callable[..., Image.Image]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def config() -> DictConfig:
-    config = OmegaConf.load(ROOT / "configs/demo/finetune.yaml")
-    config.model.params.cond_stage_config.params.tokenizer = str(ROOT / "models/demo/tokenizer")
-    return config
-
-
-@pytest.fixture(scope="module")
-def shared_model(config: DictConfig) -> LatentDiffusion:
-    return load_model_from_config(config, CKPT, device="cpu")
+    return OmegaConf.load(CONFIG)
 
 
 @pytest.fixture
-def model(shared_model: LatentDiffusion) -> Iterator[LatentDiffusion]:
+def model(demo_model: LatentDiffusion) -> Iterator[LatentDiffusion]:
     """The model with nothing loaded."""
-    with shared_model.embedding_manager.keeping():
-        yield shared_model
+    with demo_model.embedding_manager.keeping():
+        yield demo_model
 
 
 @pytest.fixture
@@ -110,7 +103,7 @@ def test_it_loads_without_lightning_and_without_the_compiler() -> None:
     code = f"""
 import sys
 from ldm.generate import load_model_from_config, main
-model = load_model_from_config("{ROOT}/configs/demo/finetune.yaml", "{CKPT}", device="cpu", lightning=False)
+model = load_model_from_config("{CONFIG}", "{CKPT}", device="cpu", lightning=False)
 main("a star", ddim_steps=1, height=32, width=32, model=model, progress=False)
 print(*({{"pytorch_lightning", "torch._dynamo"}} & sys.modules.keys()))
 """
@@ -121,24 +114,9 @@ print(*({{"pytorch_lightning", "torch._dynamo"}} & sys.modules.keys()))
 def test_the_contract_of_the_signature() -> None:
     parameters = inspect.signature(main).parameters.values()
     positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
-    assert list(positional.items()) == [
-        ("prompt", ""),
-        ("content_dir", None),
-        ("ddim_steps", 50),
-        ("strength", 0.5),
-        ("ddim_eta", 0.0),
-        ("n_iter", 1),
-        ("C", 4),
-        ("f", 8),
-        ("n_rows", 0),
-        ("scale", None),
-        ("model", None),
-        ("seed", 42),
-        ("prospect_words", None),
-        ("n_samples", 1),
-        ("height", None),
-        ("width", None),
-    ]
+    expected = "prompt='' content_dir=None ddim_steps=50 strength=0.5 ddim_eta=0.0 n_iter=1 C=4 f=8 n_rows=0 scale=None"
+    expected += " model=None seed=42 prospect_words=None n_samples=1 height=None width=None"
+    assert " ".join(f"{name}={default!r}" for name, default in positional.items()) == expected
 
 
 def test_an_image_has_the_size_asked_for(draw: Draw) -> None:
@@ -301,39 +279,36 @@ def test_pytorchs_defaults_change_nothing(
         torch.set_default_device(None)
 
 
-TAKEN: dict[str, tuple[str, list | tuple | None, str]] = {
+TAKEN: dict[str, tuple[str, list | None, str]] = {
     # prompt, words, part of the warning ('' for none)
-    "empty": ("", None, ""),
     "only spaces": ("  \t \n ", None, ""),
     "emoji": ("a 🌟 star 👩‍👩‍👧", None, ""),
     "right to left": ("نجمة \u202eabc\u202c של", None, ""),
     "control characters": ("a\x00\x07\x1b[31m star\x7f\u200b", None, ""),
     "other planes": ("\U0001f600\U00020000\ufeff\uffff", None, ""),
-    "very long": ("star " * 500, None, "longer than 30 tokens; cut off"),
-    "one word of 100,000 letters": ("a" * 100_000, None, "longer than 30 tokens"),
+    "one word of 100,000 letters": ("a" * 100_000, None, "longer than 30 tokens; cut off"),
     "a thousand stars": ("*" * 1000, None, "longer than 30 tokens"),
     "no placeholder": ("a star", ["a"] * 10, "prospect_words has no effect: the prompt 'a star' has no '*'"),
     "unlearned": ("a <vase> star", None, ""),
-    "empty words": ("*", [""] * 10, ""),
+    "empty": ("*", [""] * 10, ""),
     "None": ("*", [None] * 10, ""),
     "numpy's numbers": ("*", list(np.arange(10)), ""),
 }
 
 
-@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", TAKEN)
 def test_odd_texts_are_taken(
-    draw: Draw, model: LatentDiffusion, name: str, legacy: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    draw: Draw, model: LatentDiffusion, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They give an image, and the record in it gives the same prompt back."""
     prompt, words, warning = TAKEN[name]
     model.embedding_manager.load(Concept(torch.ones(10, 128)))
-    image = draw(prompt, prospect_words=words, legacy_word_tokens=legacy, ddim_steps=1)
-    if not legacy or not warning:  # the reference cuts without a word
-        messages = [message for message in caplog.messages if not message.startswith("This model does not know")]
-        assert [warning in message for message in messages] == [True] * bool(warning)
+    image = draw(prompt, prospect_words=words, ddim_steps=1)
+    messages = [message for message in caplog.messages if not message.startswith("This model does not know")]
+    assert [warning in message for message in messages] == [True] * bool(warning)
     save_picture(image, tmp_path / "a.png")
     assert read_parameters(tmp_path / "a.png")["prompt"] == prompt
+    draw(prompt, prospect_words=words, ddim_steps=1, scale=1.0, legacy_word_tokens=True)
 
 
 # Editing
@@ -351,14 +326,13 @@ def test_strength_0_gives_the_autoencoder_s_reconstruction(draw: Draw, model: La
 
 
 def test_strength_says_where_denoising_begins(draw: Draw, content: Path) -> None:
-    def timesteps(strength: float, steps: int = 4) -> list[int]:
+    def timesteps(strength: float) -> list[int]:
         seen: list[int] = []
-        draw(content_dir=content, strength=strength, ddim_steps=steps, callback=lambda step, t, *_: seen.append(t))
+        draw(content_dir=content, strength=strength, ddim_steps=4, callback=lambda step, t, *_: seen.append(t))
         return seen
 
     assert timesteps(0.5) == [251, 1]
     assert timesteps(0.99) == [501, 251, 1]
-    assert len(timesteps(0.29, 100)) == 29  # in binary, 0.29 · 100 is a little less
     assert timesteps(1.0) == [751, 501, 251, 1]
 
 
@@ -459,12 +433,6 @@ def test_a_concept_that_is_called_what_it_was_learned_as(
     assert caplog.messages == []
 
 
-def test_concepts_need_a_manager(draw: Draw, model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model._modules, "embedding_manager", None)
-    with pytest.raises(ValueError, match="personalization_config"):
-        draw(concepts={"*": "concept.safetensors"})
-
-
 def test_concepts_of_a_call_are_for_this_call(draw: Draw, model: LatentDiffusion, concept_file: Path) -> None:
     kept = Concept(torch.ones(10, 128))
     model.embedding_manager.load({"*": kept})
@@ -558,14 +526,10 @@ def test_content_that_is_no_file_is_recorded_as_such(draw: Draw, tmp_path: Path,
         assert "Denoising strength: 0.5" in text and "object at" not in text
 
 
-@pytest.mark.parametrize("name", ["mug.jpg", "mug"])
-def test_only_png_keeps_what_repeats_an_image(name: str, tmp_path: Path) -> None:
+def test_only_png_keeps_what_repeats_an_image(content: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end in \.png"):
-        save_picture(Image.new("RGB", (8, 8)), tmp_path / "new" / name)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_image_from_elsewhere_has_no_parameters(content: Path) -> None:
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / "new/mug.jpg")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="content.png' has no ProSpect parameters"):
         read_parameters(content)
 
@@ -579,8 +543,6 @@ def test_an_image_from_elsewhere_has_no_parameters(content: Path) -> None:
         ({"content_dir": "nowhere.png"}, "There is no file 'nowhere.png'; check the path."),
         ({"concepts": {"*": "nowhere.pt"}}, "There is no file 'nowhere.pt'; check the path"),
         ({"negative_prompt": "a <b>"}, "negative_prompt has the placeholder '<b>'; it must be plain text"),
-        ({"height": 70}, "height must be a multiple of 32 for this model, not 70; nearest: 64."),
-        ({"prospect_words": ["a"] * 9}, "prospect_words has 9 entries, but this model has 10 stages"),
         ({"model": None}, "main() needs model="),
     ],
 )
@@ -600,6 +562,7 @@ def test_bad_arguments(model: LatentDiffusion, arguments: dict[str, object], sen
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000000000000 bytes."),
         MemoryError(),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),  # another: it stays
     ],
 )
 def test_too_little_memory_names_the_switches(
@@ -609,28 +572,25 @@ def test_too_little_memory_names_the_switches(
         raise error
 
     monkeypatch.setattr(model, "apply_model", fail)
-    with pytest.raises(
-        ValueError, match=r"memory of 'cpu' .* 2 x 32x32 pixels; .*n_samples, .*float16, .*decode_batch"
-    ):
+    switches = "memory of 'cpu' .* 2 x 32x32 pixels; .*n_samples, .*float16, .*decode_batch"
+    with pytest.raises((ValueError, RuntimeError), match=str(error) if "mat1" in str(error) else switches):
         draw(n_samples=2)
-    monkeypatch.setattr(model, "apply_model", lambda *_: torch.zeros(1) @ torch.zeros(2))
-    with pytest.raises(RuntimeError, match="size"):
-        draw()
 
 
 # The model
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
 def test_convolutions_are_tf32_only_where_products_are(
-    config: DictConfig, precision: str, monkeypatch: pytest.MonkeyPatch
+    config: DictConfig, model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "highest")
+    monkeypatch.setattr("ldm.generate.instantiate_from_config", lambda section: model)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
     try:
-        load_model_from_config(config, CKPT, device="cpu")
-        assert torch.backends.cudnn.allow_tf32 is (precision == "high")
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            load_model_from_config(config, CKPT, device="cpu")
+            assert torch.backends.cudnn.allow_tf32 is (precision == "high")
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -645,21 +605,22 @@ def test_a_loaded_model_is_frozen_and_the_configuration_left_alone(config: DictC
     assert np.asarray(image).std() > 0
 
 
-@pytest.mark.parametrize("kind", ["read-only", "struct", "dict", "interpolated"])
-def test_any_kind_of_configuration_is_taken(config: DictConfig, kind: str, tmp_path: Path) -> None:
-    given = config.copy()
-    if kind == "read-only":
-        OmegaConf.set_readonly(given, True)
-    elif kind == "struct":
-        OmegaConf.set_struct(given, True)
-    elif kind == "dict":
-        given = OmegaConf.to_container(given)
-    else:
-        given.model.params.channels = "${model.params.unet_config.params.in_channels}"
+def test_any_kind_of_configuration_is_taken(
+    config: DictConfig, model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.model.params.channels = "${model.params.unet_config.params.in_channels}"
     named = tmp_path / "${x}.safetensors"
     named.symlink_to(CKPT)
-    model = load_model_from_config(given, named, device="cpu")
-    assert model.channels == 4 and model.base_model["base_model"] == "${x}.safetensors"
+    loaded = load_model_from_config(config, named, device="cpu")
+    assert loaded.channels == 4 and loaded.base_model["base_model"] == "${x}.safetensors"
+    sections: list[dict] = []
+    monkeypatch.setattr(model, "presets", model.presets)  # put back: there are none beside `named`
+    monkeypatch.setattr("ldm.generate.instantiate_from_config", lambda section: (sections.append(section), model)[1])
+    for given in (config, OmegaConf.to_container(config), OmegaConf.create(config, flags={"readonly": True})):
+        load_model_from_config(given, named, device="cpu")
+    OmegaConf.set_struct(config, True)
+    load_model_from_config(config, named, device="cpu")
+    assert sections == sections[:1] * 4 and sections[0]["params"]["channels"] == 4
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Files made to do harm: nothing of them is run, imported, created or taken for what it claims to be.
 
-Every payload is shown to be live first: an ordinary `pickle.loads` in another process makes its marker file.
+Every payload is shown to be live: an ordinary `pickle.loads` in another process makes its marker file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -161,7 +162,6 @@ def files_in(folder: Path) -> set[Path]:
 @pytest.mark.parametrize("name", PICKLES)
 def test_pickles(name: str, marker: Path, tmp_path: Path) -> None:
     code = PICKLES[name](marker)
-    before = set(sys.modules)
     path = tmp_path / "evil.ckpt"
     for wrapper, wrap in WRAPPERS.items():
         path.write_bytes(wrap(code))
@@ -171,11 +171,28 @@ def test_pickles(name: str, marker: Path, tmp_path: Path) -> None:
                 read(path)
             assert "\n" not in str(caught.value) and str(path) in str(caught.value), wrapper
         assert files_in(tmp_path) == here, wrapper
-    assert not [module for module in set(sys.modules) - before if module.startswith("evil")]
-    # and it would have acted
-    (tmp_path / "live.pkl").write_bytes(code)
-    subprocess.run([sys.executable, "-c", f"import pickle; pickle.load(open({str(tmp_path / 'live.pkl')!r}, 'rb'))"])
-    assert marker.exists()
+    assert not [module for module in sys.modules if module.startswith("evil")]
+
+
+LIVE = """
+import contextlib, pathlib, pickle, sys
+marker = pathlib.Path(sys.argv[1])
+for path in sys.argv[2:]:
+    with contextlib.suppress(AttributeError):  # of a module that was imported by then
+        pickle.loads(pathlib.Path(path).read_bytes())
+    assert marker.exists(), path
+    marker.rmdir() if marker.is_dir() else marker.unlink()
+    sys.modules.pop("evil_import", None)
+"""
+
+
+def test_the_pickles_are_live(marker: Path, tmp_path: Path) -> None:
+    """Each makes its marker where an ordinary unpickler reads it."""
+    for name, make in PICKLES.items():
+        (tmp_path / f"{name}.pkl").write_bytes(make(marker))
+    files = [str(tmp_path / f"{name}.pkl") for name in PICKLES]
+    done = subprocess.run([sys.executable, "-c", LIVE, str(marker), *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_code_under_the_names_of_modules_becomes_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,13 +238,15 @@ def test_the_commands_refuse_them_too(marker: Path, tmp_path: Path, capsys: pyte
     assert not marker.exists() and not out.exists()
 
 
-def test_a_run_with_a_hostile_checkpoint_is_not_resumed(marker: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_hostile_checkpoint_is_not_resumed(
+    marker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/configs").mkdir()
-    (tmp_path / "run/configs/x-project.yaml").write_text("{}")
+    shutil.copy(CONFIG, tmp_path / "run/configs/x-project.yaml")
     (tmp_path / "run/checkpoints/last.ckpt").write_bytes(zipped(PICKLES["eval"](marker)))
     assert main.main(["-r", str(tmp_path / "run"), "-t"]) == 2
-    assert not marker.exists()
+    assert "eval" in capsys.readouterr().err and not marker.exists()
 
 
 # Sizes that are not true
@@ -293,25 +312,21 @@ TARGETS = [  # more in tests/test_config.py
 @pytest.mark.parametrize("target", TARGETS)
 def test_targets(target: object, key: str, marker: Path) -> None:
     config = {key: target, "params": {"command": f"touch {marker}", "args": ["touch", str(marker)]}}
-    with pytest.raises(ConfigError, match="outside the packages|cannot be imported|belongs here"):
+    with pytest.raises(ConfigError, match="outside the packages|cannot be imported|is missing"):
         instantiate_from_config(config)
     assert not marker.exists() and "evil_import" not in sys.modules
 
 
-@pytest.mark.parametrize("place", ["model", "lightning.callbacks.x", "data.params.train"])
-@pytest.mark.parametrize("allowing", [False, True])
-def test_a_configuration_cannot_run_or_allow_anything(place: str, allowing: bool, marker: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["model", "lightning.callbacks.x", "data.params.train", "allowing"])
+def test_a_configuration_cannot_run_or_allow_anything(place: str, marker: Path, tmp_path: Path) -> None:
     evil = tmp_path / "evil.yaml"
-    *above, last = place.split(".")
-    node: object = {"target": "subprocess.Popen", "params": {"args": ["touch", str(marker)]}}
-    for key in reversed([*above, last]):
+    node: dict[str, object] = {"target": "subprocess.Popen", "params": {"args": ["touch", str(marker)]}}
+    for key in reversed(place.replace("allowing", "model").split(".")):
         node = {key: node}
-    evil.write_text(json.dumps(node | ({"allow_targets": ["subprocess"]} if allowing else {})))
+    evil.write_text(json.dumps(node | ({"allow_targets": ["subprocess"]} if place == "allowing" else {})))
     flags = ["-t", "--base", str(CONFIG), str(evil), "--actual_resume", str(MODEL), "--data_root", str(STAR)]
     assert main.main([*flags, "-l", str(tmp_path / "logs")]) == 2
     assert not marker.exists() and not (tmp_path / "logs").exists()
-    subprocess.Popen(args=["touch", str(marker)]).wait()
-    assert marker.exists()
 
 
 @pytest.mark.parametrize(

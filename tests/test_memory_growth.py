@@ -9,10 +9,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from runs import CONFIG, MODEL
 
 from ldm.embeddings import Concept, save_concept
-from ldm.generate import load_model_from_config, main
+from ldm.generate import main
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -20,14 +19,9 @@ if TYPE_CHECKING:
 ALLOWED = 1024  # bytes a generation; one context of the small model has 16 kB, one picture 12 kB
 
 
-@pytest.fixture(scope="module")
-def small_model() -> "LatentDiffusion":
-    return load_model_from_config(CONFIG, MODEL, device="cpu")
-
-
 @pytest.fixture
-def concept(small_model: "LatentDiffusion", tmp_path: Path) -> Path:
-    save_concept(Concept(torch.ones(10, small_model.embedding_manager.width)), tmp_path / "a.safetensors")
+def concept(demo_model: "LatentDiffusion", tmp_path: Path) -> Path:
+    save_concept(Concept(torch.ones(10, demo_model.embedding_manager.width)), tmp_path / "a.safetensors")
     return tmp_path / "a.safetensors"
 
 
@@ -69,23 +63,23 @@ def tensors() -> int:
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-def test_a_generation_leaves_nothing_behind(small_model: "LatentDiffusion", concept: Path) -> None:
+def test_a_generation_leaves_nothing_behind(demo_model: "LatentDiffusion", concept: Path) -> None:
     """Nor anything that waits for the garbage collector: on a GPU that would be memory that is missed."""
-    memory_over(small_model, concept, count=2, warm_up=0)
+    memory_over(demo_model, concept, count=2, warm_up=0)
     gc.collect()
     before = tensors()
     gc.disable()
     try:
-        memory_over(small_model, concept, count=3, warm_up=0)
+        memory_over(demo_model, concept, count=3, warm_up=0)
         assert tensors() == before
     finally:
         gc.enable()
 
 
 @pytest.mark.slow
-def test_a_thousand_generations_do_not_grow(small_model: "LatentDiffusion", concept: Path) -> None:
+def test_a_thousand_generations_do_not_grow(demo_model: "LatentDiffusion", concept: Path) -> None:
     """The warm-up is long because the allocator finds its size in steps of a megabyte."""
-    growth, error = slope(memory_over(small_model, concept, count=1000, warm_up=300))
+    growth, error = slope(memory_over(demo_model, concept, count=1000, warm_up=300))
     print(f"growth: {growth:.0f} ± {error:.0f} bytes a generation")
     assert error < ALLOWED, "too noisy to tell"
     assert growth + 2 * error < ALLOWED, f"{growth:.0f} ± {error:.0f} bytes a generation"

@@ -11,21 +11,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from runs import CONFIG, MODEL, ROOT
+from runs import ROOT
 from safetensors.torch import load_file
 from torch import nn
 
 from ldm.checkpoint import CheckpointError, read_state_dict
 from ldm.embeddings import Concept, load_concept, save_concept
-from ldm.generate import load_model_from_config, main
+from ldm.generate import main
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
-
-
-@pytest.fixture(scope="module")
-def small_model() -> "LatentDiffusion":
-    return load_model_from_config(CONFIG, MODEL, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +45,12 @@ def together(*works: Callable[[], object]) -> list:
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_threads_do_not_mix_their_stages(small_model: "LatentDiffusion", tmp_path: Path, fixed: bool) -> None:
+def test_threads_do_not_mix_their_stages(demo_model: "LatentDiffusion", tmp_path: Path, fixed: bool) -> None:
     """Two prompts by stages, with concepts of the same name from two files: as in one thread, bit for bit.
 
     Also where the U-Net reads from buffers, which both threads write into: on the CPU, `cuda_graph` without a graph.
     """
-    width = small_model.embedding_manager.width
+    width = demo_model.embedding_manager.width
     jobs = []
     for number, words in enumerate((["a * star"] * 5 + ["a blue circle"] * 5, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0])):
         vectors = torch.randn(10, width, generator=torch.Generator().manual_seed(number))
@@ -64,16 +59,19 @@ def test_threads_do_not_mix_their_stages(small_model: "LatentDiffusion", tmp_pat
 
     def pictures(job: dict[str, object], count: int = 2) -> list[tuple[bytes, object]]:
         made = [
-            main(**job, model=small_model, ddim_steps=10, scale=2.0, height=64, width=64, seed=seed, progress=False)
+            main(**job, model=demo_model, ddim_steps=10, scale=2.0, height=64, width=64, seed=seed, progress=False)
             for seed in range(count)
         ]
         return [(picture.tobytes(), picture.info["prospect"]) for picture in made]
 
-    small_model.accelerate(cuda_graph=fixed)
+    demo_model.accelerate(cuda_graph=fixed)
     alone = [pictures(job) for job in jobs]
     assert alone[0][0] != alone[1][0]
-    small_model.accelerate(cuda_graph=fixed)  # the buffers, too, are made while both run
-    assert together(*(lambda job=job: pictures(job) for job in jobs)) == alone
+    demo_model.accelerate(cuda_graph=fixed)  # the buffers, too, are made while both run
+    try:
+        assert together(*(lambda job=job: pictures(job) for job in jobs)) == alone
+    finally:
+        demo_model.accelerate()
 
 
 class Foreign(nn.Module):
