@@ -284,21 +284,25 @@ def test_levels_of_other_programs(tmp_path: Path, state: dict[str, Tensor]):
         assert same(read_state_dict(tmp_path / "a.ckpt"), state)
 
 
-def test_folder_without_a_part(tmp_path: Path, folder: Path):
-    (tmp_path / "model_index.json").write_text("{}")
-    (tmp_path / "unet").symlink_to(folder / "unet")
-    with pytest.raises(CheckpointError, match="has no vae/diffusion_pytorch_model.safetensors"):
-        read_state_dict(tmp_path)
+def test_folders_that_are_no_whole_stable_diffusion_v1(tmp_path: Path, folder: Path):
+    def folder_of(name: str, *parts: str) -> Path:
+        (tmp_path / name).mkdir()
+        for part in (*parts, "model_index.json"):
+            (tmp_path / name / part).symlink_to(folder / part)
+        return tmp_path / name
 
-
-def test_folder_with_foreign_keys(tmp_path: Path, folder: Path):
-    for part in ("vae", "text_encoder", "model_index.json"):
-        (tmp_path / part).symlink_to(folder / part)
-    (tmp_path / "unet").mkdir()
+    foreign, xl = folder_of("foreign", "vae", "text_encoder"), folder_of("xl", "unet", "vae", "text_encoder")
+    (foreign / "unet").mkdir()
     tensors = {**stored(folder, "unet"), "add_embedding.linear_1.weight": torch.ones(2)}
-    save_file(tensors, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 keys .*: unet/add_embedding\.linear_1\.weight"):
-        read_state_dict(tmp_path)
+    save_file(tensors, foreign / "unet" / "diffusion_pytorch_model.safetensors")
+    (xl / "text_encoder_2").mkdir()
+    for path, sentence in (
+        (folder_of("part", "unet"), "has no vae/diffusion_pytorch_model.safetensors"),
+        (foreign, r"1 keys .*: unet/add_embedding\.linear_1\.weight"),
+        (xl, r"holds Stable Diffusion XL .*; use .*Stable Diffusion v1"),
+    ):
+        with pytest.raises(CheckpointError, match=sentence):
+            read_state_dict(path)
 
 
 # --- into a model ------------------------------------------------------------------------------------------------
@@ -434,14 +438,6 @@ def test_a_model_and_the_configuration_of_another_are_named_in_one_sentence() ->
 def test_a_small_model_may_have_any_context_width(width: int):
     state = {**of_width(width), TEXT + "final_layer_norm.weight": torch.zeros(4)}
     load_weights(TinyModel(state), state, "tiny.ckpt")
-
-
-def test_folder_of_stable_diffusion_xl(tmp_path: Path, folder: Path):
-    for part in ("unet", "vae", "text_encoder", "model_index.json"):
-        (tmp_path / part).symlink_to(folder / part)
-    (tmp_path / "text_encoder_2").mkdir()
-    with pytest.raises(CheckpointError, match=r"holds Stable Diffusion XL .*; use .*Stable Diffusion v1"):
-        read_state_dict(tmp_path)
 
 
 # --- writing, hashing, memory, scripts ---------------------------------------------------------------------------

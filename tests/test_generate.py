@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -136,24 +137,19 @@ def test_the_models_own_size_and_guidance(model: LatentDiffusion) -> None:
     assert main(PROMPT, model=model, ddim_steps=1, width=32, progress=False).size == (32, 128)
 
 
-@pytest.mark.parametrize("editing", [False, True])
-def test_an_image_of_a_batch_is_the_picture_alone(draw: Draw, content: Path, editing: bool) -> None:
-    arguments = {"ddim_eta": 1.0, "content_dir": content if editing else None}
-    alone = [draw(seed=seed, **arguments) for seed in (5, 6, 7, 8)]
-    assert min(difference(alone[0], other) for other in alone[1:]) > 1
-    grid = draw(seed=5, n_iter=2, n_samples=2, **arguments)
-    assert grid.size == (2 * SIZE, 2 * SIZE)
-    assert max(difference(tile(grid, *divmod(i, 2)), alone[i]) for i in range(4)) <= 1
-
-
 @pytest.mark.parametrize(
-    ("n_iter", "n_samples", "n_rows", "columns", "rows"), [(1, 3, 0, 2, 2), (3, 1, 3, 3, 1), (2, 1, 1, 1, 2)]
+    ("n_iter", "n_samples", "n_rows", "columns", "editing"),
+    [(1, 3, 0, 2, False), (3, 1, 3, 3, False), (2, 1, 1, 1, False), (2, 2, 0, 2, True)],
 )
-def test_the_grid(draw: Draw, n_iter: int, n_samples: int, n_rows: int, columns: int, rows: int) -> None:
-    grid = draw(n_iter=n_iter, n_samples=n_samples, n_rows=n_rows)
-    assert grid.size == (columns * SIZE, rows * SIZE)
-    last = n_iter * n_samples - 1
-    assert difference(tile(grid, *divmod(last, columns)), draw(seed=42 + last)) <= 1
+def test_each_image_of_a_grid_is_the_image_alone(
+    draw: Draw, content: Path, n_iter: int, n_samples: int, n_rows: int, columns: int, editing: bool
+) -> None:
+    arguments = {"ddim_eta": 1.0, "content_dir": content if editing else None}
+    alone = [draw(seed=42 + i, **arguments) for i in range(n_iter * n_samples)]
+    assert min(difference(alone[0], other) for other in alone[1:]) > 1
+    grid = draw(n_iter=n_iter, n_samples=n_samples, n_rows=n_rows, **arguments)
+    assert grid.size == (columns * SIZE, math.ceil(len(alone) / columns) * SIZE)
+    assert max(difference(tile(grid, *divmod(i, columns)), image) for i, image in enumerate(alone)) <= 1
 
 
 def test_entry_0_is_the_end_of_generation(draw: Draw) -> None:
@@ -170,13 +166,8 @@ def test_entry_0_is_the_end_of_generation(draw: Draw) -> None:
 
 def test_scale_1_is_the_prompt_alone(draw: Draw, model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     nearly, guided = latents(draw, scale=1.00001), latents(draw, scale=3.0)
-    prompts: list[str] = []
-    encode = model.get_learned_conditioning
-    monkeypatch.setattr(
-        model, "get_learned_conditioning", lambda texts, *rest: (prompts.extend(texts), encode(texts, *rest))[1]
-    )
+    monkeypatch.setattr(model, "get_unconditional", lambda *_: pytest.fail("nothing leads away"))
     alone = latents(draw, scale=1.0)
-    assert prompts == [PROMPT]
     torch.testing.assert_close(alone, nearly, rtol=0, atol=1e-4)
     assert not torch.equal(alone, guided)
 
@@ -216,15 +207,8 @@ def test_trailing_samplers_from_noise_and_from_an_image(
     assert all(difference(a, b) > 1 for a, b in itertools.combinations(images, 2))
 
 
-def test_plms_makes_one_call_more_than_steps(draw: Draw, model: LatentDiffusion) -> None:
-    calls: list[int] = []
-    hook = model.model.diffusion_model.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        image = draw(sampler="plms", ddim_steps=4)
-    finally:
-        hook.remove()
-    assert len(calls) == 5
-    assert difference(image, draw(sampler="ddim", ddim_steps=4)) > 1
+def test_plms_is_another_sampler(draw: Draw) -> None:
+    assert difference(draw(sampler="plms", ddim_steps=4), draw(sampler="ddim", ddim_steps=4)) > 1
 
 
 def test_the_callback_sees_every_step(draw: Draw, model: LatentDiffusion) -> None:
