@@ -178,13 +178,11 @@ def resolved(section: Mapping[str, Any] | DictConfig, what: str) -> dict[str, An
     """Return the plain values of a section, with `${…}` filled in.
 
     Raises:
-        ConfigError: one leads nowhere; `what` is how to call the section.
+        ConfigError: one leads nowhere, or it is no section; `what` is how to call it.
     """
-    if not isinstance(section, DictConfig):
-        return dict(section)
-    with in_one_sentence(f"{what} cannot be filled in"):
-        values = OmegaConf.to_container(section, resolve=True)
-    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    with in_one_sentence(f"{what} cannot be read as a section"):
+        values: Any = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else dict(section)
+        return {str(key): value for key, value in values.items()}
 
 
 def check_generates(config: DictConfig) -> None:
@@ -243,10 +241,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         remedy = nearest(unknown[0], CONFIG_KEYS)
         raise ConfigError(f"Unknown key '{unknown[0]}' beside `target: {config['target']}`{remedy}")
     cls = get_class(config["target"])
-    given = config.get("params") or {}
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"`params:` of {cls.__name__} must be a mapping, not {given!r}.")
-    params = resolved(given, f"The parameters of {cls.__name__}") | extra
+    params = resolved(config.get("params") or {}, f"`params:` of {cls.__name__}") | extra
     for key, reason in getattr(cls, "ignored_keys", {}).items():
         if key in params:
             logger.info("%s: '%s' is accepted and not used: %s", cls.__name__, key, reason)
@@ -260,14 +255,11 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 
 
 def check_parameters(cls: Callable[..., Any], params: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless `cls(**params)`, of a class or a function, has all it needs and knows all of it."""
+    """Raise `ConfigError` with the nearest known one for a parameter that `cls`, a class or a function, has not."""
     parameters = inspect.signature(cls).parameters
     options = getattr(cls, "options_type", None)  # a dataclass whose fields are taken as keywords
     known = [*parameters, *(field.name for field in dataclasses.fields(options))] if options else [*parameters]
-    if options or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for key in params:
-            if key not in known:
-                raise ConfigError(f"{cls.__name__} has no parameter '{key}'{nearest(str(key), known)}")
-    for name, p in parameters.items():
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in params:
-            raise ConfigError(f"{cls.__name__} needs the parameter '{name}', which the configuration does not give.")
+    takes_all = options is None and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [] if takes_all else [str(key) for key in params if key not in known]
+    if unknown:
+        raise ConfigError(f"{cls.__name__} has no parameter '{unknown[0]}'{nearest(unknown[0], known)}")

@@ -194,7 +194,6 @@ def facts_of(model: DiffusionModel) -> ModelFacts:
     return replace(
         model.facts,
         num_stages=model.num_stages,
-        num_timesteps=model.num_timesteps,
         size_unit=model.size_unit,
         factor=model.first_stage_model.downsampling,
         placeholder=None if manager is None else manager.placeholder_strings[0],

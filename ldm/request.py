@@ -61,7 +61,6 @@ class ModelFacts:
 
     Args:
         num_stages: S, entries of `prospect_words`.
-        num_timesteps: T, the most sampling steps there can be.
         size_unit: pixels that height and width must be multiples of.
         factor: pixels for each latent element, f.
         height, width: pixels of an image where the request gives none; so is `scale`.
@@ -71,7 +70,6 @@ class ModelFacts:
     """
 
     num_stages: int = 10
-    num_timesteps: int = 1000
     size_unit: int = 64
     factor: int = 8
     height: int = 512
@@ -181,8 +179,6 @@ class Request:
         """
         own = {name: getattr(facts, name) for name in ("height", "width", "scale") if getattr(self, name) is None}
         request = replace(self, **own, spacing=self.spacing or SAMPLERS[self.sampler])
-        if request.ddim_steps > facts.num_timesteps:
-            raise ValueError(f"ddim_steps must be in 1..{facts.num_timesteps}, not {request.ddim_steps}.")
         for name, size in zip(("height", "width"), request.size, strict=True):
             if size % facts.size_unit:
                 nearest = max(facts.size_unit, round(size / facts.size_unit) * facts.size_unit)
@@ -260,7 +256,6 @@ def model_facts(config: DictConfig) -> ModelFacts:
     placeholder = placeholders if isinstance(placeholders, str) else str(placeholders[0])
     return ModelFacts(
         num_stages=whole(f"{params}.prospect_stages", 10),
-        num_timesteps=whole(f"{params}.timesteps", 1000),
         size_unit=factor * 2 ** halvings(f"{params}.unet_config.params.channel_mult", 3),
         factor=factor,
         height=size,

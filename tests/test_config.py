@@ -47,7 +47,8 @@ def test_builds_with_parameters() -> None:
         ({"target": "ldm.modules.attention.Nothing"}, "cannot be imported"),
         ({"target": ATTENTION, "params": {"query_dim": 8, "headz": 2}}, "did you mean 'heads'?"),
         ({"target": ATTENTION, "params": {1: 2}}, "has no parameter '1'"),
-        ({"target": ATTENTION}, "needs the parameter 'query_dim'"),
+        ({"target": ATTENTION, "params": 5}, "`params:` of CrossAttention cannot be read as a section ("),
+        ({"target": ATTENTION}, "missing 1 required positional argument: 'query_dim'"),
     ],
 )
 def test_refuses(config: dict, sentence: str) -> None:

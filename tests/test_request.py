@@ -178,8 +178,6 @@ def test_the_model_gives_what_the_request_leaves_open() -> None:
     assert Request(scale=1, height=32, width=32).for_model(FACTS).guidance_scale == 1
     with pytest.raises(ValueError, match="no personalization_config"):
         Request(concepts={"*": "a.pt"}).for_model(ModelFacts(placeholder=None))
-    with pytest.raises(ValueError, match=r"ddim_steps must be in 1\.\.100, not 101"):
-        Request(ddim_steps=101).for_model(ModelFacts(num_timesteps=100))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +242,7 @@ def test_what_a_configuration_leaves_open_is_stable_diffusions() -> None:
     config = load_config(ROOT / "configs/stable-diffusion/v1-finetune.yaml")
     config.model.params.first_stage_config.params.ddconfig.resolution = 256  # as in CompVis' own files
     assert model_facts(config) == ModelFacts()
-    broken = {"timesteps": "few", "prospect_stages": "${nowhere}", "image_size": True, "unet_config": 3}
+    broken = {"prospect_stages": "${nowhere}", "image_size": True, "unet_config": 3}
     assert model_facts(OmegaConf.create({"model": {"params": broken}})) == ModelFacts(placeholder=None)
 
 
