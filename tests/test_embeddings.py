@@ -148,46 +148,34 @@ def test_a_concept_of_another_method_is_never_taken_for_stages(tmp_path: Path, m
 # Other programs' files of one vector
 
 
-def as_safetensors(vectors: Tensor, path: Path) -> None:
-    save_file({"<cat>": vectors}, path, {"format": "pt"})
+Writer = Callable[[Tensor, Path], None]
+A1111 = {"string_to_token": {"*": 265}, "name": "cat", "step": 1000, "sd_checkpoint": "abc", "sd_checkpoint_name": None}
 
 
-def as_bin(vectors: Tensor, path: Path) -> None:
-    torch.save({"<cat>": vectors}, path)
-
-
-def as_a1111(vectors: Tensor, path: Path) -> None:
-    content = {
-        "string_to_token": {"*": 265},
-        "string_to_param": {"*": vectors},
-        "name": "cat",
-        "step": 1000,
-        "sd_checkpoint": "abc",
-        "sd_checkpoint_name": None,
-    }
-    torch.save(content, path)
-
-
-def as_old_a1111(vectors: Tensor, path: Path) -> None:
-    content = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}}
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-
-
-def as_rinongal(vectors: Tensor, path: Path) -> None:
-    parameters = nn.ParameterDict({"*": nn.Parameter(vectors)})
-    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": parameters}, path)
-
-
-def as_png(vectors: Tensor, path: Path) -> None:
+def write_png(chunk: str, path: Path) -> None:
     """As A1111 stores an embedding in an image."""
-    content = {"string_to_param": {"*": {"TORCHTENSOR": vectors.tolist()}}, "name": "cat"}
     info = PngInfo()
-    info.add_text("sd-ti-embedding", base64.b64encode(json.dumps(content).encode()).decode())
+    info.add_text("sd-ti-embedding", chunk)
     Image.new("RGB", (8, 8)).save(path, format="PNG", pnginfo=info)
 
 
-WRITERS = [as_safetensors, as_bin, as_a1111, as_old_a1111, as_rinongal, as_png]
-Writer = Callable[[Tensor, Path], None]
+def base64_json(content: object) -> str:
+    return base64.b64encode(json.dumps(content).encode()).decode()
+
+
+def rinongal(x: Tensor) -> dict[str, object]:
+    return {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": nn.ParameterDict({"*": nn.Parameter(x)})}
+
+
+FORMATS: dict[str, Writer] = {
+    "safetensors": lambda x, path: save_file({"<cat>": x}, path, {"format": "pt"}),
+    "bin": lambda x, path: torch.save({"<cat>": x}, path),
+    "a1111": lambda x, path: torch.save(A1111 | {"string_to_param": {"*": x}}, path),
+    "old": lambda x, path: torch.save({"string_to_param": {"*": x}}, path, _use_new_zipfile_serialization=False),
+    "rinongal": lambda x, path: torch.save(rinongal(x), path),
+    "png": lambda x, path: write_png(base64_json({"string_to_param": {"*": {"TORCHTENSOR": x.tolist()}}}), path),
+}
+WRITERS = [pytest.param(write, id=name) for name, write in FORMATS.items()]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -220,10 +208,8 @@ def test_several_vectors_are_consecutive_tokens_or_stages_where_that_is_said(tmp
 
 
 def test_an_image_without_an_embedding(tmp_path: Path) -> None:
-    for chunk in ("", "e30=", "!", base64.b64encode(b'{"string_to_param": 3}').decode()):
-        info = PngInfo()
-        info.add_text("sd-ti-embedding", chunk)
-        Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    for chunk in ("", "e30=", "!", base64_json({"string_to_param": 3})):
+        write_png(chunk, tmp_path / "a.png")
         assert "is an image without a readable embedding in it; use a" in error_of(tmp_path / "a.png")
 
 

@@ -23,7 +23,7 @@ from ldm.conditioning.presets import PRESET_STAGES, load_presets, preset
 from ldm.conditioning.prompts import PromptReader
 from ldm.embeddings import EmbeddingError, load_concept
 from ldm.files.records import read_parameters, save_png
-from ldm.request import ModelFacts, Request, check_words
+from ldm.request import ModelFacts, Request
 
 ROOT = Path(__file__).parents[1]
 FUZZ = settings(
@@ -72,16 +72,6 @@ def test_prompts(tokenizer: CLIPTokenizer, prompt: object, words: object, legacy
     assert slots.shape == (4, 1, 32) and slots.dtype == torch.long
     assert slots.min() >= -4 * len(rows) and slots.max() < len(tokenizer)
     assert (slots[:, 0, 0] == tokenizer.bos_token_id).all()
-
-
-@FUZZ
-@given(words=ANY_WORDS, stages=st.integers(1, 12))
-def test_words(words: object, stages: int) -> None:
-    try:
-        checked = check_words(words, stages)
-    except ValueError:
-        return
-    assert len(checked) == stages and checked == list(words)
 
 
 @FUZZ
