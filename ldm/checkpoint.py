@@ -23,20 +23,6 @@ from ldm.files.tensors import TensorFileError as CheckpointError
 from ldm.files.tensors import missing, model_files, named_tensors, read_file
 from ldm.files.writing import replace_bytes
 
-__all__ = [
-    "SCHEDULE_BUFFERS",
-    "CheckpointError",
-    "base_model_of",
-    "file_hash",
-    "fingerprint",
-    "identify",
-    "load_weights",
-    "read_base_model",
-    "read_state_dict",
-    "refuse_other_families",
-    "save_state_dict",
-]
-
 logger = logging.getLogger(__name__)
 
 SCHEDULE_BUFFERS = frozenset((

@@ -27,31 +27,21 @@ from ldm.conditioning.prompts import warn_of_class, warn_of_unknown, warn_of_unu
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
 from ldm.files.images import WHITE, ImageError, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
-from ldm.files.records import PNG_KEY, read_parameters, save_picture
+from ldm.files.records import PNG_KEY
+from ldm.files.records import read_parameters as read_parameters
+from ldm.files.records import save_picture as save_picture
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
 from ldm.models.first_stage import DiagonalGaussianDistribution
-from ldm.request import FAST, PLACEHOLDER, ModelFacts, Request, Words, check_negative_prompt, model_facts
+from ldm.request import FAST as FAST
+from ldm.request import PLACEHOLDER, ModelFacts, Request, Words, check_negative_prompt, model_facts
 from ldm.util import pick_device, usual_torch
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.latent_diffusion import DiffusionModel
-
-__all__ = [
-    "FAST",
-    "PNG_KEY",
-    "SAMPLERS",
-    "Interrupted",
-    "generate_image",
-    "load_model_from_config",
-    "main",
-    "open_content",
-    "read_parameters",
-    "save_picture",
-]
 
 logger = logging.getLogger(__name__)
 

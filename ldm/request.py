@@ -422,13 +422,13 @@ def _concepts(concepts: object) -> dict[str, Any] | None:
         raise ValueError(f"concepts must be {{name: file}}, not {shown(concepts)}; give them with --concept NAME=FILE.")
     if len(concepts) > MAX_CONCEPTS:
         raise ValueError(f"There are {len(concepts)} concepts; a request takes at most {MAX_CONCEPTS}.")
-    return {name: _concept(name, source) for name, source in concepts.items()} or None
-
-
-def _concept(name: object, source: Any) -> Any:
-    check_placeholder(name)
-    if isinstance(source, (str, os.PathLike)) and os.fspath(source):
-        return os.path.expanduser(source)
-    if not hasattr(source, "metadata"):  # it is no loaded one
-        raise ValueError(f"The concept '{name}' has no file here, but {shown(source)}; give --concept '{name}=FILE'.")
-    return source
+    read: dict[str, Any] = {}
+    for name, source in concepts.items():
+        check_placeholder(name)
+        if isinstance(source, (str, os.PathLike)) and os.fspath(source):
+            source = os.path.expanduser(source)
+        elif not hasattr(source, "metadata"):  # it is no loaded one
+            found = shown(source)
+            raise ValueError(f"The concept '{name}' has no file here, but {found}; give --concept '{name}=FILE'.")
+        read[name] = source
+    return read or None
