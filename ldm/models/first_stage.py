@@ -43,7 +43,7 @@ class DiagonalGaussianDistribution:
 Posterior = DiagonalGaussianDistribution | Tensor  # the latents themselves in a VQ first stage
 
 
-def mode(posterior: Posterior) -> Tensor:
+def mode_of(posterior: Posterior) -> Tensor:
     """Return the most likely latents (B, z, h, w)."""
     return posterior if isinstance(posterior, Tensor) else posterior.mode()
 

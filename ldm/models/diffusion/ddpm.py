@@ -29,17 +29,10 @@ from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.latent_diffusion import DiffusionWrapper as DiffusionWrapper  # LDM has it here
 from ldm.models.diffusion.latents import ImageSet, LatentCache
 from ldm.models.diffusion.sampling import draw_noise
-from ldm.models.first_stage import Posterior
-from ldm.models.first_stage import mode as mode_of
+from ldm.models.first_stage import Posterior, mode_of
 from ldm.util import mix_seed, to_device
 
 logger = logging.getLogger(__name__)
-
-CAPTURED = "cuda_graph is used for the training step."
-NOT_CAPTURED = (
-    "cuda_graph is not used for the training step: it needs a CUDA device, embeddings to learn, one process, "
-    "no accumulation, and a precision that is not mixed."
-)
 
 
 def draw_sample(
@@ -84,7 +77,12 @@ class LatentDiffusion(DiffusionModel, pl.LightningModule):
         if self.cuda_graph:
             with self.trainer.precision_plugin.forward_context():
                 captures = self._captures("train")
-            logger.info(CAPTURED if captures else NOT_CAPTURED)
+            logger.info(
+                "cuda_graph is used for the training step."
+                if captures
+                else "cuda_graph is not used for the training step: it needs a CUDA device, embeddings to learn, one "
+                "process, no accumulation, and a precision that is not mixed."
+            )
         dataset: Any = self._datasets().get("train")
         if self.options.cache_latents and hasattr(dataset, "with_images"):
             latents = self.cache_latents(dataset)
