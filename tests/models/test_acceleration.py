@@ -1,4 +1,7 @@
-"""Training and sampling steps: every optimisation computes what the plain path computes, exactly or to what is said."""
+"""Training and sampling steps: optimisations compute what the plain path computes, exactly or to what is said.
+
+The switches that a benchmark can turn are compared in `tests/evaluation/test_benchmark.py`.
+"""
 
 from __future__ import annotations
 
@@ -123,29 +126,6 @@ def test_layers_of_a_context_keep_their_own_keys_and_values(model: LatentDiffusi
     assert torch.equal(unet(x, t, context), unet(x, t, unet.project(context)))
 
 
-@contextlib.contextmanager
-def text_passes(model: LatentDiffusion) -> Iterator[list[int]]:
-    """Filled with the number of token sequences of each text pass."""
-    rows: list[int] = []
-    text = model.cond_stage_model.transformer.text_model
-    handle = text.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    yield rows
-    handle.remove()
-
-
-@torch.no_grad()
-def test_all_prompts_are_encoded_in_one_batch(model: LatentDiffusion) -> None:
-    """As many text passes as there are distinct prompts of stages, and one for the unconditional prompt."""
-    cond, uncond = prompts(model, count=3)
-    with text_passes(model) as rows:
-        ddim(guided(model, cond, uncond, 4.0), noise(3), *schedule(model, 10))
-    assert rows == [5 + 1 + 1]  # five learned tokens, one text, the empty prompt; whatever the batch
-    alone = [prompts(model)[i] for i in (0, 1)]
-    for together, single in zip((cond, uncond), alone, strict=True):
-        for t in (50, 950):
-            torch.testing.assert_close(together.at(t).k[:1], single.at(t).k, rtol=0, atol=1e-5)
-
-
 @torch.no_grad()
 def check_one_call_serves_all(model: LatentDiffusion, fixed: FixedUNet, tolerance: float) -> None:
     """Three prompts and seeds, each without and with `fixed`, go through one set of buffers."""
@@ -172,7 +152,11 @@ def test_one_set_of_buffers_serves_stages_prompts_and_seeds(model: LatentDiffusi
 
 
 @pytest.mark.slow
-def test_one_compilation_serves_stages_prompts_and_seeds(model: LatentDiffusion) -> None:
+def test_one_compilation_serves_stages_prompts_and_seeds() -> None:
+    small = {"model_channels": 16, "channel_mult": [1], "attention_resolutions": [1], "num_res_blocks": 1}
+    model = build(ckpt_path=None, **{f"unet_config.params.{key}": value for key, value in small.items()}).eval()
+    for parameter in model.model.parameters():
+        parameter.detach().normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     compilations: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
@@ -184,18 +168,6 @@ def test_one_compilation_serves_stages_prompts_and_seeds(model: LatentDiffusion)
     fixed.call = torch.compile(model.model.diffusion_model, fullgraph=True, backend=backend)
     check_one_call_serves_all(model, fixed, 1e-4)
     assert len(compilations) == 1
-
-
-@torch.no_grad()
-def test_buffers_have_the_size_of_the_inputs(model: LatentDiffusion) -> None:
-    expected = [plain_ddim(model, noise(count), 3, 4.0) for count in (1, 2)]
-    model.accelerate(cuda_graph=True)
-    for _ in range(2):
-        for count in (1, 2):
-            cond, uncond = prompts(model, count)
-            found = ddim(guided(model, cond, uncond, 4.0), noise(count), *schedule(model, 3))
-            torch.testing.assert_close(found, expected[count - 1], rtol=0, atol=1e-5)
-    assert len(model._fixed_unet._buffers) == 2
 
 
 @torch.no_grad()
@@ -313,8 +285,10 @@ def loss_and_gradients(model: LatentDiffusion, batch: dict[str, object]) -> tupl
 
 def test_a_step_encodes_one_prompt_for_each_sample() -> None:
     model = build(prospect_stages=50).train()
-    with text_passes(model) as rows:
-        model.training_step(batch_of(list(range(5)), pictures(64)), 0).backward()
+    rows: list[int] = []
+    text = model.cond_stage_model.transformer.text_model
+    text.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    model.training_step(batch_of(list(range(5)), pictures(64)), 0).backward()
     assert rows == [5]
     assert all(p.grad is None for p in model.model.parameters())
     assert gradients(model).abs().sum() > 0
@@ -464,11 +438,10 @@ def test_the_cache_changes_nothing(model: LatentDiffusion) -> None:
         assert torch.allclose(one, model.shared_step(batch, "val")[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.005), ("bfloat16", 0.05)])
-def test_gradients_through_half_precision(dtype: str, tolerance: float, model: LatentDiffusion) -> None:
+def test_gradients_through_float16(model: LatentDiffusion) -> None:
     """A mean over 512² pixels has small gradients, which in float16 layers would vanish in part without a scale."""
-    half = build(frozen_dtype=dtype)
-    assert {p.dtype for p in half.model.parameters()} == {getattr(torch, dtype)}
+    half = build(frozen_dtype="float16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.float16}
     assert {p.dtype for p in half.embedding_manager.parameters()} == {torch.float32}
     losses, gradient = [], []
     for m in (model.train(), half.train()):
@@ -478,7 +451,7 @@ def test_gradients_through_half_precision(dtype: str, tolerance: float, model: L
         losses.append(loss)
         gradient.append(gradients(m))
     assert torch.allclose(*losses, rtol=0.02) and gradient[1].dtype == torch.float32
-    assert (gradient[1] - gradient[0]).norm() < tolerance * gradient[0].norm()
+    assert (gradient[1] - gradient[0]).norm() < 0.005 * gradient[0].norm()
 
 
 def test_gradients_under_autocast_are_not_enlarged(model: LatentDiffusion) -> None:
@@ -490,15 +463,6 @@ def test_gradients_under_autocast_are_not_enlarged(model: LatentDiffusion) -> No
             model.p_losses(noise(seed=1), cond, torch.tensor([500]), noise(seed=2))[0].backward()
         gradient.append(gradients(model))
     assert (gradient[1] - gradient[0]).norm() < 0.05 * gradient[0].norm()
-
-
-def test_channels_last_and_checkpointing_change_nothing(model: LatentDiffusion) -> None:
-    batch = batch_of([0, 1], pictures(64))
-    loss, gradient = loss_and_gradients(model, batch)
-    for switch in ({"channels_last": True}, {"unet_config.params.use_checkpoint": True}):
-        other_loss, other_gradient = loss_and_gradients(build(**switch).eval(), batch)
-        assert torch.allclose(loss, other_loss, rtol=1e-5)
-        assert torch.allclose(gradient, other_gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_fused_adamw_is_adamw() -> None:

@@ -186,10 +186,3 @@ def test_concepts_can_be_unloaded(embedder: FrozenCLIPEmbedder) -> None:
         manager.unload("<a>")
     manager.unload()
     assert manager.rows() == {} and manager.vectors() is None
-
-
-def test_a_concept_for_another_model_is_refused_whole(embedder: FrozenCLIPEmbedder) -> None:
-    manager = EmbeddingManager(embedder, "*", "teddy")
-    with pytest.raises(ValueError, match="width 768.*width 128.*another base model"):
-        manager.load({"<cat>": Concept(torch.zeros(1, 128)), "*": Concept(torch.zeros(10, 768))})
-    assert manager.loaded == {}
