@@ -22,27 +22,23 @@ def test_stage_is_chosen_by_the_timestep() -> None:
     assert mixed[:, 0, 0].tolist() == [0.0, 109.0]  # each sample its own stage
 
 
-@pytest.mark.parametrize("count", [1, 4, 7, 50])
-def test_any_number_of_stages(count: int) -> None:
-    cond = as_conditioning(stages(count))
-    assert [int(cond.at(t).k[0, 0, 0]) for t in range(1000)] == [t * count // 1000 for t in range(1000)]
+def test_any_number_of_stages() -> None:
+    for count in (1, 7, 50):
+        cond = as_conditioning(stages(count))
+        assert [int(cond.at(t).k[0, 0, 0]) for t in range(1000)] == [t * count // 1000 for t in range(1000)]
 
 
 def test_a_tensor_is_constant() -> None:
     x = torch.randn(2, 3, 4)
     cond = as_conditioning(x)
-    assert cond.at(0).k is x and cond.at(torch.tensor([3, 999])).k is x
-    assert cond.at(0).v is cond.at(0).k
+    assert cond.at(0).k is x and cond.at(0).v is x and cond.at(torch.tensor([3, 999])).k is x
     assert as_conditioning(cond) is cond
 
 
-@pytest.mark.parametrize("bad", [None, "a dog", [], [1, 2], {"a": 1}])
-def test_other_things_are_refused(bad: object) -> None:
-    with pytest.raises(TypeError, match="must be a tensor"):
-        as_conditioning(bad)
-
-
-def test_wrong_shapes_are_refused() -> None:
+def test_other_things_are_refused() -> None:
+    for bad in (None, "a dog", [], [1, 2], {"a": 1}):
+        with pytest.raises(TypeError, match="must be a tensor"):
+            as_conditioning(bad)
     with pytest.raises(ValueError, match="must be"):
         as_conditioning(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="3 timesteps were given for 2 prompts"):

@@ -25,7 +25,6 @@ MANY_PARAMETERS = {
     "ldm/data/personalized.py: PersonalizedBase.__init__": "keys of the reference's YAML files",
     "ldm/models/diffusion/sampling.py: Sampler.sample": "the notebook's calls",
     "ldm/modules/embedding_manager.py: EmbeddingManager.__init__": "keys of the reference's YAML files",
-    "ldm/modules/diffusionmodules/model.py: _Coder.__init__": "keys of the reference's YAML files",
     "ldm/modules/diffusionmodules/openaimodel.py: UNetModel.__init__": "keys of the reference's YAML files",
 }
 # The stage rule again, in a file that is copied out of the package and used without it.

@@ -14,7 +14,6 @@ from evaluation.benchmark.switches import is_opaque
 from ldm.conditioning.context import Context
 from ldm.conditioning.learned import TokenVectors
 from ldm.methods.neti import BYPASS_STRENGTH
-from ldm.models.diffusion.latents import LatentCache
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -60,7 +59,7 @@ class TrainingStep:
         ranges = [range(batch)] if "batch" in switches else [range(i, i + 1) for i in range(batch)]
         self.batches = [images.batch(numbers, with_images=not cached) for numbers in ranges]
         if cached:
-            self.model._latents = LatentCache(self.model.encode_first_stage, images)
+            self.model.cache_latents(images)
         self.optimizer: Any = self.model.configure_optimizers()
 
     def loss(self, batch: dict[str, Any]) -> Tensor:

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.files.images import to_tensor
-from ldm.models.diffusion import latents
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
+from ldm.models.first_stage import mode_of
 
 SIDE, PATCHES = 224, 14  # pixels of a side, and patches, of CLIP's ViT-B/16
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -24,8 +24,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 @torch.no_grad()
 def image_latents(model: DiffusionModel, image: Image.Image) -> Tensor:
     """Return the scaled latents (1, C, H/f, W/f) of an RGB image: the mean of the posterior, nothing drawn."""
-    posterior = model.encode_first_stage(to_tensor(image).unsqueeze(0))
-    return model.scale_factor * latents.mode(posterior)
+    return model.scale_factor * mode_of(model.encode_first_stage(to_tensor(image).unsqueeze(0)))
 
 
 def psnr(found: Tensor, expected: Tensor) -> float:

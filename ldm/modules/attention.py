@@ -22,17 +22,11 @@ PLAIN_ATTENTION_PAIRS_HALF = 2**20
 
 
 class Site(NamedTuple):
-    """The attention that an `AttentionHook` is called for.
+    """The attention that an `AttentionHook` is called for."""
 
-    Args:
-        layer: number of the transformer block in order of execution, 0 … 15 in Stable Diffusion v1.
-        is_cross: attention to the prompt; False for attention of the image to itself.
-        t: raw timestep of the U-Net call; -1 where the caller did not say.
-    """
-
-    layer: int
-    is_cross: bool
-    t: int = -1
+    layer: int  # number of the transformer block in order of execution, 0 … 15 in Stable Diffusion v1
+    is_cross: bool  # to the prompt; False for attention of the image to itself
+    t: int = -1  # raw timestep of the U-Net call; -1 where the caller did not say
 
 
 # Probabilities (B, heads, N, L) at a site -> those that are used in their place, of the same shape.
@@ -103,9 +97,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """GEGLU of inner width 4·dim, then a linear layer to `dim_out`; (…, dim) -> (…, dim_out)."""
 
-    def __init__(self, dim: int, dim_out: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, dim_out: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim_out or dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -159,7 +153,7 @@ class BasicTransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim, None, heads, dim_head, dropout)
-        self.ff = FeedForward(dim, dropout=dropout)
+        self.ff = FeedForward(dim, dim, dropout)
         self.attn2 = CrossAttention(dim, context_dim, heads, dim_head, dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -182,10 +176,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the H·W positions of a feature map; (B, C, H, W) -> (B, C, H, W).
-
-    `first_layer_index` numbers the cross-attention layers of a U-Net in order of execution.
-    """
+    """Transformer blocks over the H·W positions of a feature map; (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(
         self,

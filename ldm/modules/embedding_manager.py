@@ -41,8 +41,6 @@ class EmbeddingManager(nn.Module):
         method: a name in `ldm.methods.METHODS`, or a class of another package.
         method_params: the method's own parameters.
         dropout: `block` only.
-        initial_spread: `table` only: standard deviation of what tells the stages apart at the start, relative to
-            the initial embedding's own.
         norm: `free` (the reference), or `word`: every vector keeps the length of the initial embedding.
     """
 
@@ -65,14 +63,12 @@ class EmbeddingManager(nn.Module):
         method: str | None = None,
         method_params: Mapping[str, Any] | None = None,
         dropout: float = 0.1,
-        initial_spread: float = 1.0,
         norm: str = "free",
     ) -> None:
         super().__init__()
-        if generator not in ("block", "table"):
-            raise ValueError(f"generator must be 'block' or 'table', not '{generator}'.")
-        if norm not in ("free", "word"):
-            raise ValueError(f"norm must be 'free' or 'word', not '{norm}'.")
+        for name, value, known in (("generator", generator, ("block", "table")), ("norm", norm, ("free", "word"))):
+            if value not in known:
+                raise ValueError(f"{name} must be '{known[0]}' or '{known[1]}', not '{value}'.")
         self.placeholder_strings = (
             [placeholder_strings] if isinstance(placeholder_strings, str) else list(placeholder_strings)
         )
@@ -96,30 +92,19 @@ class EmbeddingManager(nn.Module):
         self.initial_embeddings.copy_(word)
         start = Start(self.initial_embeddings, count, num_stages, num_layers, *self._text)  # who sets it, sets both
         if method is not None:
-            asked = {"generator": generator != "block", "dropout": dropout != 0.1, "norm": norm != "free"}
-            asked["initial_spread"] = initial_spread != 1
-            if idle := [name for name, is_asked in asked.items() if is_asked]:
+            given = {"generator": generator != "block", "dropout": dropout != 0.1, "norm": norm != "free"}
+            if idle := [name for name, is_given in given.items() if is_given]:
                 raise ValueError(f"{idle[0]} has no effect with the method '{method}', whose own are in method_params.")
             self.learned = find_method(method).learn(start, **(method_params or {}))
         elif generator == "block":
             self.learned = ProSpect(start, dropout, norm)
         else:
-            self.learned = learn_table(start, spread=initial_spread, norm=word.norm() if norm == "word" else None)
-
-    @property
-    def learning(self) -> bool:
-        """True where something is learned here."""
-        return self.learned is not None
+            self.learned = learn_table(start, norm=word.norm() if norm == "word" else None)
 
     @property
     def attention(self) -> GeneratorBlock | None:
         """The reference's name of the generator block."""
         return self.learned if isinstance(self.learned, GeneratorBlock) else None
-
-    @property
-    def table(self) -> nn.Parameter | None:
-        """The learned table, where the method has one."""
-        return self.learned.table if isinstance(self.learned, Table) else None
 
     def embeddings(self) -> Tensor:
         """Return the S vectors of the learned (or, for the first placeholder, loaded) concept: float32 (S, D).
@@ -129,21 +114,20 @@ class EmbeddingManager(nn.Module):
         """
         if self.placeholder_strings[0] in self.loaded:
             return self.loaded[self.placeholder_strings[0]].vectors.to(self.initial_embeddings.device)
-        if self.learned is None:
-            raise ValueError("No embedding is learned or loaded; call embedding_manager.load(path) first.")
-        return self._stage_vectors(self.learned)
+        return self._stage_vectors()
 
-    def _stage_vectors(self, module: LearnedModule | None) -> Tensor:
-        if isinstance(module, ProSpect):
-            return module.values()
-        if isinstance(module, Table) and module.num_layers == module.num_tokens == 1:
-            return module.values()[:, 0, 0]
-        raise ValueError("What is learned has no stage vectors; see model.learned.")
+    def _stage_vectors(self) -> Tensor:
+        """Return the S vectors that are being learned."""
+        if isinstance(self.learned, ProSpect):
+            return self.learned.values()
+        if isinstance(self.learned, Table) and self.learned.num_layers == self.learned.num_tokens == 1:
+            return self.learned.values()[:, 0, 0]
+        raise ValueError("No stage vectors are learned or loaded; call embedding_manager.load(path) first.")
 
-    def _tokens(self) -> dict[str, LearnedTokens]:
-        """Return placeholder -> its tokens, in the order of their rows; several placeholders may share one."""
-        tokens: dict[str, Any] = {p: self.learned for p in self._trained_placeholders() if not is_prefix(self.learned)}
-        return tokens | {p: module for p, module in self._modules_loaded.items() if not is_prefix(module)}
+    def _concepts(self) -> dict[str, Any]:
+        """Return placeholder -> what prompts read of its concept, the learned one first; several may share one."""
+        trained = [] if self.learned is None else [p for p in self.placeholder_strings if p not in self.loaded]
+        return dict.fromkeys(trained, self.learned) | self._modules_loaded
 
     def rows(self) -> dict[str, list[list[int]]]:
         """Return placeholder -> for each of the S stages, the rows of the table of all vectors that stand there.
@@ -154,7 +138,9 @@ class EmbeddingManager(nn.Module):
         rows: dict[str, list[list[int]]] = {}
         starts: dict[int, int] = {}
         end = 0
-        for placeholder, tokens in self._tokens().items():
+        for placeholder, tokens in self._concepts().items():
+            if is_prefix(tokens):
+                continue
             if id(tokens) not in starts:
                 starts[id(tokens)], end = end, end + tokens.num_rows
             first = starts[id(tokens)]
@@ -164,48 +150,37 @@ class EmbeddingManager(nn.Module):
 
     def learned_now(self, truncation: int | None = None) -> Learned:
         """Return what prompts read at this moment; concepts that are loaded later do not change it."""
-        tokens: tuple[Any, ...] = tuple({id(module): module for module in self._tokens().values()}.values())
-        prefixes: list[Any] = [self.learned] if self._trained_placeholders() and is_prefix(self.learned) else []
-        prefixes += [module for module in self._modules_loaded.values() if is_prefix(module)]
-        for module in (*tokens, *prefixes):
+        concepts = list({id(module): module for module in self._concepts().values()}.values())
+        for module in concepts:
             module.to(self.initial_embeddings.device)
-        return Learned(tokens, tuple(prefixes), truncation)
+        tokens = tuple(module for module in concepts if not is_prefix(module))
+        return Learned(tokens, tuple(module for module in concepts if is_prefix(module)), truncation)
 
     def vectors(self) -> Tensor | None:
         """Return the table of all vectors (R, D) where none changes with time or layer; None when there are none."""
         table = self.learned_now().vectors(torch.zeros(1, dtype=torch.long, device=self.initial_embeddings.device))
         return None if table is None else table.e[0, 0]
 
-    def _trained_placeholders(self) -> list[str]:
-        return [p for p in self.placeholder_strings if self.learning and p not in self.loaded]
-
     def _module_of(self, concept: Concept) -> LearnedTokens | LearnedPrefix:
         """Return what prompts read of a concept.
 
         Raises:
-            ValueError: it was learned for a U-Net with other layers.
+            ValueError: it was learned for another U-Net or text transformer, or stands at no placeholder.
         """
         module = find_method(concept.method).load(concept.tensors, concept.metadata)
+        what = f"This concept ({concept.method})"
         if isinstance(module, StepChange):
+            raise ValueError(f"{what} inverts one image and stands at no placeholder; edit it (scripts/edit.py).")
+        layers, width = getattr(module, "num_layers", 1), getattr(module, "width", self.width)
+        if layers not in (1, self.num_layers) or width != self.width:
             raise ValueError(
-                f"This concept ({concept.method}) inverts one image and stands at no placeholder; edit that image with "
-                "it: scripts/edit.py CONCEPT --target …"
-            )
-        layers = getattr(module, "num_layers", 1)
-        if layers not in (1, self.num_layers):
-            raise ValueError(
-                f"This concept ({concept.method}) is for {layers} cross-attention layers, but this model has "
-                f"{self.num_layers}: it was learned for another base model."
-            )
-        if (width := getattr(module, "width", self.width)) != self.width:
-            raise ValueError(
-                f"This concept ({concept.method}) has width {width}, but this model's text encoder has {self.width}: "
-                "it was learned for another base model."
+                f"{what} is for {layers} cross-attention layers and has width {width}, but this model's text encoder "
+                f"has {self.width}, and its U-Net {self.num_layers} layers: it was learned for another base model."
             )
         if (tokens := getattr(module, "num_tokens", 1)) > self._room:
             raise ValueError(
-                f"This concept ({concept.method}) has {tokens} tokens, and a prompt of this model has room for "
-                f"{self._room}; if they are stages: scripts/import_embedding.py --rows_are_stages."
+                f"{what} has {tokens} tokens, and a prompt of this model has room for {self._room}; if they are "
+                "stages: scripts/import_embedding.py --rows_are_stages."
             )
         if hasattr(module, "check_fits"):
             module.check_fits(*self._text)
@@ -244,15 +219,8 @@ class EmbeddingManager(nn.Module):
             self.loaded, self._modules_loaded = kept
 
     def unload(self, *placeholders: str) -> None:
-        """Remove concepts that were loaded; without a placeholder, all of them.
-
-        Raises:
-            ValueError: nothing is loaded for a placeholder.
-        """
+        """Remove concepts that were loaded; without a placeholder, all of them."""
         for placeholder in placeholders or tuple(self.loaded):
-            if placeholder not in self.loaded:
-                known = ", ".join(self.loaded) or "none"
-                raise ValueError(f"No concept is loaded for '{placeholder}'; loaded: {known}.")
             del self.loaded[placeholder], self._modules_loaded[placeholder]
 
     def start_from(self, source: str | Path | Concept) -> None:
@@ -267,8 +235,7 @@ class EmbeddingManager(nn.Module):
         if same_base(concept.metadata, self.base_model) is False:
             theirs, ours = describe_base(concept.metadata), describe_base(self.base_model)
             logger.warning("The embedding to start from was learned for the base model %s, not for %s.", theirs, ours)
-        if self.learned is None:
-            raise ValueError("Nothing is learned here, so nothing can start from a concept; give initializer_words.")
+        assert self.learned is not None
         try:
             self.learned.start_from(concept.tensors, concept.metadata)
         except ValueError as error:
@@ -287,7 +254,7 @@ class EmbeddingManager(nn.Module):
 
     def distance_to_initial(self) -> Tensor:
         """Return Textual Inversion's regulariser: the squared distance to the initial word, mean over stages."""
-        return (self._stage_vectors(self.learned) - self.initial_embeddings).pow(2).sum(dim=1).mean()
+        return (self._stage_vectors() - self.initial_embeddings).pow(2).sum(dim=1).mean()
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
@@ -308,6 +275,5 @@ def initial_embedding(embedder: FrozenCLIPEmbedder, words: str) -> tuple[Tensor,
     ids = embedder.tokenizer(words, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"The initial word '{words}' has no token; give an ordinary word, such as 'teddy'.")
-    return embedder.token_table[torch.tensor(ids, device=embedder.token_table.device)].float().mean(
-        dim=0, keepdim=True
-    ), len(ids)
+    table = embedder.token_table
+    return table[torch.tensor(ids, device=table.device)].float().mean(dim=0, keepdim=True), len(ids)

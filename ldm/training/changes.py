@@ -29,7 +29,6 @@ FIXED = {
     "model.params.embedding_manager_ckpt": "--embedding_manager_ckpt",
     "model.params.prospect_stages": "model.params.prospect_stages",
     f"{_MANAGER}.initializer_words": "--init_word",
-    f"{_MANAGER}.initial_spread": f"{_MANAGER}.initial_spread",
     f"{_MANAGER}.generator": f"{_MANAGER}.generator",
     f"{_MANAGER}.method": f"{_MANAGER}.method",
     f"{_MANAGER}.method_params": f"{_MANAGER}.method_params",

@@ -1,6 +1,6 @@
 """The first stages: their distributions, shapes and training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -88,21 +88,16 @@ def test_a_vq_first_stage_decodes_entries_of_its_codebook() -> None:
     torch.testing.assert_close(model.decode(z), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def with_vq(tiny_model: LatentDiffusion) -> Iterator[LatentDiffusion]:
-    kl = tiny_model.first_stage_model
-    tiny_model.first_stage_model = small_vq().eval()
-    yield tiny_model
-    tiny_model.first_stage_model = kl
-
-
-def test_a_vq_first_stage_serves_latent_diffusion(with_vq: LatentDiffusion) -> None:
+def test_a_vq_first_stage_serves_latent_diffusion(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny_model._modules, "first_stage_model", small_vq().eval())
     images = torch.rand(1, 3, 16, 16)
-    latents = with_vq.get_first_stage_encoding(with_vq.encode_first_stage(images))
+    latents = tiny_model.get_first_stage_encoding(tiny_model.encode_first_stage(images))
     assert latents.shape == (1, 4, 8, 8)
-    assert with_vq.decode_first_stage(latents).shape == images.shape
+    assert tiny_model.decode_first_stage(latents).shape == images.shape
 
 
-def test_widths_that_do_not_fit_are_refused() -> None:
+def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="must be divisible by num_groups"):
         AutoencoderKL({**SMALL, "norm_num_groups": 3}, embed_dim=4)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'blocks'"):
+        AutoencoderKL({**SMALL, "blocks": 3}, embed_dim=4)

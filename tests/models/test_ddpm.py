@@ -1,17 +1,44 @@
-"""The training loss: what is trained and what must stay frozen, and v-prediction."""
+"""The training loss: what is drawn for it, what is trained and what must stay frozen, and v-prediction."""
+
+import dataclasses
 
 import pytest
 import tiny
 import torch
 from diffusers import DDPMScheduler
 
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.conditioning.stages import stage_of
+from ldm.models.diffusion.ddpm import LatentDiffusion, draw_sample
 
 X0, NOISE = (tiny.golden("train")[name] for name in ("x0", "noise"))
 NAMES = tiny.META["emb_param_names"]
 
 
-# What is trained
+@pytest.mark.parametrize("stages", [1, 6, 10])
+def test_stages_have_their_turn(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
+    options = dataclasses.replace(tiny_model.options, time_sampling="stages")
+    monkeypatch.setattr(tiny_model, "options", options)
+    monkeypatch.setattr(tiny_model, "num_stages", stages)
+    drawn = tiny_model._draw({"sample": torch.arange(600), "image": torch.empty(600, 8, 8, 3)}, "train")["t"].tolist()
+    assert [stage_of(t, stages, 1000) for t in drawn] == [n % stages for n in range(600)]
+    assert min(drawn) < 30 and max(drawn) > 970
+
+
+def test_timesteps_are_uniform() -> None:
+    t = torch.cat([draw_sample(n, 23, range(1000), (1, 1, 1))["t"] for n in range(4000)])
+    counts = torch.bincount(t * 10 // 1000, minlength=10)
+    chi_squared = ((counts - 400.0) ** 2 / 400).sum()
+    assert t.min() >= 0 and t.max() <= 999
+    assert chi_squared < 27.9  # one in a thousand for nine degrees of freedom
+
+
+def test_noise_is_a_function_of_the_sample_and_the_seed() -> None:
+    def noise(number: int, seed: int = 23, validating: bool = False, name: str = "noise") -> torch.Tensor:
+        return draw_sample(number, seed, range(1000), (4, 16, 16), validating)[name]
+
+    assert torch.equal(noise(1), noise(1))
+    others = [noise(2), noise(1, 24), noise(1, validating=True), noise(1, name="posterior_noise")]
+    assert not any(torch.equal(other, noise(1)) for other in others)
 
 
 def test_only_the_embedding_manager_is_trained(trainable: LatentDiffusion) -> None:
@@ -23,8 +50,7 @@ def test_only_the_embedding_manager_is_trained(trainable: LatentDiffusion) -> No
         assert not any(m.training for m in module.modules())
     cond = trainable.get_learned_conditioning(["*"])
     trainable.p_losses(X0, cond, torch.tensor([500]), NOISE)[0].backward()
-    with_gradient = {name for name, p in trainable.named_parameters() if p.grad is not None}
-    assert with_gradient == trained
+    assert {name for name, p in trainable.named_parameters() if p.grad is not None} == trained
     optimized = {id(p) for group in trainable.configure_optimizers().param_groups for p in group["params"]}
     assert optimized == {id(p) for p in trainable.embedding_manager.attention.parameters()}
 
@@ -37,35 +63,18 @@ def test_names_of_the_logged_losses(trainable: LatentDiffusion) -> None:
         assert not any(value.requires_grad for value in parts.values())
 
 
-# v-prediction
-
-
-@pytest.fixture(scope="module")
-def diffusers_schedule() -> DDPMScheduler:
-    return DDPMScheduler(1000, 0.00085, 0.0120, "scaled_linear", prediction_type="v_prediction")
-
-
 @torch.no_grad()
-def test_the_v_target_is_that_of_diffusers(
-    tiny_model: LatentDiffusion, diffusers_schedule: DDPMScheduler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tiny_model, "parameterization", "v")
+def test_v_prediction_is_that_of_diffusers(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target of the loss, and the noise that a prediction holds."""
+    schedule = DDPMScheduler(1000, 0.00085, 0.0120, "scaled_linear", prediction_type="v_prediction")
     contexts = tiny.stage_contexts()
     for t in (0, 99, 500, 999):
         timesteps = torch.tensor([t])
-        prediction = tiny_model.apply_model(diffusers_schedule.add_noise(X0, NOISE, timesteps), timesteps, contexts)
-        target = diffusers_schedule.get_velocity(X0, NOISE, timesteps)
-        loss, _ = tiny_model.p_losses(X0, contexts, timesteps, NOISE)
-        torch.testing.assert_close(loss, (prediction - target).square().mean(), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("t", [0, 500, 999])
-def test_a_v_prediction_holds_the_noise(
-    tiny_model: LatentDiffusion, diffusers_schedule: DDPMScheduler, monkeypatch: pytest.MonkeyPatch, t: int
-) -> None:
-    timesteps = torch.tensor([t])
-    noised = tiny_model.q_sample(X0, timesteps, NOISE)
-    velocity = diffusers_schedule.get_velocity(X0, NOISE, timesteps)
-    assert tiny_model.to_eps(velocity, noised, timesteps) is velocity, "eps is taken as it is"
-    monkeypatch.setattr(tiny_model, "parameterization", "v")
-    torch.testing.assert_close(tiny_model.to_eps(velocity, noised, timesteps), NOISE, rtol=1e-4, atol=1e-5)
+        noised, velocity = tiny_model.q_sample(X0, timesteps, NOISE), schedule.get_velocity(X0, NOISE, timesteps)
+        assert tiny_model.to_eps(velocity, noised, timesteps) is velocity, "eps is taken as it is"
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny_model, "parameterization", "v")
+            torch.testing.assert_close(tiny_model.to_eps(velocity, noised, timesteps), NOISE, rtol=1e-4, atol=1e-5)
+            prediction = tiny_model.apply_model(schedule.add_noise(X0, NOISE, timesteps), timesteps, contexts)
+            loss, _ = tiny_model.p_losses(X0, contexts, timesteps, NOISE)
+            torch.testing.assert_close(loss, (prediction - velocity).square().mean(), rtol=1e-4, atol=0)

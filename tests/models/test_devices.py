@@ -4,13 +4,13 @@ Learning, sampling and editing run there at the small model's and at Stable Diff
 in the fast suite the real size in float16 alone, and each method at the small one.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from evaluation.benchmark.memory import (
     editing_peak,
@@ -30,17 +30,18 @@ from ldm.models.diffusion.sampling import Sampler, seeded_generators
 from ldm.modules.attention import Site
 
 SIZES = {"demo": 16, "sd-v1": 64}  # latent height and width
+DTYPES = ("float32", "float16", "bfloat16")
 WORDS = ["a * thing"] * 5 + [None] * 4 + ["a thing"]
 
 
-CASES = [("demo", "float32"), ("demo", "float16"), ("demo", "bfloat16"), ("sd-v1", "float16")]
-SLOW = [pytest.param(("sd-v1", dtype), marks=pytest.mark.slow) for dtype in ("float32", "bfloat16")]
+CASES = [("demo", "float32"), ("demo", "float16"), ("sd-v1", "float16")]
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in itertools.product(SIZES, DTYPES) if case not in CASES]
 
 
 @pytest.fixture(scope="module", params=[*CASES, *SLOW], ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[LatentDiffusion, int]:
     size, dtype = request.param
-    return meta_model(size, frozen_dtype=dtype), SIZES[size]
+    return meta_model(size, frozen_dtype=dtype, embedding_reg_weight=0.1, balanced_loss=True), SIZES[size]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def _unread_first_stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without the one question that float16 asks of the first stage: whether its values are finite."""
 
     def in_range(self: FirstStage, function: Callable[[Tensor], Any], x: Tensor) -> Any:
-        return function(x.to(next(self.parameters()).dtype))
+        return function(x.to(next(self.parameters()).dtype)).float()
 
     monkeypatch.setattr(FirstStage, "in_range", in_range)
     yield
@@ -78,10 +79,10 @@ def test_every_method_learns_and_samples_there(method: str, size: str) -> None:
 
 
 def learn(model: LatentDiffusion, side: int) -> None:
-    """Two steps from cached latents."""
+    """A step from cached latents."""
     model.train()
     model._latents = LatentCache.__new__(LatentCache)
-    model._latents._flips, model._latents._is_gaussian = True, True
+    model._latents.flips = True
     model._latents.moments = torch.empty(4, 2 * model.channels, side, side, device="meta")
     batch = {
         "caption": ["*", "*"],
@@ -89,11 +90,11 @@ def learn(model: LatentDiffusion, side: int) -> None:
         "flipped": torch.tensor([False, True]),
         "sample": torch.tensor([0, 1]),
     }
-    optimizer = model.configure_optimizers()
-    for _ in range(2):
-        loss, parts = model.shared_step(batch, "train")
-        loss.backward()
-        optimizer.step()
+    loss, parts = model.shared_step(batch, "train")
+    loss.backward()
+    model.configure_optimizers().step()
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
     assert loss.is_meta and all(part.is_meta for part in parts.values())
     learned = model.trainable_parameters()
     assert any(p.grad is not None for p in learned) and all(p.grad is None or p.grad.is_meta for p in learned)
@@ -108,11 +109,11 @@ def test_sampling_asks_the_device_nothing(case: tuple[LatentDiffusion, int], sam
 
 @torch.no_grad()
 def sample(model: LatentDiffusion, side: int, sampler: type[Sampler]) -> None:
-    """Four guided steps with a prompt for each stage, and decoding."""
+    """Two guided steps with a prompt for each stage, and decoding."""
     model.eval()
     seen: list[tuple[int, Tensor]] = []
     latents, _ = sampler(model).sample(
-        S=4,
+        S=2,
         batch_size=2,
         shape=(model.channels, side, side),
         conditioning=model.get_learned_conditioning(["*", "a *"], WORDS),
@@ -122,7 +123,7 @@ def sample(model: LatentDiffusion, side: int, sampler: type[Sampler]) -> None:
         generators=seeded_generators([0, 1]),
         step_callback=lambda step, t, x, x_0: seen.append((t, x)),
     )
-    assert latents.is_meta and all(isinstance(t, int) and x.is_meta for t, x in seen) and len(seen) == 4
+    assert latents.is_meta and all(isinstance(t, int) and x.is_meta for t, x in seen) and len(seen) == 2
     assert model.decode_first_stage(latents).is_meta
 
 
@@ -163,29 +164,6 @@ def test_inversion_asks_the_device_nothing(case: tuple[LatentDiffusion, int]) ->
         assert editing_peak(model, resolution) > 0
 
 
-class Reads(TorchDispatchMode):
-    """Counts the values that are read from tensors, each of which makes the host wait for a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def test_how_often_sampling_reads_does_not_grow_with_its_steps(tiny_model: LatentDiffusion) -> None:
-    counts = []
-    for steps in (3, 9):
-        cond, uncond = tiny_model.get_learned_conditioning(["*"]), tiny_model.get_unconditional()
-        with Reads() as reads:
-            DDIMSampler(tiny_model).sample(
-                steps, 1, (4, 8, 8), cond, unconditional_guidance_scale=3.0, unconditional_conditioning=uncond
-            )
-        counts.append(reads.count)
-    assert counts == [0, 0]
-
-
 def test_counted_memory() -> None:
     """Learning at 512² in half precision fits into 6 GB."""
     full, half = meta_model(), DEFAULTS | {"bfloat16"}
@@ -196,7 +174,6 @@ def test_counted_memory() -> None:
 def test_counted_memory_of_a_switch() -> None:
     small = meta_model("demo")
     learning, sampling = learning_peak(small, 256, 4), sampling_peak(small, 256, 4)
-    assert learning_peak(small, 256, 1) < learning
     assert learning_peak(small, 256, 4, DEFAULTS - {"attention"}) > learning  # the probabilities are kept
     assert learning_peak(small, 256, 4, DEFAULTS - {"frozen"}) > learning  # gradients of all weights
     assert sampling_peak(small, 256, 4, DEFAULTS | {"decode_slices"}) < sampling

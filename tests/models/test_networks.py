@@ -26,30 +26,20 @@ PUBLIC: dict[str, dict[str, Any]] = json.loads((tiny.GOLDEN / "sd_v1_state_dict.
 POSITION_IDS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 
 
-@pytest.fixture(scope="module")
-def full_size() -> dict[str, Tensor]:
-    """The state dict of the shipped configuration, without memory."""
+def test_the_full_size_model_has_the_public_files_keys_and_shapes() -> None:
     with torch.device("meta"):
         model = instantiate_from_config(load_config(CONFIGS / "v1-inference.yaml").model)
-    return {k: v for k, v in model.state_dict().items() if not k.startswith("embedding_manager.")}
-
-
-def test_the_full_size_model_has_the_public_files_keys_and_shapes(full_size: dict[str, Tensor]) -> None:
+    found = {k: v for k, v in model.state_dict().items() if not k.startswith("embedding_manager.")}
     # position_ids are no weights: the numbers 0..76, which newer files leave out
     expected = {key: entry for key, entry in PUBLIC.items() if key != POSITION_IDS}
-    assert len(expected) == 1142 and set(full_size) == set(expected)
-    for key, tensor in full_size.items():
+    assert len(expected) == 1142 and set(found) == set(expected)
+    numbers: Counter[str] = Counter()
+    for key, tensor in found.items():
         assert list(tensor.shape) == expected[key]["shape"], key
         assert str(tensor.dtype) == f"torch.{expected[key]['dtype']}", key
-
-
-def test_the_public_numbers_of_parameters(full_size: dict[str, Tensor]) -> None:
-    numbers = Counter()
-    for key, tensor in full_size.items():
         numbers[key.split(".")[0]] += tensor.numel()
-    assert numbers["model"] == 859_520_964
-    assert numbers["first_stage_model"] == 83_653_863
-    assert numbers["cond_stage_model"] == 123_060_480
+    public = {"model": 859_520_964, "first_stage_model": 83_653_863, "cond_stage_model": 123_060_480}
+    assert {name: numbers[name] for name in public} == public
 
 
 # diffusers as an oracle

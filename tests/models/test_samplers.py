@@ -50,7 +50,7 @@ def our_schedule(steps: int, spacing: str = "leading") -> tuple[np.ndarray, np.n
 
 
 # diffusers spaces timesteps by floor(1000 / S), so the numbers of steps are divisors of 1000
-@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("steps", [1, 5, 20])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddim_is_that_of_diffusers(predict: Callable[[Tensor, int], Tensor], steps: int, spacing: str) -> None:
     options = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": spacing}
@@ -73,7 +73,7 @@ class ForEachPrompt(DPMSolverMultistepScheduler):
 
 
 # the number of steps need not divide 1000
-@pytest.mark.parametrize("steps", [1, 2, 5, 12, 20])
+@pytest.mark.parametrize("steps", [1, 2, 12])
 @pytest.mark.parametrize("prompts", [1, 4, 10])
 def test_dpmpp_2m_is_that_of_diffusers(tiny_model: LatentDiffusion, steps: int, prompts: int) -> None:
     """Second order within a prompt, first order at the first and the last step and where the prompt changes."""
@@ -104,10 +104,10 @@ def test_the_solver_restarts_where_guidance_changes(tiny_model: LatentDiffusion)
     assert both.differs(100, 700) == [False, True], "each image of a batch has its own prompt"
 
 
-@pytest.mark.parametrize("steps", [10, 20, 30, 50])
-def test_trailing_timesteps_share_the_stages_equally(steps: int) -> None:
-    timesteps = ddim_timesteps(steps, spacing="trailing")
-    assert timesteps[-1] == 999 and np.bincount(timesteps // 100).tolist() == [steps // 10] * 10
+def test_trailing_timesteps_share_the_stages_equally() -> None:
+    for steps in (10, 20, 30, 50):
+        timesteps = ddim_timesteps(steps, spacing="trailing")
+        assert timesteps[-1] == 999 and np.bincount(timesteps // 100).tolist() == [steps // 10] * 10
 
 
 @pytest.mark.parametrize(("kind", "first"), [(DDIMSampler, 981), (PLMSSampler, 981), (DPMSolverSampler, 999)])
@@ -116,11 +116,9 @@ def test_every_sampler_has_a_spacing_of_its_own(tiny_model: LatentDiffusion, kin
     for spacing, expected in {None: first, "uniform": 981, "leading": 981, "trailing": 999}.items():
         sampler.make_schedule(50, spacing)
         assert sampler.ddim_timesteps[-1] == expected
-    with pytest.raises(ValueError, match="spaced leading, trailing"):
-        sampler.make_schedule(50, "quad")
 
 
-@pytest.mark.parametrize("steps", [2, 4, 5, 20])
+@pytest.mark.parametrize("steps", [2, 4, 10])
 def test_plms_is_that_of_diffusers(predict: Callable[[Tensor, int], Tensor], steps: int) -> None:
     """The prompt of a call is that of its own timestep, in the second call of the first step too."""
     scheduler = PNDMScheduler(1000, **DIFFUSERS, skip_prk_steps=True, set_alpha_to_one=False)
@@ -137,18 +135,14 @@ def test_plms_is_that_of_diffusers(predict: Callable[[Tensor, int], Tensor], ste
     assert calls == their_calls and len(calls) == steps + 1
 
 
-@pytest.mark.parametrize("steps", [5, 20])
 def test_v_prediction_is_that_of_diffusers(
-    tiny_model: LatentDiffusion,
-    predict: Callable[[Tensor, int], Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    steps: int,
+    tiny_model: LatentDiffusion, predict: Callable[[Tensor, int], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"}
-    expected = theirs(DDIMScheduler(1000, **DIFFUSERS, **options), predict, steps)
+    expected = theirs(DDIMScheduler(1000, **DIFFUSERS, **options), predict, 10)
     monkeypatch.setattr(tiny_model, "parameterization", "v")
     denoise = guided(tiny_model, tiny.stage_contexts())
-    close(ddim(denoise, X_T, *our_schedule(steps)), expected)
+    close(ddim(denoise, X_T, *our_schedule(10)), expected)
 
 
 def test_guided_v_prediction(tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +170,7 @@ def counted_rows(model: LatentDiffusion) -> Iterator[list[int]]:
 def led(model: LatentDiffusion, scale: float | list[float], **options: object) -> Tensor:
     cond, uncond = tiny.stage_contexts(), tiny.context("uncond")
     denoise = guided(model, cond, uncond, scale, **options)
-    return ddim(denoise, X_T, *our_schedule(20))
+    return ddim(denoise, X_T, *our_schedule(10))
 
 
 def test_a_constant_list_of_scales_is_one_scale(tiny_model: LatentDiffusion) -> None:
@@ -188,7 +182,7 @@ def test_a_constant_list_of_scales_is_one_scale(tiny_model: LatentDiffusion) -> 
 def test_a_stage_without_guidance_makes_one_prediction(tiny_model: LatentDiffusion) -> None:
     with counted_rows(tiny_model) as rows:
         led(tiny_model, [1, 1, 7.5, 7.5, 1, 3, 7.5, 7.5, 7.5, 7.5])
-    assert rows == [2] * 10 + [1] * 2 + [2] * 4 + [1] * 4  # two calls for each stage, from the last one down
+    assert rows == [2] * 5 + [1] + [2] * 2 + [1] * 2  # a call for each stage, from the last one down
 
 
 def test_the_scale_of_a_call_is_that_of_its_stage(tiny_model: LatentDiffusion) -> None:
@@ -317,16 +311,14 @@ def test_decoding_from_any_strength(
         assert torch.equal(latents, sampler.sample(10, 1, (4, 8, 8), tiny.context("stage0"), x_T=x)[0])
 
 
-def test_the_start_is_not_changed(tiny_model: LatentDiffusion) -> None:
+def test_sampling_changes_no_start_and_leaves_no_graph(
+    tiny_model: LatentDiffusion, teddy: Conditioning, empty: Conditioning
+) -> None:
     start = X_T.clone()
-    DDIMSampler(tiny_model).sample(3, 1, (4, 8, 8), tiny.context("stage0"), eta=1.0, x_T=start)
-    assert torch.equal(start, X_T)
-
-
-def test_sampling_leaves_no_graph(tiny_model: LatentDiffusion, teddy: Conditioning, empty: Conditioning) -> None:
     latents, _ = PLMSSampler(tiny_model).sample(
-        2, 1, (4, 8, 8), teddy, unconditional_guidance_scale=3.0, unconditional_conditioning=empty
+        2, 1, (4, 8, 8), teddy, x_T=start, unconditional_guidance_scale=3.0, unconditional_conditioning=empty
     )
+    assert torch.equal(start, X_T)
     assert not latents.requires_grad and not tiny_model.decode_first_stage(latents).requires_grad
 
 
@@ -344,7 +336,7 @@ def test_guidance_needs_an_unconditional_prompt(tiny_model: LatentDiffusion) -> 
         (DDIMSampler, {"ddim_num_steps": 10, "ddim_eta": float("nan")}, "must be in 0..1"),
         (DDIMSampler, {"ddim_num_steps": 10, "ddim_eta": 1.05}, "must be in 0..1 .*, not 1.05"),
         (DDIMSampler, {"ddim_num_steps": 10, "ddim_discretize": "quad"}, "not 'quad'"),
-        (PLMSSampler, {"ddim_num_steps": 10, "ddim_eta": 0.5}, "ddim_eta must be 0, not 0.5; use DDIM"),
+        (PLMSSampler, {"ddim_num_steps": 10, "ddim_eta": 0.5}, "ddim_eta must be in 0..0 for PLMSSampler, not 0.5"),
     ],
 )
 def test_wrong_settings_are_refused(

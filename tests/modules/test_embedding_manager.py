@@ -1,6 +1,7 @@
 """The learned vectors: the generator block, the table, initial words, and what changes with training."""
 
 import contextlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,11 @@ from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 
 
-def small_embedder(width: int = 128) -> FrozenCLIPEmbedder:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 16, "num_hidden_layers": 1}
-    return FrozenCLIPEmbedder("small", text_config=sizes, tokenizer=str(tiny.TOKENIZER))
-
-
 @pytest.fixture(scope="module")
 def embedder() -> FrozenCLIPEmbedder:
-    return small_embedder()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 16, "num_hidden_layers": 1}
+    return FrozenCLIPEmbedder("small", text_config=sizes, tokenizer=str(tiny.TOKENIZER))
 
 
 @torch.no_grad()
@@ -36,7 +33,7 @@ def test_dropout_only_while_training(trainable: LatentDiffusion) -> None:
     assert rates == [0.1] * 3
 
 
-@pytest.mark.parametrize("stages", [1, 4, 10, 50])
+@pytest.mark.parametrize("stages", [1, 10])
 @pytest.mark.parametrize("generator", ["block", "table"])
 def test_any_number_of_stages_and_width_128(embedder: FrozenCLIPEmbedder, generator: str, stages: int) -> None:
     manager = EmbeddingManager(embedder, "*", "teddy", num_stages=stages, generator=generator).eval()
@@ -59,10 +56,9 @@ def test_a_table_starts_around_the_initial_embedding(embedder: FrozenCLIPEmbedde
     torch.manual_seed(0)
     single = EmbeddingManager(embedder, "*", "teddy", num_stages=1, generator="table")
     assert torch.equal(single.embeddings(), single.initial_embeddings), "Textual Inversion starts at the word itself"
-    for spread in (0.0, 1.0, 3.0):
-        manager = EmbeddingManager(embedder, "*", "teddy", num_stages=50, generator="table", initial_spread=spread)
-        distance = (manager.embeddings() - manager.initial_embeddings).std() / manager.initial_embeddings.std()
-        assert distance.item() == pytest.approx(spread, rel=0.05, abs=1e-6)
+    manager = EmbeddingManager(embedder, "*", "teddy", num_stages=50, generator="table")
+    distance = (manager.embeddings() - manager.initial_embeddings).std() / manager.initial_embeddings.std()
+    assert distance.item() == pytest.approx(1.0, rel=0.05)
     assert [name for name, _ in manager.named_parameters()] == ["learned.table"]
 
 
@@ -84,19 +80,27 @@ def test_initial_words_are_averaged_over_their_tokens(
     assert manager.initial_word == text
 
 
-@pytest.mark.parametrize("words", ["", " ", ["", " "]])
-def test_an_initial_word_without_tokens_is_refused(embedder: FrozenCLIPEmbedder, words: str | list[str]) -> None:
-    with pytest.raises(ValueError, match="no token"):
-        EmbeddingManager(embedder, "*", words)
-
-
 @pytest.mark.parametrize(
-    ("wrong", "message"),
-    [({"generator": "blok"}, "'block' or 'table', not 'blok'")],
+    ("words", "wrong", "message"),
+    [
+        ("", {}, "no token"),
+        (["", " "], {}, "no token"),
+        ("teddy", {"generator": "blok"}, "'block' or 'table', not 'blok'"),
+        ("teddy", {"norm": "fixed"}, "'free' or 'word', not 'fixed'"),
+        ("teddy", {"method": "neti", "generator": "table"}, "generator has no effect with the method 'neti'"),
+        ("teddy", {"method": "neti", "dropout": 0.0}, "dropout has no effect with the method 'neti'"),
+        ("teddy", {"method": "neti", "norm": "word"}, "norm has no effect with the method 'neti'"),
+    ],
 )
-def test_wrong_parameters_are_refused(embedder: FrozenCLIPEmbedder, wrong: dict, message: str) -> None:
+def test_wrong_parameters_are_refused(
+    embedder: FrozenCLIPEmbedder, words: str | list[str], wrong: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        EmbeddingManager(embedder, "*", "teddy", **wrong)
+        EmbeddingManager(embedder, "*", words, **wrong)
+
+
+def test_settings_of_prospect_do_not_matter_for_generating(embedder: FrozenCLIPEmbedder) -> None:
+    assert EmbeddingManager(embedder, "*", method="neti", generator="table", norm="word").learned is None
 
 
 def test_nothing_learned_and_nothing_loaded(embedder: FrozenCLIPEmbedder) -> None:
@@ -121,21 +125,16 @@ def test_loaded_concepts_stand_beside_the_learned_one(embedder: FrozenCLIPEmbedd
     assert torch.equal(vectors[6:], manager.loaded["<one>"].vectors)
 
 
-def test_a_loaded_concept_takes_the_first_placeholder(embedder: FrozenCLIPEmbedder) -> None:
-    manager = EmbeddingManager(embedder, "*", "teddy", num_stages=10)
-    concept = Concept(torch.randn(10, 128))
+def test_what_is_learned_stays_apart_from_what_is_loaded(embedder: FrozenCLIPEmbedder, tmp_path: Path) -> None:
+    """A concept for the first placeholder is what `embeddings` returns, and not what is saved."""
+    manager = EmbeddingManager(embedder, ["*", "<same>"], "teddy", num_stages=4, generator="table")
+    concept, table = Concept(torch.randn(2, 128)), manager.learned.table[:, 0]
     manager.load(concept)
     assert torch.equal(manager.embeddings(), concept.vectors)
-    assert manager.rows() == {"*": [[row] for row in range(10)]} and len(manager.vectors()) == 10
-
-
-def test_what_is_learned_stays_apart_from_what_is_loaded(embedder: FrozenCLIPEmbedder, tmp_path: Path) -> None:
-    manager = EmbeddingManager(embedder, ["*", "<same>"], "teddy", num_stages=4, generator="table")
-    manager.load({"*": Concept(torch.randn(2, 128))})
     assert manager.rows() == {"<same>": [[0], [1], [2], [3]], "*": [[4], [4], [5], [5]]}
-    assert torch.equal(manager.vectors(), torch.cat([manager.table[:, 0], manager.loaded["*"].vectors]))
+    assert torch.equal(manager.vectors(), torch.cat([table, concept.vectors]))
     manager.save(tmp_path / "learned.safetensors")
-    assert torch.equal(load_concept(tmp_path / "learned.safetensors").vectors, manager.table[:, 0].detach())
+    assert torch.equal(load_concept(tmp_path / "learned.safetensors").vectors, table.detach())
 
 
 @pytest.mark.parametrize("generator", ["block", "table"])
@@ -154,23 +153,12 @@ def test_more_tokens_than_a_prompt_has_are_refused(embedder: FrozenCLIPEmbedder)
         manager.load(Concept({"table": torch.zeros(1, 1, 100_000, 128)}, method="table"))
 
 
-@pytest.mark.parametrize("asked", [{"generator": "table"}, {"dropout": 0.0}, {"norm": "word"}, {"initial_spread": 2.0}])
-def test_settings_of_prospect_are_refused_with_another_method(embedder: FrozenCLIPEmbedder, asked: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(asked))} has no effect with the method 'neti'"):
-        EmbeddingManager(embedder, "*", "teddy", method="neti", **asked)
-    assert EmbeddingManager(embedder, "*", method="neti", **asked).learned is None  # to generate with
-
-
-METHODS = ("prospect", "textual-inversion", "xti", "table", "neti", "catversion")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_learning_starts_from_a_concept_of_its_method_only(
-    embedder: FrozenCLIPEmbedder, method: str, tmp_path: Path
-) -> None:
-    managers = {name: EmbeddingManager(embedder, "*", "teddy", method=name, num_layers=7) for name in METHODS}
-    for other, manager in managers.items():
-        manager.save(tmp_path / f"{other}.safetensors")
+def test_learning_starts_from_a_concept_of_its_method_only(embedder: FrozenCLIPEmbedder, tmp_path: Path) -> None:
+    names = ("prospect", "textual-inversion", "xti", "table", "neti", "catversion")
+    managers = {name: EmbeddingManager(embedder, "*", "teddy", method=name, num_layers=7) for name in names}
+    for name, manager in managers.items():
+        manager.save(tmp_path / f"{name}.safetensors")
+    for method, other in itertools.product(names, names):
         start = load_concept(tmp_path / f"{other}.safetensors")
         alike = other == method or {other, method} == {"prospect", "table"}
         with contextlib.nullcontext() if alike else pytest.raises(ValueError, match="cannot be used: it ") as caught:
@@ -194,21 +182,7 @@ def test_concepts_can_be_unloaded(embedder: FrozenCLIPEmbedder) -> None:
     manager.load({"<a>": Concept(torch.randn(2, 128)), "<b>": Concept(torch.randn(1, 128))})
     manager.unload("<a>")
     assert list(manager.rows()) == ["<b>"] and len(manager.vectors()) == 1
-    with pytest.raises(ValueError, match="'<a>'; loaded: <b>"):
+    with pytest.raises(KeyError, match="<a>"):
         manager.unload("<a>")
     manager.unload()
     assert manager.rows() == {} and manager.vectors() is None
-
-
-def test_a_concept_for_another_model_is_refused_whole(embedder: FrozenCLIPEmbedder) -> None:
-    manager = EmbeddingManager(embedder, "*", "teddy")
-    with pytest.raises(ValueError, match="width 768.*width 128.*another base model"):
-        manager.load({"<cat>": Concept(torch.zeros(1, 128)), "*": Concept(torch.zeros(10, 768))})
-    assert manager.loaded == {}
-
-
-def test_distance_to_the_initial_word(embedder: FrozenCLIPEmbedder) -> None:
-    manager = EmbeddingManager(embedder, "*", "teddy", num_stages=3, generator="table")
-    with torch.no_grad():
-        manager.table[:, 0].copy_(manager.initial_embeddings + torch.tensor([[0.0], [1.0], [2.0]]))
-    assert manager.distance_to_initial().item() == pytest.approx((0 + 1 + 4) * 128 / 3, rel=1e-4)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,9 @@ class _Buffers:
         self.current = context
         self._run: Callable[[], Tensor] = lambda: call(self.x, self.timesteps, self.context)
         if capture:
-            self._capture()
+            self._run = self._captured()
 
-    def _capture(self) -> None:
+    def _captured(self) -> Callable[[], Tensor]:
         with torch.cuda.device(self.x.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -94,7 +94,7 @@ class _Buffers:
             graph.replay()
             return out
 
-        self._run = replay
+        return replay
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Projected) -> Tensor:
         self.x.copy_(x)
@@ -106,39 +106,27 @@ class _Buffers:
         return self._run().clone()  # the next call writes into the same place
 
 
-class Learner(Protocol):
-    """The model whose training step is captured."""
-
-    @property
-    def learned_parameters(self) -> nn.Module: ...
-    def encode_slots(self, slots: Tensor, t: Tensor) -> Context: ...
-    def p_losses(self, x_start: Tensor, cond: Context, t: Tensor, noise: Tensor) -> Step: ...
-
-
 class TensorStep(nn.Module):
-    """The loss of one training step as a function of tensors only, whose parameters are what is learned."""
+    """The loss of a training step as a function of tensors only, whose parameters are what is learned.
 
-    def __init__(self, model: Learner) -> None:
+    Args:
+        learned: the embedding manager.
+        step: function of the inputs; no module, so that the model's frozen weights are no parameters here.
+    """
+
+    def __init__(self, learned: nn.Module | None, step: Callable[..., Step]) -> None:
         super().__init__()
-        self.learned = model.learned_parameters
-        self._model = (model,)  # in a tuple, so that its frozen weights are no parameters of the step
+        self.learned, self._step = learned, step
         self._names: list[str] = []
 
-    def forward(self, z: Tensor, t: Tensor, noise: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
-        """Return the loss, then the values to be logged.
-
-        Args:
-            z, noise: (B, C, H, W).
-            t: (B,).
-            slots: (B, L).
-        """
-        (model,) = self._model
-        loss, parts = model.p_losses(z, model.encode_slots(slots, t), t, noise)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the loss, then the values to be logged."""
+        loss, parts = self._step(*inputs)
         self._names = list(parts)
         return loss, *parts.values()
 
     def named(self, values: tuple[Tensor, ...]) -> Step:
-        """Return (loss, parts) as `p_losses` gives them."""
+        """Return what `step` gave, from what `forward` gives."""
         loss, *parts = values
         # whoever keeps these reads them later than the next replay writes into the same place
         return loss.clone(), {name: part.detach().clone() for name, part in zip(self._names, parts, strict=True)}

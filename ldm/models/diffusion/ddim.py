@@ -25,8 +25,7 @@ def ddim(
         timesteps, alphas, alphas_prev, sigmas: increasing schedule, S entries each (`ldm.models.diffusion.schedule`).
         noise: gives the noise of a step; needed where sigmas are not 0.
     """
-    total = len(timesteps)
-    for step, i in enumerate(reversed(range(total))):
+    for step, i in enumerate(reversed(range(len(timesteps)))):
         t, a, a_prev, sigma = int(timesteps[i]), float(alphas[i]), float(alphas_prev[i]), float(sigmas[i])
         eps = denoise(x, t)
         x_0 = (x - (1 - a) ** 0.5 * eps) / a**0.5

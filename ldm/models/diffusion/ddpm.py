@@ -10,7 +10,8 @@ Shapes: B batch, C latent channels, H W latent height and width, L tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,32 @@ from torch import Tensor, nn
 
 from ldm.conditioning.context import Context
 from ldm.conditioning.encoding import PromptConditioning
+from ldm.conditioning.stages import timesteps_of
 from ldm.models.autoencoder import cosine_to_zero
-from ldm.models.diffusion import latents
 from ldm.models.diffusion.acceleration import Step, TensorStep
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.draws import Draws
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.latent_diffusion import DiffusionWrapper as DiffusionWrapper  # LDM has it here
-from ldm.models.diffusion.latents import LatentCache, Posterior
+from ldm.models.diffusion.latents import ImageSet, LatentCache
 from ldm.models.diffusion.sampling import draw_noise
+from ldm.models.first_stage import Posterior, mode_of
 from ldm.util import mix_seed, to_device
 
 logger = logging.getLogger(__name__)
 
-CAPTURED = "cuda_graph is used for the training step."
-NOT_CAPTURED = (
-    "cuda_graph is not used for the training step: it needs a CUDA device, embeddings to learn, one process, "
-    "no accumulation, and a precision that is not mixed."
-)
+
+def draw_sample(
+    number: int, seed: int, timesteps: range, latent_shape: Sequence[int], validating: bool = False
+) -> dict[str, Tensor]:
+    """Draw a training sample's `t` (1,) from `timesteps`, and its `posterior_noise` and `noise` (1, C, H, W).
+
+    They are functions of the run's seed and the sample's number only: a resumed run draws what the uninterrupted one
+    would have drawn, in whatever batches.
+    """
+    generator = torch.Generator().manual_seed(mix_seed(seed, number, validating))
+    t = torch.randint(timesteps.start, timesteps.stop, (1,), generator=generator, device="cpu")
+    posterior_noise, noise = (draw_noise([generator], (1, *latent_shape), "cpu") for _ in range(2))
+    return {"t": t, "posterior_noise": posterior_noise, "noise": noise}
 
 
 class LatentDiffusion(DiffusionModel, pl.LightningModule):
@@ -50,10 +59,15 @@ class LatentDiffusion(DiffusionModel, pl.LightningModule):
     _latents: LatentCache | None = None
     _prompts: tuple[Any, PromptConditioning] | None = None  # of the latest training batch
 
-    def accelerate(self, compile_unet: bool | str = False, cuda_graph: bool = False) -> None:
-        super().accelerate(compile_unet, cuda_graph)
-        self._read_below: dict[tuple[str, int], Tensor] = {}  # caption, text layer -> what it reads (L, D)
-        self._captured: dict[Any, TensorStep] = {}  # by the sizes of their inputs; no submodules of this one
+    @cached_property
+    def _read_below(self) -> dict[tuple[str, int], Tensor]:
+        """Caption, text layer -> what that layer reads (L, D)."""
+        return {}
+
+    @cached_property
+    def _captured(self) -> dict[Any, TensorStep]:
+        """Training steps by the sizes of their inputs; no submodules of this one."""
+        return {}
 
     def on_fit_start(self) -> None:
         if torch.is_inference_mode_enabled():
@@ -63,12 +77,22 @@ class LatentDiffusion(DiffusionModel, pl.LightningModule):
         if self.cuda_graph:
             with self.trainer.precision_plugin.forward_context():
                 captures = self._captures("train")
-            logger.info(CAPTURED if captures else NOT_CAPTURED)
-        datasets = self._datasets()
-        if self.options.cache_latents and "train" in datasets and hasattr(datasets["train"], "with_images"):
-            self._latents = LatentCache(self.encode_first_stage, datasets["train"])
+            logger.info(
+                "cuda_graph is used for the training step."
+                if captures
+                else "cuda_graph is not used for the training step: it needs a CUDA device, embeddings to learn, one "
+                "process, no accumulation, and a precision that is not mixed."
+            )
+        dataset: Any = self._datasets().get("train")
+        if self.options.cache_latents and hasattr(dataset, "with_images"):
+            latents = self.cache_latents(dataset)
             if self.options.standardize_latents and self.trainer.ckpt_path is None:
-                self._latents.standardize(self.first_stage_model)  # type: ignore[arg-type]  # KL only
+                latents.standardize(self.first_stage_model)  # type: ignore[arg-type]  # KL only
+
+    def cache_latents(self, dataset: ImageSet) -> LatentCache:
+        """Encode all images of a data set, which from then on are no part of its samples."""
+        self._latents = LatentCache(self.encode_moments, dataset)
+        return self._latents
 
     def _datasets(self) -> Mapping[str, Any]:
         return getattr(getattr(self.trainer, "datamodule", None), "datasets", {})
@@ -84,15 +108,18 @@ class LatentDiffusion(DiffusionModel, pl.LightningModule):
 
     def _draw(self, batch: Mapping[str, Any], split: str) -> dict[str, Tensor]:
         """Return the timesteps and noise samples of a batch, on the host."""
-        by_stage = self.options.time_sampling == "stages"
-        draws = Draws(self.seed, self.num_stages, self.num_timesteps, by_stage)
-        return draws.batch(batch["sample"].tolist(), self._latent_shape(batch), validating=split == "val")
-
-    def _latent_shape(self, batch: Mapping[str, Any]) -> torch.Size:
-        if self.image_key not in batch and self._latents is not None:
-            return self._latents.shape
-        sides = batch[self.image_key].shape[1:3]
-        return torch.Size((self.channels, *(side // self.first_stage_model.downsampling for side in sides)))
+        if self._latents is not None and self.image_key not in batch:
+            height, width = self._latents.moments.shape[2:]
+        else:
+            height, width = (side // self.first_stage_model.downsampling for side in batch[self.image_key].shape[1:3])
+        samples = []
+        for number in batch["sample"].tolist():
+            timesteps = range(self.num_timesteps)
+            if self.options.time_sampling == "stages":
+                timesteps = timesteps_of(number % self.num_stages, self.num_stages, self.num_timesteps)
+            shape = (self.channels, height, width)
+            samples.append(draw_sample(number, self.seed, timesteps, shape, validating=split == "val"))
+        return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
 
     def _dropout_seed(self, batch: Mapping[str, Any]) -> int:
         # dropout takes no generator; seeding by the first sample of all processes' batches makes it, too, the same
@@ -103,7 +130,8 @@ class LatentDiffusion(DiffusionModel, pl.LightningModule):
     def posterior(self, batch: Mapping[str, Any]) -> Posterior:
         """Return the posterior of a batch's latents, from the cache or from the first stage."""
         if self.image_key not in batch and self._latents is not None:
-            return self._latents.posterior(batch["image_number"], batch["flipped"])
+            moments = self._latents.of(batch["image_number"], batch["flipped"])
+            return self.first_stage_model.posterior(moments)
         return self.encode_first_stage(batch[self.image_key].permute(0, 3, 1, 2))
 
     def shared_step(self, batch: Mapping[str, Any], split: str) -> Step:
@@ -156,9 +184,12 @@ class LatentDiffusion(DiffusionModel, pl.LightningModule):
         sizes = tuple(x.shape for x in inputs)
         if sizes not in self._captured:
             with torch.random.fork_rng([self.device], device_type="cuda"):  # warming up draws dropout
-                self._captured[sizes] = TensorStep(self).capture(inputs)
+                self._captured[sizes] = TensorStep(self.embedding_manager, self._loss_of_tensors).capture(inputs)
         step = self._captured[sizes]
         return step.named(step(*inputs))
+
+    def _loss_of_tensors(self, z: Tensor, t: Tensor, noise: Tensor, slots: Tensor) -> Step:
+        return self.p_losses(z, self.encode_slots(slots, t), t, noise)
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
         torch.manual_seed(batch["dropout_seed"] if "dropout_seed" in batch else self._dropout_seed(batch))
@@ -220,25 +251,16 @@ class LatentDiffusion(DiffusionModel, pl.LightningModule):
         self, batch: Mapping[str, Any], N: int = 4, split: str = "train", ddim_steps: int = 50, scale: float = 5.0
     ) -> dict[str, Tensor]:
         """Return images to look at during training, (N, 3, H, W) each; samples start from fixed noise."""
-        z = self.get_first_stage_encoding(latents.mode(self.posterior(batch)))[:N]
+        z = self.get_first_stage_encoding(mode_of(self.posterior(batch)))[:N]
         captions = list(batch[self.caption_key])[: len(z)]
         images = {"reconstruction": self.decode_first_stage(z)}
         if self.image_key in batch:
             images["inputs"] = batch[self.image_key][:N].permute(0, 3, 1, 2)
         generators = [torch.Generator().manual_seed(mix_seed(self.seed, i)) for i in range(len(z))]
         x_T = draw_noise(generators, z.shape, self.device)
-        cond = self.get_learned_conditioning(captions)
-        uncond = self.get_unconditional(count=len(z))
+        cond, uncond = self.get_learned_conditioning(captions), self.get_unconditional(count=len(z))
+        sampler = DDIMSampler(self)
+        sampler.make_schedule(ddim_steps)
         for name, guidance in {"samples": 1.0, "samples_scaled": scale}.items():
-            z, _ = DDIMSampler(self).sample(
-                S=ddim_steps,
-                batch_size=len(x_T),
-                shape=tuple(x_T.shape[1:]),
-                conditioning=cond,
-                unconditional_guidance_scale=guidance,
-                unconditional_conditioning=uncond,
-                x_T=x_T,
-                verbose=False,
-            )
-            images[name] = self.decode_first_stage(z)
+            images[name] = self.decode_first_stage(sampler.decode(x_T, cond, ddim_steps, guidance, uncond))
         return images

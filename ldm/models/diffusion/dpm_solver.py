@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,18 +53,13 @@ def dpmpp_2m(
 class DPMSolverSampler(Sampler):
     """LDM-style class over `dpmpp_2m`, to a clean image; of first order wherever the prompt or its guidance changes."""
 
-    name, spacing, deterministic = "DPM-Solver++", "trailing", True
-
-    def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
-    ) -> None:
-        super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
-        self.ddim_alphas_prev[0] = 1.0
+    spacing, largest_eta = "trailing", 0.0
 
     def run(self, denoise: Denoiser, x: Tensor, steps: int, noise: NoiseSource, callback: Callback | None) -> Tensor:
-        times, alphas, alphas_prev = self.ddim_timesteps, self.ddim_alphas, self.ddim_alphas_prev
+        times, alphas = self.ddim_timesteps[:steps], self.ddim_alphas[:steps]
+        alphas_prev = np.append(1.0, alphas[:-1])
         restarts = None
         if isinstance(denoise, Guided):
-            restarts = [denoise.differs(int(t), int(before)) for t, before in zip(times, times[1:steps], strict=False)]
+            restarts = [denoise.differs(int(t), int(before)) for t, before in zip(times, times[1:], strict=False)]
             restarts.append([True])  # the entry that is denoised first
-        return dpmpp_2m(denoise, x, times[:steps], alphas[:steps], alphas_prev[:steps], restarts, callback)
+        return dpmpp_2m(denoise, x, times, alphas, alphas_prev, restarts, callback)

@@ -27,8 +27,7 @@ class FirstBad:
         first = bad & (self._step < 0)
         self._step = torch.where(first, step, self._step)
         if timesteps is not None:
-            known = timesteps if self._timesteps is None else self._timesteps
-            self._timesteps = torch.where(first, timesteps, known)
+            self._timesteps = torch.where(first, timesteps, timesteps if self._timesteps is None else self._timesteps)
 
     def read(self) -> tuple[int, list[int]] | None:
         """Return the first bad step with its batch's timesteps, or None."""
@@ -39,10 +38,9 @@ class FirstBad:
 
 def refuse_bad_latents(watch: FirstBad, num_stages: int, num_timesteps: int) -> None:
     """Raise `NotFiniteError` if latents, watched by timestep, were infinite or NaN."""
-    if (found := watch.read()) is None:
-        return
-    stage = stage_of(found[0], num_stages, num_timesteps)
-    raise NotFiniteError(
-        f"The latents are not finite from timestep {found[0]} on (stage {stage}); use float32 or bfloat16 weights "
-        "(dtype), a smaller guidance scale, or another embedding."
-    )
+    if found := watch.read():
+        t = found[0]
+        raise NotFiniteError(
+            f"The latents are not finite from timestep {t} on (stage {stage_of(t, num_stages, num_timesteps)}); use "
+            "float32 or bfloat16 weights (dtype), a smaller guidance scale, or another embedding."
+        )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,13 +23,11 @@ from ldm.conditioning.learned import NOTHING_LEARNED, Learned
 from ldm.conditioning.presets import Windows
 from ldm.conditioning.prompts import PromptReader
 from ldm.methods.base import LearnedModule
-from ldm.models.diffusion import latents
 from ldm.models.diffusion.acceleration import FixedUNet, Step
 from ldm.models.diffusion.balance import LossBalance
-from ldm.models.diffusion.latents import Posterior
 from ldm.models.diffusion.options import DiffusionOptions
-from ldm.models.diffusion.schedule import at, host_alphas_cumprod, make_betas, schedule_buffers, vlb_weights
-from ldm.models.first_stage import FirstStage
+from ldm.models.diffusion.schedule import at, make_betas, schedule_buffers, vlb_weights
+from ldm.models.first_stage import FirstStage, Posterior
 from ldm.modules.attention import AttentionHook
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.embedding_manager import EmbeddingManager
@@ -102,7 +100,8 @@ class DiffusionModel(nn.Module):
         self.base_model: dict[str, str] = {}
 
         betas = make_betas(opt.linear_start, opt.linear_end, opt.timesteps)
-        self.host_alphas_cumprod = host_alphas_cumprod(betas)  # samplers never ask the device for it
+        # the float32 buffer on the host: samplers never ask the device for it
+        self.host_alphas_cumprod = np.cumprod(1.0 - betas).astype(np.float32).astype(np.float64)
         for name, buffer in schedule_buffers(betas).items():
             self.register_buffer(name, buffer)
         self.register_buffer("lvlb_weights", vlb_weights(betas), persistent=False)
@@ -114,40 +113,33 @@ class DiffusionModel(nn.Module):
             self.cond_stage_model = instantiate_from_config(cond_stage_config)
         if (takes := self.model.diffusion_model.in_channels) != opt.channels:
             raise ValueError(f"channels is {opt.channels}, but the U-Net takes {takes} (in_channels).")
-        if opt.ckpt_path:
-            self.init_from_ckpt(opt.ckpt_path, opt.dtype)
-        self.load_parts(opt.first_stage_ckpt, opt.cond_stage_ckpt)
+        self._load_weights()
         self._freeze(learns_embeddings=personalization_config is not None)
         self.embedding_manager = self._make_manager(personalization_config)
         self.accelerate(opt.compile_unet, opt.cuda_graph)
 
     # --- weights -----------------------------------------------------------------------------------------------
 
-    def init_from_ckpt(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Load the weights of a base model; see `ldm.checkpoint` for formats and errors."""
-        state, self.base_model = read_base_model(path, dtype)
-        load_weights(self, state, path)
-
-    def load_parts(self, first_stage_ckpt: str | None = None, cond_stage_ckpt: str | None = None) -> None:
-        """Load the parts that other runs trained, from their checkpoints."""
-        if first_stage_ckpt:
-            load_weights(self.first_stage_model, read_state_dict(first_stage_ckpt), first_stage_ckpt)
-        if cond_stage_ckpt:
-            prefix = "cond_stage_model."
-            state = read_state_dict(cond_stage_ckpt)
+    def _load_weights(self) -> None:
+        """Load the base model, and the parts that other runs trained, where the options name their files."""
+        opt, prefix = self.options, "cond_stage_model."
+        if opt.ckpt_path:
+            state, self.base_model = read_base_model(opt.ckpt_path, opt.dtype)
+            load_weights(self, state, opt.ckpt_path)
+        if opt.first_stage_ckpt:
+            load_weights(self.first_stage_model, read_state_dict(opt.first_stage_ckpt), opt.first_stage_ckpt)
+        if opt.cond_stage_ckpt:
+            state = read_state_dict(opt.cond_stage_ckpt)
             state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
-            load_weights(self.cond_stage_model, state, cond_stage_ckpt)
+            load_weights(self.cond_stage_model, state, opt.cond_stage_ckpt)
 
     def _freeze(self, learns_embeddings: bool) -> None:
         """Freeze every part that is not trained, and hold it in `frozen_dtype`."""
-        frozen = {
-            self.first_stage_model: True,
-            self.model: learns_embeddings,
-            self.cond_stage_model: not self.cond_stage_trainable,
-        }
-        for part, stays in frozen.items():
-            if stays:
-                part.eval().requires_grad_(False).to(self.options.dtype)
+        frozen: list[nn.Module] = [self.first_stage_model]
+        frozen += [self.model] if learns_embeddings else []
+        frozen += [] if self.cond_stage_trainable else [self.cond_stage_model]
+        for part in frozen:
+            part.eval().requires_grad_(False).to(self.options.dtype)
         if self.options.channels_last:
             for part in (self.model, self.first_stage_model):
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -159,7 +151,7 @@ class DiffusionModel(nn.Module):
         manager = instantiate_from_config(config, embedder=self.cond_stage_model, **sizes)
         manager.base_model = self.base_model
         if (start := self.options.embedding_manager_ckpt) is not None:
-            manager.start_from(start) if manager.learning else manager.load(start)
+            manager.load(start) if manager.learned is None else manager.start_from(start)
         return manager
 
     def accelerate(self, compile_unet: bool | str = False, cuda_graph: bool = False) -> None:
@@ -191,22 +183,6 @@ class DiffusionModel(nn.Module):
         """Averaged weights, as LDM code asks for them; a frozen model has only the ones it has."""
         yield
 
-    # --- first stage -------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def encode_first_stage(self, images: Tensor) -> Posterior:
-        """Return the posterior of the latents of images (B, 3, f·H, f·W) in [-1, 1]."""
-        return latents.encode(self.first_stage_model, images.to(self.device))
-
-    def get_first_stage_encoding(self, posterior: Posterior, noise: Tensor | None = None) -> Tensor:
-        """Return scaled latents (B, C, H, W): a sample of the posterior, by `noise` (B, C, H, W) if it is given."""
-        return self.scale_factor * (posterior if isinstance(posterior, Tensor) else posterior.sample(noise))
-
-    @torch.no_grad()
-    def decode_first_stage(self, z: Tensor) -> Tensor:
-        """Return float32 images (B, 3, f·H, f·W), about [-1, 1], not clamped, for scaled latents z (B, C, H, W)."""
-        return latents.decode(self.first_stage_model, (z / self.scale_factor).to(self.device), self.decode_batch)
-
     def __repr__(self) -> str:
         """Return one line, where `nn.Module` would list hundreds of layers; `print(model.model)` does."""
         total = sum(parameter.numel() for parameter in self.parameters())
@@ -214,6 +190,39 @@ class DiffusionModel(nn.Module):
         names = ", ".join([] if self.embedding_manager is None else self.embedding_manager.loaded) or "none"
         where = f"{self.num_stages} stages, {self.model.diffusion_model.dtype} on {self.device}"
         return f"LatentDiffusion({base}: {total / 1e6:.1f} M parameters, {where}; concepts: {names})"
+
+    # --- first stage -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """Return what the posterior of images (B, 3, f·H, f·W) in [-1, 1] is made of, float32."""
+        return self.first_stage_model.in_range(self.first_stage_model.moments, images.to(self.device))
+
+    def encode_first_stage(self, images: Tensor) -> Posterior:
+        """Return the posterior of the latents of images (B, 3, f·H, f·W) in [-1, 1]."""
+        return self.first_stage_model.posterior(self.encode_moments(images))
+
+    def get_first_stage_encoding(self, posterior: Posterior, noise: Tensor | None = None) -> Tensor:
+        """Return scaled latents (B, C, H, W): a sample of the posterior, by `noise` (B, C, H, W) if it is given."""
+        return self.scale_factor * (posterior if isinstance(posterior, Tensor) else posterior.sample(noise))
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        """Return float32 images (B, 3, f·H, f·W), about [-1, 1], not clamped, for scaled latents z (B, C, H, W).
+
+        `decode_batch` images are decoded at a time; one at a time where the device's memory does not hold them all.
+        """
+        z, first_stage = (z / self.scale_factor).to(self.device), self.first_stage_model
+
+        def decode(size: int) -> Tensor:
+            return torch.cat([first_stage.in_range(first_stage.decode, part) for part in z.split(size)])
+
+        try:
+            return decode(self.decode_batch or len(z))
+        except torch.OutOfMemoryError:
+            if len(z) == 1:
+                raise
+        return decode(1)
 
     # --- prompts -----------------------------------------------------------------------------------------------
 
@@ -235,8 +244,10 @@ class DiffusionModel(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         slots = self.prompt_reader().read(prompts, prospect_words, legacy_word_tokens)
         # what is loaded now, as for the reader, whatever another thread loads meanwhile
-        encoder = SlotEncoder(self.encode_slots, self.learned_now(truncation))
-        return PromptConditioning(slots, encoder, self.num_timesteps, self.device)
+        return self._conditioning(slots, self.learned_now(truncation))
+
+    def _conditioning(self, slots: Tensor, learned: Learned) -> PromptConditioning:
+        return PromptConditioning(slots, SlotEncoder(self.encode_slots, learned), self.num_timesteps, self.device)
 
     def prompt_reader(self, plain: bool = False) -> PromptReader:
         """Return what turns prompts into token slots, with what is learned or loaded now; `plain` without it."""
@@ -274,9 +285,7 @@ class DiffusionModel(nn.Module):
 
     def get_unconditional(self, negative: str = "", count: int = 1) -> PromptConditioning:
         """Return `count` times the plain text that guidance leads away from, every concept switched off."""
-        slots = self.prompt_reader(plain=True).read([negative] * count)
-        plain = SlotEncoder(self.encode_slots, NOTHING_LEARNED)
-        return PromptConditioning(slots, plain, self.num_timesteps, self.device)
+        return self._conditioning(self.prompt_reader(plain=True).read([negative] * count), NOTHING_LEARNED)
 
     def encode_slots(self, slots: Tensor, t: Tensor, learned: Learned | None = None, plain: int = 0) -> Context:
         """Return the context of token slots (N, L), with what is learned at timesteps t (1 or N,) in its places.
@@ -286,8 +295,7 @@ class DiffusionModel(nn.Module):
             plain: how many tokens at the beginning are no learned ones in any row.
         """
         learned = self.learned_now() if learned is None else learned
-        vectors = learned.vectors(t)
-        return self.cond_stage_model.encode(slots, vectors, learned.prefix, learned.logit_bias, plain)
+        return self.cond_stage_model.encode(slots, learned.vectors(t), learned.prefix, learned.logit_bias, plain)
 
     # --- diffusion ---------------------------------------------------------------------------------------------
 
@@ -306,12 +314,7 @@ class DiffusionModel(nn.Module):
             cond = as_conditioning(cond, self.num_timesteps).at(t)
         if hook is not None:
             return self.model.diffusion_model(x_noisy, t, cond, hook)
-        unet = self._fixed_unet or self.model.diffusion_model
-        return unet(x_noisy, t, cond)
-
-    def project_context(self, context: Context) -> Projected:
-        """Return the keys and values of all cross-attention layers, for `apply_model` in a context's place."""
-        return self.model.diffusion_model.project(context)
+        return (self._fixed_unet or self.model.diffusion_model)(x_noisy, t, cond)
 
     def to_eps(self, prediction: Tensor, x_noisy: Tensor, t: Tensor) -> Tensor:
         """Return the predicted noise, whatever the parameterization (v: Salimans and Ho 2022, appendix D)."""
@@ -354,10 +357,3 @@ class DiffusionModel(nn.Module):
     def learned(self) -> LearnedModule | None:
         """The module that is being learned; None otherwise."""
         return None if self.embedding_manager is None else self.embedding_manager.learned
-
-    @property
-    def learned_parameters(self) -> nn.Module:
-        """The embedding manager, whose parameters are what is learned."""
-        if self.embedding_manager is None:
-            raise ValueError("This model has no personalization_config, so nothing is learned beside its networks.")
-        return self.embedding_manager

@@ -1,7 +1,4 @@
-"""The first stage as a latent diffusion model uses it, and latents that are encoded once for all training steps.
-
-Shapes: B batch, C latent channels, H W latent height and width; f = 8 in Stable Diffusion v1.
-"""
+"""Latents that are encoded once for all training steps."""
 
 from __future__ import annotations
 
@@ -12,40 +9,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ldm.models.first_stage import DiagonalGaussianDistribution, FirstStage, KLFirstStage
+from ldm.models.first_stage import KLFirstStage
 from ldm.util import to_device
 
-Posterior = DiagonalGaussianDistribution | Tensor  # a VQ first stage has no distribution
-
-
-def encode(first_stage: FirstStage, images: Tensor) -> Posterior:
-    """Return the float32 posterior of the latents of images (B, 3, f·H, f·W) in [-1, 1]."""
-    posterior = first_stage.in_range(first_stage.encode, images)
-    if isinstance(posterior, DiagonalGaussianDistribution):
-        return DiagonalGaussianDistribution(posterior.parameters.float())
-    return posterior.float()
-
-
-def decode(first_stage: FirstStage, z: Tensor, batch: int | None = None) -> Tensor:
-    """Return float32 images (B, 3, f·H, f·W), about [-1, 1], not clamped, for unscaled latents z (B, C, H, W).
-
-    `batch` images are decoded at a time; one at a time where the device's memory does not hold them all.
-    """
-    try:
-        return _decode_in_slices(first_stage, z, batch or len(z))
-    except torch.OutOfMemoryError:
-        if len(z) == 1:
-            raise
-    return _decode_in_slices(first_stage, z, 1)
-
-
-def _decode_in_slices(first_stage: FirstStage, z: Tensor, size: int) -> Tensor:
-    return torch.cat([first_stage.in_range(first_stage.decode, part).float() for part in z.split(size)])
-
-
-def mode(posterior: Posterior) -> Tensor:
-    """Return the most likely latents (B, C, H, W)."""
-    return posterior.mode() if isinstance(posterior, DiagonalGaussianDistribution) else posterior
+PIXELS = 2**19  # encoded at a time: two images of 512², 128 of 64²
 
 
 class ImageSet(Protocol):
@@ -59,62 +26,42 @@ class ImageSet(Protocol):
 
 
 class LatentCache:
-    """Posterior moments of all images of a data set, which from then on leaves the images out of its samples.
+    """Posterior moments (images, 2z or z, H, W) of a data set, which from then on leaves images out of its samples.
 
     The posterior is still sampled in every step: the same distribution as encoding anew.
 
     Args:
-        encode: images (B, 3, f·H, f·W) -> posterior.
+        encode: images (B, 3, f·H, f·W) -> moments.
     """
 
-    PIXELS = 2**19  # encoded at a time: two images of 512², 128 of 64²
-
     @torch.no_grad()
-    def __init__(self, encode: Callable[[Tensor], Posterior], dataset: ImageSet) -> None:
-        keys = [(i, f) for i in range(dataset.num_images) for f in ((False, True) if dataset.flips else (False,))]
-        self._flips = dataset.flips
-        self._is_gaussian = True
-        parts = []
-        size = max(1, self.PIXELS // dataset.image(0)[0].numel())
-        for start in tqdm(range(0, len(keys), size), desc="encoding images", disable=len(keys) <= 2 * size):
-            posterior = encode(torch.stack([dataset.image(i, flip) for i, flip in keys[start : start + size]]))
-            self._is_gaussian = isinstance(posterior, DiagonalGaussianDistribution)
-            parts.append(posterior.parameters if isinstance(posterior, DiagonalGaussianDistribution) else posterior)
-        self.moments = torch.cat(parts)
+    def __init__(self, encode: Callable[[Tensor], Tensor], dataset: ImageSet) -> None:
+        self.flips = dataset.flips
+        keys = [(i, f) for i in range(dataset.num_images) for f in ((False, True) if self.flips else (False,))]
+        size = max(1, PIXELS // dataset.image(0)[0].numel())
+        starts = tqdm(range(0, len(keys), size), desc="encoding images", disable=len(keys) <= 2 * size)
+        batches = (torch.stack([dataset.image(i, f) for i, f in keys[start : start + size]]) for start in starts)
+        self.moments = torch.cat([encode(images) for images in batches])
         dataset.with_images = False
 
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of an image's latents, (C, H, W)."""
-        _, channels, *size = self.moments.shape
-        return torch.Size((channels // 2 if self._is_gaussian else channels, *size))
-
-    def posterior(self, images: Tensor, flipped: Tensor) -> Posterior:
-        """Return the posterior of the images numbered (B,), flipped where `flipped` (B,) says so."""
-        rows = images * 2 + flipped.long() if self._flips else images
-        moments = self.moments[to_device(rows, self.moments.device)]
-        return DiagonalGaussianDistribution(moments) if self._is_gaussian else moments
+    def of(self, images: Tensor, flipped: Tensor) -> Tensor:
+        """Return the moments of the images numbered (B,), flipped where `flipped` (B,) says so."""
+        rows = images * 2 + flipped.long() if self.flips else images
+        return self.moments[to_device(rows, self.moments.device)]
 
     @torch.no_grad()
     def standardize(self, first_stage: KLFirstStage) -> None:
         """Give latents mean 0 and standard deviation 1 in every channel, by changing the 1x1 convolutions of a KL
         first stage: what it reconstructs stays the same."""
         mean, logvar = self.moments.chunk(2, dim=1)
-        shift = mean.mean(dim=(0, 2, 3))  # (C,)
-        scale = 1 / mean.std(dim=(0, 2, 3))
-        self.moments = torch.cat(
-            [(mean - _per_channel(shift)) * _per_channel(scale), logvar + 2 * _per_channel(scale).log()], dim=1
-        )
-        encode, decode = first_stage.quant_conv, first_stage.post_quant_conv
-        channels = len(shift)
+        shift, scale = mean.mean(dim=(0, 2, 3)), 1 / mean.std(dim=(0, 2, 3))  # (C,)
+        per_channel = scale.view(-1, 1, 1)
+        mean, logvar = (mean - shift.view(-1, 1, 1)) * per_channel, logvar + 2 * per_channel.log()
+        self.moments = torch.cat([mean, logvar], dim=1)
+        encode, decode, channels = first_stage.quant_conv, first_stage.post_quant_conv, len(shift)
         bias = encode.get_parameter("bias")
         bias[:channels].sub_(shift).mul_(scale)
         encode.weight[:channels].mul_(scale.view(-1, 1, 1, 1))
         bias[channels:].add_(2 * scale.log())
         decode.get_parameter("bias").add_(decode.weight[:, :, 0, 0].float() @ shift)
-        decode.weight.div_(scale.view(1, -1, 1, 1))
-
-
-def _per_channel(channels: Tensor) -> Tensor:
-    """Shape a value for each channel (C,) as (1, C, 1, 1)."""
-    return channels.view(1, -1, 1, 1)
+        decode.weight.div_(per_channel)

@@ -11,33 +11,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """Options of `LatentDiffusion`: the reference's keys, and these.
+    """Options of `LatentDiffusion`; raises `ValueError` for a value out of its range, or an unknown choice."""
 
-    Args:
-        parameterization: what the U-Net predicts, `eps` (Stable Diffusion v1) or `v` (Salimans and Ho 2022).
-        ckpt_path: base model (.ckpt, .safetensors, diffusers folder). None: random weights.
-        first_stage_ckpt, cond_stage_ckpt: for training from scratch, the runs that trained these parts.
-        standardize_latents: training from scratch: fold into the first stage what gives its latents mean 0 and
-            standard deviation 1 in every channel (LDM's `scale_by_std`, but for each channel).
-        embedding_manager_ckpt: concept to start from, or to generate with.
-        frozen_dtype: float32, float16 or bfloat16, the precision in which frozen weights are held and used.
-        channels_last: memory format of the convolutions' weights.
-        cache_latents: encode every image once (posterior moments, for each flip); the posterior is still sampled in
-            every step.
-        cache_text: a learned prefix (CatVersion) begins in a high text layer; the layers below it are run once for
-            each caption.
-        time_sampling: `uniform` (the reference), or `stages`: sample n is trained at a random timestep of stage
-            n mod S, so that every stage has its turn.
-        balanced_loss: training from scratch: divide the loss by its running mean at that noise level.
-        fused_adamw: PyTorch's fused kernel for the embeddings' optimizer.
-        decode_batch: images that the first stage decodes at a time, when memory is short; None for all.
-        compile_unet: torch.compile the U-Net; true or a mode, `reduce-overhead` (what true means) or `max-autotune`.
-        cuda_graph: capture the U-Net call, and the training step, in CUDA graphs: no compilation to wait for.
-
-    Raises:
-        ValueError: a value out of its range, or an unknown choice.
-    """
-
+    # the reference's
     linear_start: float = 0.00085
     linear_end: float = 0.0120
     timesteps: int = 1000
@@ -48,38 +24,36 @@ class DiffusionOptions:
     cond_stage_key: str = "caption"
     cond_stage_trainable: bool = False
     embedding_reg_weight: float = 0.0
-    parameterization: str = "eps"
-    ckpt_path: str | None = None
-    first_stage_ckpt: str | None = None
+    parameterization: str = "eps"  # what the U-Net predicts: eps (Stable Diffusion v1) or v (Salimans and Ho 2022)
+    ckpt_path: str | None = None  # base model (.ckpt, .safetensors, diffusers folder); None: random weights
+    embedding_manager_ckpt: str | None = None  # concept to start from, or to generate with
+
+    # training from scratch
+    first_stage_ckpt: str | None = None  # of the run that trained this part
     cond_stage_ckpt: str | None = None
-    standardize_latents: bool = False
-    embedding_manager_ckpt: str | None = None
-    frozen_dtype: str = "float32"
-    channels_last: bool = False
-    cache_latents: bool = True
-    cache_text: bool = True
-    time_sampling: str = "uniform"
-    balanced_loss: bool = False
-    fused_adamw: bool = True
-    decode_batch: int | None = None
-    compile_unet: bool | str = False
-    cuda_graph: bool = False
+    standardize_latents: bool = False  # LDM's `scale_by_std` for each channel; it is folded into the first stage
+    balanced_loss: bool = False  # divide the loss by its running mean at that noise level
+    time_sampling: str = "uniform"  # or stages: sample n has a random timestep of stage n mod S
+
+    # speed and memory (docs/benchmarks.md)
+    frozen_dtype: str = "float32"  # in which frozen weights are held and used: float32, float16 or bfloat16
+    channels_last: bool = False  # memory format of the convolutions' weights
+    cache_latents: bool = True  # encode every image and flip once; the posterior is still sampled in every step
+    cache_text: bool = True  # run the text layers below a learned prefix (CatVersion) once for each caption
+    fused_adamw: bool = True  # PyTorch's fused kernel for the embeddings' optimizer
+    decode_batch: int | None = None  # images that the first stage decodes at a time; None: all
+    compile_unet: bool | str = False  # a mode of torch.compile; true is reduce-overhead
+    cuda_graph: bool = False  # capture the U-Net call, and the training step, in CUDA graphs
 
     def __post_init__(self) -> None:
-        choices = {
-            "parameterization": ("eps", "v"),
-            "frozen_dtype": tuple(DTYPES),
-            "time_sampling": ("uniform", "stages"),
-        }
+        choices = {"parameterization": ("eps", "v"), "frozen_dtype": DTYPES, "time_sampling": ("uniform", "stages")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not '{getattr(self, name)}'.")
-        for name in ("timesteps", "prospect_stages"):
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'.")
+        for name in ("timesteps", "prospect_stages", "decode_batch"):
             count = getattr(self, name)
-            if not isinstance(count, int) or count < 1:
+            if count is not None and not (isinstance(count, int) and count >= 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {count!r}.")
-        if self.decode_batch is not None and self.decode_batch < 1:
-            raise ValueError(f"decode_batch must be at least 1, or left out for all at once, not {self.decode_batch}.")
         if self.compile_unet and self.cuda_graph:
             raise ValueError("compile_unet uses CUDA graphs of its own; choose it or cuda_graph.")
 

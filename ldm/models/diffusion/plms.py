@@ -23,14 +23,13 @@ def plms(
     call reads the prompt of its own timestep.
     """
     older: list[Tensor] = []  # earlier noise predictions, the latest first
-    total = len(timesteps)
 
     def move(x: Tensor, eps: Tensor, i: int) -> tuple[Tensor, Tensor]:
         a, a_prev = float(alphas[i]), float(alphas_prev[i])
         x_0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
         return a_prev**0.5 * x_0 + (1 - a_prev) ** 0.5 * eps, x_0
 
-    for step, i in enumerate(reversed(range(total))):
+    for step, i in enumerate(reversed(range(len(timesteps)))):
         t = int(timesteps[i])
         eps = denoise(x, t)
         if not older:
@@ -52,7 +51,7 @@ def plms(
 class PLMSSampler(Sampler):
     """LDM's sampler class, over `plms`."""
 
-    name, deterministic = "PLMS", True
+    largest_eta = 0.0
 
     def run(self, denoise: Denoiser, x: Tensor, steps: int, noise: NoiseSource, callback: Callback | None) -> Tensor:
         timesteps, alphas, alphas_prev = self.ddim_timesteps, self.ddim_alphas, self.ddim_alphas_prev

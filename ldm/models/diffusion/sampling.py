@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.conditioning.context import Cond, Context, Projected, as_conditioning
 from ldm.conditioning.encoding import encode_together
 from ldm.conditioning.stages import at_stage
+from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 from ldm.modules.attention import AttentionHook, Site, is_wanted
 from ldm.request import SPACINGS
@@ -33,20 +34,6 @@ NoiseSource = Callable[[], Tensor]  # the next standard normal (B, C, H, W)
 Callback = Callable[[int, int, Tensor, Tensor], "Tensor | None"]
 
 
-class NoisePredictor(Protocol):
-    """The part of a latent diffusion model that samplers need."""
-
-    num_timesteps: int
-    host_alphas_cumprod: np.ndarray
-
-    @property
-    def device(self) -> torch.device: ...
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor: ...
-    def project_context(self, context: Context) -> Projected: ...
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Projected, hook: AttentionHook | None = None) -> Tensor: ...
-    def to_eps(self, prediction: Tensor, x_noisy: Tensor, t: Tensor) -> Tensor: ...
-
-
 class Guided:
     """The model's noise prediction under classifier-free guidance (Ho and Salimans 2022, eq. 6, with w + 1).
 
@@ -55,7 +42,6 @@ class Guided:
     context stays the same.
 
     Args:
-        guidance_scale: one for all timesteps, or a sequence of one for each stage, entry 0 = end of sampling.
         hook: called in every attention of the U-Net, with the timestep in its site.
         rescale: φ of Lin et al. 2024 (section 3.4, eq. 15 and 16), 0 to 1.
 
@@ -65,7 +51,7 @@ class Guided:
 
     def __init__(
         self,
-        model: NoisePredictor,
+        model: DiffusionModel,
         cond: Cond,
         uncond: Cond | None = None,
         guidance_scale: GuidanceScale = 1.0,
@@ -73,12 +59,11 @@ class Guided:
         rescale: float = 0.0,
     ) -> None:
         self.model, self.hook, self.rescale = model, hook, rescale
-        self.scales = scale_of_stages(guidance_scale)
+        self.scales = guidance_scale if isinstance(guidance_scale, Sequence) else (guidance_scale,)
         self.prompts = [as_conditioning(cond, model.num_timesteps)]
         if any(scale != 1.0 for scale in self.scales):
             if uncond is None:
-                given = f"A guidance scale of {guidance_scale}"
-                raise ValueError(f"{given} needs unconditional_conditioning (the prompt '').")
+                raise ValueError(f"A guidance scale of {guidance_scale} needs unconditional_conditioning (prompt '').")
             self.prompts.insert(0, as_conditioning(uncond, model.num_timesteps))
         self._kept: tuple[list[Context], Projected] | None = None
 
@@ -93,10 +78,9 @@ class Guided:
         return [scale_differs or any(prompts) for prompts in found]
 
     def _projected(self, contexts: list[Context]) -> Projected:
-        kept = self._kept
-        if kept is None or [*map(id, kept[0])] != [*map(id, contexts)]:
-            kept = self._kept = contexts, self.model.project_context(Context.cat(*contexts))
-        return kept[1]
+        if self._kept is None or [*map(id, self._kept[0])] != [*map(id, contexts)]:
+            self._kept = contexts, self.model.model.diffusion_model.project(Context.cat(*contexts))
+        return self._kept[1]
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: int) -> Tensor:
@@ -113,24 +97,13 @@ class Guided:
             return prediction
         uncond, cond = prediction.chunk(2)
         led = uncond + scale * (cond - uncond)
-        return led if not self.rescale else model.to_eps(rescaled(led, cond, self.rescale), x, timesteps[: len(x)])
+        if not self.rescale:
+            return led
+        deviation = cond.std((1, 2, 3), keepdim=True) / led.std((1, 2, 3), keepdim=True)
+        return model.to_eps(led * (1 - self.rescale + self.rescale * deviation), x, timesteps[: len(x)])
 
 
 guided = Guided
-
-
-def scale_of_stages(guidance_scale: GuidanceScale) -> tuple[float, ...]:
-    """Return the guidance scale of each stage; one number is one stage."""
-    return tuple(guidance_scale) if isinstance(guidance_scale, Sequence) else (guidance_scale,)
-
-
-def rescaled(led: Tensor, cond: Tensor, share: float) -> Tensor:
-    """Return the prediction under guidance with a share of its deviation made that of the conditional one.
-
-    Both are (B, C, H, W), as the network predicts them (Lin et al. 2024, eq. 15 and 16).
-    """
-    axes = list(range(1, led.ndim))
-    return led * (1 - share + share * cond.std(axes, keepdim=True) / led.std(axes, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -172,18 +145,17 @@ class Sampler(ABC):
     `ddim_sqrt_one_minus_alphas`, each (S,) float64 on the host.
     """
 
-    name = "DDIM"
     spacing = "leading"  # where none is asked for
-    deterministic = False  # there is no ddim_eta
+    largest_eta = 1.0  # above 1 a step would have to add more noise than is left after it
 
-    def __init__(self, model: NoisePredictor, schedule: str = "linear") -> None:
+    def __init__(self, model: DiffusionModel, schedule: str = "linear") -> None:
         self.model = model
         self.ddpm_num_timesteps = model.num_timesteps
 
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str | None = None, ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Evenly spaced timesteps; raises `ValueError` for a number of steps outside 1..T or an eta outside 0..1.
+        """Evenly spaced timesteps; raises `ValueError` for a number of steps, a spacing or an eta out of range.
 
         Args:
             ddim_discretize: `leading`, which LDM calls `uniform`, or `trailing`; by default the sampler's own.
@@ -191,10 +163,8 @@ class Sampler(ABC):
         spacing = {None: self.spacing, "uniform": "leading"}.get(ddim_discretize, ddim_discretize)
         if spacing not in SPACINGS:
             raise ValueError(f"Timesteps are spaced {', '.join(SPACINGS)} (uniform) here, not '{ddim_discretize}'.")
-        if self.deterministic and ddim_eta != 0:
-            raise ValueError(f"{self.name} is deterministic: ddim_eta must be 0, not {ddim_eta}; use DDIM for eta > 0.")
-        if not 0 <= ddim_eta <= 1:  # above 1 a step would have to add more noise than is left after it
-            raise ValueError(f"ddim_eta must be in 0..1 (1 is as random as DDPM), not {ddim_eta}.")
+        if not 0 <= ddim_eta <= self.largest_eta:
+            raise ValueError(f"ddim_eta must be in 0..{self.largest_eta:g} for {type(self).__name__}, not {ddim_eta}.")
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, spacing)
         alphas, alphas_prev, sigmas = ddim_parameters(self.model.host_alphas_cumprod, self.ddim_timesteps, ddim_eta)
         self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas = alphas, alphas_prev, sigmas
@@ -229,18 +199,13 @@ class Sampler(ABC):
         Args:
             shape: (C, H, W).
             callback, img_callback: LDM's hooks, called with the step, and with (predicted x_0, step).
-            step_callback: called with (step, timestep, x, predicted x_0).
-            unconditional_guidance_scale: one, or a sequence of one for each stage, entry 0 = end of sampling.
-            guidance_rescale: see `Guided`.
-            spacing: see `make_schedule`.
             x_T: start, standard normal (B, C, H, W); drawn from `generators` if None.
             generators: one for each sample.
         """
         self.make_schedule(S, spacing, eta, verbose)
-        device = self.model.device
-        size = (batch_size, *shape)
-        x = draw_noise(generators, size, device) if x_T is None else x_T.to(device)
-        intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
+        start = draw_noise(generators, (batch_size, *shape), self.model.device) if x_T is None else x_T
+        start = start.to(self.model.device)
+        intermediates: dict[str, list[Tensor]] = {"x_inter": [start], "pred_x0": [start]}
 
         def hooks(step: int, t: int, x: Tensor, x_0: Tensor) -> Tensor | None:
             index = S - 1 - step
@@ -253,9 +218,8 @@ class Sampler(ABC):
                 img_callback(x_0, step)
             return None if step_callback is None else step_callback(step, t, x, x_0)
 
-        guidance = unconditional_guidance_scale
-        denoise = Guided(self.model, conditioning, unconditional_conditioning, guidance, rescale=guidance_rescale)
-        return self.run(denoise, x, S, lambda: draw_noise(generators, size, device), hooks), intermediates
+        guidance = unconditional_guidance_scale, unconditional_conditioning
+        return self.decode(start, conditioning, S, *guidance, generators, hooks, guidance_rescale), intermediates
 
     @torch.no_grad()
     def stochastic_encode(
@@ -288,7 +252,7 @@ class Sampler(ABC):
         As in the reference, latents noised to entry t_start (`stochastic_encode`) are denoised from the entry
         below it. `t_start` 0 returns them as they are.
         """
-        guidance = unconditional_guidance_scale
-        denoise = Guided(self.model, cond, unconditional_conditioning, guidance, rescale=guidance_rescale)
+        guidance = unconditional_conditioning, unconditional_guidance_scale
+        denoise = Guided(self.model, cond, *guidance, rescale=guidance_rescale)
         noise = lambda: draw_noise(generators, x_latent.shape, x_latent.device)  # noqa: E731
         return self.run(denoise, x_latent, min(int(t_start), len(self.ddim_timesteps)), noise, step_callback)

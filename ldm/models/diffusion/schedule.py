@@ -39,11 +39,6 @@ def schedule_buffers(betas: np.ndarray) -> dict[str, Tensor]:
     return {name: torch.tensor(values, dtype=torch.float32) for name, values in buffers.items()}
 
 
-def host_alphas_cumprod(betas: np.ndarray) -> np.ndarray:
-    """Return the float32 buffer `alphas_cumprod` (T,) as float64 on the host, for the samplers' schedules."""
-    return np.cumprod(1.0 - betas).astype(np.float32).astype(np.float64)
-
-
 def vlb_weights(betas: np.ndarray) -> Tensor:
     """Return the weights (T,) float32 of the variational bound for eps-prediction; logged only (train/loss_vlb)."""
     buffers = schedule_buffers(betas)

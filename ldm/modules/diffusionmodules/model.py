@@ -5,7 +5,8 @@ Shapes: images (B, 3, H, W) in [-1, 1]; latents (B, z, H/f, W/f) with f = 2^(lev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,6 +14,34 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import attend
 from ldm.modules.diffusionmodules.util import Upsample
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSizes:
+    """The `ddconfig` of a configuration.
+
+    Args:
+        ch, ch_mult: the width of each level is `ch` times its multiple, from fine to coarse.
+        attn_resolutions: sides in pixels of the levels with attention, for images of `resolution`.
+        double_z: the encoder gives mean and log-variance.
+    """
+
+    ch: int
+    ch_mult: Sequence[int]
+    num_res_blocks: int
+    in_channels: int
+    z_channels: int
+    resolution: int
+    attn_resolutions: Sequence[int] = ()
+    out_ch: int = 3
+    double_z: bool = True
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+
+    @property
+    def levels(self) -> list[tuple[int, bool]]:
+        """Width of each level and whether it has attention, from fine to coarse."""
+        return [(self.ch * m, self.resolution // 2**i in self.attn_resolutions) for i, m in enumerate(self.ch_mult)]
 
 
 def normalize(channels: int, groups: int) -> nn.GroupNorm:
@@ -82,107 +111,69 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution, each followed by attention where the level has it."""
+    """The blocks at one resolution, each followed by attention where the level has it, and the way to the next one."""
 
     def __init__(self, channels: Sequence[int], attention: bool, groups: int, dropout: float) -> None:
         super().__init__()
         pairs = list(zip(channels[:-1], channels[1:], strict=True))
         self.block = nn.ModuleList(ResnetBlock(c_in, c_out, groups, dropout) for c_in, c_out in pairs)
-        self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _, c_out in pairs if attention)
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups) if attention else nn.Identity() for _, c_out in pairs)
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        return x
+        for block, attention in zip(self.block, self.attn, strict=True):
+            x = attention(block(x))
+        return self.upsample(self.downsample(x))
 
 
-class _Coder(nn.Module):
-    """Base of encoder and decoder: the `ddconfig` of the YAML files."""
-
-    _build: Callable[..., None]  # makes the layers
-
-    # part of the reference's ddconfig; `out_ch` belongs to the decoder, `double_z` to the encoder
-    def __init__(
-        self,
-        *,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        in_channels: int,
-        z_channels: int,
-        resolution: int,
-        attn_resolutions: Sequence[int] = (),
-        out_ch: int = 3,
-        double_z: bool = True,
-        dropout: float = 0.0,
-        norm_num_groups: int = 32,
-    ) -> None:
-        super().__init__()
-        widths = [ch * m for m in ch_mult]
-        resolutions = [resolution // 2**i for i in range(len(widths))]
-        self._build(
-            widths=widths,
-            attention=[r in attn_resolutions for r in resolutions],
-            blocks=num_res_blocks,
-            in_channels=in_channels,
-            out_channels=out_ch,
-            z_channels=z_channels,
-            double_z=double_z,
-            groups=norm_num_groups,
-            dropout=dropout,
-        )
-
-
-class Encoder(_Coder):
+class Encoder(nn.Module):
     """Images (B, 3, H, W) -> features (B, 2z, H/f, W/f), before the 1x1 `quant_conv`."""
 
-    def _build(self, widths, attention, blocks, in_channels, z_channels, double_z, groups, dropout, **_) -> None:
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+    def __init__(self, sizes: AutoencoderSizes) -> None:
+        super().__init__()
+        groups, dropout, blocks = sizes.norm_num_groups, sizes.dropout, sizes.num_res_blocks
+        channels = sizes.levels[0][0]
+        self.conv_in = nn.Conv2d(sizes.in_channels, channels, 3, padding=1)
         self.down = nn.ModuleList()
-        previous = widths[0]
-        for i, width in enumerate(widths):
-            level = Level([previous] + [width] * blocks, attention[i], groups, dropout)
-            if i < len(widths) - 1:
+        for i, (width, attention) in enumerate(sizes.levels):
+            level = Level([channels] + [width] * blocks, attention, groups, dropout)
+            if i < len(sizes.levels) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-            previous = width
-        self.mid = Middle(previous, groups, dropout)
-        self.norm_out = normalize(previous, groups)
-        self.conv_out = nn.Conv2d(previous, 2 * z_channels if double_z else z_channels, 3, padding=1)
+            channels = width
+        self.mid = Middle(channels, groups, dropout)
+        self.norm_out = normalize(channels, groups)
+        self.conv_out = nn.Conv2d(channels, (1 + sizes.double_z) * sizes.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.get_submodule("downsample")(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
-class Decoder(_Coder):
+class Decoder(nn.Module):
     """Latents (B, z, h, w), after the 1x1 `post_quant_conv`, -> images (B, 3, f·h, f·w), not clamped."""
 
-    def _build(self, widths, attention, blocks, out_channels, z_channels, groups, dropout, **_) -> None:
-        previous = widths[-1]
-        self.conv_in = nn.Conv2d(z_channels, previous, 3, padding=1)
-        self.mid = Middle(previous, groups, dropout)
-        levels: list[Level] = []
-        for i in reversed(range(len(widths))):
-            level = Level([previous] + [widths[i]] * (blocks + 1), attention[i], groups, dropout)
+    def __init__(self, sizes: AutoencoderSizes) -> None:
+        super().__init__()
+        groups, dropout, blocks = sizes.norm_num_groups, sizes.dropout, sizes.num_res_blocks
+        channels = sizes.levels[-1][0]
+        self.conv_in = nn.Conv2d(sizes.z_channels, channels, 3, padding=1)
+        self.mid = Middle(channels, groups, dropout)
+        self.up = nn.ModuleList()
+        for i, (width, attention) in reversed(list(enumerate(sizes.levels))):
+            level = Level([channels] + [width] * (blocks + 1), attention, groups, dropout)
             if i > 0:
-                level.upsample = Upsample(widths[i])
-            levels.insert(0, level)  # numbered from fine to coarse, as in the checkpoint
-            previous = widths[i]
-        self.up = nn.ModuleList(levels)
-        self.norm_out = normalize(previous, groups)
-        self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
+                level.upsample = Upsample(width)
+            self.up.insert(0, level)  # numbered from fine to coarse, as in the checkpoint
+            channels = width
+        self.norm_out = normalize(channels, groups)
+        self.conv_out = nn.Conv2d(channels, sizes.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.get_submodule("upsample")(h)
         return self.conv_out(F.silu(self.norm_out(h)))

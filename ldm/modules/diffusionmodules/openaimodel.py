@@ -75,7 +75,7 @@ class UNetModel(nn.Module):
         norm_num_groups: groups of every GroupNorm; 32 in Stable Diffusion.
 
     Raises:
-        ValueError: a width does not fit the number of heads or groups.
+        ValueError: a width is no multiple of the number of heads or groups.
     """
 
     ignored_keys = {
@@ -101,17 +101,11 @@ class UNetModel(nn.Module):
     ) -> None:
         super().__init__()
         widths = [model_channels * m for m in channel_mult]
-        for width in widths:
-            if width % num_heads or width % norm_num_groups:
-                raise ValueError(
-                    f"U-Net width {width} must be a multiple of num_heads={num_heads} and "
-                    f"norm_num_groups={norm_num_groups}."
-                )
+        if any(width % num_heads for width in widths):
+            raise ValueError(f"The U-Net's widths {widths} must be multiples of num_heads={num_heads}.")
         self.in_channels, self.out_channels, self.context_dim = in_channels, out_channels, context_dim
-        self.model_channels = model_channels
+        self.model_channels, self.dropout, self.use_checkpoint = model_channels, dropout, use_checkpoint
         self.downsampling = 2 ** (len(channel_mult) - 1)  # what latent height and width must be multiples of
-        self.use_checkpoint = use_checkpoint
-        self.dropout = dropout
         # of each attention layer in order of execution: down, mid or up, and how much smaller than the latents it is
         self.attention_places: list[tuple[str, int]] = []
         self._make_blocks(widths, num_res_blocks, attention_resolutions, num_heads, transformer_depth, norm_num_groups)

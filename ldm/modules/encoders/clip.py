@@ -25,11 +25,7 @@ NO_PREFIX: Mapping[int, KeyValue] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """Sizes of the text transformer; the defaults are CLIP ViT-L/14, the one of Stable Diffusion v1.
-
-    Raises:
-        ValueError: the width is not a multiple of the heads, or the activation is unknown.
-    """
+    """Sizes of the text transformer; the defaults are CLIP ViT-L/14, the one of Stable Diffusion v1."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -41,10 +37,6 @@ class CLIPTextConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} attention heads."
-            )
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"hidden_act must be 'quick_gelu' or 'gelu', not '{self.hidden_act}'.")
 

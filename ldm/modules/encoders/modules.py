@@ -76,12 +76,7 @@ class FrozenCLIPEmbedder(nn.Module):
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        """CLIP's BPE, opened at the first use; no network is used when the files are on this machine.
-
-        Raises:
-            OSError: the vocabulary is neither in the folder nor in the hub's cache, nor can it be fetched, or it is
-                damaged.
-        """
+        """CLIP's BPE, opened at the first use; no network is used when the files are on this machine."""
         folder = hub_folder(self.version) if self.tokenizer_folder is None else Path(shipped(self.tokenizer_folder))
         return open_tokenizer(folder, self.transformer.config.vocab_size)
 
@@ -168,13 +163,10 @@ def at_slots(table: Tensor, slots: Tensor) -> Tensor:
 
 
 def open_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
-    """Open CLIP's BPE from its files, and check that they belong together: otherwise prompts would be other tokens.
-
-    Args:
-        tokens: the rows of the model's token table.
+    """Open CLIP's BPE from its files, for a token table of so many rows.
 
     Raises:
-        OSError: there is no vocabulary of so many tokens, or a file is damaged or of another vocabulary.
+        OSError: a file is missing, damaged or of another vocabulary: prompts would be other tokens.
     """
     from transformers import CLIPTokenizer
 
@@ -186,10 +178,12 @@ def open_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"The tokenizer in '{folder}' cannot be read ({reason}); copy its files again.") from error
     # without its files, transformers 5 makes a tokenizer of two tokens instead of failing
-    if max(tokenizer.get_vocab().values()) + 1 != tokens:
-        raise OSError(f"There is no CLIP vocabulary (vocab.json, merges.txt) of {tokens} tokens in '{folder}'.")
-    if (tokenizer.bos_token, tokenizer.eos_token) != END_MARKS:
-        raise OSError(f"The tokenizer in '{folder}' has not CLIP's marks {END_MARKS}; copy its files again.")
+    found = max(tokenizer.get_vocab().values()) + 1, tokenizer.bos_token, tokenizer.eos_token
+    if found != (tokens, *END_MARKS):
+        raise OSError(
+            f"There is no CLIP vocabulary (vocab.json, merges.txt) of {tokens} tokens with the marks "
+            f"{' and '.join(END_MARKS)} in '{folder}'."
+        )
     made = {"".join(pair) for pair in bpe["merges"]} | set(tokenizer.all_special_tokens)
     unmade = [token for token in bpe["vocab"] if token not in made and len(token.removesuffix("</w>")) > 1]
     if unmade:
@@ -201,11 +195,7 @@ def open_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
 
 
 def hub_folder(repository: str) -> Path:
-    """Return the folder of the hub's cache with a CLIP vocabulary, which is fetched if it is not there yet.
-
-    Raises:
-        OSError: it is not there, and cannot be fetched.
-    """
+    """Return the folder of the hub's cache with a CLIP vocabulary, fetched if it is not there yet (else `OSError`)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
