@@ -39,7 +39,7 @@ def file(tmp_path: Path) -> Path:
 def export(*flags: str | Path) -> list[Path]:
     """What the command writes, called teddy where no name is given."""
     named = [] if "--name" in flags else ["--name", "teddy"]
-    return run("Export.\n", [*map(str, flags), *named])
+    return run([*map(str, flags), *named])
 
 
 def text_of(path: Path) -> str:
@@ -325,6 +325,7 @@ def test_guidance_by_stage_is_what_only_diffusers_has(file: Path, tmp_path: Path
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str | Path) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         export(*flags)
     output = capsys.readouterr()
