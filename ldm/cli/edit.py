@@ -30,7 +30,7 @@ from ldm.cli.images import new_file
 from ldm.cli.invert import add_inversion_flags, invert_options
 from ldm.cli.models import add_model_flags, load_model, read_setup
 from ldm.cli.prompts import concept_files, read_stages
-from ldm.editing.request import TAUS, Edit, Span, grid_of
+from ldm.editing.request import TAUS, Edit, grid_of
 from ldm.editing.table import Row, read_rows
 from ldm.files.texts import slug
 from ldm.files.writing import check_writable
@@ -114,7 +114,7 @@ def _assigned(kind: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
 
 def run(argv: Sequence[str] | None = None, prog: str | None = None) -> list[Path]:
     """Edit what the flags ask for; returns the files written."""
-    return build_parser(prog).run(_edit, argv, talkative=["ldm.cli.invert"])
+    return build_parser(prog).run(_edit, argv)
 
 
 def _edit(options: argparse.Namespace) -> list[Path]:
@@ -124,10 +124,7 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     if options.csv is not None:
         return _edit_rows(options, load)
     if options.target is None or (options.inverted is None and options.prompt is None):
-        raise ValueError(
-            "Say what to edit, CONCEPT (scripts/invert.py makes it) or --prompt TEXT to generate, and the prompt of "
-            "the edited image, --target TEXT; or give a list of edits, --csv FILE."
-        )
+        raise ValueError("Say what to edit, CONCEPT or --prompt TEXT, and --target TEXT; or give --csv FILE.")
     check_paths({"CONCEPT": [options.inverted], "--image": [options.image]})
     facts = model_facts(config)
     edits = _edits(options, facts.num_stages)
@@ -159,11 +156,7 @@ def _edit(options: argparse.Namespace) -> list[Path]:
 
 
 def _edits(options: argparse.Namespace, num_stages: int) -> list[Edit]:
-    """Return an edit for each combination of taus.
-
-    Raises:
-        ValueError: something that cannot be used.
-    """
+    """Return an edit for each combination of taus."""
     names = ("kind", "blend", "subtract", "threshold", "compat", *TAUS)
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.stages:
@@ -222,27 +215,20 @@ def write_edits(
 
 def tau_name(edit: Edit) -> str:
     """Return the taus as part of a file's name: v0.5-c0.6-s0.2to0.6-u0."""
-    taus: dict[str, Span] = {name[-1]: getattr(edit, name) for name in TAUS}
-    return "-".join(
-        name + "to".join(f"{end:g}" for end in (tau if isinstance(tau, tuple) else (tau,)))
-        for name, tau in taus.items()
-    )
+    taus = {name[-1]: tau if isinstance(tau := getattr(edit, name), tuple) else (tau,) for name in TAUS}
+    return "-".join(name + "to".join(f"{end:g}" for end in ends) for name, ends in taus.items())
 
 
 # --- lists of edits --------------------------------------------------------------------------------------------
 
 
 def _edit_rows(options: argparse.Namespace, load: Callable[[], Any]) -> list[Path]:
-    """Edit the rows of a file one after the other: one that fails stops no other, one that is finished is not repeated.
-
-    A line tells the result of each.
+    """Edit the rows of a file and say what came of each: one that fails stops no other; what is there is not made again.
 
     Raises:
         ValueError: no row could be edited.
     """
     rows = read_rows(options.csv, options.from_case, options.end_case)
-    if not rows:
-        raise ValueError(f"'{options.csv}' has no row in the cases asked for.")
     written: list[Path] = []
     failed = 0
     for row in rows:
@@ -255,7 +241,7 @@ def _edit_rows(options: argparse.Namespace, load: Callable[[], Any]) -> list[Pat
             said = str(error) or type(error).__name__
         say(f"case {row.case}: {said}")
     if failed == len(rows):
-        raise ValueError("No row could be edited; see above.")
+        raise ValueError(f"No row of '{options.csv}' could be edited; see above, or name other cases.")
     return written
 
 

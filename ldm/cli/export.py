@@ -79,7 +79,7 @@ def build_parser(prog: str | None) -> Parser:
 
 def run(argv: Sequence[str] | None = None, prog: str | None = None) -> list[Path]:
     """Write what the flags ask for, and warnings to standard error; returns the files written."""
-    return build_parser(prog).run(_export, argv, talkative=["ldm.conditioning.presets"])
+    return build_parser(prog).run(_export, argv)
 
 
 def _export(options: argparse.Namespace) -> list[Path]:

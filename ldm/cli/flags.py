@@ -28,6 +28,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "str": {"metavar": "TEXT"},
     "bool": {"action": "store_const", "const": True},
 }
+TALKATIVE = ("ldm.conditioning.presets", "ldm.cli.invert")  # loggers of which commands show INFO
 T = TypeVar("T")
 
 
@@ -59,20 +60,10 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt as stop:
             self.exit(130, f"{self.prog}: {one_line(stop) or 'stopped by Ctrl-C'}\n")
 
-    def run(
-        self,
-        work: Callable[[argparse.Namespace], list[T]],
-        argv: Sequence[str] | None,
-        talkative: Collection[str] = (),
-    ) -> list[T]:
-        """Do what the flags ask for, print a line for each result, and return these.
-
-        Args:
-            argv: the flags; None: the program's own.
-            talkative: see `log_to_terminal`.
-        """
+    def run(self, work: Callable[[argparse.Namespace], list[T]], argv: Sequence[str] | None) -> list[T]:
+        """Do what the flags (None: the program's own) ask for, print a line for each result, and return these."""
         options = self.parse_strictly(argv)
-        log_to_terminal(talkative=talkative)
+        log_to_terminal(talkative=TALKATIVE)
         with self.sentences(getattr(options, "debug", False)):
             results = work(options)
         for result in results:

@@ -33,14 +33,11 @@ def add_inversion_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--method", choices=METHODS, default=METHODS[0], metavar="NAME", help=help_method)
     for name, flag in (("steps", ""), ("inner_steps", ""), ("guidance_scale", "--scale"), ("epochs", "")):
         add_field_flag(group, InversionOptions, name, flag)
-    add_field_flag(group, InversionOptions, "half_maps")
     add_field_flag(
         group, InversionOptions, "attention_loss", "--no_attention_loss", const=False, help="do not compare maps"
     )
     help_clip = "folder of transformers' CLIP ViT-B/16, which sees the image (its patches, without weights)"
     group.add_argument("--clip", type=input_path, metavar="DIR", help=help_clip)
-    help_features = "file with these features as its one tensor (1, T, width), in place of --clip"
-    group.add_argument("--features", type=input_path, metavar="FILE", help=help_features)
     help_mode = "affine (c * gamma + beta, the released code) or replace (the paper's formula) (affine)"
     group.add_argument("--value_mode", choices=("affine", "replace"), default="affine", metavar="HOW", help=help_mode)
     help_seed = "of the networks' first weights (0)"
@@ -70,15 +67,15 @@ def build_parser(prog: str | None) -> Parser:
 
 def run(argv: Sequence[str] | None = None, prog: str | None = None) -> list[Path]:
     """Invert the image; returns the files written."""
-    return build_parser(prog).run(_invert, argv, talkative=[__name__])
+    return build_parser(prog).run(_invert, argv)
 
 
 def _invert(options: argparse.Namespace) -> list[Path]:
     check_prompt(options.prompt)
     check_words_in(options.mask, [options.prompt], "--mask")
-    check_paths({"IMAGE": [options.image], "--clip": [options.clip], "--features": [options.features]})
-    if options.networks is not None and options.clip is None and options.features is None:
-        raise ValueError("--import needs what the networks read: --clip DIR, or --features FILE.")
+    if options.networks is not None and options.clip is None:
+        raise ValueError("--import needs what the networks read: --clip DIR.")
+    check_paths({"IMAGE": [options.image], "--clip": [options.clip], "--import": [options.networks]})
     setup, config = read_setup(options)
     out = options.out or Path("outputs", f"{options.image.stem}-{options.method}.safetensors")
     out = check_new_file(out, options.force, [options.image])
@@ -113,24 +110,16 @@ def unfinished(out: Path) -> Path:
 def invert_options(model: Any, image: Path, prompt: str, options: argparse.Namespace, out: Path) -> Any:
     """Invert an image as flags say; Ctrl-C keeps what is finished."""
     from ldm.editing.invert import import_networks, invert_image
-    from ldm.files.tensors import named_tensors, read_file
 
     given = {f.name: value for f in fields(InversionOptions) if (value := getattr(options, f.name, None)) is not None}
     how = InversionOptions(**({"guidance_scale": min(7.5, model.facts.scale)} | given))  # 7.5 is StyleDiffusion's
-    clip = options.clip
-    if options.features is not None:
-        found = list(named_tensors(options.features, read_file(options.features).content).values())
-        if len(found) != 1:
-            raise ValueError(f"'{options.features}' holds {len(found)} tensors; --features needs a file with one.")
-        clip = found[0].float()
+    scale, kept, size = how.guidance_scale, unfinished(out), (options.height, options.width)
     if options.networks is not None:
-        return import_networks(model, image, prompt, options.networks, clip, guidance_scale=how.guidance_scale)
-    start: dict[str, Any] = {}
-    if options.method == "stylediffusion":
-        start = {"clip": clip, "value_mode": options.value_mode, "seed": options.start_seed}
-    kept, size = unfinished(out), (options.height, options.width)
+        return import_networks(model, image, prompt, options.networks, options.clip, guidance_scale=scale)
+    start = {"clip": options.clip, "value_mode": options.value_mode, "seed": options.start_seed}
     try:
-        return invert_image(model, image, prompt, options.method, how, kept, size, **start)
+        of_method = start if options.method == "stylediffusion" else {}
+        return invert_image(model, image, prompt, options.method, how, kept, size, **of_method)
     except KeyboardInterrupt as stop:
         if not kept.exists():
             raise

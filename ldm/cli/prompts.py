@@ -63,17 +63,12 @@ def read_stages(texts: Sequence[str], num_stages: int) -> dict[str, Any]:
         return {"preset": texts[0].removeprefix("preset:")}
     words: dict[int, str | int] = {}
     for text in texts:
-        stages, sign, word = text.partition("=")
-        if not sign:
-            raise ValueError(f"--stages: '{text}' must be RANGE=TEXT, as in '7-9=a mug', or preset:{PRESETS[2]} alone.")
-        match = re.fullmatch(r"(\d{1,4})(-(\d{1,4})?)?", stages.strip())
+        match = re.fullmatch(r"\s*(\d{1,4})(-(\d{1,4})?)?\s*=(.*)", text, re.DOTALL)
         first, last = (int(match[1]), int(match[3] or (num_stages - 1 if match[2] else match[1]))) if match else (1, 0)
-        if not first <= last < num_stages:
-            raise ValueError(
-                f"--stages: {shown(stages)} is no range of the stages 0-{num_stages - 1}; write one (3), several (0-6) "
-                "or an open range (5-). Stage 0 is the end of sampling."
-            )
-        new = dict.fromkeys(range(first, last + 1), entry(word))
+        if match is None or not first <= last < num_stages:
+            kinds = f"of the stages 0 (the end of sampling) to {num_stages - 1}: 7-9=TEXT, 3=TEXT or 5-=TEXT"
+            raise ValueError(f"--stages: {shown(text)} must be RANGE=TEXT, {kinds}; or preset:{PRESETS[2]} alone.")
+        new = dict.fromkeys(range(first, last + 1), entry(match[4]))
         if twice := words.keys() & new:
             raise ValueError(f"--stages gives stage {min(twice)} twice; let '{text}' leave it out.")
         words |= new

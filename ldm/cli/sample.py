@@ -94,7 +94,7 @@ def run(
         docstring: the command's; its first line, then examples.
     """
     parser = build_parser(docstring, editing, prog)
-    return parser.run(lambda options: _generate(options, editing), argv, talkative=["ldm.conditioning.presets"])
+    return parser.run(lambda options: _generate(options, editing), argv)
 
 
 def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
@@ -138,11 +138,7 @@ def _columns(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
-    """The record of the image of `--from`; empty without one.
-
-    Raises:
-        ValueError: there is no such image, it has no record, or its model is to be given.
-    """
+    """The record of the image of `--from`; empty without one."""
     if options.source is None:
         return {}
     check_paths({"--from": [options.source]})
@@ -195,9 +191,7 @@ def _request(
     source: Path | None, recorded: Mapping[str, Any], repeated: Mapping[str, Any], given: dict[str, Any]
 ) -> Request:
     if "preset" in recorded and "prospect_words" not in given and len({"prompt", "preset"} & given.keys()) == 1:
-        raise ValueError(
-            f"'{source}' was made with a preset; to show something else, give both --prompt and --preset, or --stages."
-        )
+        raise ValueError(f"'{source}' was made with a preset; to change it, give --prompt and --preset, or --stages.")
     changed = {"preset": "prospect_words", "sampler": "spacing"}  # what a flag brings with it
     replaced = {changed[name] for name in changed if given.get(name) is not None}
     arguments = {name: value for name, value in repeated.items() if name not in replaced} | given

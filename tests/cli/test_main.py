@@ -41,7 +41,7 @@ MISTAKES = {
     "generate --prompt a --outdir file": "is a file; give a folder with --outdir",
     "generate --prompt a --content no.png": "There is no file 'no.png', given with --content; check the path.",
     "generate --prompts no.yaml": "'no.yaml'; check the path given with --prompts",
-    "generate --prompt a --stages 8-11=x": "'8-11' is no range of the stages 0-9",
+    "generate --prompt a --stages 8-11=x": "'8-11=x' must be RANGE=TEXT, of the stages 0 (the end",
     "generate --from no.png": "There is no file 'no.png', given with --from; check the path.",
     "generate --prompt a --sampler euler": "Unknown sampler 'euler'",
     "generate --prompt a --dtype int8": "argument --dtype: invalid choice: 'int8' (choose from",

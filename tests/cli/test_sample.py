@@ -237,7 +237,7 @@ def test_what_a_preset_made_changes_as_a_whole(
     assert material.name == "a-large-heart-on-black-material-42.png"
     capsys.readouterr()
     for flags in (["--prompt", "a * star"], ["--preset", "layout"]):
-        with refused(capsys, "was made with a preset; to show something else, give both --prompt and --preset"):
+        with refused(capsys, "was made with a preset; to change it, give --prompt and --preset"):
             txt2img("--from", material, *flags)
     both = ("--prompt", "a * star", "--preset", "layout")
     record = read_parameters(txt2img("--from", material, *both, "--outdir", tmp_path)[0])
@@ -523,10 +523,10 @@ GENERATING: dict[str, Cases] = {
         (f"{MAKE} --prompts x.txt", "not allowed with argument --prompt"),
         (
             f"{MAKE} --stages preset:style 0=b",
-            "'preset:style' must be RANGE=TEXT, as in '7-9=a mug', or preset:material",
+            "'preset:style' must be RANGE=TEXT, of the stages 0",
         ),
         (f"{MAKE} --stages 1-3=a 3-=b", "gives stage 3 twice; let '3-=b' leave it out"),
-        (f"{MAKE} --stages 3-1=a", "'3-1' is no range of the stages 0-9"),
+        (f"{MAKE} --stages 3-1=a", "'3-1=a' must be RANGE=TEXT, of the stages 0 (the end of sampling) to 9"),
         (f"{MAKE} --stages 0=10", "a stage number must be in 0..9"),
         (f"{MAKE} --seed 1-", "'1-' is neither a seed (42) nor a range of up to 1000 (42-45)"),
         (f"{MAKE} --seed 1-2000", "nor a range of up to 1000"),

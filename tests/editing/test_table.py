@@ -91,7 +91,11 @@ def test_rows_are_isolated_and_resumed(tmp_path: Path, capsys: pytest.CaptureFix
     argv = ["--csv", str(file), "--outdir", str(tmp_path), *FAST]
     edit.run(argv)
     said = capsys.readouterr().out.splitlines()  # the files follow
-    assert said[4] == str(tmp_path / "edits/1-a-dotted-blue-star-v0.2-c1-s0.6-u0.png") and said[0].startswith("case 1: 2 edits") and said[3].startswith("case 4: 2 edits")
+    assert (
+        said[4] == str(tmp_path / "edits/1-a-dotted-blue-star-v0.2-c1-s0.6-u0.png")
+        and said[0].startswith("case 1: 2 edits")
+        and said[3].startswith("case 4: 2 edits")
+    )
     assert "as many words" in said[1] and "missing.png" in said[2]
     made = sorted((tmp_path / "edits").glob("*.png"))
     assert len(made) == 6 and (tmp_path / "edits/concepts/1.safetensors").exists()
@@ -119,7 +123,7 @@ def test_a_row_without_an_image_leaves_nothing(tmp_path: Path, capsys: pytest.Ca
     argv = ["--csv", str(write(tmp_path, row(**cells))), "--outdir", str(tmp_path / "out"), *FAST]
     with pytest.raises(SystemExit):
         edit.run(argv)
-    assert "No row could be edited" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert " could be edited; see above" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 MASK = ["--mask", "star"]
