@@ -29,7 +29,7 @@ from evaluation.benchmark.switches import (
     describe,
     dtype_name,
 )
-from ldm.cli.flags import Parser, add_flag, path, positive, say
+from ldm.cli.flags import Parser, path, positive, say
 from ldm.files.writing import check_new_file, check_writable
 
 if TYPE_CHECKING:
@@ -52,25 +52,29 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_flag(parser, "--what", choices=WHATS, default="train", help="the work that is measured (train)")
-    add_flag(parser, "--size", choices=tuple(RESOLUTIONS), default="demo", help="sd-v1: random weights (demo)")
-    add_flag(parser, "--device", metavar="NAME", help="cpu, cuda or mps (the fastest there is)")
-    add_flag(parser, "--mode", choices=("ours", "reference"), default="ours", help="reference: beside what it does")
-    add_flag(parser, "--peer", choices=PEERS, nargs="+", default=[], metavar="NAME", help=" or ".join(PEERS))
+    parser.add_argument("--what", choices=WHATS, default="train", help="the work that is measured (train)")
+    parser.add_argument("--size", choices=tuple(RESOLUTIONS), default="demo", help="sd-v1: random weights (demo)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or mps (the fastest there is)")
+    parser.add_argument("--mode", choices=("ours", "reference"), default="ours", help="reference: beside what it does")
+    parser.add_argument("--peer", choices=PEERS, nargs="+", default=[], metavar="NAME", help=" or ".join(PEERS))
     names: dict[str, Any] = {"nargs": "+", "choices": tuple(SWITCHES), "default": [], "metavar": "NAME"}
-    add_flag(parser, "--on", help="switches to turn on everywhere but in the reference", **names)
-    add_flag(parser, "--off", help="a row without this switch, for each of these", **names)
-    add_flag(parser, "--also", help="a row with this switch and those named before it, for each of these", **names)
-    add_flag(parser, "--stages", type=positive, nargs="+", metavar="S", help="train: a row for each number of stages")
-    add_flag(parser, "--batch", type=positive, default=1, metavar="N", help="images, or samples of a step (1)")
-    add_flag(parser, "--steps", type=positive, default=10, metavar="N", help="sampling steps (10)")
-    add_flag(parser, "--resolution", type=positive, metavar="PIXELS", help="(128 for demo, 512 for sd-v1)")
-    add_flag(parser, "--repeats", type=positive, default=10, metavar="N", help="timed runs of each row (10)")
-    add_flag(parser, "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, where others work")
-    add_flag(parser, "--ckpt", type=path, metavar="FILE", help="load: the file to open")
-    add_flag(parser, "--figure", type=path, metavar="PNG", help="scaling: draw it there")
-    add_flag(parser, "--json", type=path, metavar="FILE", help="write the numbers there")
-    add_flag(parser, "--force", action="store_true", help="overwrite the files of --json and --figure")
+    parser.add_argument("--on", help="switches to turn on everywhere but in the reference", **names)
+    parser.add_argument("--off", help="a row without this switch, for each of these", **names)
+    parser.add_argument("--also", help="a row with this switch and those named before it, for each of these", **names)
+    parser.add_argument(
+        "--stages", type=positive, nargs="+", metavar="S", help="train: a row for each number of stages"
+    )
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="images, or samples of a step (1)")
+    parser.add_argument("--steps", type=positive, default=10, metavar="N", help="sampling steps (10)")
+    parser.add_argument("--resolution", type=positive, metavar="PIXELS", help="(128 for demo, 512 for sd-v1)")
+    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed runs of each row (10)")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, where others work"
+    )
+    parser.add_argument("--ckpt", type=path, metavar="FILE", help="load: the file to open")
+    parser.add_argument("--figure", type=path, metavar="PNG", help="scaling: draw it there")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--force", action="store_true", help="overwrite the files of --json and --figure")
     return parser
 
 

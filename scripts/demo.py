@@ -20,7 +20,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-from ldm.cli.flags import Parser
+from ldm.cli.flags import script_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CONCEPTS = ("dotted-star", "striped-heart")
@@ -86,7 +86,7 @@ def ship() -> None:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.partition("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--concepts", action="store_true", help=f"learn the concepts of {SHIPPED} instead")
     if parser.parse_strictly().concepts:
         ship()

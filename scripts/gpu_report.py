@@ -14,10 +14,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from ldm.cli.flags import Parser, add_flag, path, positive, say
+from ldm.cli.flags import Parser, path, positive, say
 from ldm.files.texts import read_text
 from ldm.request import shown
 
@@ -27,14 +28,15 @@ MARKS = "<!-- gpu report -->", "<!-- end of gpu report -->"
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_flag(parser, "--device", metavar="NAME", help="cuda, cuda:1 or cpu (the fastest there is)")
-    add_flag(parser, "--size", choices=("demo", "sd-v1"), help="(sd-v1 on CUDA, demo elsewhere)")
-    only = {"nargs": "+", "choices": SECTIONS, "default": list(SECTIONS), "metavar": "SECTION"}
-    add_flag(parser, "--only", help=f"some of {', '.join(SECTIONS)}", **only)
-    add_flag(parser, "--no_compile", action="store_true", help="leave out the rows that compile for minutes")
-    add_flag(parser, "--repeats", type=positive, default=10, metavar="N", help="timed runs of each row (10)")
-    add_flag(parser, "--out", type=path, default=Path("outputs/gpu_report"), metavar="DIR", help="(outputs/gpu_report)")
-    add_flag(parser, "--into", type=path, metavar="FILE", help="Markdown file whose marked block the tables replace")
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu (the fastest there is)")
+    parser.add_argument("--size", choices=("demo", "sd-v1"), help="(sd-v1 on CUDA, demo elsewhere)")
+    only: dict[str, Any] = {"nargs": "+", "choices": SECTIONS, "default": list(SECTIONS), "metavar": "SECTION"}
+    parser.add_argument("--only", help=f"some of {', '.join(SECTIONS)}", **only)
+    parser.add_argument("--no_compile", action="store_true", help="leave out the rows that compile for minutes")
+    parser.add_argument("--repeats", type=positive, default=10, metavar="N", help="timed runs of each row (10)")
+    default = Path("outputs/gpu_report")
+    parser.add_argument("--out", type=path, default=default, metavar="DIR", help="(outputs/gpu_report)")
+    parser.add_argument("--into", type=path, metavar="FILE", help="Markdown file whose marked block the tables replace")
     options = parser.parse_strictly(argv)
     with parser.sentences():
         report(options)

@@ -3,6 +3,7 @@
 python scripts/make_demo_tokenizer.py --out models/demo/tokenizer
 """
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from ldm.cli.flags import Parser, add_flag, path, positive, say
+from ldm.cli.flags import path, positive, script_parser
 from ldm.files.writing import replacing_set
 
 END = "</w>"
@@ -59,8 +60,7 @@ def write_tokenizer(folder: Path, max_length: int) -> int:
     named = [word for values in FACTORS.values() for word in values]
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + END for symbol in symbols), *map("".join, merges), BOS, EOS]
-    if len(set(tokens)) != len(tokens):
-        raise ValueError("two merges give the same token")
+    assert len(set(tokens)) == len(tokens), "two merges give the same token"
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, **special}
     files = {
@@ -77,15 +77,18 @@ def write_tokenizer(folder: Path, max_length: int) -> int:
 
 
 def main() -> None:
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=path, default=Path("models/demo/tokenizer"))
-    add_flag(parser, "--max_length", type=positive, default=32, help="tokens of a prompt, both ends included")
+    parser = script_parser(__doc__)
+    parser.add_argument("--out", type=path, default=Path("models/demo/tokenizer"), help="(models/demo/tokenizer)")
+    help_length = "tokens of a prompt, both ends included (32)"
+    parser.add_argument("--max_length", type=positive, default=32, help=help_length)
     parser.add_argument("--force", action="store_true", help="replace the tokenizer that is there")
-    args = parser.parse_strictly()
-    with parser.sentences():
-        if args.out.is_dir() and any(args.out.iterdir()) and not args.force:
-            raise ValueError(f"'{args.out}' is not empty; use --force to replace the tokenizer there.")
-        say(f"{write_tokenizer(args.out, args.max_length)} tokens in {args.out}")
+    parser.run(write, None)
+
+
+def write(options: argparse.Namespace) -> list[str]:
+    if options.out.is_dir() and any(options.out.iterdir()) and not options.force:
+        raise ValueError(f"'{options.out}' is not empty; use --force to replace the tokenizer there.")
+    return [f"{write_tokenizer(options.out, options.max_length)} tokens in {options.out}"]
 
 
 if __name__ == "__main__":

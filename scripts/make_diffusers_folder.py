@@ -1,10 +1,8 @@
 """Write a base model as a diffusers folder, for the script that export_embedding.py --to diffusers writes.
 
-  python scripts/make_diffusers_folder.py outputs/demo-diffusers
-  python scripts/make_diffusers_folder.py sd-v1-4 --config configs/stable-diffusion/v1-inference.yaml \\
-      --ckpt models/sd/sd-v1-4.ckpt
-
-Needs `pip install diffusers`. There is no safety checker in the folder.
+python scripts/make_diffusers_folder.py outputs/demo-diffusers
+python scripts/make_diffusers_folder.py sd-v1-4 --config configs/stable-diffusion/v1-inference.yaml \\
+    --ckpt models/sd/sd-v1-4.ckpt
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.flags import Parser, add_flag, path, say
+from ldm.cli.flags import path, script_parser
 from ldm.cli.models import MODEL_DEFAULTS
 from ldm.files.shipped import shipped
 from ldm.files.writing import replacing_set
@@ -68,23 +66,22 @@ def build_pipeline(config: str | Path, ckpt: str | Path) -> StableDiffusionPipel
 
 
 def main() -> None:
-    summary, _, examples = __doc__.partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=summary, epilog="examples:\n" + examples.strip("\n"), formatter_class=raw)
-    parser.add_argument("folder", type=path, help="the folder to write")
+    parser = script_parser(__doc__)
+    help_folder = "the folder to write, without a safety checker; needs `pip install diffusers`"
+    parser.add_argument("folder", type=path, help=help_folder)
     for name in ("config", "ckpt"):
         default = MODEL_DEFAULTS[name]
-        add_flag(parser, f"--{name}", type=shipped, default=default, metavar="FILE", help=f"({default})")
-    options = parser.parse_strictly()
-    try:
-        if options.folder.exists():
-            raise ValueError(f"'{options.folder}' is there already; name another folder.")
-        pipeline: Any = build_pipeline(options.config, options.ckpt)
-        with replacing_set(options.folder) as staging:
-            pipeline.save_pretrained(staging)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(" ".join(str(error).split()))
-    say(options.folder)
+        parser.add_argument(f"--{name}", type=shipped, default=default, metavar="FILE", help=f"({default})")
+    parser.run(write, None)
+
+
+def write(options: argparse.Namespace) -> list[Path]:
+    if options.folder.exists():
+        raise ValueError(f"'{options.folder}' is there already; name another folder.")
+    pipeline: Any = build_pipeline(options.config, options.ckpt)
+    with replacing_set(options.folder) as staging:
+        pipeline.save_pretrained(staging)
+    return [options.folder]
 
 
 if __name__ == "__main__":

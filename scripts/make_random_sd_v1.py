@@ -1,8 +1,6 @@
 """Write random weights in the layout of the public Stable Diffusion v1.4 file, for tests and timings.
 
 python scripts/make_random_sd_v1.py --out random-sd-v1.ckpt --dtype float16
-
-The .ckpt is pickled as the public file is, with Lightning's ModelCheckpoint class beside the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
-from ldm.cli.flags import Parser, one_line, path, say
+from ldm.cli.flags import one_line, path, script_parser
 from ldm.files.texts import read_text
 from ldm.files.writing import check_new_file, replacing
 from ldm.models.diffusion.schedule import make_betas, schedule_buffers
@@ -48,22 +46,20 @@ def random_weights(layout: dict[str, dict], dtype: torch.dtype, seed: int = 0) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.partition("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--out", type=path, help="(random-sd-v1.ckpt, or .safetensors)")
     parser.add_argument("--force", action="store_true", help="overwrite the file if it is there")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--format", choices=("ckpt", "safetensors"), default="ckpt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layout", type=path, default=LAYOUT, help="JSON with the keys, shapes and kinds")
-    options = parser.parse_strictly(argv)
-    out = options.out or Path(f"random-sd-v1.{options.format}")
-    with parser.sentences():
-        check_new_file(out, options.force, [options.layout], f".{options.format}")
-        write(options, out)
+    parser.run(write, argv)
 
 
-def write(options: argparse.Namespace, out: Path) -> None:
+def write(options: argparse.Namespace) -> list[str]:
     """Draw the weights, and save them as a flag says."""
+    out = options.out or Path(f"random-sd-v1.{options.format}")
+    check_new_file(out, options.force, [options.layout], f".{options.format}")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed must be in 0..2^32 - 1, not {shown(options.seed)}.")
     try:
@@ -73,14 +69,14 @@ def write(options: argparse.Namespace, out: Path) -> None:
         raise ValueError(f"'{options.layout}' is no layout such as '{LAYOUT}' ({one_line(error):.80}).") from error
     if options.format == "safetensors":
         save_state_dict(state, out)
-    else:
+    else:  # pickled as the public file is, with a class of Lightning's beside the weights
         from pytorch_lightning.callbacks.model_checkpoint import ModelCheckpoint
 
         callback = {"monitor": "val/loss_simple_ema", "best_model_score": torch.tensor(0.0)}
         content = {"epoch": 0, "global_step": 470000, "pytorch-lightning_version": "1.4.2"}
         with replacing(out) as temporary:
             torch.save({**content, "callbacks": {ModelCheckpoint: callback}, "state_dict": state}, temporary)
-    say(f"{out}: {len(state)} tensors, {out.stat().st_size / 1e9:.3f} GB")
+    return [f"{out}: {len(state)} tensors, {out.stat().st_size / 1e9:.3f} GB"]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""See `ldm.page.command`."""
+"""Open the page in a browser; see ldm/page/command.py."""
 
-from ldm.page.command import __doc__ as docstring
 from ldm.page.command import run
 
 if __name__ == "__main__":
-    run(docstring)
+    run()

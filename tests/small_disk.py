@@ -76,7 +76,7 @@ def resume(folder: Path, case: str, steps: int) -> None:
 
 def generate(folder: Path, case: str) -> None:
     flags = ["--prompt", "a red star", "--steps", "1", "--outdir", str(folder / "pictures")]
-    attempt(lambda flags: commands.run("Generate.", argv=flags) and 0, flags, folder, case)
+    attempt(lambda flags: commands.run(flags) and 0, flags, folder, case)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_a_log_folder_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_pictures_without_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with files_up_to(1000), pytest.raises(SystemExit) as ending:
-        commands.run("Generate.", argv=["--prompt", "a star", "--steps", "1", "--outdir", str(tmp_path / "out")])
+        commands.run(["--prompt", "a star", "--steps", "1", "--outdir", str(tmp_path / "out")])
     assert ending.value.code == 2
     assert f"Cannot write to '{tmp_path}/out': File too large" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
@@ -144,11 +144,11 @@ def test_errors_of_other_places_are_left_alone(tmp_path: Path) -> None:
 def test_texts_of_an_export_without_room(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     flags = ["models/demo/concepts/dotted-star.safetensors", "--name", "star", "--outdir", str(tmp_path), "--card"]
     flags += ["--to", "diffusers"] if name.endswith(".py") else ["--base_model", "of/a-long-name" * 40]
-    export.run("Export.", flags)
+    export.run(flags)
     before = (tmp_path / name).read_bytes()
     assert len(before) == max(path.stat().st_size for path in tmp_path.iterdir())
     with files_up_to(len(before) - 1), pytest.raises(SystemExit) as ending:
-        export.run("Export.", [*flags, "--force"])
+        export.run([*flags, "--force"])
     assert ending.value.code == 2
     assert f"Cannot write to '{tmp_path}': File too large" in capsys.readouterr().err
     assert (tmp_path / name).read_bytes() == before and unfinished(tmp_path) == []

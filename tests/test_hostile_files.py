@@ -228,8 +228,8 @@ def test_the_commands_refuse_them_too(marker: Path, tmp_path: Path, capsys: pyte
     calls = [
         lambda: sys.exit(main.main([*learn, "--actual_resume", str(path)])),
         lambda: sys.exit(main.main([*learn, "--actual_resume", str(MODEL), "--embedding_manager_ckpt", str(path)])),
-        lambda: commands.run("", argv=["--prompt", "*", "--concept", str(path), "--outdir", str(out)]),
-        lambda: commands.run("", argv=["--prompt", "*", "--ckpt", str(path), "--outdir", str(out)]),
+        lambda: commands.run(["--prompt", "*", "--concept", str(path), "--outdir", str(out)]),
+        lambda: commands.run(["--prompt", "*", "--ckpt", str(path), "--outdir", str(out)]),
     ]
     for call in calls:
         with pytest.raises(SystemExit) as ended:
@@ -393,8 +393,8 @@ def test_names_do_not_lead_out_of_their_folders(tmp_path: Path, capsys: pytest.C
     save_file({"*": torch.ones(10, 128)}, concept, {"prospect.num_stages": "10"})
     before = files_in(tmp_path)
     small = ["--steps", "1", "--height", "32", "--width", "32", "--device", "cpu", "--outdir", str(inner / "out")]
-    paths = commands.run("", argv=[*small, "--concept", f"../../x={concept}", "--prompt", "../../x in ../../../y/z"])
-    paths += commands.run("", argv=[*small, "--prompt", "/etc/passwd\x00../..\\..\\x"])
+    paths = commands.run([*small, "--concept", f"../../x={concept}", "--prompt", "../../x in ../../../y/z"])
+    paths += commands.run([*small, "--prompt", "/etc/passwd\x00../..\\..\\x"])
     assert all(path.parent == inner / "out" and ".." not in path.name for path in paths)
     assert files_in(tmp_path) - before == {inner / "out", *paths}
     before = files_in(tmp_path)
@@ -412,6 +412,6 @@ def test_what_a_message_quotes_cannot_steer_the_terminal(tmp_path: Path, capsys:
     path = tmp_path / "evil.safetensors"
     save_file({"\x1b[2J\x1b]0;owned\x07": torch.ones(1, 128), "\n\r<b>": torch.ones(1, 128)}, path)
     with pytest.raises(SystemExit):
-        commands.run("", argv=["--prompt", "*", "--concept", str(path)])
+        commands.run(["--prompt", "*", "--concept", str(path)])
     err = capsys.readouterr().err
     assert err.endswith("\n") and err[:-1].isprintable() and "\\x1b[2J" in err

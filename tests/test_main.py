@@ -157,7 +157,7 @@ def test_what_a_run_leaves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 
     (line,) = [line for line in caplog.messages if line.startswith("Generate: python scripts/txt2img.py")]
     words = shlex.split(line)[3:]
-    (image,) = sample.run("", argv=[*words, "--steps", "1", "--outdir", str(tmp_path / "out")])
+    (image,) = sample.run([*words, "--steps", "1", "--outdir", str(tmp_path / "out")])
     assert image.name.startswith("a-")
 
 

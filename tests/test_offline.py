@@ -34,7 +34,7 @@ def cut_off(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_generating_asks_nobody(cut_off: list[str], tmp_path: Path) -> None:
     small = ["--steps", "1", "--height", "32", "--width", "32", "--device", "cpu", "--prompt", "a star"]
-    assert commands.run("", argv=[*small, "--outdir", str(tmp_path)])
+    assert commands.run([*small, "--outdir", str(tmp_path)])
     assert cut_off == []
 
 

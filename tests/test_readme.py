@@ -16,7 +16,7 @@ from ldm.cli.train import run as learn
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HEAVY = ("make ", "pip ")  # what installs, and what tests
-PROGRAMS = {"main.py": learn, "scripts/txt2img.py": lambda argv: txt2img("", None, argv)}
+PROGRAMS = {"main.py": learn, "scripts/txt2img.py": txt2img}
 
 
 def commands() -> list[str]:

@@ -12,39 +12,38 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ldm.files.shipped import shipped
 
 # `name: what it is`, with the lines that continue it, in the Args of a docstring
 _ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 _ENDLESS = re.compile(r"(\S{300})\S+")
-# Flags of earlier versions, and what says the same.
-REPLACED = {"--word": "--stages '0=TEXT'", "--words": "--stages '0=TEXT', or --prompts FILE"}
-# Metavar and type of a field's flag, by the field's annotation.
-_KINDS: dict[str, tuple[str, Any]] = {"int": ("N", int), "float": ("X", float), "str": ("TEXT", str)}
+# What `add_argument` is given for a field, by its annotation.
+_KINDS: dict[str, dict[str, Any]] = {
+    "int": {"metavar": "N", "type": int},
+    "float": {"metavar": "X", "type": float},
+    "str": {"metavar": "TEXT"},
+    "bool": {"action": "store_const", "const": True},
+}
+TALKATIVE = ("ldm.conditioning.presets", "ldm.cli.invert")  # loggers of which commands show INFO
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with exit code 2 and one sentence on standard error; an unknown flag names the nearest known one."""
+    """Ends with exit code 2 and one sentence on standard error; hyphens in flags' names are underscores, too."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
-    def refuse(self, text: str, otherwise: str = "see --help", instead: str | None = None) -> NoReturn:
-        """End because of the unknown argument `text`; `instead` is what says the same, where that is known."""
-        known = [name for action in self._actions for name in action.option_strings]
-        close = [instead] if instead else difflib.get_close_matches(text.split("=")[0], known, n=1)
-        self.error(f"unknown argument '{text}'; {f'did you mean {close[0]}?' if close else otherwise}")
-
-    def refuse_command(self, text: str, commands: Sequence[str]) -> NoReturn:
-        """End because of an unknown subcommand."""
-        close = difflib.get_close_matches(text, commands, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(commands)}."
-        self.error(f"unknown command '{text}'; {hint}")
+    def refuse(
+        self, text: str, what: str = "argument", known: Iterable[str] = (), otherwise: str = "see --help"
+    ) -> NoReturn:
+        """End because of an unknown argument, or command, and name the nearest known one."""
+        close = difflib.get_close_matches(text.partition("=")[0], known or self._option_string_actions, n=1)
+        self.error(f"unknown {what} '{text}'; {f'did you mean {close[0]}?' if close else otherwise}")
 
     @contextlib.contextmanager
     def sentences(self, debug: bool = False) -> Iterator[None]:
@@ -61,20 +60,30 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt as stop:
             self.exit(130, f"{self.prog}: {one_line(stop) or 'stopped by Ctrl-C'}\n")
 
+    def run(self, work: Callable[[argparse.Namespace], list[T]], argv: Sequence[str] | None) -> list[T]:
+        """Do what the flags (None: the program's own) ask for, print a line for each result, and return these."""
+        options = self.parse_strictly(argv)
+        log_to_terminal(talkative=TALKATIVE)
+        with self.sentences(getattr(options, "debug", False)):
+            results = work(options)
+        for result in results:
+            say(result)
+        return results
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         talk_safely()  # before --help
-        args = self.underscored(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(self.underscored(args), namespace)
 
-    def underscored(self, args: Sequence[str]) -> list[str]:
-        """Write the hyphens in flags' names as underscores where such a flag is known."""
-        known = {name for action in self._actions for name in action.option_strings}
-        parts = [text.partition("=") for text in args]
-        names = [re.sub(r"(?<=[^-])-", "_", name) for name, _, _ in parts]
-        return [
-            name + sign + value if text not in known and name in known else text + sign + value
-            for name, (text, sign, value) in zip(names, parts, strict=True)
-        ]
+    def underscored(self, args: Sequence[str] | None) -> list[str]:
+        """Return the flags (None: the program's own) with underscores in names where such a flag is known."""
+        known = self._option_string_actions
+
+        def spelled(text: str) -> str:
+            name, sign, value = text.partition("=")
+            other = re.sub(r"(?<=[^-])-", "_", name)
+            return other + sign + value if text not in known and other in known else text
+
+        return [spelled(text) for text in (sys.argv[1:] if args is None else args)]
 
     def parse_strictly(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Return the options, and refuse unknown ones."""
@@ -85,42 +94,20 @@ class Parser(argparse.ArgumentParser):
                 "names of files for a *."
             )
         if unknown:
-            self.refuse(unknown[0], instead=REPLACED.get(unknown[0].split("=")[0]))
+            self.refuse(unknown[0])
         return options
 
 
-def natural(text: str) -> int:
-    """A whole number, 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 0 or more")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """A whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 1")
-    return int(text)
-
-
-class Once(argparse.Action):
-    """A flag that is refused when it is given again; `instead` says what to do."""
-
-    def __init__(self, *names: Any, instead: str, **options: Any) -> None:
-        super().__init__(*names, **options)
-        self.instead = instead
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, name: Any = None
-    ) -> None:
-        if getattr(options, self.dest) is not None:
-            parser.error(f"{name} is given twice; {self.instead}")
-        setattr(options, self.dest, value)
-
-
 def script_parser(docstring: str | None, prog: str | None = None) -> Parser:
-    """Return the parser of a script: the first line of its docstring describes it, the others are examples."""
+    """Return the parser of a command that has no flags yet.
+
+    Args:
+        docstring: its first line describes the command, the others are examples.
+        prog: how the command was called, where that is not as in the examples: `prospect edit`.
+    """
     summary, _, examples = inspect.cleandoc(docstring or "").partition("\n")
+    if prog is not None:
+        examples = re.sub(r"python (scripts/)?\w+\.py", prog, examples)
     return Parser(
         prog=prog,
         description=summary,
@@ -130,12 +117,9 @@ def script_parser(docstring: str | None, prog: str | None = None) -> Parser:
     )
 
 
-def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> None:
-    """Add a flag of a `Parser`, which takes its name with underscores and with hyphens."""
-    group.add_argument(*names, **options)
-
-
-def add_field_flag(group: argparse._ActionsContainer, kind: type, name: str, flag: str = "", **options: Any) -> None:
+def add_field_flag(
+    group: argparse._ActionsContainer, kind: type[Any], name: str, flag: str = "", **options: Any
+) -> None:
     """Add the flag of a dataclass's field: the annotation gives its type, the docstring and the default its help.
 
     A flag that is not given is None, so that defaults stay the dataclass's own.
@@ -145,17 +129,12 @@ def add_field_flag(group: argparse._ActionsContainer, kind: type, name: str, fla
         flag: where it is not called like the field.
         options: for `add_argument`, in place of what the field gives.
     """
-    field = next(field for field in fields(kind) if field.name == name)
-    help_text = " ".join(arguments_of(kind)[name].split()).replace("%", "%%")
-    if isinstance(field.default, (str, float, int)) and not isinstance(field.default, bool) and field.default != "":
-        help_text += f" ({field.default})"
-    given: dict[str, Any] = {"dest": name, "help": help_text}
-    annotation = str(field.type).partition(" | ")[0]
-    if annotation == "bool":
-        given |= {"action": "store_const", "const": True}
-    elif annotation in _KINDS:
-        given |= dict(zip(("metavar", "type"), _KINDS[annotation], strict=True))
-    add_flag(group, flag or f"--{name}", **(given | options))
+    field = kind.__dataclass_fields__[name]
+    text = " ".join(arguments_of(kind)[name].split()).replace("%", "%%")
+    if type(field.default) in (str, float, int) and field.default != "":
+        text += f" ({field.default})"
+    of_kind = _KINDS.get(str(field.type).partition(" | ")[0], {})
+    group.add_argument(flag or f"--{name}", **{"dest": name, "help": text, **of_kind, **options})
 
 
 def arguments_of(kind: type) -> dict[str, str]:
@@ -163,15 +142,18 @@ def arguments_of(kind: type) -> dict[str, str]:
     return dict(_ARGUMENT.findall(inspect.cleandoc(kind.__doc__ or "")))
 
 
-def check_paths(paths: Mapping[str, Iterable[str | Path | None]]) -> None:
-    """Raise `ValueError` for a path that leads nowhere, before the time is spent to load PyTorch; {flag: paths}."""
-    for flag, given in paths.items():
-        for file in given:
-            if file is not None and not os.path.exists(os.path.expanduser(file)):
-                beside = [other.name for other in Path(file).parent.glob("*")]
-                near = difflib.get_close_matches(Path(file).name, beside, n=1)
-                hint = f"did you mean '{Path(file).with_name(near[0])}'?" if near else "check the path."
-                raise ValueError(f"There is no file '{file}', given with {flag}; {hint}")
+# --- values ----------------------------------------------------------------------------------------------------
+
+
+def natural(text: str, least: int = 0) -> int:
+    """A whole number of at least `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least {least}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    return natural(text, 1)
 
 
 def path(text: str) -> Path:
@@ -182,6 +164,15 @@ def path(text: str) -> Path:
 def input_path(text: str) -> Path:
     """A path that is read; what ships is found by its name in the checkout, from any folder."""
     return Path(shipped(text))
+
+
+def check_paths(paths: Mapping[str, Iterable[str | Path | None]]) -> None:
+    """Raise `ValueError` for a path that leads nowhere, before the time is spent to load PyTorch; {flag: paths}."""
+    for flag, file in ((flag, file) for flag, given in paths.items() for file in given if file is not None):
+        if not os.path.exists(os.path.expanduser(file)):
+            near = difflib.get_close_matches(Path(file).name, [p.name for p in Path(file).parent.glob("*")], n=1)
+            hint = f"did you mean '{Path(file).with_name(near[0])}'?" if near else "check the path."
+            raise ValueError(f"There is no file '{file}', given with {flag}; {hint}")
 
 
 # --- output ----------------------------------------------------------------------------------------------------

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli.flags import add_flag, check_paths, path
-from ldm.files.shipped import MODELS, shipped
+from ldm.cli.flags import check_paths, path
+from ldm.files.shipped import MODELS, ROOT, shipped
 from ldm.request import shown
 
 if TYPE_CHECKING:
@@ -26,16 +27,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 def add_model_flags(group: argparse._ActionsContainer) -> None:
     """Add what says which model generates; by default the small one that ships."""
     help_config = "of the base model: demo (the small model), sd (Stable Diffusion v1) or a file (demo)"
-    add_flag(group, "--config", metavar="NAME|YAML", help=help_config)
+    group.add_argument("--config", metavar="NAME|YAML", help=help_config)
     help_ckpt = f".ckpt, .safetensors or diffusers folder (demo: {MODELS['demo'].ckpt}, sd: {MODELS['sd'].ckpt})"
-    add_flag(group, "--ckpt", type=path, metavar="FILE", help=help_ckpt)
-    add_flag(group, "--dtype", metavar="TYPE", help="of the weights: float32, float16 or bfloat16 (float32)")
+    group.add_argument("--ckpt", type=path, metavar="FILE", help=help_ckpt)
+    help_dtype = f"of the weights: {', '.join(DTYPES)} (float32)"
+    group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=help_dtype)
     help_device = "cpu, cuda, cuda:1 or mps (PROSPECT_DEVICE, or the fastest there is)"
-    add_flag(group, "--device", type=device, metavar="NAME", help=help_device)
+    group.add_argument("--device", type=device, metavar="NAME", help=help_device)
     help_allow = "packages of your own whose classes the configuration may name"
-    add_flag(group, "--allow_targets", nargs="+", default=[], metavar="PACKAGE", help=help_allow)
+    group.add_argument("--allow_targets", nargs="+", default=[], metavar="PACKAGE", help=help_allow)
     help_resolvers = "let the configuration use resolvers, such as ${oc.env:HOME}"
-    add_flag(group, "--allow_resolvers", action="store_true", help=help_resolvers)
+    group.add_argument("--allow_resolvers", action="store_true", help=help_resolvers)
 
 
 def device(text: str) -> str:
@@ -45,23 +47,24 @@ def device(text: str) -> str:
     return text
 
 
-def model_setup(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, str]:
-    """Return configuration, checkpoint and precision: of the flags, else of the record, else the small model's."""
-    given: dict[str, Any] = {}
-    if options.config in MODELS:
-        given = {"config": MODELS[options.config].config, "ckpt": MODELS[options.config].ckpt}
-    elif options.config is not None:
-        given = {"config": os.path.expanduser(options.config)}
-    given |= {name: value for name in ("ckpt", "dtype") if (value := getattr(options, name)) is not None}
-    setup = {}
-    for name, default in MODEL_DEFAULTS.items():
-        value = given.get(name) or recorded.get(name) or default
-        if not isinstance(value, (str, Path)):
-            raise ValueError(f"'{options.source}' has no readable {name} ({shown(value)}); give it with --{name}.")
-        setup[name] = shipped(value)
-    if setup["dtype"] not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {shown(setup['dtype'])}.")
-    return setup
+def configuration(name: str, learning: bool = False) -> str:
+    """Return the file of a configuration that is given by its path, or by a short name: demo, sd, demo/neti.
+
+    Raises:
+        ValueError: a short name of none that ships.
+    """
+    if name in MODELS:
+        return shipped(MODELS[name].learning if learning else MODELS[name].config)
+    if Path(name).suffix or os.path.exists(name):
+        return shipped(name)
+    file = shipped(f"configs/{name}.yaml")
+    if not os.path.exists(file):
+        folder = ROOT / "configs"
+        known = [*MODELS, *(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.yaml"))]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"give a YAML file, {' or '.join(MODELS)}."
+        raise ValueError(f"There is no configuration '{name}'; {hint}")
+    return file
 
 
 def check_weights(ckpt: str, flag: str = "--ckpt") -> None:
@@ -71,23 +74,34 @@ def check_weights(ckpt: str, flag: str = "--ckpt") -> None:
     check_paths({flag: [ckpt]})
 
 
-def read_config(options: argparse.Namespace, setup: Mapping[str, str]) -> DictConfig:
-    """Return the configuration that flags name."""
+def read_setup(
+    options: argparse.Namespace, recorded: Mapping[str, Any] | None = None
+) -> tuple[dict[str, str], DictConfig]:
+    """Return which model is meant, and its configuration, without anything heavy.
+
+    Returns:
+        config, ckpt and dtype: those of the flags, else of the record of an image, else the small model's.
+    """
     from ldm.config import allow_targets, check_generates, load_config
 
-    if "." not in setup["config"] and not os.path.exists(setup["config"]):
-        raise ValueError(f"Unknown --config '{setup['config']}'; there are {', '.join(MODELS)}, or give a YAML file.")
+    known = MODELS.get(options.config)
+    given = {"config": options.config} if known is None else {"config": known.config, "ckpt": known.ckpt}
+    given |= {name: value for name in ("ckpt", "dtype") if (value := getattr(options, name)) is not None}
+    setup = {}
+    for name, default in MODEL_DEFAULTS.items():
+        value = given.get(name) or (recorded or {}).get(name) or default
+        if not isinstance(value, (str, Path)):
+            raise ValueError(f"'{options.source}' has no readable {name} ({shown(value)}); give it with --{name}.")
+        setup[name] = configuration(str(value)) if name == "config" else shipped(value)
+    check_weights(setup["ckpt"])
     allow_targets(*options.allow_targets)
     config = load_config(setup["config"], flag="--config", resolvers=options.allow_resolvers)
     check_generates(config)
-    return config
+    return setup, config
 
 
-def load_model(options: argparse.Namespace) -> DiffusionModel:
-    """Return the model that flags name."""
-    setup = model_setup(options, {})
-    check_weights(setup["ckpt"])
-    config = read_config(options, setup)
+def load_model(options: argparse.Namespace, setup: Mapping[str, str], config: DictConfig) -> DiffusionModel:
+    """Return the model that `read_setup` found."""
     from ldm.generate import load_model_from_config
 
     return load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"], lightning=False)

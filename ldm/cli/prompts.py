@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.flags import add_field_flag, add_flag
+from ldm.cli.flags import add_field_flag
 from ldm.files.hub import fetch, is_hub
 from ldm.files.shipped import shipped
 from ldm.files.texts import read_text
@@ -19,18 +19,15 @@ from ldm.request import PRESETS, Request, check_placeholder, mentions, shown
 
 MAX_SEEDS = 1000
 WHOLE_FILES = ("embeddings.safetensors", "learned_embeds.safetensors")  # of a concept's folder
-_RANGE = re.compile(r"(\d{1,4})(-(\d{1,4})?)?")
 
 
 def seeds(text: str) -> list[int]:
     """One seed, or all of a range such as 10-13."""
-    first, dash, last = text.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()):
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a seed (42) nor a range of seeds (42-45)")
-    found = range(int(first), int(last or first) + 1)
-    if not 1 <= len(found) <= MAX_SEEDS:
-        raise argparse.ArgumentTypeError(f"'{text}' is no range of 1 to {MAX_SEEDS} seeds")
-    return list(found)
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not 0 <= last - first < MAX_SEEDS:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a seed (42) nor a range of up to {MAX_SEEDS} (42-45)")
+    return list(range(first, last + 1))
 
 
 # --- stages ----------------------------------------------------------------------------------------------------
@@ -43,12 +40,12 @@ def add_stage_flags(group: argparse._ArgumentGroup) -> None:
         "texts that replace * by stage, 0 being the end of sampling: '7-9=a mug' '0-6=a blue mug', open ranges (5-), "
         "numbers for learned tokens (0-4=3); or preset:ATTRIBUTE"
     )
-    add_flag(stages, "--stages", nargs="+", action="extend", metavar="RANGE=TEXT", help=help_stages)
+    stages.add_argument("--stages", nargs="+", action="extend", metavar="RANGE=TEXT", help=help_stages)
     add_field_flag(stages, Request, "preset", metavar="ATTRIBUTE")
 
 
-def word(text: str) -> str | int:
-    """An entry of `layer_words`: a number is the learned token of that layer, anything else a text."""
+def entry(text: str) -> str | int:
+    """An entry of a list of words: a number is the learned token of that stage or layer, anything else a text."""
     return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
 
 
@@ -62,31 +59,20 @@ def read_stages(texts: Sequence[str], num_stages: int) -> dict[str, Any]:
     Raises:
         ValueError: something else, a stage that there is not, or one that is given twice.
     """
-    if texts[0].startswith("preset:"):
-        if len(texts) > 1:
-            raise ValueError(f"--stages {texts[0]} says all stages; omit {texts[1]!r}.")
+    if len(texts) == 1 and texts[0].startswith("preset:"):
         return {"preset": texts[0].removeprefix("preset:")}
     words: dict[int, str | int] = {}
     for text in texts:
-        stages, sign, word = text.partition("=")
-        if not sign:
-            raise ValueError(f"--stages: '{text}' must be RANGE=TEXT, as in '7-9=a mug', or preset:{PRESETS[2]}.")
-        for stage in _range(stages, num_stages):
-            if stage in words:
-                raise ValueError(f"--stages gives stage {stage} twice; let '{text}' leave it out.")
-            words[stage] = int(word) if re.fullmatch(r"-?\d{1,9}", word) else word
+        match = re.fullmatch(r"\s*(\d{1,4})(-(\d{1,4})?)?\s*=(.*)", text, re.DOTALL)
+        first, last = (int(match[1]), int(match[3] or (num_stages - 1 if match[2] else match[1]))) if match else (1, 0)
+        if match is None or not first <= last < num_stages:
+            kinds = f"of the stages 0 (the end of sampling) to {num_stages - 1}: 7-9=TEXT, 3=TEXT or 5-=TEXT"
+            raise ValueError(f"--stages: {shown(text)} must be RANGE=TEXT, {kinds}; or preset:{PRESETS[2]} alone.")
+        new = dict.fromkeys(range(first, last + 1), entry(match[4]))
+        if twice := words.keys() & new:
+            raise ValueError(f"--stages gives stage {min(twice)} twice; let '{text}' leave it out.")
+        words |= new
     return {"prospect_words": [words.get(stage) for stage in range(num_stages)]}
-
-
-def _range(text: str, num_stages: int) -> range:
-    match = _RANGE.fullmatch(text.strip())
-    first, last = (int(match[1]), int(match[3] or (num_stages - 1 if match[2] else match[1]))) if match else (1, 0)
-    if not first <= last < num_stages:
-        raise ValueError(
-            f"--stages: {shown(text)} is no range of the stages 0-{num_stages - 1}; write one (3), several (0-6) or an "
-            "open range (5-). Stage 0 is the end of sampling."
-        )
-    return range(first, last + 1)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------
@@ -103,25 +89,20 @@ def read_prompts(file: str | Path, names: Sequence[str], num_stages: int) -> lis
     Raises:
         ValueError: there is no such file, it holds no prompt, or an entry is something else.
     """
-    if Path(file).suffix.lower() not in (".yaml", ".yml"):
-        entries: object = _lines(read_text(file, "--prompts"))
-    else:
+    if Path(file).suffix.lower() in (".yaml", ".yml"):
         from ldm.yaml_files import read_yaml
 
         content = read_yaml(file, "--prompts", "file", "a text that begins with * needs quotes").content
-        entries = [content] if isinstance(content, dict) else content
+        entries: object = [content] if isinstance(content, dict) else content
+    else:  # other separators of Unicode are part of a prompt
+        lines = (line.strip() for line in re.split(r"\r\n?|\n", read_text(file, "--prompts")))
+        entries = [line for line in lines if line and not line.startswith("#")]
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"'{file}' holds no prompts; write one in each line, or a YAML list of prompts.")
-    return [_entry(file, entry, names, num_stages) for entry in entries]
+    return [_arguments(file, entry, names, num_stages) for entry in entries]
 
 
-def _lines(text: str) -> list[str]:
-    """The lines of a text; other separators of Unicode are part of a prompt."""
-    lines = (line.strip() for line in re.split(r"\r\n?|\n", text))
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def _entry(file: str | Path, entry: object, names: Sequence[str], num_stages: int) -> dict[str, Any]:
+def _arguments(file: str | Path, entry: object, names: Sequence[str], num_stages: int) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         return {"prompt": entry}
     given = dict(entry)
@@ -132,7 +113,7 @@ def _entry(file: str | Path, entry: object, names: Sequence[str], num_stages: in
             raise ValueError(f"'{file}': there is no argument '{name}'{nearest(str(name), [*names, 'stages'])}.")
     if (stages := given.pop("stages", None)) is not None:
         texts = [stages] if isinstance(stages, str) else stages
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"'{file}': stages must be a list such as ['7-9=a mug', '0-6=a blue mug'].")
         given |= read_stages(texts, num_stages)
     return given
@@ -156,9 +137,7 @@ def concept_files(texts: Sequence[str], own: str, prompts: str = "") -> dict[str
             if mentions(prompts, own) and not mentions(prompts, name):
                 name = own
         if not name or name in concepts:
-            raise ValueError(
-                f"--concept {text}: give every concept a name of its own, as in --concept '<vase>={file}'."
-            )
+            raise ValueError(f"--concept {text}: give every concept a name of its own, as in '<vase>={file}'.")
         concepts[name] = shipped(file)  # behind a =, the shell does not expand ~
     return concepts
 
@@ -176,17 +155,15 @@ def placeholder_in(file: str) -> str | None:
     # any file may be given here, and says anything; `load_concept` has the sentences
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
         if (beside := folder / "token_identifier.txt").is_file():
-            return _usable(read_text(beside, "--concept").strip())
-        if not os.path.isfile(path):  # a pipe would be waited for
+            name = read_text(beside, "--concept").strip()
+        elif os.path.isfile(path):  # a pipe would be waited for
+            with path.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(min(size, 1 << 20)))
+            own = header.pop("__metadata__", {}).get("placeholder")
+            name = own or next(name for name in header if len(header) == 1 and name.startswith("<"))
+        else:
             return None
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(size, 1 << 20)))
-        own = header.pop("__metadata__", {}).get("placeholder")
-        return _usable(own or next(name for name in header if len(header) == 1 and name.startswith("<")))
+        check_placeholder(name)
+        return name
     return None
-
-
-def _usable(text: str) -> str:
-    check_placeholder(text)
-    return text

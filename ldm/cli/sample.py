@@ -1,6 +1,9 @@
-"""`scripts/txt2img.py` and `scripts/img2img.py`: flags and files to requests.
+"""Generate images from text, stage by stage.
 
-Flags, files and choices are checked before anything heavy is imported, so that `--help` and mistakes answer at once.
+python scripts/txt2img.py --prompt "a large striped red star on the left on a navy background"
+python scripts/txt2img.py --concept models/demo/concepts/dotted-star.safetensors --preset material --prompt "a * heart"
+python scripts/txt2img.py --from outputs/a-large-striped-red-star-on-the-left-on-42.png --seed 7
+python scripts/txt2img.py --config sd --ckpt sd-v1-4.ckpt --prompt "*" --stages "7-9=a mug" "0-6=a blue mug"
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from ldm.cli.flags import Parser, add_field_flag, add_flag, check_paths, log_to_terminal, path, script_parser
+from ldm.cli.flags import Parser, add_field_flag, check_paths, path, script_parser
 from ldm.cli.images import LAYOUTS, OWN_LAYOUT, Drawing
-from ldm.cli.models import MODEL_DEFAULTS, add_model_flags, check_weights, model_setup, read_config
-from ldm.cli.prompts import add_stage_flags, concept_files, read_prompts, read_stages, seeds, word
+from ldm.cli.models import MODEL_DEFAULTS, add_model_flags, load_model, read_setup
+from ldm.cli.prompts import add_stage_flags, concept_files, entry, read_prompts, read_stages, seeds
 from ldm.files.hub import is_hub, refuse_unfetched
 from ldm.files.shipped import shipped
 from ldm.files.writing import check_writable
@@ -32,28 +35,30 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     parser = script_parser(docstring, prog)
     what = parser.add_argument_group("what to show")
     if editing is not False:
-        add_field_flag(what, Request, "content_dir", "--content", metavar="FILE")
+        add_field_flag(what, Request, "content_dir", "--content", type=shipped, metavar="FILE")
         add_field_flag(what, Request, "strength")
         add_field_flag(what, Request, "resize", metavar="HOW")
+    texts = what.add_mutually_exclusive_group()
     help_prompt = "what to show, * standing for the concept; given several times, an image of each and a grid"
-    add_field_flag(what, Request, "prompt", action="append", help=help_prompt)
+    add_field_flag(texts, Request, "prompt", action="append", help=help_prompt)
     help_prompts = (
         "text with a prompt in each line, {} standing for the concept; or YAML: a list of prompts or of {argument: "
         "value, …}"
     )
-    add_flag(what, "--prompts", type=path, metavar="FILE", help=help_prompts)
+    texts.add_argument("--prompts", type=path, metavar="FILE", help=help_prompts)
     add_field_flag(what, Request, "negative_prompt")
     add_stage_flags(what)
     help_layers = "texts that replace * by U-Net layer (P+), in order of execution; numbers for learned tokens"
-    add_field_flag(what, Request, "layer_words", nargs="+", type=word, metavar="TEXT", help=help_layers)
+    add_field_flag(what, Request, "layer_words", nargs="+", type=entry, metavar="TEXT", help=help_layers)
     help_concept = "learned embedding, or hf:user/name[@revision]; several: '<vase>=FILE', each named in the prompt"
-    add_flag(what, "--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
+    what.add_argument("--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     add_field_flag(what, Request, "any_base")
-    add_flag(what, "--from", dest="source", type=path, metavar="PNG", help="repeat this image; other flags change it")
+    help_from = "repeat this image; other flags change it"
+    what.add_argument("--from", dest="source", type=path, metavar="PNG", help=help_from)
 
     how = parser.add_argument_group("how")
     fast = f"{FAST['sampler']} with {FAST['ddim_steps']} steps: two fifths of the U-Net calls of the default"
-    add_flag(how, "--fast", action="store_true", help=fast)
+    how.add_argument("--fast", action="store_true", help=fast)
     add_field_flag(how, Request, "ddim_steps", "--steps")
     add_field_flag(how, Request, "ddim_eta", "--eta")
     help_seeds = "one or several, also ranges (10-13); several give an image of each and a grid (42)"
@@ -66,10 +71,10 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
 
     model = parser.add_argument_group("model and files")
     add_model_flags(model)
-    add_flag(model, "--outdir", type=path, default=Path("outputs"), metavar="DIR", help="for the images (outputs)")
+    model.add_argument("--outdir", type=path, default=Path("outputs"), metavar="DIR", help="for the images (outputs)")
     help_layout = f"name files as another program does: {', '.join(LAYOUTS)} (its JPEGs have no record of the flags)"
-    add_flag(model, "--layout", choices=list(LAYOUTS), metavar="NAME", help=help_layout)
-    add_flag(model, "--debug", action="store_true", help="show the whole trace of an error")
+    model.add_argument("--layout", choices=list(LAYOUTS), metavar="NAME", help=help_layout)
+    model.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     return parser
 
 
@@ -77,58 +82,52 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
 
 
 def run(
-    docstring: str | None, editing: bool | None = False, argv: Sequence[str] | None = None, prog: str | None = None
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    editing: bool | None = None,
+    docstring: str | None = __doc__,
 ) -> list[Path]:
-    """Generate (or edit, with `editing`) what the flags ask for.
+    """Generate what the flags ask for; returns the files written: the image, or a grid followed by its single images.
 
     Args:
+        editing: an image is edited; None leaves that to --content.
         docstring: the command's; its first line, then examples.
-        editing: whether an image is edited; None leaves that to --content.
-        argv: the flags, by default the program's own.
-        prog: what the command is called, by default like its file.
-
-    Returns:
-        The files written: the image, or the grid followed by its single images.
     """
     parser = build_parser(docstring, editing, prog)
-    options = parser.parse_strictly(argv)
-    log_to_terminal(talkative=["ldm.conditioning.presets"])
-    with parser.sentences(options.debug):
-        return _generate(options, editing)
+    return parser.run(lambda options: _generate(options, editing), argv)
 
 
 def _generate(options: argparse.Namespace, editing: bool | None) -> list[Path]:
     recorded = _recorded(options)
-    setup = model_setup(options, recorded)
-    config = read_config(options, setup)
-    facts = model_facts(config)
+    setup, config = read_setup(options, recorded)
+    facts, columns = model_facts(config), _columns(options)
     rows = build_requests(options, recorded, facts)
-    if options.layout == "catversion" and len(rows) * len(_columns(options)) > 1:
+    count = len(rows) * len(columns)
+    if options.layout == "catversion" and count > 1:
         raise ValueError(f"--layout {options.layout} goes with one prompt and one seed; --n_iter makes several images.")
     for request in rows:
-        _check_purpose(request, editing)
-        _check_files(request, setup["ckpt"])
+        if editing is not None and editing == (request.content_dir is None):
+            raise ValueError("scripts/img2img.py edits an image, --content FILE, and scripts/txt2img.py edits none.")
+        files = [file for file in (request.concepts or {}).values() if not is_hub(file)]
+        check_paths({"--concept": files, "--content": [request.content_dir]})
     check_writable(options.outdir, "--outdir")
 
     from ldm.embeddings import load_concept, refuse_other_width
-    from ldm.generate import load_model_from_config
 
     # a file that is no concept ends here, before the weights are read
-    named = {(name, file) for request in rows for name, file in (request.concepts or {}).items()}
-    loaded = {(name, file): load_concept(file, name) for name, file in sorted(named)}
-    for (name, _), concept in loaded.items():
-        refuse_other_width(concept, name, facts.token_width, Path(setup["ckpt"]).name)
-    rows = [
-        replace(row, concepts={name: loaded[name, file] for name, file in (row.concepts or {}).items()}) for row in rows
-    ]
-    model = load_model_from_config(config, setup["ckpt"], device=options.device, dtype=setup["dtype"], lightning=False)
-    columns, layout = _columns(options), LAYOUTS.get(options.layout, OWN_LAYOUT)
-    drawing = Drawing(model, recorded, setup, options.outdir, layout)
+    loaded = {}
+    for name, file in sorted({named for request in rows for named in (request.concepts or {}).items()}):
+        loaded[name, file] = load_concept(file, name)
+        refuse_other_width(loaded[name, file], name, facts.token_width, Path(setup["ckpt"]).name)
+    requests = []
+    for request in rows:
+        concepts = {name: loaded[name, file] for name, file in (request.concepts or {}).items()}
+        requests.append([replace(request, concepts=concepts, **column) for column in columns])
+    model, layout = load_model(options, setup, config), LAYOUTS.get(options.layout, OWN_LAYOUT)
+    drawing = Drawing(model, setup, options.outdir, recorded, layout)
     if options.layout == "neti":
-        return drawing.draw_grouped([replace(row, **column) for row in rows for column in columns])
-    if len(rows) * len(columns) > 1:
-        return drawing.draw_sheet(rows, columns)
-    return drawing.draw(replace(rows[0], **columns[0]))
+        return drawing.draw_grouped(list(chain.from_iterable(requests)))
+    return drawing.draw_sheet(requests, columns) if count > 1 else drawing.draw(requests[0][0])
 
 
 def _columns(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -139,15 +138,10 @@ def _columns(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
-    """The record of the image of `--from`; empty without one.
-
-    Raises:
-        ValueError: there is no such image, it has no record, or its model is to be given.
-    """
+    """The record of the image of `--from`; empty without one."""
     if options.source is None:
         return {}
-    if not options.source.exists():
-        raise ValueError(f"There is no file '{options.source}'; check the path given with --from.")
+    check_paths({"--from": [options.source]})
     from ldm.files.records import read_parameters
 
     recorded = read_parameters(options.source)
@@ -168,65 +162,41 @@ def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], fac
         ValueError: an unknown argument, or a value that cannot be used; with the remedy.
     """
     names = [field.name for field in fields(Request)]
-    flags = {name: value for name in names if (value := getattr(options, name, None)) is not None}
-    flags = (FAST if options.fast else {}) | flags
-    prompts = flags.pop("prompt", None)
     columns = _columns(options)
-    flags |= columns[0]
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    flags = {**(FAST if options.fast else {}), **given, **columns[0]}
     if options.stages is not None:
         flags |= read_stages(options.stages, facts.num_stages)
     if options.scale is not None:
         flags["scale"] = read_scale(options.scale, facts.num_stages, facts.scale)
-    rows = [{"prompt": prompt} for prompt in prompts] if prompts else [{}]
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in flags.pop("prompt", ())] or [{}]
     if options.prompts is not None:
-        if prompts:
-            raise ValueError("--prompts FILE takes the place of --prompt; give one of them.")
         rows = read_prompts(options.prompts, names, facts.num_stages)
     if (count := len(rows) * len(columns)) > MAX_IMAGES:
         raise ValueError(f"{count} images are too many for one command, which makes at most {MAX_IMAGES}; give fewer.")
-    repeated = {name: recorded[name] for name in names if name in recorded and name != "preset"}
-    texts = " ".join(str(given["prompt"]) for given in [*rows, repeated] if "prompt" in given)
-    if "content_dir" in flags:
-        flags["content_dir"] = shipped(flags["content_dir"])
+    own = facts.placeholder or PLACEHOLDER
     if options.concept:
-        flags["concepts"] = concept_files(options.concept, facts.placeholder or PLACEHOLDER, texts)
+        texts = " ".join(str(texts["prompt"]) for texts in [*rows, recorded] if "prompt" in texts)
+        flags["concepts"] = concept_files(options.concept, own, texts)
     if options.prompts is not None:
-        name = next(iter(flags.get("concepts", ())), facts.placeholder or PLACEHOLDER)
-        rows = [row | {"prompt": row["prompt"].replace("{}", name)} if _is_text(row) else row for row in rows]
-    return [_request(options.source, recorded, repeated, given | flags).for_model(facts) for given in rows]
-
-
-def _is_text(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("prompt"), str)
+        called = next(iter(flags.get("concepts", ())), own)
+        for row in rows:
+            if isinstance(row.get("prompt"), str):
+                row["prompt"] = row["prompt"].replace("{}", called)
+    repeated = {name: recorded[name] for name in names if name in recorded and name != "preset"}
+    return [_request(options.source, recorded, repeated, row | flags).for_model(facts) for row in rows]
 
 
 def _request(
-    source: Path | None, recorded: Mapping[str, Any], repeated: Mapping[str, Any], given: Mapping[str, Any]
+    source: Path | None, recorded: Mapping[str, Any], repeated: Mapping[str, Any], given: dict[str, Any]
 ) -> Request:
     if "preset" in recorded and "prospect_words" not in given and len({"prompt", "preset"} & given.keys()) == 1:
-        raise ValueError(
-            f"'{source}' was made with a preset; to show something else, give both --prompt and --preset, or --stages."
-        )
-    if given.get("preset") is not None:
-        repeated = {name: value for name, value in repeated.items() if name != "prospect_words"}
-    if "sampler" in given:
-        repeated = {name: value for name, value in repeated.items() if name != "spacing"}
-    arguments = {**repeated, **given}
+        raise ValueError(f"'{source}' was made with a preset; to change it, give --prompt and --preset, or --stages.")
+    changed = {"preset": "prospect_words", "sampler": "spacing"}  # what a flag brings with it
+    replaced = {changed[name] for name in changed if given.get(name) is not None}
+    arguments = {name: value for name, value in repeated.items() if name not in replaced} | given
     if arguments.get("prospect_words") is not None or arguments.get("layer_words") is not None:
         arguments.setdefault("prompt", PLACEHOLDER)
     if "prompt" not in arguments and not arguments.get("content_dir"):
         raise ValueError("Say what to show: --prompt TEXT, or --prompts FILE.")
     return Request(**arguments)
-
-
-def _check_purpose(request: Request, editing: bool | None) -> None:
-    if editing and request.content_dir is None:
-        raise ValueError("Give the image to edit with --content FILE; without one, use scripts/txt2img.py.")
-    if editing is False and request.content_dir is not None:
-        raise ValueError("Here images come from noise; to edit one (content_dir), use scripts/img2img.py.")
-
-
-def _check_files(request: Request, ckpt: str) -> None:
-    check_weights(ckpt)
-    concepts = [file for file in (request.concepts or {}).values() if not is_hub(file)]
-    check_paths({"--concept": concepts, "--content": [request.content_dir]})

@@ -1,4 +1,13 @@
-"""Learn a concept from each of many folders of images, on all cores, on all GPUs, or on a Ray cluster."""
+"""Learn a concept from each of many folders of images, on all cores, on all GPUs, or on a Ray cluster.
+
+python scripts/learn_many.py IMAGES --out CONCEPTS
+python scripts/learn_many.py concepts.csv --out CONCEPTS --workers 4 --max_steps 75
+python scripts/learn_many.py IMAGES --out CONCEPTS --base sd --ckpt sd-v1-4.ckpt --cluster auto
+
+IMAGES is a folder in which each sub-folder (or, if there is none, each image) is a concept, or a CSV with the columns
+image, name, init_word, method, steps, of which only image is needed. The same command again does what is left.
+CONCEPTS then holds a file for each concept, concepts.csv, and the contact sheet concepts.png.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +16,32 @@ import re
 import signal
 from collections.abc import Sequence
 
-from ldm.cli.flags import Parser, add_flag, check_paths, input_path, path, positive, printable, say, script_parser
-from ldm.cli.models import check_weights
-from ldm.cli.train import configuration
+from ldm.cli.flags import Parser, check_paths, input_path, path, positive, printable, say, script_parser
+from ldm.cli.models import check_weights, configuration
 from ldm.files.shipped import MODELS, shipped
 from ldm.files.writing import check_writable
 
 
-def build_parser(docstring: str | None, prog: str | None = None) -> Parser:
-    parser = script_parser(docstring, prog)
+def build_parser(prog: str | None = None) -> Parser:
+    parser = script_parser(__doc__, prog)
     help_images = "a folder with a folder of images (or an image) for each concept, or a CSV"
     parser.add_argument("images", type=input_path, metavar="IMAGES", help=help_images)
-    add_flag(parser, "--out", type=path, required=True, metavar="CONCEPTS", help="folder of the results")
+    parser.add_argument("--out", type=path, required=True, metavar="CONCEPTS", help="folder of the results")
     help_base = "configurations: demo, sd or files (demo)"
-    add_flag(parser, "--base", nargs="+", default=["demo"], metavar="NAME|YAML", help=help_base)
-    add_flag(parser, "--ckpt", metavar="FILE", help="base model (that of --base demo or sd)")
-    add_flag(parser, "--method", metavar="NAME", help="what is learned, where the CSV does not say it")
-    add_flag(parser, "--init_word", metavar="WORD", help="what learning starts from, likewise")
-    add_flag(parser, "--max_steps", type=positive, metavar="N", help="training steps, likewise")
-    add_flag(parser, "--workers", type=positive, metavar="N", help="processes (one for each GPU, else for each core)")
-    add_flag(
-        parser, "--cluster", type=address, metavar="ADDRESS", help="learn on a Ray cluster: local, auto or HOST:PORT"
+    parser.add_argument("--base", nargs="+", default=["demo"], metavar="NAME|YAML", help=help_base)
+    parser.add_argument("--ckpt", metavar="FILE", help="base model (that of --base demo or sd)")
+    parser.add_argument("--method", metavar="NAME", help="what is learned, where the CSV does not say it")
+    parser.add_argument("--init_word", metavar="WORD", help="what learning starts from, likewise")
+    parser.add_argument("--max_steps", type=positive, metavar="N", help="training steps, likewise")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="processes (one for each GPU, else for each core)"
     )
+    help_cluster = "learn on a Ray cluster: local, auto or HOST:PORT"
+    parser.add_argument("--cluster", type=address, metavar="ADDRESS", help=help_cluster)
     help_share = "of a GPU of the cluster, for each concept (1.0)"
-    add_flag(parser, "--gpu_share", type=float, default=1.0, metavar="X", help=help_share)
-    add_flag(parser, "--no_sheet", action="store_true", help="make no contact sheet")
-    add_flag(parser, "--set", nargs="+", default=[], metavar="KEY=VALUE", help="values of the configuration")
+    parser.add_argument("--gpu_share", type=float, default=1.0, metavar="X", help=help_share)
+    parser.add_argument("--no_sheet", action="store_true", help="make no contact sheet")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="values of the configuration")
     return parser
 
 
@@ -43,9 +52,9 @@ def address(text: str) -> str:
     return text
 
 
-def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+def run(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Learn what is left, and say what came of each concept; returns the exit code."""
-    parser = build_parser(docstring, prog)
+    parser = build_parser(prog)
     options = parser.parse_strictly(argv)
     with parser.sentences():
         if options.ckpt is None:
@@ -53,7 +62,10 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
             if known is None:
                 raise ValueError("Say which base model to learn against: --ckpt FILE.")
             options.ckpt = known
-        options.base, options.ckpt = [configuration(name) for name in options.base], shipped(options.ckpt)
+        options.base, options.ckpt = (
+            [configuration(name, learning=True) for name in options.base],
+            shipped(options.ckpt),
+        )
         if options.out.resolve().is_relative_to(options.images.resolve()):
             raise ValueError(f"--out '{options.out}' is part of IMAGES; give a folder of its own.")
         check_paths({"IMAGES": [options.images], "--base": options.base})

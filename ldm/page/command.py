@@ -13,36 +13,28 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli.flags import add_flag, log_to_terminal, path, positive, say, script_parser
-from ldm.cli.models import add_model_flags, check_weights, load_model, model_setup, read_config
+from ldm.cli.flags import log_to_terminal, path, positive, say, script_parser
+from ldm.cli.models import add_model_flags, load_model, read_setup
 from ldm.files.writing import check_writable
 
 HOST, PORT = "127.0.0.1", 8080
 MOST_PORTS = 100  # that are tried
 
 
-def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Serve the page until Ctrl-C; ends with exit code 2 and one sentence where that cannot be.
-
-    Args:
-        docstring: the command's; its first line, then examples.
-        argv: the flags, by default the program's own.
-        prog: what the command is called, by default like its file.
-    """
-    parser = script_parser(docstring, prog)
+def run(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Serve the page until Ctrl-C; ends with exit code 2 and one sentence where that cannot be."""
+    parser = script_parser(__doc__, prog)
     add_model_flags(parser.add_argument_group("model"))
     place = parser.add_argument_group("page and files")
-    add_flag(place, "--outdir", type=path, default=Path("outputs"), metavar="DIR", help="for the images (outputs)")
-    add_flag(place, "--port", type=positive, default=PORT, metavar="N", help=f"({PORT}, or the next that is free)")
-    add_flag(place, "--no_browser", action="store_true", help="do not open a browser")
+    place.add_argument("--outdir", type=path, default=Path("outputs"), metavar="DIR", help="for the images (outputs)")
+    place.add_argument("--port", type=positive, default=PORT, metavar="N", help=f"({PORT}, or the next that is free)")
+    place.add_argument("--no_browser", action="store_true", help="do not open a browser")
     options = parser.parse_strictly(argv)
     log_to_terminal()
     with parser.sentences():
         if importlib.util.find_spec("nicegui") is None:
             raise ValueError('The page needs NiceGUI: pip install "nicegui>=3.10,<4".')
-        setup = model_setup(options, {})
-        check_weights(setup["ckpt"])
-        read_config(options, setup)
+        setup, config = read_setup(options)
         check_writable(options.outdir, "--outdir")
         port = free_port(options.port)
         from ldm.page.app import serve
@@ -50,7 +42,7 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
 
         if options.device:
             os.environ["PROSPECT_DEVICE"] = options.device  # for learning, which is a process of its own
-        model = load_model(options)
+        model = load_model(options, setup, config)
         say(f"The page is at http://{HOST}:{port}; Ctrl-C ends it.")
         serve(Engine(model, setup, options.outdir, trust_of(options)), port, not options.no_browser)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from ldm.cli.edit import Edits, pair, span
+from ldm.cli.edit import edit_inverted, pair, span
 from ldm.cli.images import new_file
 from ldm.editing.inversion import Progress
 from ldm.editing.invert import AUTOENCODER, METHODS, PROMPT, PSNR, check_belongs, invert_image, rebuilt, word_masks
@@ -183,8 +183,8 @@ class EditJob(Job):
             found = word_masks(engine.model, concept, self.edits[0].blend[0])
             self.masks = {word: foreground for word, (foreground, _) in found.items()}
         image = self.inversion.image if self.inversion.image.is_file() else None
-        sheet = Edits(engine.model, engine.outdir, slug(self.edits[0].target), after)
-        self.files = sheet.inverted(concept, self.edits, image)
+        stem = engine.outdir / slug(self.edits[0].target)
+        self.files = edit_inverted(engine.model, concept, self.edits, stem, image, after)
 
 
 def start_inversion(form: EditForm, engine: Engine) -> InversionJob:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 from torch import Tensor
 
-from ldm.cli.images import save_images
+from ldm.cli.images import Drawing
 from ldm.conditioning.stages import stage_of
 from ldm.files.shipped import MODELS, shipped
 from ldm.generate import Interrupted, facts_of, generate_image
@@ -120,7 +120,7 @@ class ImageJob(Job):
         finally:
             self.seconds = time.monotonic() - start
             if self.image is not None and self.keep:
-                self.files = save_images(self.image, {}, engine.setup, engine.outdir)
+                self.files = Drawing(engine.model, engine.setup, engine.outdir).save(self.image)
 
 
 class Stopped(KeyboardInterrupt):

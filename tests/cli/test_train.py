@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 
 from ldm.cli import train as cli
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_help_is_quick_and_complete() -> None:
-    started = time.monotonic()
-    program = [sys.executable, "main.py", "--help"]
-    text = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert time.monotonic() - started < 1.0
+def test_help_is_complete() -> None:
+    text = cli.build_parser().format_help()
     flags = "base train resume seed no_test project debug postfix logdir scale_lr datadir_in_name actual_resume"
     flags += " data_root embedding_manager_ckpt placeholder_tokens init_word name gpus max_steps precision devices"
     assert all(f"--{flag}" in text for flag in flags.split())
@@ -38,11 +29,13 @@ def test_flags_and_values_of_the_configuration_mix() -> None:
     assert cli.parse(["-b", "d.yaml"]).base == ["d.yaml"], "nothing is left of an earlier call"
 
 
-@pytest.mark.parametrize("text", ["1", "1.0", "0", "0.5"])
-def test_a_count_of_batches_stays_a_count(text: str) -> None:
+def test_values_of_the_trainer_keep_their_types() -> None:
     """Lightning reads 1 as one batch and 1.0 as all of them."""
-    given = cli.parse(["--base", "x.yaml", "--limit_val_batches", text]).trainer["limit_val_batches"]
-    assert (given, type(given)) == (float(text), float if "." in text else int)
+    for text in ("1", "1.0", "0.5"):
+        given = cli.parse(["--base", "x.yaml", "--limit_val_batches", text]).trainer["limit_val_batches"]
+        assert (given, type(given)) == (float(text), float if "." in text else int)
+    given = cli.parse(["--base", "x.yaml", "--benchmark", "--deterministic", "No", "--precision", "bf16"]).trainer
+    assert given == {"benchmark": True, "deterministic": False, "precision": "bf16"}
 
 
 def test_a_home_folder_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:

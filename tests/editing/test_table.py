@@ -89,14 +89,18 @@ def test_rows_are_isolated_and_resumed(tmp_path: Path, capsys: pytest.CaptureFix
         row(case_number="4", target="a dotted red heart's", **edits),
     )
     argv = ["--csv", str(file), "--outdir", str(tmp_path), *FAST]
-    edit.run(edit.__doc__, argv)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4 and said[0].startswith("case 1: 2 edits") and said[3].startswith("case 4: 2 edits")
+    edit.run(argv)
+    said = capsys.readouterr().out.splitlines()  # the files follow
+    assert (
+        said[4] == str(tmp_path / "edits/1-a-dotted-blue-star-v0.2-c1-s0.6-u0.png")
+        and said[0].startswith("case 1: 2 edits")
+        and said[3].startswith("case 4: 2 edits")
+    )
     assert "as many words" in said[1] and "missing.png" in said[2]
     made = sorted((tmp_path / "edits").glob("*.png"))
     assert len(made) == 6 and (tmp_path / "edits/concepts/1.safetensors").exists()
     stamps = [path.stat().st_mtime_ns for path in made]
-    edit.run(edit.__doc__, argv)
+    edit.run(argv)
     assert capsys.readouterr().out.splitlines()[0] == "case 1: there already"
     assert stamps == [path.stat().st_mtime_ns for path in made]
     for change, message in (
@@ -104,12 +108,12 @@ def test_rows_are_isolated_and_resumed(tmp_path: Path, capsys: pytest.CaptureFix
         (["--method", "null-text"], "was inverted with another method"),
     ):
         with pytest.raises(SystemExit):
-            edit.run(edit.__doc__, [*argv, "--end_case", "2", *change])
+            edit.run([*argv, "--end_case", "2", *change])
         assert message in capsys.readouterr().out
     file.write_text(file.read_text("utf-8").replace("[.2,.5]", "[.2]"), encoding="utf-8")
     (tmp_path / "edits/1-a-dotted-blue-star-mine.png").write_text("mine")
     with pytest.raises(SystemExit):
-        edit.run(edit.__doc__, [*argv, "--end_case", "2"])
+        edit.run([*argv, "--end_case", "2"])
     assert "1-a-dotted-blue-star-grid.png' is there and shows something else" in capsys.readouterr().out
     assert (tmp_path / "edits/1-a-dotted-blue-star-mine.png").read_text() == "mine"
 
@@ -118,8 +122,8 @@ def test_a_row_without_an_image_leaves_nothing(tmp_path: Path, capsys: pytest.Ca
     cells = {"case_number": "1", "prompt": PROMPT, "target": "a dotted blue star", "image_path": __file__}
     argv = ["--csv", str(write(tmp_path, row(**cells))), "--outdir", str(tmp_path / "out"), *FAST]
     with pytest.raises(SystemExit):
-        edit.run(edit.__doc__, argv)
-    assert "No row could be edited" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        edit.run(argv)
+    assert " could be edited; see above" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 MASK = ["--mask", "star"]
@@ -127,28 +131,28 @@ MASK = ["--mask", "star"]
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     concept = tmp_path / "star.safetensors"
-    files = invert.run(invert.__doc__, [str(STAR), "--prompt", PROMPT, "--out", str(concept), "--mask", "star", *FAST])
+    files = invert.run([str(STAR), "--prompt", PROMPT, "--out", str(concept), "--mask", "star", *FAST])
     (tmp_path / "star.unmade-star-background.png").write_text("mine")
     assert files == [concept, tmp_path / "star-star-foreground.png", tmp_path / "star-star-background.png"]
     assert load_concept(concept).metadata["inversion.prompt"] == PROMPT
     with pytest.raises(SystemExit):
-        invert.run("Doc.", [str(STAR), "--prompt", PROMPT, "--out", str(tmp_path / "star.unmade.safetensors"), *MASK])
+        invert.run([str(STAR), "--prompt", PROMPT, "--out", str(tmp_path / "star.unmade.safetensors"), *MASK])
     assert "star.unmade-star-background.png' is there already; use --force" in capsys.readouterr().err
     argv = [str(concept), "--target", "a dotted blue star", "--tau_v", ".2", ".1:.5", "--weight", "blue=2"]
     argv += ["--blend", "star:star", "--word_tau", "blue=.2", "--image", str(STAR)]
-    first, second, grid = edit.run(edit.__doc__, [*argv, "--outdir", str(tmp_path), "--device", "cpu"])
+    first, second, grid = edit.run([*argv, "--outdir", str(tmp_path), "--device", "cpu"])
     with Image.open(second) as image:
         said = json.loads(image.text["prospect-edit"])
     assert said["tau_v"] == [0.1, 0.5] and said["weights"] == {"blue": 2.0}
     assert Image.open(grid).width > 4 * 128 and Image.open(first).size == (128, 128)
     generated = ["--prompt", "a red heart", "--target", "a blue heart", "--outdir", str(tmp_path), *FAST]
-    assert len(edit.run(edit.__doc__, generated)) == 2
+    assert len(edit.run(generated)) == 2
     capsys.readouterr()
 
 
 REFUSED = [
-    (edit, "", "Say what to edit: CONCEPT"),
-    (edit, "--prompt a", "Give the prompt of the edited image"),
+    (edit, "", "Say what to edit, CONCEPT"),
+    (edit, "--prompt a", "Say what to edit, CONCEPT"),
     (edit, "missing.safetensors --target a", "There is no file 'missing.safetensors', given with CONCEPT"),
     (edit, "--prompt a --target b --tau_c 2", "tau_c must be in 0..1"),
     (edit, "--prompt a --target b --tau_c x", "neither a number nor START:END"),
@@ -169,6 +173,6 @@ REFUSED = [
 @pytest.mark.parametrize(("command", "flags", "message"), REFUSED)
 def test_refused(command: object, flags: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
-        command.run("Doc.", flags.split())  # type: ignore[attr-defined]
+        command.run(flags.split())  # type: ignore[attr-defined]
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and message in said.splitlines()[-1]

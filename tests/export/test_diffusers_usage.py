@@ -53,7 +53,7 @@ def concepts(model: LatentDiffusion, tmp_path_factory: pytest.TempPathFactory) -
 def exported(concepts: dict[str, Path], folder: Path, *flags: str) -> ModuleType:
     """The script that was written, as a module."""
     sources = [f"{placeholder}={path}" for placeholder, path in concepts.items()]
-    paths = run("Export.\n", [*sources, "--name", "star", "b", "--to", "diffusers", "--outdir", str(folder), *flags])
+    paths = run([*sources, "--name", "star", "b", "--to", "diffusers", "--outdir", str(folder), *flags])
     spec = importlib.util.spec_from_file_location("usage", paths[-1])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

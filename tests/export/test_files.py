@@ -39,7 +39,7 @@ def file(tmp_path: Path) -> Path:
 def export(*flags: str | Path) -> list[Path]:
     """What the command writes, called teddy where no name is given."""
     named = [] if "--name" in flags else ["--name", "teddy"]
-    return run("Export.\n", [*map(str, flags), *named])
+    return run([*map(str, flags), *named])
 
 
 def text_of(path: Path) -> str:
@@ -325,6 +325,7 @@ def test_guidance_by_stage_is_what_only_diffusers_has(file: Path, tmp_path: Path
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str | Path) -> str:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         export(*flags)
     output = capsys.readouterr()
@@ -370,7 +371,7 @@ def test_names_are_file_names_everywhere() -> None:
         ("--steps 0", "must be in 1..1000, not 0"),
         ("--preset mood", "Unknown preset 'mood'"),
         ("--stages 0=x 1=11", "prospect_words[1] = 11"),
-        ("--stages 7-10=x", "'7-10' is no range of the stages 0-9"),
+        ("--stages 7-10=x", "'7-10=x' must be RANGE=TEXT, of the stages 0"),
         ("--ckpt none.ckpt", "There is no file 'none.ckpt', given with --ckpt"),
         ("--ckpt models/demo/model.safetensors", "' was learned for the base model 'sd-v1-4.ckpt'"),
         ("--nme b", "unknown argument '--nme'; did you mean --name?"),

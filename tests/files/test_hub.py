@@ -134,7 +134,7 @@ def concept(tmp_path: Path) -> Path:
 
 
 def test_what_is_pushed_is_what_is_read(hub: Hub, concept: Path, tmp_path: Path) -> None:
-    address, use = push.run("Push.", [str(concept), "me/my-toy"])
+    address, use = push.run([str(concept), "me/my-toy"])
     assert address == f"{constants.ENDPOINT}/me/my-toy"
     assert use == "prospect generate --concept hf:me/my-toy --prompt 'a <toy>'"
     files = hub.repositories["me/my-toy"]
@@ -217,10 +217,10 @@ def test_pushing_needs_a_name_and_a_login(
         ([str(concept), "me/toy"], "status 401); log in with `hf auth login`, with a token that may write."),
     ):
         with pytest.raises(SystemExit):
-            push.run("Push.", flags)
+            push.run(flags)
         assert sentence in capsys.readouterr().err
     assert not hub.repositories
-    files = push.run("Push.", [str(concept), "me/toy.v2", "--outdir", str(tmp_path / "out")])
+    files = push.run([str(concept), "me/toy.v2", "--outdir", str(tmp_path / "out")])
     assert {Path(file).name for file in files} >= {"README.md", "embeddings.safetensors", "toy-v2-9.safetensors"}
     assert not hub.repositories and load_concept(tmp_path / "out").metadata["placeholder"] == "<toy>"
 
@@ -228,11 +228,11 @@ def test_pushing_needs_a_name_and_a_login(
 def test_an_image_of_a_concept_on_the_hub(hub: Hub, concept: Path, tmp_path: Path) -> None:
     hub.repositories["a/toy"] = {"embeddings.safetensors": concept.read_bytes()}
     flags = ["--prompt", "a <toy>", "--steps", "1", "--height", "32", "--width", "32", "--device", "cpu", "--any_base"]
-    (image,) = sample.run("", argv=[*flags, "--concept", "hf:a/toy", "--outdir", str(tmp_path)])
+    (image,) = sample.run([*flags, "--concept", "hf:a/toy", "--outdir", str(tmp_path)])
     from ldm.generate import read_parameters
 
     assert read_parameters(image)["concepts"] == {"<toy>": f"hf:a/toy@{COMMIT}"}
-    (again,) = sample.run("", argv=["--from", str(image), "--outdir", str(tmp_path / "b")])
+    (again,) = sample.run(["--from", str(image), "--outdir", str(tmp_path / "b")])
     assert read_parameters(again)["concept_hashes"] == read_parameters(image)["concept_hashes"]
 
 
@@ -245,7 +245,7 @@ def test_an_image_of_a_stranger_fetches_nothing(
     save_png(Image.new("RGB", (32, 32)), image, {PNG_KEY: json.dumps(record)})
     flags = ["--from", str(image), "--ckpt", "models/demo/model.safetensors", "--outdir", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
-        sample.run("", argv=flags)
+        sample.run(flags)
     assert "was not fetched before, and an image's record fetches nothing; if you trust it" in capsys.readouterr().err
     form = Form(10)
     with pytest.raises(ValueError, match="was not fetched before"):
@@ -262,7 +262,7 @@ def test_the_layout_of_sd_concepts_library(tmp_path: Path) -> None:
     assert load_concept(folder).metadata == {"placeholder": "<cat-toy>"}
     assert load_concept(folder / "learned_embeds.bin").metadata == {"placeholder": "<cat-toy>"}
     flags = ["--prompt", "a <cat-toy>", "--steps", "1", "--height", "32", "--width", "32", "--device", "cpu"]
-    sample.run("", argv=[*flags, "--concept", str(folder), "--outdir", str(tmp_path)])
+    sample.run([*flags, "--concept", str(folder), "--outdir", str(tmp_path)])
     (folder / "learned_embeds.bin").write_bytes(b"\x80\x02cposix\nsystem\n.")
     with pytest.raises(EmbeddingError, match="could run code and is not loaded"):
         load_concept(folder)
@@ -280,7 +280,7 @@ def test_kohyas_xti_file_is_a_concept_of_layers(tmp_path: Path) -> None:
     save_concept(one, tmp_path / "own.safetensors")
     assert load_concept(tmp_path / "own.safetensors").identity == one.identity
     flags = [str(tmp_path / "xti.safetensors"), "--name", "cat", "--to", "kohya", "--outdir", str(tmp_path / "out")]
-    written = load_file(*export.run("Export.\n", flags))
+    written = load_file(*export.run(flags))
     assert list(written) == names and torch.equal(torch.stack(list(written.values())), two.table[0])
     assert load_concept(tmp_path / "out/cat.safetensors").identity == two.identity
 

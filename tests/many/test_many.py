@@ -208,7 +208,7 @@ def test_nothing_of_others_is_taken_or_overwritten(pictures: Path, tmp_path: Pat
     with pytest.raises(Changed, match="'c0' was started"):
         unfinished(jobs, SETTING, out)
     with pytest.raises(SystemExit):
-        command.run("Learn.", [str(pictures), "--out", str(pictures / "out")])
+        command.run([str(pictures), "--out", str(pictures / "out")])
     assert "is part of IMAGES" in capsys.readouterr().err
 
 

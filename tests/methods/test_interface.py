@@ -301,12 +301,12 @@ def test_export_where_a_program_has_the_form(
     if program == "kohya":  # whose files are for Stable Diffusion's 16 layers
         refusal = refusal or "kohya's XTI files have a vector for each of 16 U-Net layers and none for stages"
     if refusal is None:
-        export("Export.\n", flags)
+        export(flags)
         again = load_concept(out)
         assert (again.method, again.identity) == (concept.method, concept.identity)
         return
     with pytest.raises(SystemExit):
-        export("Export.\n", flags)
+        export(flags)
     assert refusal in capsys.readouterr().err
     assert not out.exists()
 

@@ -109,7 +109,7 @@ def test_tensors_of_another_method_are_no_prefix() -> None:
 def test_the_class_word_is_kept_by_an_import(tmp_path: Path) -> None:
     out = tmp_path / "teddy.safetensors"
     flags = [str(SHIPPED), "--caption", "teddybear", "--out", str(out)]
-    import_embedding(None, flags)
+    import_embedding(flags)
     concept = load_concept(out)
     assert concept.metadata["captions"] == "teddybear" and out.stat().st_size < 20_000
     assert torch.equal(concept.tensors["prefix"], load_concept(SHIPPED).tensors["prefix"])
@@ -129,7 +129,7 @@ def test_a_prompt_without_the_class_word_is_reported(
     captions: str, prompt: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_concept(small(captions=captions), tmp_path / "c.safetensors")
-    run("", argv=["--prompt", prompt, "--concept", str(tmp_path / "c.safetensors"), "--steps", "1", "--outdir",
+    run(["--prompt", prompt, "--concept", str(tmp_path / "c.safetensors"), "--steps", "1", "--outdir",
                   str(tmp_path)])  # fmt: skip
     assert [record.message for record in caplog.records if "effect" in record.message] == []
     assert any("means, which the prompt does not name" in record.message for record in caplog.records) is warned
@@ -139,7 +139,7 @@ def test_a_preset_needs_a_placeholder(tmp_path: Path, capsys: pytest.CaptureFixt
     save_concept(small(captions="a thing"), tmp_path / "c.safetensors")
     flags = ["--prompt", "a thing", "--concept", str(tmp_path / "c.safetensors"), "--preset", "style"]
     with pytest.raises(SystemExit):
-        run("", argv=[*flags, "--outdir", str(tmp_path / "out")])
+        run([*flags, "--outdir", str(tmp_path / "out")])
     assert "'*' (catversion) has none: it changes every prompt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -163,16 +163,16 @@ def test_files_as_the_reference_names_them(tmp_path: Path) -> None:
     save_concept(small(captions="a thing"), tmp_path / "c.safetensors")
     flags = ["--prompt", "a thing on the left", "--concept", str(tmp_path / "c.safetensors"), "--steps", "1"]
     flags += ["--seed", "78", "--outdir", str(tmp_path)]
-    files = run("", argv=[*flags, "--n_iter", "2", "--layout", "catversion"])
+    files = run([*flags, "--n_iter", "2", "--layout", "catversion"])
     folder = tmp_path / "a-thing-on-the-left"
     names = ["a-thing-on-the-left.jpg", "a-thing-on-the-left_78.jpg", "a-thing-on-the-left_79.jpg"]
     assert files == [folder / name for name in names]
     with Image.open(files[0]) as grid, Image.open(files[2]) as single:
         assert (grid.format, single.format, single.size) == ("JPEG", "JPEG", (128, 128))
-    alone = run("", argv=[*flags, "--layout", "catversion"])
+    alone = run([*flags, "--layout", "catversion"])
     assert [file.name for file in alone] == ["a-thing-on-the-left-2.jpg", "a-thing-on-the-left_78-2.jpg"]
 
 
 def test_a_prompt_names_no_place_outside_the_folder(tmp_path: Path) -> None:
     flags = ["--prompt", "../a/thing", "--steps", "1", "--outdir", str(tmp_path / "out"), "--layout", "catversion"]
-    assert all(file.parent == tmp_path / "out/-a-thing" for file in run("", argv=flags))
+    assert all(file.parent == tmp_path / "out/-a-thing" for file in run(flags))

@@ -30,7 +30,7 @@ def test_latents_that_are_not_finite_make_no_image(
         generate("a <huge> star", model=small_model, concepts={"<huge>": huge}, **settings)
     flags = ["--prompt", "a * star", "--concept", str(huge), "--steps", "2", "--outdir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ending:
-        commands.run("Generate.", argv=flags)
+        commands.run(flags)
     assert ending.value.code == 2 and "The latents are not finite" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -520,7 +520,7 @@ def test_its_own_files_are_written(tmp_path: Path) -> None:
         concept = load_concept(FOLDER / name)
         save_concept(concept, tmp_path / "own.safetensors")
         flags = [f"<new>={tmp_path / 'own.safetensors'}", "--name", "new", "--to", "neti", "--outdir", str(tmp_path)]
-        mapper, word = export("Export.\n", [*flags, "--force"])
+        mapper, word = export([*flags, "--force"])
         again = load_concept([mapper, word])
         assert again.identity == concept.identity and again.metadata["placeholder"] == "<new>"
         assert again.metadata["neti.settings"] == concept.metadata["neti.settings"]
@@ -549,7 +549,5 @@ def test_what_its_files_cannot_hold(
 ) -> None:
     save_concept(concept, tmp_path / "own.safetensors")
     with pytest.raises(SystemExit):
-        export(
-            "", [str(tmp_path / "own.safetensors"), "--name", "a", "--to", "neti", "--outdir", str(tmp_path / "out")]
-        )
+        export([str(tmp_path / "own.safetensors"), "--name", "a", "--to", "neti", "--outdir", str(tmp_path / "out")])
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
