@@ -39,7 +39,7 @@ def run(docstring: str | None, argv: Sequence[str] | None = None, prog: str | No
 def _push(options: argparse.Namespace) -> list[str]:
     from ldm.embeddings import load_concept
     from ldm.export.card import Card
-    from ldm.export.repository import write_repository
+    from ldm.export.files import write_repository
     from ldm.files.hub import upload
 
     concept, name = load_concept(options.concept), options.repository.partition("/")[2]

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.export.infotext import NEEDED, infotext
 from ldm.files.images import image_info
-from ldm.files.writing import replacing, writing_to
+from ldm.files.writing import replacing
 
 PNG_KEY = "prospect"  # name of the PNG text chunk that holds the parameters
 
@@ -34,8 +34,6 @@ def save_png(image: Image.Image, path: str | Path, texts: Mapping[str, str]) -> 
             info.add_itxt(name, text)
         else:
             info.add_text(name, text)
-    with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 

@@ -584,8 +584,6 @@ GENERATING: dict[str, Cases] = {
         (f"{CONCEPT}none.safetensors", "holds no embedding"),
         (f"{CONCEPT}whole.safetensors", "holds a base model (Stable Diffusion v1) and no embedding"),
         (f"{CONCEPT}lora.safetensors", "holds a LoRA and no embedding"),
-        (f"{CONCEPT}one-run", "is the folder of a run; its concept is '{bad}/one-run/checkpoints/embeddings.safe"),
-        (f"{CONCEPT}one-run/checkpoints/last.ckpt", "'{bad}/one-run/checkpoints/embeddings.safetensors'."),
         (f"{CONCEPT}other-base.safetensors", "'sd-v1-4.ckpt'"),
         (f"{MAKE} --concept a=b --concept a=c", "give every concept a name of its own"),
         (f"{MAKE} --concept a=", "The concept 'a' has no file here"),
