@@ -62,7 +62,7 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} --placeholder_tokens <*>", "The placeholder '<*>' must not contain '*'"),
         (f"{LEARN} --init_word a\udcffb", "initializer_words: 'a\\xffb' is not UTF-8"),
         ("-r {bad}/nowhere -t", "Nothing to resume"),
-        ("-r {bad}/whole.ckpt -t", "holds no optimizer_states, global_step: it is no checkpoint of a training run"),
+        ("-r {bad}/whole.ckpt -t", "is no checkpoint of a training run (it holds no optimizer_states, global_step)"),
         ("-r {bad}/good.safetensors -t", "Nothing to resume"),
     ],
     "overrides": [

@@ -29,4 +29,4 @@ def check_exports(concept: Concept) -> None:
 def save(concept: Concept, folder: Path, name: str, placeholder: str) -> None:
     """Write the file of a concept that `check_exports` accepts."""
     layers = dict(zip(XTI_LAYERS, concept.table[0].cpu(), strict=True))
-    save_state_dict(layers, *paths(folder, name), concept.metadata | {"placeholder": placeholder})
+    save_state_dict(layers, paths(folder, name)[0], concept.metadata | {"placeholder": placeholder})

@@ -62,9 +62,10 @@ def read_embeddings(
     Raises:
         TensorFileError: missing, damaged, of another kind, or it names code.
     """
-    if is_image(read_head(path)):
+    head = read_head(path)
+    if is_image(head):
         return named_tensors(path, _read_png(path)), {}
-    content, metadata, _ = read_file(path)
+    content, metadata, _ = read_file(path, head=head)
     content = content if isinstance(content, Mapping) else {}
     if "attention" in content:
         initial = named_tensors(path, {"initial": content.get("initial_embeddings")})

@@ -75,18 +75,19 @@ class TensorFile(NamedTuple):
     mapped: bool
 
 
-def read_file(path: Path, wanted: Callable[[str], bool] | None = None) -> TensorFile:
+def read_file(path: Path, wanted: Callable[[str], bool] | None = None, head: bytes | None = None) -> TensorFile:
     """Read a safetensors or torch file of any age, with any name; tensors are on the CPU.
 
     Args:
         wanted: says of a name whether the tensor is needed; a safetensors file is read without the others.
+        head: from `read_head`, if that was called before.
 
     Raises:
         TensorFileError: missing, damaged, of another kind, or it names code.
     """
     kind = ""
     try:
-        kind = _kind(path)
+        kind = _kind(path, read_head(path) if head is None else head)
         if kind != "safetensors":
             return TensorFile(_unpickle(path, kind), {}, mapped=kind == "zip")
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -194,9 +195,8 @@ def read_head(path: Path) -> bytes:
         return stream.read(512)
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path, head: bytes) -> str:
     """Return 'safetensors', 'zip' (torch), 'packed zip' (compressed by someone) or 'pickle' (torch before 1.6)."""
-    head = read_head(path)
     if head[8:9] == b"{":
         return "safetensors"
     if head.startswith(b"\x80"):

@@ -62,10 +62,12 @@ def check_writable(folder: str | Path, flag: str) -> None:
         place = place.parent
     if not place.is_dir():
         raise WriteError(f"Cannot write to '{folder}': '{place}' is a file; give a folder with {flag}.")
-    with writing_to(folder):
-        probe = _partial(place)
+    probe = _partial(place)
+    try:
         probe.touch()
         probe.unlink()
+    except OSError as error:
+        raise WriteError(f"Cannot write to '{folder}': {error.strerror}; give another folder.") from error
 
 
 def check_new_file(
