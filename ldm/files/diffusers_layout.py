@@ -150,17 +150,12 @@ def _unet_name(key: str, sizes: Sizes) -> str:
 def _vae_name(key: str, sizes: Sizes) -> str:
     if key.startswith(("quant_conv.", "post_quant_conv.")):
         return key
-    half, _, inside = key.partition(".")
-    if half not in ("encoder", "decoder"):
-        raise KeyError(key)
+    half, _, inside = key.partition(".")  # encoder or decoder
     return f"{half}.{_renamed(inside, sizes, _VAE_NAMES, _vae_place)}"
 
 
 def _text_name(key: str, sizes: Sizes) -> str:
-    name = key.removeprefix("text_model.")  # transformers 5 saves without it
-    if not name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
-        raise KeyError(key)
-    return name
+    return key.removeprefix("text_model.")  # transformers 5 saves without it
 
 
 _RENAMERS: dict[str, tuple[str, Callable[[str, Sizes], str]]] = {

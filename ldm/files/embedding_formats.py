@@ -125,13 +125,10 @@ def read_modules(path: Path) -> list[dict[str, Tensor]]:
     """Return the parameters of the modules that a file of StyleDiffusion lists, one for each denoising step.
 
     Raises:
-        TensorFileError: missing, damaged, of another kind, or it names code.
+        TensorFileError: missing, damaged, or it names code.
     """
     content = read_file(path).content
-    modules = [named_tensors(path, module) for module in content] if isinstance(content, list) else []
-    if not any(modules):
-        raise TensorFileError(f"'{path}' holds no mapping networks of StyleDiffusion; use its .pth file.")
-    return modules
+    return [named_tensors(path, module) for module in (content if isinstance(content, list) else [content])]
 
 
 def concept_file(path: Path) -> Path:

@@ -61,12 +61,11 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         ValueError: the image has none, or is none.
     """
     info = image_info(Path(path).expanduser())
-    if PNG_KEY not in info:
-        raise ValueError(f"'{path}' has no ProSpect parameters; only PNG files saved by this program do.")
     try:
-        parameters = json.loads(str(info[PNG_KEY]))
+        parameters = json.loads(str(info.get(PNG_KEY)))
     except (ValueError, RecursionError):
         parameters = None
     if not isinstance(parameters, dict):
-        raise ValueError(f"'{path}' has no readable ProSpect parameters; use another copy of it.")
+        what = "readable ProSpect parameters" if PNG_KEY in info else "ProSpect parameters"
+        raise ValueError(f"'{path}' has no {what}; only PNG files saved by this program do.")
     return parameters
