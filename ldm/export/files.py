@@ -7,14 +7,14 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from ldm.conditioning.prompts import foreign_syntax
 from ldm.embeddings import Concept, refuse_mixed_bases, remove_more_stages, save_concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.card import Card, model_card
-from ldm.export.texts import MAX_TOKENS, Escape, Learned, check_name, may_be_cut, misread, stage_words, written
+from ldm.export.texts import MAX_TOKENS, Escape, check_name, may_be_cut, misread, stage_words, written
 from ldm.files.embedding_formats import WHOLE
 from ldm.files.writing import replacing_set
 from ldm.request import ModelFacts, Words, check_negative_prompt, check_placeholder
@@ -202,15 +202,11 @@ class Export:
         """The texts of each stage, one for each U-Net layer: the learned token of layer 3 is `name-k-l03`."""
         layered = {name for name, concept in self.named.items() if concept.is_layered}
 
-        def at(layer: int, word: str) -> str:
-            own = isinstance(word, Learned) and word.rpartition("-")[0] in layered
-            return f"{word}-l{layer:02}" if own else word
+        def of_layer(token: str, layer: int) -> str:
+            return f"{token}-l{layer:02}" if token.rpartition("-")[0] in layered else token
 
-        layers = range(self.num_layers)
-        return [[" ".join(at(layer, word) for word in words) for layer in layers] for words in self._lines]
-
-    def _negative(self, escape: Escape) -> str:
-        return written(self.use.negative_prompt.split(), escape)
+        texts = [self._texts(spell=partial(of_layer, layer=layer)) for layer in range(self.num_layers)]
+        return [list(stage) for stage in zip(*texts, strict=True)]
 
     def _concepts(self) -> str:
         return ", ".join(f"{name} {identity}" for name, identity in self.identities.items())
@@ -270,7 +266,7 @@ class Export:
         use = self.use
         prompt, warnings = webui.prompt_editing(self._texts(webui.escape), use.sampler, use.steps, use.documented)
         warnings += self._differences("the web UI")
-        schedule, negative = webui.schedule_type(use.sampler), self._negative(webui.escape)
+        schedule, negative = webui.schedule_type(use.sampler), written(use.negative_prompt.split(), webui.escape)
         header = _HEADER.format(
             files=" … ".join(self.stage_paths(Path())[end].name for end in (0, -1)),
             schedule=f" (schedule type: {schedule}, not Automatic)" if schedule else "",
@@ -293,7 +289,8 @@ class Export:
             )
         bases = (concept.metadata.get("base_model") for concept in self.named.values())
         checkpoint = next(filter(None, bases), "sd-v1-4.ckpt")
-        texts, negative = self._texts(comfyui.escape, comfyui.spell), self._negative(comfyui.escape)
+        texts = self._texts(comfyui.escape, comfyui.spell)
+        negative = written(use.negative_prompt.split(), comfyui.escape)
         sampler = comfyui.sampling(use.sampler, use.steps, use.one_scale, use.seed)
         nodes = comfyui.workflow(texts, checkpoint, sampler, use.width, use.height, self.name, negative)
         nodes[max(nodes, key=int)]["_meta"] = {"title": f"Save Image: {self._concepts()}"}

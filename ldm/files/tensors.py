@@ -91,7 +91,8 @@ def read_file(path: Path, wanted: Callable[[str], bool] | None = None, head: byt
         if kind != "safetensors":
             return TensorFile(_unpickle(path, kind), {}, mapped=kind == "zip")
         with safe_open(path, framework="pt", device="cpu") as file:
-            return TensorFile({n: file.get_tensor(n) for n in filter(wanted, file.keys())}, file.metadata() or {}, True)
+            names = filter(wanted, file.keys()) if wanted else file.keys()
+            return TensorFile({name: file.get_tensor(name) for name in names}, file.metadata() or {}, mapped=True)
     except TensorFileError:
         raise
     except Exception as error:  # a malformed file can fail in any way

@@ -20,54 +20,23 @@ from ldm.models.diffusion.schedule import ddim_timesteps
 Reader = Callable[[str, int, int], str]  # prompt, steps, number of the call -> text
 TEXTS = [f"a teddy-{stage} walking" for stage in range(10)]
 
+PART = r"((?:\\.|[^\\\[\]():|])*)"
+EDIT = re.compile(rf"(?<!\\)\[{PART}(?::{PART})?:(\d+)\]")
+
 
 @functools.cache
-def parse(text: str) -> list:
-    """A prompt as a list of characters and (from, to, when), which are lists of the same kind and an int."""
-    position = 0
+def at_step(text: str, step: int) -> str:
+    """The prompt where the editing has come to `step`, from the inside to the outside."""
 
-    def sequence(ends: str) -> list:
-        nonlocal position
-        items = []
-        while position < len(text) and text[position] not in ends:
-            if text[position] == "\\":
-                items.append(text[position : position + 2])
-                position += 2
-            elif text[position] == "[":
-                items.append(bracket())
-            else:
-                assert text[position] not in "():|]", f"an unescaped {text[position]} in {text}"
-                items.append(text[position])
-                position += 1
-        return items
+    def chosen(found: re.Match) -> str:
+        before, after, when = found.groups()
+        before, after = ("", before) if after is None else (before, after)
+        return before if step <= int(when) else after
 
-    def bracket() -> tuple[list, list, int]:
-        nonlocal position
-        parts = []
-        while text[position] != "]":
-            position += 1
-            parts.append(sequence(":]"))
-        position += 1
-        *texts, when = parts
-        assert re.fullmatch(r"\d+", "".join(when)) and len(texts) in (1, 2), text
-        before, after = texts if len(texts) == 2 else ([], texts[0])
-        return before, after, int("".join(when))
-
-    items = sequence("")
-    assert position == len(text)
-    return items
-
-
-def at_step(items: list, step: int) -> str:
-    """The prompt where the editing has come to `step`."""
-    return "".join(
-        item if isinstance(item, str) else at_step(item[0 if step <= item[2] else 1], step) for item in items
-    )
-
-
-def boundaries(items: list) -> set[int]:
-    inner = [item for item in items if isinstance(item, tuple)]
-    return {item[2] for item in inner}.union(*(boundaries(part) for item in inner for part in item[:2]))
+    while EDIT.search(text):
+        text = EDIT.sub(chosen, text)
+    assert re.fullmatch(PART, text), f"an unescaped sign in {text}"
+    return text
 
 
 def words(text: str) -> str:
@@ -77,15 +46,15 @@ def words(text: str) -> str:
 
 def program(prompt: str, steps: int, call: int) -> str:
     """What call `call` of the U-Net, counted from 0, reads: the text of the first boundary that is not below it."""
-    tree = parse(prompt)
-    ends = sorted({min(when, steps) for when in boundaries(tree) if when >= 1} | {steps})
+    boundaries = map(int, re.findall(r"(?<!\\):(\d+)\]", prompt))
+    ends = sorted({min(when, steps) for when in boundaries if when >= 1} | {steps})
     end = next((end for end in ends if call <= end), ends[0])  # past the last one it begins anew
-    return words(at_step(tree, end))
+    return words(at_step(prompt, end))
 
 
 def documentation(prompt: str, steps: int, call: int) -> str:
     """What step `call + 1` reads where texts change after `when` steps."""
-    return words(at_step(parse(prompt), call + 1))
+    return words(at_step(prompt, call + 1))
 
 
 def test_the_grammar_on_the_documentations_examples() -> None:
