@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from ldm.conditioning.prompts import foreign_syntax
 from ldm.embeddings import Concept, refuse_mixed_bases, remove_more_stages, save_concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.card import Card, model_card
-from ldm.export.texts import MAX_TOKENS, Escape, check_name, may_be_cut, misread, stage_words, written
+from ldm.export.texts import MAX_TOKENS, Escape, check_name, may_be_cut, misread, name_like, stage_words, written
 from ldm.files.embedding_formats import WHOLE
 from ldm.files.writing import replacing_set
 from ldm.request import ModelFacts, Words, check_negative_prompt, check_placeholder
@@ -318,7 +317,7 @@ def write_repository(concept: Concept, name: str, folder: Path, card: Card) -> l
         ValueError: the card cannot be written.
         WriteError: no room or no right.
     """
-    token = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "concept"
+    token = name_like(name)
     placeholder = concept.metadata.get("placeholder", "*")
     uses = [WHOLE]
     with replacing_set(folder) as staging:

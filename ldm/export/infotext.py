@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.conditioning.stages import matching_stage
-from ldm.export.texts import stage_words, written
+from ldm.export.texts import name_like, stage_words, written
 from ldm.export.webui import escape, name_of, prompt_editing, schedule_type, split_name
 
 NEEDED = {"prompt", "sampler", "ddim_steps", "scale", "seed", "width", "height"}
@@ -80,5 +80,4 @@ def _name(file: str, number: int) -> str:
     """What the concept of a file would be called: the file, or for a run's `embeddings` the run."""
     path = Path(file)
     stem = path.parent.parent.name if path.stem == "embeddings" and path.parent.name == "checkpoints" else path.stem
-    name = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "concept"
-    return name if number == 0 else f"{name}-{chr(ord('a') + number % 26)}"
+    return name_like(stem) + (f"-{chr(ord('a') + number % 26)}" if number else "")

@@ -34,6 +34,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def name_like(text: str) -> str:
+    """Return a name that `check_name` takes, made of any text."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") or "concept"
+
+
 def stage_words(
     prompt: str, words: Words | None, num_stages: int, names: Mapping[str, str], rows: Mapping[str, Sequence[int]]
 ) -> list[list[str]]:
