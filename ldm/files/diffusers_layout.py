@@ -25,7 +25,7 @@ _STEMS = {
     "text_encoder": ("model", "pytorch_model"),
 }
 _SUFFIXES = ("safetensors", "bin", "fp16.safetensors", "fp16.bin")
-# Modules by diffusers' names: of a network ("") and of its kinds of blocks, whose other modules are called alike.
+# Modules by diffusers' names: of a network ("") and of its kinds of blocks; those that are not here are called alike.
 _UNET_NAMES = {
     "": {
         "conv_in": "input_blocks.0.0",
@@ -45,8 +45,8 @@ _UNET_NAMES = {
     "downsamplers": {"conv": "op"},
 }
 _VAE_NAMES = {
-    "": {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"},
-    "resnets": {**{name: name for name in ("norm1", "conv1", "norm2", "conv2")}, "conv_shortcut": "nin_shortcut"},
+    "": {"conv_norm_out": "norm_out"},
+    "resnets": {"conv_shortcut": "nin_shortcut"},
     "attentions": {  # the second spelling is that of diffusers before 0.15
         "group_norm": "norm",
         **dict.fromkeys(("to_q", "query"), "q"),
@@ -82,38 +82,28 @@ def find_weights(folder: Path) -> dict[str, Path]:
 def to_compvis(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the state dicts of `unet`, `vae` and `text_encoder` as one CompVis state dict; tensors are not copied.
 
-    Raises:
-        ValueError: keys that Stable Diffusion v1 does not have; the message lists them and reads on after the
-            folder's name.
+    Keys that Stable Diffusion v1 does not have stay, for `load_weights` to list.
     """
     renamed: dict[str, Tensor] = {}
-    unknown: list[str] = []
     for part, (prefix, rename) in _RENAMERS.items():
         blocks = {match.groups()[:4] for match in map(_BLOCK.search, parts[part]) if match}
         sizes = Counter((side, int(level or 0), kind) for side, level, kind, _ in blocks)
         for key, tensor in parts[part].items():
-            try:
-                name = prefix + rename(key, sizes)
-            except KeyError:
-                unknown.append(f"{part}/{key}")
-                continue
+            name = prefix + rename(key, sizes)
             is_linear = part == "vae" and tensor.ndim == 2 and _VAE_PROJECTION.search(name)
             renamed[name] = tensor[:, :, None, None] if is_linear else tensor
-    if unknown:
-        listing = ", ".join(unknown[:8]) + (", …" if len(unknown) > 8 else "")
-        raise ValueError(f"has {len(unknown)} keys that Stable Diffusion v1 does not have: {listing}")
     return renamed
 
 
 def _renamed(
     key: str, sizes: Sizes, names: Mapping[str, Mapping[str, str]], place: Callable[[str, int, str, int, Sizes], str]
 ) -> str:
-    """Return a key of CompVis; `place` says where a block is there. KeyError for a module that is not in `names`."""
+    """Return a key of CompVis; `place` says where a block is there."""
     match = _BLOCK.fullmatch(key)
     side, level, kind, number, inner = match.groups() if match else ("", 0, "", 0, key)
     if kind in names:
         module, _, parameter = inner.rpartition(".")
-        inner = f"{names[kind][module]}.{parameter}"
+        inner = f"{names[kind].get(module, module)}.{parameter}"
     return f"{place(side, int(level or 0), kind, int(number), sizes)}.{inner}" if match else inner
 
 
