@@ -30,8 +30,8 @@ def check_exports(concept: Concept) -> None:
     is_joint = settings.target_norm is None or settings.normalize == "joint"
     if (settings.num_layers, settings.width) != (16, 768) or not is_joint:
         raise ValueError(
-            "NeTI's program is for Stable Diffusion v1 and normalises both halves of the output together; this concept "
-            "was learned otherwise."
+            "NeTI's program is for Stable Diffusion v1 and normalises both halves of the output together (joint); this "
+            "concept was learned otherwise."
         )
 
 
