@@ -91,7 +91,8 @@ def check_new_file(
     if any((place.parent.parent / "configs").glob("*-project.yaml")):
         raise ValueError(f"'{path}' is in the folder of a training run, which needs its files; name another file.")
     if path.exists() and not (force and path.is_file()):
-        raise ValueError(f"'{path}' is there already; use --force to overwrite it, or name another file.")
+        what = "a folder; name" if path.is_dir() else "there already; use --force to overwrite it, or name"
+        raise ValueError(f"'{path}' is {what} another file.")
     return path
 
 

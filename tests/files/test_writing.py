@@ -132,7 +132,7 @@ def test_only_unfinished_files_of_ours_are_removed(tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("new.ckpt", "must end in .safetensors"),
-        ("folder.safetensors", "is there already; use"),
+        ("folder.safetensors", "is a folder; name another file"),
         ("old.safetensors", "is there already; use --force"),
         ("source.safetensors", "is, or is part of, what is read"),
         ("link.safetensors", "is, or is part of, what is read"),
