@@ -101,10 +101,7 @@ def _compvis_name(name: str) -> str:
 def _open_folder(folder: Path) -> tuple[dict[str, Tensor], bool]:
     files = {part: (path, read_file(path)) for part, path in _folder_files(folder).items()}
     parts = {part: named_tensors(path, file.content) for part, (path, file) in files.items()}
-    try:
-        return to_compvis(parts), all(file.mapped for _, file in files.values())
-    except ValueError as error:
-        raise CheckpointError(f"'{folder}' {error}; use a diffusers folder of Stable Diffusion v1.") from error
+    return to_compvis(parts), all(file.mapped for _, file in files.values())
 
 
 def _copied(path: Path, state: dict[str, Tensor], mapped: bool, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -22,18 +22,15 @@ from ldm.files.embedding_formats import (
     FlatPrefix,
     PickledBlock,
     PickledMapper,
-    check_beside_mapper,
+    concept_file,
     in_order,
     placeholder_beside,
     read_embeddings,
-    refuse_run,
     series,
-    series_of,
-    whole_in,
 )
 from ldm.files.hub import fetch, is_hub
 from ldm.files.tensors import TensorFileError, naming, read_file
-from ldm.files.writing import check_new_file, replacing_set, writing_to
+from ldm.files.writing import check_new_file, replacing_set
 from ldm.methods import catversion, find_method, neti
 from ldm.methods.prospect import generate_vectors
 from ldm.methods.table import TABLE, VECTORS, Table
@@ -45,7 +42,6 @@ _METHOD = "prospect.method"  # omitted in files of stage vectors
 _STAGES = "prospect.num_stages"
 # In a file of one stage: its number, how many there are, and the concept's identity.
 _STAGE, _OF, _CONCEPT = "prospect.stage", "prospect.stage_files", "prospect.concept"
-_ADAPTER_FILE = "pytorch_adapter.bin"  # of CatVersion, in a folder of its own
 
 Source = str | Path | Sequence[str | Path]
 
@@ -248,8 +244,6 @@ def save_new_concept(
     """
     path = check_new_file(path, force, inputs)
     check_placeholder(placeholder)
-    with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
     save_concept(concept, path, placeholder)
 
 
@@ -357,16 +351,11 @@ def _read_list(paths: Sequence[Path]) -> Concept:
 
 
 def _read_path(path: Path, key: str | None, rows_are_stages: bool) -> Concept:
-    refuse_run(path)
-    check_beside_mapper(path)
-    if (path / _ADAPTER_FILE).is_file():
-        return _read(path / _ADAPTER_FILE)
-    if path.is_dir() and (whole := whole_in(path)) is not None:
-        path = whole
+    path = concept_file(path)
     if path.is_dir():
         return _join(path, series(path, key))
     concept = _read(path, key, rows_are_stages)
-    return _join(path.parent, series(path.parent, series_of(path))) if _STAGE in concept.metadata else concept
+    return _join(path.parent, series(path)) if _STAGE in concept.metadata else concept
 
 
 def _read(path: Path, key: str | None = None, rows_are_stages: bool = False) -> Concept:

@@ -26,7 +26,7 @@ from ldm.conditioning.presets import preset_words, presets_beside
 from ldm.conditioning.prompts import warn_of_class, warn_of_unknown, warn_of_unused
 from ldm.config import as_config, check_generates, instantiate_from_config, load_config, resolved
 from ldm.embeddings import Concept
-from ldm.files.images import WHITE, ImageError, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
+from ldm.files.images import ImageError, fit, make_grid, open_image, to_pil, to_rgb, to_tensor
 from ldm.files.records import PNG_KEY
 from ldm.files.records import read_parameters as read_parameters
 from ldm.files.records import save_picture as save_picture
@@ -428,7 +428,7 @@ def open_content(content: Content) -> Image.Image:
         return open_image(content)
     try:
         opened = content if isinstance(content, Image.Image) else Image.open(content)
-        return to_rgb(ImageOps.exif_transpose(opened), WHITE)
+        return to_rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # as `open_image`
         reason = "Pillow does not know it" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ImageError(f"The content image cannot be read ({reason}); give a PNG or JPEG.") from error

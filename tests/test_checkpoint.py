@@ -298,11 +298,13 @@ def test_folders_that_are_no_whole_stable_diffusion_v1(tmp_path: Path, folder: P
     (xl / "text_encoder_2").mkdir()
     for path, sentence in (
         (folder_of("part", "unet"), "has no vae/diffusion_pytorch_model.safetensors"),
-        (foreign, r"1 keys .*: unet/add_embedding\.linear_1\.weight"),
         (xl, r"holds Stable Diffusion XL .*; use .*Stable Diffusion v1"),
     ):
         with pytest.raises(CheckpointError, match=sentence):
             read_state_dict(path)
+    state = read_state_dict(foreign)
+    with pytest.raises(CheckpointError, match=r"1 unexpected: model\.diffusion_model\.add_embedding\.linear_1\.weight"):
+        load_weights(TinyModel(read_state_dict(folder)), state, foreign)
 
 
 # --- into a model ------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def _push(options: argparse.Namespace) -> list[str]:
         raise ValueError(f"'{place}' is not an empty folder; name a new one with --outdir.")
     from ldm.embeddings import load_concept
     from ldm.export.card import Card
-    from ldm.export.repository import write_repository
+    from ldm.export.files import write_repository
     from ldm.files.hub import upload
 
     concept, name = load_concept(options.concept), options.repository.partition("/")[2]

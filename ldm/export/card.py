@@ -16,11 +16,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
-from PIL import Image
 
 from ldm.embeddings import Concept
 from ldm.files.base_model import FINGERPRINT
-from ldm.files.images import open_image
+from ldm.files.images import image_info, open_image
 from ldm.files.records import PNG_KEY, read_parameters
 
 # Base models that the hub knows under another name than that of their file.
@@ -94,8 +93,7 @@ def model_card(concepts: Mapping[str, tuple[str, Concept]], uses: Sequence[str],
         ValueError: a sample is no image, or is not there.
     """
     captions = {image: caption(image) for image in card.images}
-    names = [name for name, _ in concepts.values()]
-    first = next(concept for _, concept in concepts.values())
+    title, first = next(iter(concepts.values()))
     base_model = card.base_model or ON_THE_HUB.get(Path(first.metadata.get("base_model", "")).stem)
     data = ModelCardData(
         base_model=base_model,
@@ -107,16 +105,17 @@ def model_card(concepts: Mapping[str, tuple[str, Concept]], uses: Sequence[str],
         instance_prompt=", ".join(token for placeholder, of in concepts.items() for token in _tokens(placeholder, *of)),
         widget=[{"text": text, "output": {"url": _url(image)}} for image, text in captions.items()] or None,
     )
-    called = {
-        p: f" Called {escaped(p)} where the images' prompts are quoted." if len(names) > 1 else "" for p in concepts
-    }
+    described = []
+    for placeholder, (name, concept) in concepts.items():
+        called = f" Called {escaped(placeholder)} where the images' prompts are quoted." if len(concepts) > 1 else ""
+        described.append(_described(name, concept) + called)
     has_stages = all(_in_stage_files(concept) for _, concept in concepts.values())
     content = _TEMPLATE.format(
         method=_STAGES if has_stages else f"Learned with the method {escaped(first.method)}.",
         how=_STAGE_FILES if has_stages else "To be used with",
         front=data.to_yaml(),
-        title=names[0],
-        concepts="\n".join(_described(*concepts[placeholder]) + called[placeholder] for placeholder in concepts),
+        title=title,
+        concepts="\n".join(described),
         uses="\n".join(f"- `{file}`: {_HOW[file.rpartition('.')[2]]}" for file in uses),
         images=_shown(captions),
     )
@@ -155,16 +154,10 @@ def _shown(captions: Mapping[Path, str]) -> str:
 
 
 def caption(image: Path) -> str:
-    """What a sample shows: the prompts that it was made with, where it says so, else its name.
-
-    Raises:
-        ValueError, OSError: it is no image, or is not there.
-    """
-    with open_image(image):
-        pass
-    with Image.open(image) as opened:
-        if PNG_KEY not in opened.info:
-            return one_line(image.stem)
+    """What a sample shows: the prompts that it was made with, where it says so, else its name."""
+    open_image(image)  # which refuses what is no whole image
+    if PNG_KEY not in image_info(image):
+        return one_line(image.stem)
     parameters = read_parameters(image)
     words = parameters.get("prospect_words")
     texts = dict.fromkeys(str(word) for word in words if word is not None) if isinstance(words, list) else ()

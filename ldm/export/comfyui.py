@@ -12,37 +12,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from ldm.conditioning.stages import timesteps_of
-from ldm.export.webui import TIMESTEPS, plain_name, schedule_ending
+from ldm.export.webui import TIMESTEPS, split_name
 
-SAMPLERS = {"ddim": "ddim", "plms": "ddim", "euler": "euler", "euler a": "euler_ancestral", "lms": "lms"}
-SAMPLERS |= {"dpm++ 2m": "dpmpp_2m", "dpm++ 2m sde": "dpmpp_2m_sde"}
-
-
-def stage_range(stage: int, num_stages: int, last: int | None = None) -> tuple[float, float]:
-    """(start, end) of `ConditioningSetTimestepRange` for a stage, or for the stages from `stage` to `last`."""
-    last = stage if last is None else last
-
-    def percent(s: int) -> float:
-        """Where stage s begins, seen from the end of sampling."""
-        first = timesteps_of(s, num_stages, TIMESTEPS)[0]
-        return round(1 - (first - 0.5) / (TIMESTEPS - 1), 7)
-
-    start = 0.0 if last == num_stages - 1 else percent(last + 1)
-    return start, 1.0 if stage == 0 else percent(stage)
+# By their names in the web UI.
+SAMPLERS = {
+    "ddim": "ddim",
+    "plms": "ddim",
+    "euler": "euler",
+    "euler a": "euler_ancestral",
+    "lms": "lms",
+    "dpm++ 2m": "dpmpp_2m",
+    "dpm++ 2m sde": "dpmpp_2m_sde",
+}
 
 
-def knows(sampler: str) -> bool:
-    """Whether a sampler, as the web UI names it, has a name in ComfyUI here."""
-    return plain_name(sampler).removesuffix(schedule_ending(sampler)) in SAMPLERS
+def stage_range(first: int, last: int, num_stages: int) -> tuple[float, float]:
+    """(start, end) of `ConditioningSetTimestepRange` for the stages from `first` to `last`."""
+
+    def percent(stage: int) -> float:
+        """Where a stage begins, seen from the end of sampling."""
+        timestep = timesteps_of(stage, num_stages, TIMESTEPS)[0]
+        return round(1 - (timestep - 0.5) / (TIMESTEPS - 1), 7)
+
+    return 0.0 if last == num_stages - 1 else percent(last + 1), 1.0 if first == 0 else percent(first)
 
 
 def sampling(sampler: str = "ddim", steps: int = 50, scale: float = 10.0, seed: int = 42) -> dict[str, Any]:
     """Inputs of a KSampler node; `sampler` is named as in the web UI, and an unknown one becomes ddim."""
-    ending = schedule_ending(sampler)
-    own = SAMPLERS.get(plain_name(sampler).removesuffix(ending), "ddim")
+    name, ending = split_name(sampler)
+    own = SAMPLERS.get(name, "ddim")
     schedule = ending.strip().replace(" ", "_") or ("ddim_uniform" if own == "ddim" else "normal")
     return {"seed": seed, "steps": steps, "cfg": scale, "sampler_name": own, "scheduler": schedule, "denoise": 1.0}
 
@@ -77,7 +79,7 @@ def workflow(
     positive = ""
     for first, last in _ranges(texts):
         part = add("CLIPTextEncode", text=texts[first], clip=[model, 1])
-        start, end = stage_range(first, len(texts), last)
+        start, end = stage_range(first, last, len(texts))
         part = add("ConditioningSetTimestepRange", conditioning=[part, 0], start=start, end=end)
         if positive:
             part = add("ConditioningCombine", conditioning_1=[positive, 0], conditioning_2=[part, 0])
@@ -91,8 +93,8 @@ def workflow(
 
 def _ranges(texts: Sequence[str]) -> list[tuple[int, int]]:
     """(first, last) stage of each run of neighbours with one text, start of sampling first."""
-    ends = [stage for stage in range(len(texts)) if stage + 1 == len(texts) or texts[stage] != texts[stage + 1]]
-    return list(zip([0] + [end + 1 for end in ends[:-1]], ends, strict=True))[::-1]
+    runs = [[stage for stage, _ in run] for _, run in groupby(enumerate(texts), key=lambda entry: entry[1])]
+    return [(stages[0], stages[-1]) for stages in reversed(runs)]
 
 
 def spell(token: str) -> str:

@@ -6,14 +6,15 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cached_property, partial
 from pathlib import Path
 
 from ldm.conditioning.prompts import foreign_syntax
-from ldm.embeddings import Concept, refuse_mixed_bases, remove_more_stages, save_stages, stage_paths
+from ldm.embeddings import Concept, refuse_mixed_bases, remove_more_stages, save_concept, save_stages, stage_paths
 from ldm.export import comfyui, diffusers_usage, webui
 from ldm.export.card import Card, model_card
-from ldm.export.texts import MAX_TOKENS, Escape, Learned, check_name, may_be_cut, misread, stage_words, written
+from ldm.export.texts import MAX_TOKENS, Escape, check_name, may_be_cut, misread, name_like, stage_words, written
+from ldm.files.embedding_formats import WHOLE
 from ldm.files.writing import replacing_set
 from ldm.request import ModelFacts, Words, check_negative_prompt, check_placeholder
 
@@ -86,25 +87,30 @@ class Export:
         if len({name.lower() for name in names}) < len(names):
             raise ValueError(f"The names {', '.join(names)} are not all different; give every concept its own.")
         if not self.any_base:
-            refuse_mixed_bases(dict(self.concepts.values()))
+            refuse_mixed_bases(self.named)
         check_negative_prompt(self.use.negative_prompt, self.concepts)
-        webui.call_timesteps(self.use.sampler, self.use.steps)
-        tokens = [f"{name}-{stage}" for name, of in self.concepts.values() for stage in range(of.num_stages)]
-        if found := next(filter(None, (misread(words, tokens) for words in self._all_words())), None):
+        webui.call_timesteps(self.use.sampler, self.use.steps)  # which checks their number
+        tokens = [f"{name}-{stage}" for name, of in self.named.items() for stage in range(of.num_stages)]
+        if found := next(filter(None, (misread(words, tokens) for words in self._all_words)), None):
             raise ValueError(
                 f"Other programs would read '{found}' in the prompt as a learned token; give the concept another "
                 "--name, or change the prompt."
             )
 
     @property
+    def named(self) -> dict[str, Concept]:
+        """The concepts by their names in the other program."""
+        return dict(self.concepts.values())
+
+    @property
     def name(self) -> str:
         """The first concept's, which the files of a program begin with."""
-        return next(iter(self.concepts.values()))[0]
+        return next(iter(self.named))
 
     @property
     def num_stages(self) -> int:
         """As many as there are words; without words, as many as the concept has that has most."""
-        return len(self.use.words) if self.use.words else most_stages(concept for _, concept in self.concepts.values())
+        return len(self.use.words) if self.use.words else most_stages(self.named.values())
 
     @property
     def num_layers(self) -> int:
@@ -113,7 +119,7 @@ class Export:
         Raises:
             ValueError: the concepts are for U-Nets of different layers.
         """
-        counts = {concept.table.shape[1] for _, concept in self.concepts.values()} - {1}
+        counts = {concept.table.shape[1] for concept in self.named.values()} - {1}
         if len(counts) > 1:
             raise ValueError("The concepts are for U-Nets with other layers; export those of one base model.")
         return next(iter(counts), 1)
@@ -121,11 +127,11 @@ class Export:
     @property
     def identities(self) -> dict[str, str]:
         """Name -> identity of the concept, which every file of the export says."""
-        return {name: concept.identity for name, concept in self.concepts.values()}
+        return {name: concept.identity for name, concept in self.named.items()}
 
     def stage_paths(self, folder: Path) -> list[Path]:
         """The files of the stages, concept after concept."""
-        return [path for name, concept in self.concepts.values() for path in stage_paths(concept, folder, name)]
+        return [path for name, concept in self.named.items() for path in stage_paths(concept, folder, name)]
 
     def paths(self, programs: Sequence[str], folder: Path, card: Card | None = None) -> list[Path]:
         """What `write` will write: the stages' files, one for each program, the card's images, the card."""
@@ -145,22 +151,24 @@ class Export:
             WriteError: no room or no right; the folder is as it was.
         """
         self._check(programs)
-        makers = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}
-        made = {f"{self.name}_{_ENDINGS[program]}": makers[program]() for program in programs}
-        texts = {file: text for file, (text, _) in made.items()}
+        texts: dict[str, str] = {}
+        warnings = self._letters()
+        for program in programs:
+            make = {"diffusers": self._diffusers, "a1111": self._a1111, "comfyui": self._comfyui}[program]
+            texts[f"{self.name}_{_ENDINGS[program]}"], inexact = make()
+            warnings += inexact
         if card is not None:
             texts[CARD] = model_card(self.concepts, list(texts), card)
         with replacing_set(folder) as staging:
-            for name, concept in self.concepts.values():
+            for name, concept in self.named.items():
                 save_stages(concept, staging, name)
             for file, text in texts.items():
                 (staging / file).write_text(text, encoding="utf-8")
             for image in _copied(card, folder):
                 shutil.copyfile(image, staging / image.name)
-        for name, concept in self.concepts.values():
+        for name, concept in self.named.items():
             remove_more_stages(folder, name, 0 if concept.is_layered else concept.num_stages)
-        warnings = [self._letters(), *(found for _, found in made.values())]
-        return list(dict.fromkeys(chain.from_iterable(warnings)))
+        return list(dict.fromkeys(warnings))
 
     def _check(self, programs: Sequence[str]) -> None:
         """Raise `ValueError` for what one of the programs cannot do."""
@@ -168,40 +176,36 @@ class Export:
             raise ValueError(
                 f"A vector for each U-Net layer has no form in {' and '.join(others)}; use --to diffusers, or kohya."
             )
-        if "diffusers" not in programs:
-            return
-        if self.use.steps == webui.TIMESTEPS:
+        if "diffusers" in programs and self.use.steps == webui.TIMESTEPS:
             raise ValueError(f"diffusers' DDIM makes at most {webui.TIMESTEPS - 1} steps; give fewer with --steps.")
-        for name, concept in self.concepts.values():
-            if concept.table.shape[2] > 1 and name != name.lower():  # its tokenizer gives small letters
-                raise ValueError(f"diffusers reads one token of '{name}' alone; use small letters in --name.")
+        several = [name for name, concept in self.named.items() if concept.table.shape[2] > 1]
+        if "diffusers" in programs and any(name != name.lower() for name in several):  # as its tokenizer makes them
+            raise ValueError(f"diffusers reads one token of {' and '.join(several)}; use small letters in --name.")
 
+    @cached_property
     def _lines(self) -> list[list[str]]:
         """The words of each stage."""
         names = {placeholder: name for placeholder, (name, _) in self.concepts.items()}
         rows = {placeholder: concept.rows_for(self.num_stages) for placeholder, (_, concept) in self.concepts.items()}
         return stage_words(self.use.prompt, self.use.words, self.num_stages, names, rows)
 
+    @property
     def _all_words(self) -> list[list[str]]:
         """The words of each stage, and of the negative prompt."""
-        return [*self._lines(), self.use.negative_prompt.split()]
+        return [*self._lines, self.use.negative_prompt.split()]
 
     def _texts(self, escape: Escape = str, spell: Escape = str) -> list[str]:
-        return [written(words, escape, spell) for words in self._lines()]
+        return [written(words, escape, spell) for words in self._lines]
 
     def _layer_texts(self) -> list[list[str]]:
         """The texts of each stage, one for each U-Net layer: the learned token of layer 3 is `name-k-l03`."""
-        layered = {name for name, concept in self.concepts.values() if concept.is_layered}
+        layered = {name for name, concept in self.named.items() if concept.is_layered}
 
-        def at(layer: int, word: str) -> str:
-            own = isinstance(word, Learned) and word.rpartition("-")[0] in layered
-            return f"{word}-l{layer:02}" if own else word
+        def of_layer(token: str, layer: int) -> str:
+            return f"{token}-l{layer:02}" if token.rpartition("-")[0] in layered else token
 
-        layers = range(self.num_layers)
-        return [[" ".join(at(layer, word) for word in words) for layer in layers] for words in self._lines()]
-
-    def _negative(self, escape: Escape) -> str:
-        return written(self.use.negative_prompt.split(), escape)
+        texts = [self._texts(spell=partial(of_layer, layer=layer)) for layer in range(self.num_layers)]
+        return [list(stage) for stage in zip(*texts, strict=True)]
 
     def _concepts(self) -> str:
         return ", ".join(f"{name} {identity}" for name, identity in self.identities.items())
@@ -212,28 +216,25 @@ class Export:
         found = next(filter(None, (foreign_syntax(text) for text in texts if isinstance(text, str))), None)
         return [f"'{found}' is read as letters here, and is exported so that other programs do, too."] if found else []
 
-    def _chunks(self) -> list[str]:
-        """A warning of what AUTOMATIC1111's web UI and ComfyUI do with a long prompt."""
-        most = max(concept.table.shape[2] for _, concept in self.concepts.values())
-        if not any(may_be_cut(words, most) for words in self._all_words()):
-            return []
-        return [
-            f"The prompt may be longer than {MAX_TOKENS} tokens; what follows is cut off here and in diffusers, while "
-            "AUTOMATIC1111's web UI and ComfyUI read it in further chunks."
-        ]
-
-    def _sampling(self, program: str) -> list[str]:
-        """Warnings of guidance that only diffusers has, and of samplers that treat stages badly."""
-        warnings = webui.other_images(self._texts(), self.use.sampler, self.use.steps)
-        if isinstance(self.use.scale, Sequence) and len(set(self.use.scale)) > 1:
-            warnings.append(f"In {program} guidance is the same in all stages, {self.use.one_scale:g}.")
-        return warnings + ([f"In {program} guidance is not rescaled."] if self.use.rescale else [])
+    def _differences(self, program: str) -> list[str]:
+        """Warnings of what the web UI and ComfyUI do with a long prompt, with samplers and with guidance."""
+        use, warnings = self.use, []
+        most = max(concept.table.shape[2] for concept in self.named.values())
+        if any(may_be_cut(words, most) for words in self._all_words):
+            warnings.append(
+                f"The prompt may be longer than {MAX_TOKENS} tokens; what follows is cut off here and in diffusers, "
+                "while AUTOMATIC1111's web UI and ComfyUI read it in further chunks."
+            )
+        warnings += comfyui.misread(self._all_words) if program == "the workflow for ComfyUI" else []
+        warnings += webui.other_images(self._texts(), use.sampler, use.steps)
+        if isinstance(use.scale, Sequence) and len(set(use.scale)) > 1:
+            warnings.append(f"In {program} guidance is the same in all stages, {use.one_scale:g}.")
+        return warnings + ([f"In {program} guidance is not rescaled."] if use.rescale else [])
 
     def _diffusers(self) -> tuple[str, list[str]]:
         """The script, and what is not exact."""
-        use, trailing = self.use, {webui.plain_name(name): own for own, name in webui.TRAILING.items()}
-        own_sampler = trailing.get(webui.plain_name(use.sampler), "ddim")
-        spacing = "trailing" if webui.plain_name(use.sampler) in trailing else "leading"
+        use, name = self.use, webui.split_name(self.use.sampler)
+        own = next((own for own, theirs in webui.TRAILING.items() if webui.split_name(theirs) == name), None)
         values = {
             "NAME": repr(self.name),
             "CONCEPTS: dict[str, str]": repr(self.identities),
@@ -244,30 +245,27 @@ class Export:
             ),
             "NEGATIVE": repr(use.negative_prompt),
             "STEPS, SEED": f"{use.steps!r}, {use.seed!r}",
-            "GUIDANCE: float | list[float]": repr(
-                use.scale if isinstance(use.scale, (int, float)) else list(use.scale)
-            ),
+            "GUIDANCE: float | list[float]": repr(list(use.scale) if isinstance(use.scale, Sequence) else use.scale),
             "RESCALE": repr(use.rescale),
-            "SAMPLER, SPACING": f"{own_sampler!r}, {spacing!r}",
+            "SAMPLER, SPACING": f"{own or 'ddim'!r}, {'trailing' if own else 'leading'!r}",
             "HEIGHT, WIDTH": f"{use.height!r}, {use.width!r}",
         }
         lines = Path(diffusers_usage.__file__).read_text(encoding="utf-8").split("\n")
-        names = [line.partition(" = ")[0] for line in lines]
-        lines = [
-            f"{name} = {values[name]}" if name in values else line for name, line in zip(names, lines, strict=True)
-        ]
+        for number, line in enumerate(lines):
+            if (constant := line.partition(" = ")[0]) in values:
+                lines[number] = f"{constant} = {values[constant]}"
         other_steps = (
             f"With {use.steps} steps diffusers' DDIM takes other timesteps, and makes a slightly other image; "
             f"use a number of steps that divides {webui.TIMESTEPS}."
         )
-        return "\n".join(lines), [other_steps] if webui.TIMESTEPS % use.steps and own_sampler == "ddim" else []
+        return "\n".join(lines), [other_steps] if webui.TIMESTEPS % use.steps and own in (None, "ddim") else []
 
     def _a1111(self) -> tuple[str, list[str]]:
         """The prompt with what belongs to it, and what is not exact."""
         use = self.use
         prompt, warnings = webui.prompt_editing(self._texts(webui.escape), use.sampler, use.steps, use.documented)
-        warnings += self._chunks() + self._sampling("the web UI")
-        schedule, negative = webui.schedule_type(use.sampler), self._negative(webui.escape)
+        warnings += self._differences("the web UI")
+        schedule, negative = webui.schedule_type(use.sampler), written(use.negative_prompt.split(), webui.escape)
         header = _HEADER.format(
             files=" … ".join(self.stage_paths(Path())[end].name for end in (0, -1)),
             schedule=f" (schedule type: {schedule}, not Automatic)" if schedule else "",
@@ -283,14 +281,15 @@ class Export:
     def _comfyui(self) -> tuple[str, list[str]]:
         """The workflow, and what is not exact."""
         use = self.use
-        warnings = self._chunks() + comfyui.misread(self._all_words()) + self._sampling("the workflow for ComfyUI")
-        if not comfyui.knows(use.sampler):
+        warnings = self._differences("the workflow for ComfyUI")
+        if webui.split_name(use.sampler)[0] not in comfyui.SAMPLERS:
             warnings.append(
                 f"'{use.sampler}' becomes ddim in the workflow for ComfyUI; its stages are right for any sampler."
             )
-        bases = (concept.metadata.get("base_model") for _, concept in self.concepts.values())
+        bases = (concept.metadata.get("base_model") for concept in self.named.values())
         checkpoint = next(filter(None, bases), "sd-v1-4.ckpt")
-        texts, negative = self._texts(comfyui.escape, comfyui.spell), self._negative(comfyui.escape)
+        texts = self._texts(comfyui.escape, comfyui.spell)
+        negative = written(use.negative_prompt.split(), comfyui.escape)
         sampler = comfyui.sampling(use.sampler, use.steps, use.one_scale, use.seed)
         nodes = comfyui.workflow(texts, checkpoint, sampler, use.width, use.height, self.name, negative)
         nodes[max(nodes, key=int)]["_meta"] = {"title": f"Save Image: {self._concepts()}"}
@@ -306,3 +305,27 @@ def _copied(card: Card | None, folder: Path) -> list[Path]:
 def _listing(entries: Iterable[object]) -> str:
     """A list as Python code, an entry in a line."""
     return "[\n" + "".join(f"    {entry!r},\n" for entry in entries) + "]"
+
+
+def write_repository(concept: Concept, name: str, folder: Path, card: Card) -> list[Path]:
+    """Write a repository of the hub, called `name`: the whole concept, its stages for other programs, and a card.
+
+    Returns:
+        The files in the folder.
+
+    Raises:
+        ValueError: the card cannot be written.
+        WriteError: no room or no right.
+    """
+    token = name_like(name)
+    placeholder = concept.metadata.get("placeholder", "*")
+    uses = [WHOLE]
+    with replacing_set(folder) as staging:
+        if concept.has_table:
+            Export({"*": (token, concept)}).write(["diffusers"], staging)
+            uses.append(f"{token}_{_ENDINGS['diffusers']}")
+        save_concept(concept, staging / WHOLE, placeholder)
+        (staging / CARD).write_text(model_card({placeholder: (token, concept)}, uses, card), encoding="utf-8")
+        for image in card.images:
+            shutil.copyfile(image, staging / image.name)
+    return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.conditioning.stages import matching_stage
-from ldm.export.texts import stage_words, written
-from ldm.export.webui import escape, name_of, prompt_editing, schedule_ending, schedule_type
+from ldm.export.texts import name_like, stage_words, written
+from ldm.export.webui import escape, name_of, prompt_editing, schedule_type, split_name
 
 NEEDED = {"prompt", "sampler", "ddim_steps", "scale", "seed", "width", "height"}
 _QUOTED = re.compile(r"[,:\n\"]")
@@ -32,17 +32,17 @@ def infotext(record: Mapping[str, Any]) -> str:
     # of an edited image the web UI makes this many of the steps (sd_samplers_common.py, `setup_img2img_steps`)
     calls = int(min(record["strength"], 0.999) * record["ddim_steps"]) if edited else None
     sampler = name_of(record["sampler"], record.get("spacing"))
+    _, ending = split_name(sampler)
     prompt, _ = prompt_editing(_texts(record, names), sampler, record["ddim_steps"], calls=calls)
-    negative = written(record.get("negative_prompt", "").split()[: _words_read(record).get("negative_prompt")], escape)
+    room = (record.get("words_read") or {}).get("negative_prompt")
+    negative = written(record.get("negative_prompt", "").split()[:room], escape)
 
     scales = record["scale"] if isinstance(record["scale"], list) else [record["scale"]]
     words, hashes = record.get("prospect_words"), record.get("concept_hashes") or {}
     layers = record.get("layer_words")
     settings = {
         "Steps": record["ddim_steps"],
-        "Sampler": sampler[: len(sampler) - len(schedule_ending(sampler))]
-        if schedule_type(sampler)
-        else sampler.upper(),
+        "Sampler": sampler[: len(sampler) - len(ending)] if schedule_type(sampler) else sampler.upper(),
         "Schedule type": schedule_type(sampler),
         "CFG scale": f"{max(scales):g}",
         "Seed": record["seed"],
@@ -68,13 +68,8 @@ def _texts(record: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
     stages = len(words) if words is not None else record.get("num_stages") or max(stages_of.values(), default=10)
     rows = {p: [matching_stage(s, stages, stages_of.get(p, stages)) for s in range(stages)] for p in names}
     lines = stage_words(record["prompt"], words, stages, names, rows)
-    room = _words_read(record).get("prompt") or [None] * stages
+    room = (record.get("words_read") or {}).get("prompt") or [None] * stages
     return [written(line[:count], escape) for line, count in zip(lines, room, strict=True)]
-
-
-def _words_read(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How many words there was room for: `prompt`, for each stage, and `negative_prompt`; empty for all."""
-    return record.get("words_read") or {}
 
 
 def _quote(text: str) -> str:
@@ -85,5 +80,4 @@ def _name(file: str, number: int) -> str:
     """What the concept of a file would be called: the file, or for a run's `embeddings` the run."""
     path = Path(file)
     stem = path.parent.parent.name if path.stem == "embeddings" and path.parent.name == "checkpoints" else path.stem
-    name = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "concept"
-    return name if number == 0 else f"{name}-{chr(ord('a') + number % 26)}"
+    return name_like(stem) + (f"-{chr(ord('a') + number % 26)}" if number else "")

@@ -10,7 +10,6 @@ from pathlib import Path
 from ldm.checkpoint import save_state_dict
 from ldm.embeddings import Concept
 from ldm.files.embedding_formats import XTI_LAYERS
-from ldm.files.writing import replacing_set
 
 
 def paths(folder: Path, name: str) -> list[Path]:
@@ -27,10 +26,7 @@ def check_exports(concept: Concept) -> None:
         )
 
 
-def save(concept: Concept, folder: Path, name: str, placeholder: str) -> list[Path]:
+def save(concept: Concept, folder: Path, name: str, placeholder: str) -> None:
     """Write the file of a concept that `check_exports` accepts."""
-    layers = {layer: vectors.contiguous() for layer, vectors in zip(XTI_LAYERS, concept.table[0].cpu(), strict=True)}
-    with replacing_set(folder) as staging:
-        (file,) = paths(staging, name)
-        save_state_dict(layers, file, concept.metadata | {"placeholder": placeholder, "format": "pt"})
-    return paths(folder, name)
+    layers = dict(zip(XTI_LAYERS, concept.table[0].cpu(), strict=True))
+    save_state_dict(layers, paths(folder, name)[0], concept.metadata | {"placeholder": placeholder})

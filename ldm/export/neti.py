@@ -26,16 +26,16 @@ def paths(folder: Path, name: str) -> list[Path]:
 
 def check_exports(concept: Concept) -> None:
     """Raise `ValueError` unless its program can read the concept."""
-    if concept.method != "neti":
-        raise ValueError(f"NeTI's files are for concepts of NeTI, not of the method '{concept.method}'.")
     settings = load_mapper(concept.tensors, concept.metadata).settings
-    if settings.num_layers != 16 or settings.width != 768:
-        raise ValueError("NeTI's program is for Stable Diffusion v1; this concept was learned for another base model.")
-    if settings.target_norm is not None and settings.normalize != "joint":
-        raise ValueError("NeTI's program normalises both halves of the output together; this concept does not (joint).")
+    is_joint = settings.target_norm is None or settings.normalize == "joint"
+    if (settings.num_layers, settings.width) != (16, 768) or not is_joint:
+        raise ValueError(
+            "NeTI's program is for Stable Diffusion v1 and normalises both halves of the output together (joint); this "
+            "concept was learned otherwise."
+        )
 
 
-def save(concept: Concept, folder: Path, name: str, placeholder: str) -> list[Path]:
+def save(concept: Concept, folder: Path, name: str, placeholder: str) -> None:
     """Write both files of a concept that `check_exports` accepts, or none.
 
     The vector of the second makes the token known and is not used otherwise.
@@ -49,7 +49,6 @@ def save(concept: Concept, folder: Path, name: str, placeholder: str) -> list[Pa
         with _encoder(mapper) as encoder:
             torch.save({"state_dict": state, "cfg": config, "encoder": encoder}, first)
         torch.save({placeholder: word}, second)
-    return paths(folder, name)
 
 
 @contextmanager

@@ -34,12 +34,13 @@ def check_name(name: str) -> str:
     return name
 
 
+def name_like(text: str) -> str:
+    """Return a name that `check_name` takes, made of any text."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") or "concept"
+
+
 def stage_words(
-    prompt: str,
-    words: Words | None,
-    num_stages: int,
-    names: Mapping[str, str],
-    rows: Mapping[str, Sequence[int]] | None = None,
+    prompt: str, words: Words | None, num_stages: int, names: Mapping[str, str], rows: Mapping[str, Sequence[int]]
 ) -> list[list[str]]:
     """The words of each of the S stages, learned tokens as `Learned`; entry 0 is the end of sampling.
 
@@ -47,7 +48,7 @@ def stage_words(
 
     Args:
         names: placeholder -> name of the exported concept.
-        rows: placeholder -> the concept's row for each stage, where that is not the stage (`Concept.rows_for`).
+        rows: placeholder -> the concept's row for each stage (`Concept.rows_for`).
 
     Raises:
         ValueError: see `check_words`.
@@ -58,14 +59,11 @@ def stage_words(
     def piece_words(piece: str | tuple[str, int]) -> list[str]:
         if isinstance(piece, str):
             return piece.split()
-        placeholder, row = piece
-        return [Learned(f"{names[placeholder]}-{row if rows is None else rows[placeholder][row]}")]
+        placeholder, stage = piece
+        return [Learned(f"{names[placeholder]}-{rows[placeholder][stage]}")]
 
-    def line(stage: int) -> list[str]:
-        pieces = stage_pieces(prompt, entries[stage], stage, pattern, names)
-        return [word for piece in pieces for word in piece_words(piece)]
-
-    return [line(stage) for stage in range(num_stages)]
+    lines = (stage_pieces(prompt, entry, stage, pattern, names) for stage, entry in enumerate(entries))
+    return [[word for piece in pieces for word in piece_words(piece)] for pieces in lines]
 
 
 def written(words: Iterable[str], escape: Escape = str, spell: Escape = str) -> str:

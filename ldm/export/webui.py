@@ -36,9 +36,17 @@ def name_of(sampler: str, spacing: str | None = None) -> str:
     return "DPM++ 2M" if sampler == "dpmpp_2m" else sampler
 
 
-def plain_name(sampler: str) -> str:
-    """A sampler's name in small letters and with single spaces."""
-    return " ".join(sampler.lower().split())
+def split_name(sampler: str) -> tuple[str, str]:
+    """Return a sampler's name in small letters and with single spaces, and the schedule that it ends in (or '')."""
+    plain = " ".join(sampler.lower().split())
+    ending = next(ending for ending in SCHEDULES if plain.endswith(ending))
+    return plain.removesuffix(ending), ending
+
+
+def schedule_type(sampler: str) -> str | None:
+    """Return what the web UI calls the spacing of a sampler's timesteps; None where it has no choice."""
+    name, ending = split_name(sampler)
+    return SCHEDULES[ending] if name in SINGLE_CALL else None
 
 
 def call_timesteps(sampler: str, steps: int) -> list[float] | None:
@@ -54,16 +62,16 @@ def call_timesteps(sampler: str, steps: int) -> list[float] | None:
     """
     if not 1 <= steps <= TIMESTEPS:
         raise ValueError(f"The number of steps must be in 1..{TIMESTEPS}, not {steps}.")
-    sampler = plain_name(sampler)
-    if sampler in ("ddim", "plms"):
+    name, ending = split_name(sampler)
+    if name in ("ddim", "plms") and not ending:
         spaced = [float(min(t + 1, TIMESTEPS - 1)) for t in range(0, TIMESTEPS, TIMESTEPS // steps)][::-1]
         # PLMS begins with a look at the second timestep
-        return spaced[:1] + spaced[1:2] + spaced[1:] if sampler == "plms" else spaced
-    if sampler not in SAMPLERS:
+        return spaced[:1] + spaced[1:2] + spaced[1:] if name == "plms" else spaced
+    if name not in SINGLE_CALL:
         return None
-    if sampler.endswith(" sgm uniform"):
+    if ending == " sgm uniform":
         return _even(steps + 1)[:-1]
-    return _karras(steps) if sampler.endswith(" karras") else _even(steps)
+    return _karras(steps) if ending == " karras" else _even(steps)
 
 
 def _even(steps: int) -> list[float]:
@@ -79,30 +87,18 @@ def _karras(steps: int) -> list[float]:
     return np.interp(levels, np.log(sigmas), np.arange(TIMESTEPS)).tolist()
 
 
-def schedule_ending(sampler: str) -> str:
-    """Return the schedule that a sampler's name ends in, with the space before it; '' for none."""
-    return next(ending for ending in SCHEDULES if plain_name(sampler).endswith(ending))
-
-
-def schedule_type(sampler: str) -> str | None:
-    """Return what the web UI calls the spacing of a sampler's timesteps; None where it has no choice."""
-    name = plain_name(sampler)
-    return None if name not in SAMPLERS or name in ("ddim", "plms") else SCHEDULES[schedule_ending(name)]
-
-
 def other_images(texts: Sequence[str], sampler: str, steps: int) -> list[str]:
     """Warnings, each a sentence, of samplers that treat stages badly; none where all have one text."""
-    name, warnings = plain_name(sampler), []
-    timesteps = call_timesteps(name, steps)
+    (name, ending), warnings = split_name(sampler), []
+    timesteps = call_timesteps(sampler, steps)
     if len(set(texts)) == 1 or timesteps is None:
         return []
-    if name.endswith(" karras"):
+    if ending == " karras":
         stages = [stage_of(int(t), len(texts), TIMESTEPS) for t in timesteps]
         counts = ", ".join(str(stages.count(stage)) for stage in reversed(range(len(texts))))
-        other = f"{name.removesuffix(' karras')} sgm uniform"
         warnings.append(
             f"Karras spacing gives the stages {counts} calls, the start of sampling first, so that the middle ones, "
-            f"where content and material are, have few; use '{other}'."
+            f"where content and material are, have few; use '{name} sgm uniform'."
         )
     if name.startswith("dpm++ 2m"):
         warnings.append(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -25,57 +25,48 @@ _STEMS = {
     "text_encoder": ("model", "pytorch_model"),
 }
 _SUFFIXES = ("safetensors", "bin", "fp16.safetensors", "fp16.bin")
-_UNET_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
+# Modules by diffusers' names: of a network ("") and of its kinds of blocks; those that are not here are called alike.
+_UNET_NAMES = {
+    "": {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    },
+    "resnets": {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    },
+    "downsamplers": {"conv": "op"},
 }
-_UNET_MIDDLE = {
-    "resnets.0": "middle_block.0",
-    "attentions.0": "middle_block.1",
-    "resnets.1": "middle_block.2",
+_VAE_NAMES = {
+    "": {"conv_norm_out": "norm_out"},
+    "resnets": {"conv_shortcut": "nin_shortcut"},
+    "attentions": {  # the second spelling is that of diffusers before 0.15
+        "group_norm": "norm",
+        **dict.fromkeys(("to_q", "query"), "q"),
+        **dict.fromkeys(("to_k", "key"), "k"),
+        **dict.fromkeys(("to_v", "value"), "v"),
+        **dict.fromkeys(("to_out.0", "proj_attn"), "proj_out"),
+    },
 }
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_VAE_OUTSIDE = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
-_VAE_MIDDLE = {"resnets.0": "mid.block_1", "attentions.0": "mid.attn_1", "resnets.1": "mid.block_2"}
-_VAE_RESNET = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "conv_shortcut": "nin_shortcut",
-}
-_VAE_ATTENTION = {  # the second spelling is that of diffusers before 0.15
-    "group_norm": "norm",
-    **dict.fromkeys(("to_q", "query"), "q"),
-    **dict.fromkeys(("to_k", "key"), "k"),
-    **dict.fromkeys(("to_v", "value"), "v"),
-    **dict.fromkeys(("to_out.0", "proj_attn"), "proj_out"),
-}
-_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
-_MIDDLE = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)")
+_BLOCK = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _VAE_PROJECTION = re.compile(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$")
 
-Sizes = Counter[tuple[str, int, str]]  # (down | up, level, kind of block) → how many
+Sizes = Counter[tuple[str, int, str]]  # (down | mid | up, level, kind of block) → how many
 
 
 def find_weights(folder: Path) -> dict[str, Path]:
     """Return the weight file of each part: full precision before half, safetensors before pickle.
 
     Raises:
-        ValueError: not such a folder, or a part is missing; the message reads on after the folder's name.
+        ValueError: a part is missing, or it is for Stable Diffusion XL; the message reads on after the folder's name.
     """
-    if not (folder / "model_index.json").is_file():
-        raise ValueError("is a folder without model_index.json")
     if (folder / "text_encoder_2").is_dir():
         raise ValueError("holds Stable Diffusion XL (it has text_encoder_2/)")
     files: dict[str, Path] = {}
@@ -91,94 +82,70 @@ def find_weights(folder: Path) -> dict[str, Path]:
 def to_compvis(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the state dicts of `unet`, `vae` and `text_encoder` as one CompVis state dict; tensors are not copied.
 
-    Raises:
-        ValueError: keys that Stable Diffusion v1 does not have; the message lists them and reads on after the
-            folder's name.
+    Keys that Stable Diffusion v1 does not have stay, for `load_weights` to list.
     """
     renamed: dict[str, Tensor] = {}
-    unknown: list[str] = []
     for part, (prefix, rename) in _RENAMERS.items():
-        sizes = _count_blocks(parts[part])
+        blocks = {match.groups()[:4] for match in map(_BLOCK.search, parts[part]) if match}
+        sizes = Counter((side, int(level or 0), kind) for side, level, kind, _ in blocks)
         for key, tensor in parts[part].items():
-            try:
-                name = prefix + rename(key, sizes)
-            except KeyError:
-                unknown.append(f"{part}/{key}")
-                continue
+            name = prefix + rename(key, sizes)
             is_linear = part == "vae" and tensor.ndim == 2 and _VAE_PROJECTION.search(name)
             renamed[name] = tensor[:, :, None, None] if is_linear else tensor
-    if unknown:
-        listing = ", ".join(unknown[:8]) + (", …" if len(unknown) > 8 else "")
-        raise ValueError(f"has {len(unknown)} keys that Stable Diffusion v1 does not have: {listing}")
     return renamed
 
 
-def _count_blocks(keys: Iterable[str]) -> Sizes:
-    blocks = {match.groups()[:4] for match in map(_BLOCK.search, keys) if match}
-    return Counter((side, int(level), kind) for side, level, kind, _ in blocks)
+def _renamed(
+    key: str, sizes: Sizes, names: Mapping[str, Mapping[str, str]], place: Callable[[str, int, str, int, Sizes], str]
+) -> str:
+    """Return a key of CompVis; `place` says where a block is there."""
+    match = _BLOCK.fullmatch(key)
+    side, level, kind, number, inner = match.groups() if match else ("", 0, "", 0, key)
+    if kind in names:
+        module, _, parameter = inner.rpartition(".")
+        inner = f"{names[kind].get(module, module)}.{parameter}"
+    return f"{place(side, int(level or 0), kind, int(number), sizes)}.{inner}" if match else inner
 
 
-def _swap(key: str, table: Mapping[str, str]) -> str:
-    """Rename the module of `module.weight` or `module.bias`; KeyError for one the table does not have."""
-    module, _, parameter = key.rpartition(".")
-    return f"{table[module]}.{parameter}"
+def _unet_place(side: str, level: int, kind: str, number: int, sizes: Sizes) -> str:
+    if side == "mid":
+        return f"middle_block.{2 * number + (kind == 'attentions')}"
+    if side == "down":  # block 0 is conv_in; each level holds its ResNet blocks, then its downsampler
+        before = (sizes["down", i, "resnets"] + sizes["down", i, "downsamplers"] for i in range(level))
+        stack, start = "input_blocks", 1 + sum(before)
+    else:
+        stack, start = "output_blocks", sum(sizes["up", i, "resnets"] for i in range(level))
+    if kind in ("resnets", "attentions"):
+        return f"{stack}.{start + number}.{int(kind == 'attentions')}"
+    last = start + sizes[side, level, "resnets"]
+    # the upsampler sits in its level's last block, behind the attention where there is one
+    behind = 2 if sizes["up", level, "attentions"] else 1
+    return f"{stack}.{last}.0" if kind == "downsamplers" else f"{stack}.{last - 1}.{behind}"
+
+
+def _vae_place(side: str, level: int, kind: str, number: int, sizes: Sizes) -> str:
+    if kind in ("downsamplers", "upsamplers"):
+        own = f"{side}sample"
+    else:
+        own = f"{'attn' if kind == 'attentions' else 'block'}{'_' if side == 'mid' else '.'}{number + (side == 'mid')}"
+    if side == "up":  # CompVis counts the decoder's levels from the finest
+        level = max(i for where, i, _ in sizes if where == "up") - level
+    return f"mid.{own}" if side == "mid" else f"{side}.{level}.{own}"
 
 
 def _unet_name(key: str, sizes: Sizes) -> str:
-    if match := _MIDDLE.fullmatch(key):
-        place, inner = match.groups()
-        return f"{_UNET_MIDDLE[place]}.{_swap(inner, _UNET_RESNET) if place.startswith('resnets') else inner}"
-    if not (match := _BLOCK.fullmatch(key)):
-        return _swap(key, _UNET_OUTSIDE)
-    side, level, kind, number, inner = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    if side == "down":  # block 0 is conv_in; each level holds its ResNet blocks, then its downsampler
-        before = (sizes["down", i, "resnets"] + sizes["down", i, "downsamplers"] for i in range(level))
-        stack, start, sampler = "input_blocks", 1 + sum(before), "op"
-    else:
-        stack, start, sampler = "output_blocks", sum(sizes["up", i, "resnets"] for i in range(level)), "conv"
-    if kind == "resnets":
-        return f"{stack}.{start + number}.0.{_swap(inner, _UNET_RESNET)}"
-    if kind == "attentions":
-        return f"{stack}.{start + number}.1.{inner}"
-    last = start + sizes[side, level, "resnets"]
-    if kind == "downsamplers":
-        return f"{stack}.{last}.0.{_swap(inner, {'conv': sampler})}"
-    # the upsampler sits in its level's last block, behind the attention where there is one
-    place = 2 if sizes["up", level, "attentions"] else 1
-    return f"{stack}.{last - 1}.{place}.{_swap(inner, {'conv': sampler})}"
+    return _renamed(key, sizes, _UNET_NAMES, _unet_place)
 
 
 def _vae_name(key: str, sizes: Sizes) -> str:
     if key.startswith(("quant_conv.", "post_quant_conv.")):
         return key
-    half, _, inside = key.partition(".")
-    if half not in ("encoder", "decoder"):
-        raise KeyError(key)
-    return f"{half}.{_vae_half_name(inside, sizes)}"
-
-
-def _vae_half_name(key: str, sizes: Sizes) -> str:
-    if match := _MIDDLE.fullmatch(key):
-        place, inner = match.groups()
-        table = _VAE_RESNET if place.startswith("resnets") else _VAE_ATTENTION
-        return f"{_VAE_MIDDLE[place]}.{_swap(inner, table)}"
-    if not (match := _BLOCK.fullmatch(key)):
-        return _swap(key, _VAE_OUTSIDE)
-    side, level, kind, number, inner = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    if side == "up":  # CompVis counts the decoder's levels from the finest
-        level = max(i for where, i, _ in sizes if where == "up") - level
-    if kind == "resnets":
-        return f"{side}.{level}.block.{number}.{_swap(inner, _VAE_RESNET)}"
-    if kind == "attentions":
-        return f"{side}.{level}.attn.{number}.{_swap(inner, _VAE_ATTENTION)}"
-    return f"{side}.{level}.{side}sample.{inner}"
+    half, _, inside = key.partition(".")  # encoder or decoder
+    return f"{half}.{_renamed(inside, sizes, _VAE_NAMES, _vae_place)}"
 
 
 def _text_name(key: str, sizes: Sizes) -> str:
-    name = key.removeprefix("text_model.")  # transformers 5 saves without it
-    if not name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
-        raise KeyError(key)
-    return name
+    return key.removeprefix("text_model.")  # transformers 5 saves without it
 
 
 _RENAMERS: dict[str, tuple[str, Callable[[str, Sizes], str]]] = {

@@ -6,7 +6,7 @@ import base64
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,17 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.files.kinds import identify, is_image
-from ldm.files.tensors import StandIn, TensorFileError, named_tensors, naming, read_file, read_head
+from ldm.files.tensors import TensorFileError, named_tensors, naming, read_file, read_head
 
 logger = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"(.+)-(\d+)\.(?:safetensors|pt|bin)")
 _ADAPTER = "clip_text_model_self_prefix.control_trans"  # ends the names in CatVersion's pytorch_adapter.bin
 _ADAPTED = {"9", "10", "11"}  # text layers that its code knows
-# A concept in a folder of the hub: of `prospect push`, and of diffusers and sd-concepts-library.
 WHOLE = "embeddings.safetensors"
 LAYERS_FILE = "-layers.safetensors"  # ends the name of an exported concept with vectors for each U-Net layer
-_WHOLE_FILES = (WHOLE, "learned_embeds.safetensors", "learned_embeds.bin")
+# A whole concept in a folder: of CatVersion, of `prospect push` or a run, and of diffusers and sd-concepts-library.
+_WHOLE_FILES = (
+    "pytorch_adapter.bin", WHOLE, f"checkpoints/{WHOLE}", "learned_embeds.safetensors", "learned_embeds.bin",
+)  # fmt: skip
 # kohya's train_textual_inversionXTI_LAYERS.py names the U-Net's cross-attention layers so, in order of execution.
 XTI_LAYERS = ["IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02}" for k in range(3, 12))]
 _A1111_CHUNK = "sd-ti-embedding"  # of a PNG: base64 of JSON, tensors as {"TORCHTENSOR": lists of numbers}
@@ -62,28 +64,29 @@ def read_embeddings(
     """
     head = read_head(path)
     if is_image(head):
-        return named_tensors(path, _string_to_param(_read_png(path))), {}
+        return named_tensors(path, _read_png(path)), {}
     content, metadata, _ = read_file(path, head=head)
-    if isinstance(content, Mapping) and "attention" in content:
-        parameters = named_tensors(path, _parameters(path, content["attention"]))
-        initial = named_tensors(path, {"initial_embeddings": content.get("initial_embeddings")})
-        return PickledBlock(parameters, initial.get("initial_embeddings")), metadata
-    if isinstance(content, Mapping) and content.keys() >= {"state_dict", "cfg", "encoder"}:
+    content = content if isinstance(content, Mapping) else {}
+    if "attention" in content:
+        initial = named_tensors(path, {"initial": content.get("initial_embeddings")})
+        return PickledBlock(named_tensors(path, content["attention"]), initial.get("initial")), metadata
+    if content.keys() >= {"state_dict", "cfg", "encoder"}:
         parameters = named_tensors(path, content["state_dict"])
         # after a warm start the encoding's tensor is a parameter, else an attribute of the pickled module
         encoding = named_tensors(path, getattr(content["encoder"], "state", None))
         return PickledMapper(parameters, encoding, content["cfg"]), metadata
-    state = content.get("state_dict") if isinstance(content, Mapping) else None
-    tensors = named_tensors(path, _string_to_param(content) if state is None else state)
+    state = content.get("state_dict")
+    # of A1111 and rinongal one level down, by rinongal in an nn.ParameterDict
+    tensors = named_tensors(path, content.get("string_to_param", content) if state is None else state)
     if any(name.endswith(_ADAPTER) for name in tensors):
         return FlatPrefix(_flat_prefix(path, tensors)), {}
     if set(tensors) == set(XTI_LAYERS):
         return {"table": _layers(path, [tensors[name] for name in XTI_LAYERS])}, metadata | {"prospect.method": "xti"}
-    kind = identify(tensors) if "prospect.version" not in metadata else "unknown"
+    kind = "unknown" if "prospect.version" in metadata else identify(tensors)
     if state is not None or kind not in ("unknown", "a textual inversion embedding"):
         model = f"a base model ({kind})" if kind.startswith("Stable") else "a checkpoint"
         what = kind if kind in ("a LoRA", "a VAE") else model
-        raise TensorFileError(f"'{path}' holds {what} and no embedding; use a file of a learned concept.")
+        raise TensorFileError(f"'{path}' holds {what} and no embedding; use a learned concept (of a run: {WHOLE}).")
     return tensors, metadata
 
 
@@ -91,27 +94,18 @@ def _flat_prefix(path: Path, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the one vector that CatVersion's adapter holds under up to four names."""
     first, *others = tensors.values()
     layers = {found[1] for name in tensors if (found := re.search(r"\.layers\.(\d+)\.", name))}
-    if layers - _ADAPTED or not all(name.endswith(_ADAPTER) for name in tensors):
-        raise TensorFileError(f"'{path}' is a prefix for other layers than CatVersion's (9, 10, 11); use one of those.")
-    if any(not torch.equal(first, other) for other in others):
-        raise TensorFileError(
-            f"'{path}': its {len(tensors)} copies of the prefix differ; use another copy of the file."
-        )
+    is_adapter = layers <= _ADAPTED and all(name.endswith(_ADAPTER) for name in tensors)
+    if not is_adapter or any(not torch.equal(first, other) for other in others):
+        raise TensorFileError(f"'{path}' is no prefix of CatVersion, the same for the text layers 9, 10 and 11.")
     return first
 
 
 def _layers(path: Path, vectors: Sequence[Tensor]) -> Tensor:
     """Return (1, layers, n, D) from a tensor (n, D) or (D,) for each layer."""
-    rows = [x.unsqueeze(0) if x.ndim == 1 else x for x in vectors]
-    if len({x.shape for x in rows}) != 1 or rows[0].ndim != 2:
+    if len({x.shape for x in vectors}) != 1 or vectors[0].ndim not in (1, 2):
         raise TensorFileError(f"'{path}': its layers' vectors have different sizes; use another copy.")
-    return torch.stack(rows).unsqueeze(0).float()
-
-
-def _string_to_param(content: object) -> object:
-    """Return the tensors of A1111 and rinongal, kept one level down, by rinongal in an nn.ParameterDict."""
-    found = content.get("string_to_param", content) if isinstance(content, Mapping) else None
-    return found.part("_parameters") if isinstance(found, StandIn) else found
+    table = torch.stack(list(vectors)).float()
+    return table.unsqueeze(0) if table.ndim == 3 else table[None, :, None]
 
 
 def _read_png(path: Path) -> object:
@@ -120,8 +114,7 @@ def _read_png(path: Path) -> object:
         with Image.open(path) as image:
             chunk = image.info.get(_A1111_CHUNK)
         content = json.loads(base64.b64decode(chunk))
-        parameters = {name: torch.tensor(entry["TORCHTENSOR"]) for name, entry in content["string_to_param"].items()}
-        return {"string_to_param": parameters}
+        return {name: torch.tensor(entry["TORCHTENSOR"]) for name, entry in content["string_to_param"].items()}
     except Exception as error:  # a malformed file can fail in any way
         raise TensorFileError(
             f"'{path}' is an image without a readable embedding in it; use a .safetensors, .pt or .bin file."
@@ -132,66 +125,28 @@ def read_modules(path: Path) -> list[dict[str, Tensor]]:
     """Return the parameters of the modules that a file of StyleDiffusion lists, one for each denoising step.
 
     Raises:
-        TensorFileError: missing, damaged, of another kind, or it names code.
+        TensorFileError: missing, damaged, or it names code.
     """
-    content, refusal = read_file(path).content, "it holds no mapping networks of StyleDiffusion; use its .pth file"
-    if not isinstance(content, list) or not content:
-        raise TensorFileError(f"'{path}': {refusal}.")
-    return [named_tensors(path, _parameters(path, module, refusal)) for module in content]
+    content = read_file(path).content
+    return [named_tensors(path, module) for module in (content if isinstance(content, list) else [content])]
 
 
-def _parameters(
-    path: Path,
-    module: object,
-    refusal: str = "its 'attention' is not ProSpect's generator; use a file of ProSpect",
-) -> dict[str, object]:
-    """Return the parameters of a pickled module tree under their dotted names."""
-    parameters: dict[str, object] = {}
-    pending: list[tuple[str, object]] = [("", module)]
-    seen: set[int] = set()
-    while pending:
-        prefix, node = pending.pop()
-        # A module that is in two places could make the tree endless.
-        if not isinstance(node, StandIn) or id(node) in seen:
-            raise TensorFileError(f"'{path}': {refusal}.")
-        seen.add(id(node))
-        parameters |= {f"{prefix}{name}": value for name, value in node.part("_parameters").items()}
-        pending += [(f"{prefix}{name}.", value) for name, value in node.part("_modules").items() if value is not None]
-    return parameters
-
-
-def refuse_run(path: Path) -> None:
-    """Raise `TensorFileError` for a run's folder or a checkpoint to resume it from, if its concept lies there."""
-    if path.is_dir():
-        what, folder = "is the folder of a run", path if path.name == "checkpoints" else path / "checkpoints"
-    else:
-        what, folder = "is to resume a run from", path.parent
-    concept = folder / "embeddings.safetensors"
-    if (path.is_dir() or path.name in ("last.ckpt", "previous.ckpt")) and concept.is_file():
-        raise TensorFileError(f"'{path}' {what}; its concept is '{concept}'.")
-
-
-def check_beside_mapper(path: Path) -> None:
-    """Refuse a folder of NeTI's mappers, and warn of the word beside a mapper.
+def concept_file(path: Path) -> Path:
+    """Return the file of a folder that holds a whole concept, also in the folder of a run; other paths as they are.
 
     Raises:
-        TensorFileError: it is such a folder.
+        TensorFileError: a folder of NeTI's mappers.
     """
-    mappers = sorted(path.glob("mapper-*.pt"), key=lambda file: file.stat().st_mtime) if path.is_dir() else []
-    if mappers:
+    if not path.is_dir():
+        mapper = path.with_name(path.name.replace("learned_embeds-", "mapper-")).with_suffix(".pt")
+        if path.name.startswith("learned_embeds-") and mapper.is_file():
+            logger.warning("'%s' is only the word that NeTI begins with; what it learned is in '%s'.", path, mapper)
+        return path
+    if mappers := sorted(path.glob("mapper-*.pt"), key=lambda file: file.stat().st_mtime):
         raise TensorFileError(f"'{path}' is the folder of a NeTI run; give one mapper of it, such as '{mappers[-1]}'.")
-    mapper = path.with_name(path.name.replace("learned_embeds-", "mapper-")).with_suffix(".pt")
-    if path.name.startswith("learned_embeds-") and mapper.is_file():
-        logger.warning("'%s' is only the word that NeTI begins with; what it learned is in '%s'.", path, mapper)
-
-
-def whole_in(folder: Path) -> Path | None:
-    """Return the file of a folder that holds a whole concept, where it has one of the names that the hub's have."""
-    whole = [folder / name for name in _WHOLE_FILES if (folder / name).is_file()]
-    layered = sorted(folder.glob(f"*{LAYERS_FILE}"))
-    if not whole and len(layered) == 1:
-        return layered[0]
-    return whole[0] if whole else None
+    layered = list(path.glob(f"*{LAYERS_FILE}"))
+    whole = [*(path / name for name in _WHOLE_FILES), *(layered if len(layered) == 1 else ())]
+    return next(filter(Path.is_file, whole), path)
 
 
 def placeholder_beside(path: Path, names: Sequence[str]) -> dict[str, str]:
@@ -208,43 +163,46 @@ def placeholder_beside(path: Path, names: Sequence[str]) -> dict[str, str]:
 # A concept in as many files as it has stages
 
 
+def _by_series(paths: Iterable[Path]) -> dict[str, dict[int, Path]]:
+    """Return the files `name-0`, `name-1`, … among `paths` by name and number."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in paths:
+        if match := _NUMBERED.fullmatch(path.name):
+            found.setdefault(match[1], {})[int(match[2])] = path
+    return found
+
+
 def in_order(paths: Sequence[Path]) -> list[Path]:
     """Return files `name-0`, `name-1`, … by their numbers (a shell puts 10 before 2); others as they are."""
-    found = [match for path in paths if (match := _NUMBERED.fullmatch(path.name))]
-    if len(found) == len(paths) and len({match[1] for match in found}) == 1:
-        return [path for _, path in sorted(zip((int(match[2]) for match in found), paths, strict=True))]
-    return list(paths)
+    files = next(iter(_by_series(paths).values()), {})
+    return [files[number] for number in sorted(files)] if len(files) == len(paths) else list(paths)
 
 
-def series_of(path: Path) -> str:
-    """Return the `name` of a stage file `name-3`."""
-    match = _NUMBERED.fullmatch(path.name)
-    if match is None:
-        raise TensorFileError(
-            f"'{path}' is one stage of a concept, and not named name-0, name-1, …; list all its files."
-        )
-    return match[1]
+def series(place: Path, name: str | None = None) -> list[Path]:
+    """Return the files `name-0`, … of a folder, or those that belong to one of them.
 
+    Args:
+        name: may be omitted where a folder has only one series.
 
-def series(folder: Path, name: str | None) -> list[Path]:
-    """Return the files `name-0`, … of a folder; without such a name, those of the only series that there is."""
-    found: dict[str, dict[int, Path]] = {}
+    Raises:
+        TensorFileError: there are no such files, or some are missing.
+    """
+    folder = place if place.is_dir() else place.parent
     with naming(folder):
-        for path in sorted(folder.iterdir()):
-            if match := _NUMBERED.fullmatch(path.name):
-                found.setdefault(match[1], {})[int(match[2])] = path
+        found = _by_series(sorted(folder.iterdir()))
+    if place == folder:
+        what, name = "is a folder; it", name if name in found or len(found) != 1 else next(iter(found))
+    else:
+        what, name = "is one stage of a concept; its folder", next(iter(_by_series([place])), None)
     if name not in found:
-        if len(found) != 1:
-            there = f"those of {', '.join(found)}" if found else "none"
-            raise TensorFileError(
-                f"'{folder}' is a folder; it must have the stage files name-0, name-1, … of one concept, and has "
-                f"{there}; give one file, a list of files, or the name (key=…, or --key of "
-                "scripts/import_embedding.py)."
-            )
-        name = next(iter(found))
+        there = f"those of {', '.join(found)}" if found else "none"
+        raise TensorFileError(
+            f"'{place}' {what} must have the stage files name-0, name-1, … of one concept, and has {there}; give one "
+            "file, a list of files, or the name (key=…, or --key of scripts/import_embedding.py)."
+        )
     files = found[name]
     numbers = sorted(files)
     if numbers != list(range(len(files))):
         there = ", ".join(map(str, numbers))
         raise TensorFileError(f"'{folder}': of '{name}' there are only the stage files {there}; add the missing ones.")
-    return [files[k] for k in numbers]
+    return [files[number] for number in numbers]

@@ -79,9 +79,7 @@ def _wanted(repository: str, revision: str | None, source: str) -> list[str] | N
         remedy = f"; download '{pickles[0]}' yourself and give the file" if pickles else ""
         raise ValueError(f"'{source}' has no .safetensors file, and no other kind is fetched{remedy}.")
     if (size := sum(files[name] for name in wanted)) > MAX_BYTES:
-        largest = max(wanted, key=lambda name: files[name])
-        shares = f"'{largest}' has {files[largest] >> 20} MB, all files {size >> 20} MB"
-        raise ValueError(f"'{source}' is no concept: {shares}.")
+        raise ValueError(f"'{source}' is no concept: its files have {size >> 20} MB.")
     return [glob.escape(name) for name in wanted]  # a name may be a pattern that matches others
 
 
@@ -102,28 +100,17 @@ def upload(folder: Path, repository: str, private: bool, message: str) -> str:
 
 @contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
-    """Turn whatever the hub's client raises into a `ValueError` with the remedy."""
+    """Turn what the hub's client raises into a `ValueError` with the remedy."""
     from huggingface_hub import errors
 
     try:
         yield
-    except errors.RepositoryNotFoundError as error:
-        raise ValueError(
-            f"There is no repository '{what}' on the hub, or it is private; check the name, or log in with "
-            "`hf auth login`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"'{what}' has no such revision; check what stands behind the @.") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise ValueError(f"'{what}' was not fetched before, and the hub cannot be asked now.") from error
-    except errors.HFValidationError as error:
-        raise ValueError(f"'{what}' is no name of a repository; it must be user/name.") from error
-    except errors.HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:  # it answered
         status = error.response.status_code
-        remedy = "; log in with `hf auth login`, with a token that may write" if status in (401, 403) else ""
-        raise ValueError(f"The hub refuses '{what}' (status {status}){remedy}.") from error
+        remedy = "check the name and what stands behind an @, or log in with `hf auth login`"
+        raise ValueError(f"The hub has no '{what}', or refuses it (status {status}); {remedy}.") from error
     except Exception as error:
-        if not _is_network(error) and not isinstance(error, errors.OfflineModeIsEnabled):
+        if not isinstance(error, errors.LocalEntryNotFoundError) and not _is_network(error):
             raise
         raise ValueError(f"The hub cannot be reached for '{what}'; check the network and HF_HUB_OFFLINE.") from error
 

@@ -10,7 +10,6 @@ import functools
 import io
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, Uni
 from torch import Tensor
 
 from ldm.files.kinds import foreign_kind, is_heic
+from ldm.files.texts import no_file
 
 logger = logging.getLogger(__name__)
 
@@ -69,27 +69,28 @@ def image_info(path: str | Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     path = Path(path).expanduser()
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would be waited for
-        raise ImageError(f"'{path}' is a device, not a file; give an image file.")
+    if problem := no_file(path):  # a pipe would be waited for
+        raise ImageError(f"{problem}; check the path.")
     try:
         with Image.open(path) as image:
             if image.format in _NOT_IMAGES:
                 raise UnidentifiedImageError
             yield image
-    except FileNotFoundError as error:
-        raise ImageError(f"There is no file '{path}'; check the path.") from error
-    except IsADirectoryError as error:
-        raise ImageError(f"'{path}' is a folder; give one image file.") from error
-    except PermissionError as error:
-        raise ImageError(f"'{path}' may not be read ({error.strerror}); change its permissions.") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"'{path}' {_foreign(path)}.") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"'{path}' has too many pixels; scale it down first ({error}).") from error
     # Decoders meet damaged files with whatever goes wrong in them: SyntaxError, struct.error, IndexError, …
     except Exception as error:
-        cause = str(error) or type(error).__name__
-        raise ImageError(f"'{path}' cannot be read ({cause}); save it anew as PNG or JPEG.") from error
+        raise ImageError(f"'{path}' {_reason(path, error)}.") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Return what is wrong with a file that could not be read, and the remedy."""
+    if isinstance(error, UnidentifiedImageError):
+        if is_heic_file(path):
+            return "is a HEIC image, which Pillow does not read; save it as PNG or JPEG"
+        return foreign_kind(_head(path)) or "is no image that Pillow can read; save it as PNG or JPEG"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"has too many pixels; scale it down first ({error})"
+    remedy = "change its permissions" if isinstance(error, PermissionError) else "save it anew as PNG or JPEG"
+    return f"cannot be read ({getattr(error, 'strerror', None) or error or type(error).__name__}); {remedy}"
 
 
 def is_heic_file(path: str | Path) -> bool:
@@ -102,29 +103,19 @@ def _head(path: str | Path) -> bytes:
         return stream.read(512)
 
 
-def _foreign(path: Path) -> str:
-    """Return what a file is that is no image, and the remedy."""
-    head = _head(path)
-    if is_heic(head):
-        return "is a HEIC image, which Pillow does not read; save it as PNG or JPEG"
-    return "; ".join(foreign_kind(head) or ("is no image that Pillow can read", "save it as PNG or JPEG"))
-
-
 def is_image_file(path: str | Path) -> bool:
-    """Return whether the file's beginning is that of an image; nothing is decoded.
+    """Return whether a file begins like an image; nothing is decoded.
 
-    A file that may not be read counts as one, so that `open_image` says so and it is not passed over.
+    One that cannot be opened counts as an image, so that it is not passed over and `open_image` gives the reason.
     """
     try:
-        with Image.open(path) as image:
-            return image.format not in _NOT_IMAGES
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, PermissionError):
-        return True  # an image, which `open_image` then refuses with its reason
-    except Exception:
-        return False
+        with _opened(path):
+            return True
+    except ImageError as error:
+        return not isinstance(error.__cause__, UnidentifiedImageError)
 
 
-def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
+def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
     """Return an image of any mode as 8-bit RGB in sRGB; see `open_image`.
 
     Raises:
@@ -183,41 +174,35 @@ def _from_16_bit(image: Image.Image, background: Colour) -> Image.Image:
 
 
 def fit(
-    image: Image.Image,
-    width: int,
-    height: int,
-    resize: str = "squash",
-    interpolation: str = "bicubic",
-    background: Colour = WHITE,
+    image: Image.Image, width: int, height: int, resize: str = "squash", interpolation: str = "bicubic"
 ) -> Image.Image:
     """Bring an RGB image to width x height pixels.
 
     Args:
         resize: "squash" changes the proportions (the reference's way), "crop" cuts off what is too much on
-            both sides, "pad" keeps everything and fills up with `background` on both sides.
+            both sides, "pad" keeps everything and adds white on both sides.
         interpolation: one of `INTERPOLATIONS`.
 
     Raises:
-        ValueError: unknown `resize` or `interpolation`, or a size below 1.
+        ValueError: unknown `resize` or `interpolation`, or a size that is out of range.
     """
-    method = check_fit(width, height, resize, interpolation)
+    check_fit(width, height, resize, interpolation)
+    method = INTERPOLATIONS[interpolation]
     if resize == "pad":
-        return ImageOps.pad(image, (width, height), method=method, color=background)
+        return ImageOps.pad(image, (width, height), method=method, color=WHITE)
     if resize == "crop":
         image = _centre_crop(image, width / height)
     return image.resize((width, height), resample=method)
 
 
-def check_fit(width: int, height: int, resize: str, interpolation: str) -> Image.Resampling:
-    """Return Pillow's name of the filter; raises the `ValueError` that `fit` raises with these arguments."""
+def check_fit(width: int, height: int, resize: str, interpolation: str) -> None:
+    """Raise the `ValueError` of `fit` with these arguments."""
     if not (1 <= width <= LARGEST and 1 <= height <= LARGEST):
         limits = f"at least 1 x 1 pixels and at most {LARGEST} x {LARGEST}"
         raise ValueError(f"An image needs {limits}, not {width} x {height}.")
-    if resize not in RESIZES:
-        raise ValueError(f"Unknown resize '{resize}'; known: {', '.join(RESIZES)}.")
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"Unknown interpolation '{interpolation}'; known: {', '.join(INTERPOLATIONS)}.")
-    return INTERPOLATIONS[interpolation]
+    for kind, name, known in (("resize", resize, RESIZES), ("interpolation", interpolation, INTERPOLATIONS)):
+        if name not in known:
+            raise ValueError(f"Unknown {kind} '{name}'; known: {', '.join(known)}.")
 
 
 def _centre_crop(image: Image.Image, aspect: float) -> Image.Image:
@@ -249,28 +234,15 @@ def to_pil(tensor: Tensor) -> Image.Image:
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
 
 
-def make_grid(
-    images: Sequence[Image.Image],
-    columns: int | None = None,
-    padding: int = 0,
-    background: Colour = BLACK,
-) -> Image.Image:
-    """Put images of one size side by side, row by row; places left over at the end are `background`.
+def make_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Put images of one size side by side, row by row; places left over at the end are black.
 
     Args:
         columns: images in a row; default: a grid as square as possible, wider rather than higher.
-        padding: pixels between two images.
-
-    Raises:
-        ValueError: no images, or images of different sizes.
     """
-    sizes = {image.size for image in images}
-    if len(sizes) != 1:
-        raise ValueError(f"A grid needs images of one size, not {sorted(sizes) or 'none'}.")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    rows = math.ceil(len(images) / columns)
-    width, height = (side + padding for side in sizes.pop())
-    grid = Image.new("RGB", (columns * width - padding, rows * height - padding), background)
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         grid.paste(image.convert("RGB"), (column * width, row * height))

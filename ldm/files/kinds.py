@@ -14,29 +14,21 @@ _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 
-def foreign_kind(head: bytes) -> tuple[str, str] | None:
-    """Return what came instead of the file that was wanted, by the first 512 bytes; None for every other content.
-
-    Returns:
-        What it is, to be read after the file's name, and the remedy.
-    """
+def foreign_kind(head: bytes) -> str:
+    """Return what came instead of any file that was wanted, by its first 512 bytes, and the remedy; '' for no such."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
-        return "is empty", "download it again"
+        return "is empty; download it again"
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "is a web page, perhaps of a login", "log in or accept the licence, then download the file"
+        return "is a web page, perhaps of a login; log in or accept the licence, then download the file"
     if text.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer and not the file itself", "run `git lfs pull`"
-    return None
+        return "is a git-lfs pointer and not the file itself; run `git lfs pull`"
+    return ""
 
 
 def is_utf8(path: str | Path) -> bool:
     """Return whether the name of a file can be written into other files; on Linux it may be any bytes."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not re.search("[\ud800-\udfff]", str(path))
 
 
 def is_heic(head: bytes) -> bool:
@@ -77,8 +69,7 @@ def identify(state: Mapping[str, Tensor]) -> str:
         return "Stable Diffusion v1" if has(TEXT) or width == 768 else "unknown"
     if has("encoder.conv_in.") and has("decoder.conv_in."):
         return "a VAE"
-    if has("string_to_param.") or set(state) == {"clip_l", "clip_g"}:
-        return "a textual inversion embedding"
-    if len(state) == 1 and all(1 <= tensor.ndim <= 2 for tensor in state.values()):
+    is_vector = len(state) == 1 and all(1 <= tensor.ndim <= 2 for tensor in state.values())
+    if is_vector or has("string_to_param.") or set(state) == {"clip_l", "clip_g"}:
         return "a textual inversion embedding"
     return "unknown"

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.export.infotext import NEEDED, infotext
 from ldm.files.images import image_info
-from ldm.files.writing import replacing, writing_to
+from ldm.files.writing import replacing
 
 PNG_KEY = "prospect"  # name of the PNG text chunk that holds the parameters
 
@@ -34,8 +34,6 @@ def save_png(image: Image.Image, path: str | Path, texts: Mapping[str, str]) -> 
             info.add_itxt(name, text)
         else:
             info.add_text(name, text)
-    with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
@@ -63,12 +61,11 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         ValueError: the image has none, or is none.
     """
     info = image_info(Path(path).expanduser())
-    if PNG_KEY not in info:
-        raise ValueError(f"'{path}' has no ProSpect parameters; only PNG files saved by this program do.")
     try:
-        parameters = json.loads(str(info[PNG_KEY]))
+        parameters = json.loads(str(info.get(PNG_KEY)))
     except (ValueError, RecursionError):
         parameters = None
     if not isinstance(parameters, dict):
-        raise ValueError(f"'{path}' has no readable ProSpect parameters; use another copy of it.")
+        what = "readable ProSpect parameters" if PNG_KEY in info else "ProSpect parameters"
+        raise ValueError(f"'{path}' has no {what}; only PNG files saved by this program do.")
     return parameters

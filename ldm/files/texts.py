@@ -16,14 +16,12 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _NAME = re.compile(r'\w(?:[^/\\:*?"<>|]*[^/\\:*?"<>|. ])?')
 
 
-def check_file(path: Path, flag: str, what: str, most: int = MAX_BYTES) -> None:
-    """Raise `ValueError` unless `path`, which `flag` gives, is a file of a size that can be read as a whole."""
-    if not os.path.isfile(path):  # unlike pathlib's, no error for a name that is too long
-        kind = "folder" if os.path.isdir(path) else "device" if os.path.exists(path) else ""
-        problem = f"'{path}' is a {kind} and no {what}" if kind else f"There is no {what} '{path}'"
-        raise ValueError(f"{problem}; check the path given with {flag}.")
-    if path.stat().st_size > most:
-        raise ValueError(f"'{path}' has {path.stat().st_size >> 20} MB; a {what} has at most {most >> 20} MB.")
+def no_file(path: str | Path, what: str = "file") -> str:
+    """Return that there is no file (called `what`) at a path, but a folder or a device, or nothing; '' for a file."""
+    if os.path.isfile(path):  # unlike pathlib's, no error for a name that is too long
+        return ""
+    kind = "folder" if os.path.isdir(path) else "device" if os.path.exists(path) else ""
+    return f"'{path}' is a {kind} and no {what}" if kind else f"There is no {what} '{path}'"
 
 
 def read_text(path: str | Path, flag: str, what: str = "file") -> str:
@@ -33,7 +31,10 @@ def read_text(path: str | Path, flag: str, what: str = "file") -> str:
         ValueError: there is no such file, it is too large, or no UTF-8 text.
     """
     path = Path(path).expanduser()
-    check_file(path, flag, what)
+    if problem := no_file(path, what):
+        raise ValueError(f"{problem}; check the path given with {flag}.")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"'{path}' has {size >> 20} MB; a {what} has at most {MAX_BYTES >> 20} MB.")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -53,15 +54,14 @@ def read_table(path: str | Path, flag: str, needed: Collection[str]) -> list[tup
     """
     reader = csv.DictReader(io.StringIO(read_text(path, flag, "CSV file"), newline=""), restval="")
     try:
-        columns = reader.fieldnames or []
-        if lacking := [name for name in needed if name not in columns]:
-            asked = f"{', '.join(needed)}, with commas between"
-            raise ValueError(f"'{path}' has no column {', '.join(lacking)}; it needs {asked}.")
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"'{path}' has two columns of one name; rename one.")
+        columns = list(reader.fieldnames or [])
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise ValueError(f"'{path}', line {reader.line_num}: {error}; are its quotes closed?") from error
+    lacking = ", ".join(name for name in needed if name not in columns)
+    if lacking or len(set(columns)) < len(columns):
+        problem = f"no column {lacking}" if lacking else "two columns of one name"
+        raise ValueError(f"'{path}' has {problem}; it needs {', '.join(needed)}, once each, with commas between.")
     for line, row in rows:
         if any(row.pop(None, [])):
             raise ValueError(f"'{path}', line {line}: it has more values than there are columns.")

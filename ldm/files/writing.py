@@ -40,21 +40,17 @@ def writing_to(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = error.filename
-        elsewhere = isinstance(named, (str, bytes)) and not _is_related(Path(os.fsdecode(named)), Path(folder))
-        if isinstance(error, WriteError) or error.errno not in _PLACE or elsewhere:
+        if error.errno not in _PLACE or _is_elsewhere(error.filename, folder):
             raise
-        raise _refused(folder, error) from error
+        raise WriteError(f"Cannot write to '{folder}': {error.strerror}; give another folder.") from error
 
 
-def _refused(folder: str | Path, error: OSError) -> WriteError:
-    return WriteError(f"Cannot write to '{folder}': {error.strerror}; give another folder.")
-
-
-def _is_related(path: Path, folder: Path) -> bool:
-    """Return whether `path` is in `folder`, or is a folder above it (one that cannot be made)."""
-    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
-    return path.is_relative_to(folder) or folder.is_relative_to(path)
+def _is_elsewhere(named: object, folder: str | Path) -> bool:
+    """Return whether an error names a path that is neither in `folder` nor above it, where it cannot be made."""
+    if not isinstance(named, (str, bytes)):
+        return False
+    path, place = Path(os.path.abspath(os.fsdecode(named))), Path(os.path.abspath(folder))
+    return not (path.is_relative_to(place) or place.is_relative_to(path))
 
 
 def check_writable(folder: str | Path, flag: str) -> None:
@@ -71,7 +67,7 @@ def check_writable(folder: str | Path, flag: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise _refused(folder, error) from error
+        raise WriteError(f"Cannot write to '{folder}': {error.strerror}; give another folder.") from error
 
 
 def check_new_file(
@@ -84,21 +80,19 @@ def check_new_file(
         inputs: files and folders that the new file is made from; it never takes the place of one of them.
 
     Raises:
-        ValueError: another ending, a folder, an input, a file of a training run, or there already without `force`.
+        ValueError: another ending, an input, a file of a training run, or there already without `force`.
     """
     path = Path(path).expanduser()
     place = path.resolve()
     if path.suffix != suffix:
         raise ValueError(f"'{path}': the file to write must end in {suffix}.")
-    for source in (Path(given).expanduser().resolve() for given in inputs):
-        if place.is_relative_to(source):
-            raise ValueError(f"'{path}' is, or is part of, what is read; name another file.")
-    if path.is_dir():
-        raise ValueError(f"'{path}' is a folder; name a file.")
+    if any(place.is_relative_to(Path(source).expanduser().resolve()) for source in inputs):
+        raise ValueError(f"'{path}' is, or is part of, what is read; name another file.")
     if any((place.parent.parent / "configs").glob("*-project.yaml")):
         raise ValueError(f"'{path}' is in the folder of a training run, which needs its files; name another file.")
-    if path.exists() and not force:
-        raise ValueError(f"'{path}' is there already; use --force to overwrite it, or name another file.")
+    if path.exists() and not (force and path.is_file()):
+        what = "a folder; name" if path.is_dir() else "there already; use --force to overwrite it, or name"
+        raise ValueError(f"'{path}' is {what} another file.")
     return path
 
 
@@ -111,19 +105,18 @@ def _partial(folder: Path) -> Path:
 def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
     """A path beside `path` to write to. Afterwards that file, safely on the disk, takes the place of `path`.
 
-    A link at `path` is replaced, and not what it leads to.
+    Its folder is made where there is none. A link at `path` is replaced, and not what it leads to.
 
     Args:
         keep: what `path` is called from then on, instead of being lost.
 
     Raises:
-        WriteError: no folder, no room or no right; `path` is as it was, and nothing else is left.
+        WriteError: no room or no right; `path` is as it was, and nothing else is left.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise WriteError(f"Cannot write '{path.name}': there is no folder '{path.parent}'; make it first.")
     temporary = _partial(path.parent)
     with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             _sync(temporary)
@@ -160,18 +153,14 @@ def replacing_set(folder: str | Path) -> Iterator[Path]:
                     raise WriteError(f"Cannot write '{target}': it is a folder; name another place.")
                 _sync(path)
             if folder.is_dir():
-                _move(targets)
+                for path, target in targets.items():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    move(path, target)
             else:
                 os.rename(staging, folder)
             _sync(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move(targets: dict[Path, Path]) -> None:
-    for path, target in targets.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        move(path, target)
 
 
 def move(path: Path, target: Path) -> None:
@@ -182,17 +171,16 @@ def move(path: Path, target: Path) -> None:
     Raises:
         WriteError: it stays open.
     """
-    for wait in _WAITS:
-        with suppress(PermissionError):
+    for wait in (*_WAITS, 0):
+        try:
             os.replace(path, target)
             return
-        time.sleep(wait)
-    try:
-        os.replace(path, target)
-    except PermissionError as error:
-        if not _WAITS or not target.is_file():
-            raise
-        raise WriteError(f"Cannot write '{target}': another program has it open; close it there.") from error
+        except PermissionError as error:
+            if not _WAITS or not target.is_file():
+                raise
+            held = error
+            time.sleep(wait)
+    raise WriteError(f"Cannot write '{target}': another program has it open; close it there.") from held
 
 
 def replace_bytes(path: str | Path, content: bytes) -> None:
@@ -253,11 +241,9 @@ def is_unfinished(name: str) -> bool:
 
 def remove_unfinished(folder: str | Path) -> None:
     """Delete unfinished output of killed processes below `folder`; links are not followed."""
-    if os.path.islink(folder):
-        return
-    for place, folders, files in os.walk(folder):
-        for name in filter(_PARTIAL.fullmatch, files):
+    for place, folders, files in os.walk(folder) if not os.path.islink(folder) else ():
+        for name in filter(is_unfinished, files):
             Path(place, name).unlink(missing_ok=True)
-        for name in filter(_PARTIAL.fullmatch, folders):
+        for name in filter(is_unfinished, folders):
             with suppress(OSError):  # a link
                 shutil.rmtree(Path(place, name))

@@ -573,7 +573,6 @@ GENERATING: dict[str, Cases] = {
         (f"{CONCEPT}several.safetensors", "the file holds 2 embeddings (<a>, <b>); use one of a single"),
         (f"{CONCEPT}nan-concept.safetensors", "infinite or NaN values"),
         (f"{CONCEPT}lora.safetensors", "holds a LoRA and no embedding"),
-        (f"{CONCEPT}one-run/checkpoints/last.ckpt", "'{bad}/one-run/checkpoints/embeddings.safetensors'."),
         (f"{CONCEPT}other-base.safetensors", "'sd-v1-4.ckpt'"),
         (f"{MAKE} --concept a=b --concept a=c", "give every concept a name of its own"),
         (f"{MAKE} --concept a=", "The concept 'a' has no file here"),

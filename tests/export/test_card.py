@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from ldm.embeddings import Concept
-from ldm.export.card import Card, escaped, model_card, one_line
+from ldm.export.card import Card, escaped, model_card
 from ldm.generate import PNG_KEY, save_picture
 
 METADATA = {"init_word": "teddy", "step": "600", "base_model": "sd-v1-4.ckpt", "base_model_fingerprint": "ab" * 8}
@@ -34,11 +33,8 @@ def test_the_hub_finds_what_it_wants_to_know(tmp_path: Path) -> None:
     found = card(METADATA, Card(images=[sample]), ("teddy_a1111.txt",))
     data, text = found.data, found.text
     assert (data.base_model, data.base_model_relation) == ("CompVis/stable-diffusion-v1-4", "adapter")
-    assert (data.license, data.library_name, data.pipeline_tag) == (
-        "creativeml-openrail-m",
-        "diffusers",
-        "text-to-image",
-    )
+    kind = (data.license, data.library_name, data.pipeline_tag)
+    assert kind == ("creativeml-openrail-m", "diffusers", "text-to-image")
     assert {"stable-diffusion", "text-to-image", "diffusers", "textual_inversion", "prospect"} <= set(data.tags)
     assert data.instance_prompt == "teddy-0, teddy-1"
     assert data.widget == [{"text": "a teddy / 3", "output": {"url": "my%20sample.png"}}]
@@ -68,22 +64,15 @@ def test_texts_from_files_mean_nothing(tmp_path: Path) -> None:
     assert "y" * 9 not in strange and "javascript" not in strange
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a\r\n\tb  c\x00\x9b", "a b c"),
-        ("<b>&", "&lt;b&gt;&amp;"),
-        (
-            "[a](b) `c` *d* _e_ |f| ~g~ $h$ \\(",
-            "\\[a\\]\\(b\\) \\`c\\` \\*d\\* \\_e\\_ \\|f\\| \\~g\\~ \\$h\\$ \\\\\\(",
-        ),
-        ("http://x.y www.x.y a@b.c", "http:\\//x.y www\\.x.y a\\@b.c"),
-        ("sd-v1-4.ckpt größer 日本 😀", "sd-v1-4.ckpt größer 日本 😀"),
-    ],
-)
-def test_escapes(text: str, expected: str) -> None:
-    assert escaped(text) == expected
-
-
-def test_long_texts_are_cut() -> None:
-    assert one_line("x" * 120) == "x" * 120 and one_line("x" * 121) == "x" * 119 + "…"
+def test_escapes() -> None:
+    for text, expected in {
+        "a\r\n\tb  c\x00\x9b": "a b c",
+        "<b>&": "&lt;b&gt;&amp;",
+        "[a](b) `c` *d* _e_": r"\[a\]\(b\) \`c\` \*d\* \_e\_",
+        "|f| ~g~ $h$ \\(": r"\|f\| \~g\~ \$h\$ \\\(",
+        "http://x.y www.x.y a@b.c": r"http:\//x.y www\.x.y a\@b.c",
+        "sd-v1-4.ckpt größer 日本 😀": "sd-v1-4.ckpt größer 日本 😀",
+        "x" * 120: "x" * 120,
+        "x" * 121: "x" * 119 + "…",
+    }.items():
+        assert escaped(text) == expected

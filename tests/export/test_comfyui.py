@@ -1,11 +1,12 @@
 """The workflow for ComfyUI, run by a few lines that map percentages to noise levels as ComfyUI does."""
 
+import functools
 import re
 
 import pytest
 import torch
 
-from ldm.export.comfyui import escape, sampling, spell, stage_range, workflow
+from ldm.export.comfyui import escape, sampling, workflow
 from ldm.export.texts import written
 from ldm.export.webui import name_of
 
@@ -20,6 +21,7 @@ def sigma(t: torch.Tensor) -> torch.Tensor:
     return ((1 - part) * LEVELS[low] + part * LEVELS[t.ceil().long()]).exp()
 
 
+@functools.cache
 def from_percent(percent: float) -> float:
     if percent <= 0:
         return float("inf")
@@ -41,13 +43,16 @@ def active(nodes: dict, level: float, node: str | None = None) -> list[str]:
     return [inputs["text"]]
 
 
+def ranges(nodes: dict) -> list[dict]:
+    return [node["inputs"] for node in nodes.values() if node["class_type"] == "ConditioningSetTimestepRange"]
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3, 7, 10, 20, 64])
 @pytest.mark.parametrize("digits", [7, 3])  # a slider of ComfyUI rounds to three
 def test_every_timestep_reads_its_stage(stages: int, digits: int) -> None:
     nodes = workflow([f"t{stage}" for stage in range(stages)], "model.ckpt", sampling())
-    for node in nodes.values():
-        if node["class_type"] == "ConditioningSetTimestepRange":
-            node["inputs"] |= {name: round(node["inputs"][name], digits) for name in ("start", "end")}
+    for inputs in ranges(nodes):
+        inputs |= {name: round(inputs[name], digits) for name in ("start", "end")}
     levels = sigma(torch.arange(1000)).tolist()
     assert [active(nodes, level) for level in levels] == [[f"t{t * stages // 1000}"] for t in range(1000)]
 
@@ -56,17 +61,9 @@ def test_levels_between_timesteps_read_the_stage_of_the_nearest() -> None:
     """Other schedules use levels that are no timestep's; the U-Net gets the nearest one."""
     nodes = workflow([f"t{stage}" for stage in range(10)], "model.ckpt", sampling())
     t = torch.cat([torch.rand(2000, generator=torch.Generator().manual_seed(0)) * 999, torch.arange(90, 999, 0.13)])
-    t = t[(t.frac() - 0.5).abs() > 0.001]
-    for level in sigma(t).tolist():
-        nearest = int((LEVELS - torch.tensor(level).log()).abs().argmin())
-        assert active(nodes, level) == [f"t{nearest // 100}"]
-
-
-def test_neighbours_with_one_text_share_a_range() -> None:
-    nodes = workflow(["late"] * 5 + ["early"] * 5, "model.ckpt", sampling())
-    ranges = [node["inputs"] for node in nodes.values() if node["class_type"] == "ConditioningSetTimestepRange"]
-    assert [(r["start"], r["end"]) for r in ranges] == [(0.0, 0.5), (0.5, 1.0)]
-    assert stage_range(5, 10, 9) == (0.0, 0.5)
+    levels = sigma(t[(t.frac() - 0.5).abs() > 0.001])
+    nearest = (LEVELS - levels.log()[:, None]).abs().argmin(dim=1).tolist()
+    assert [active(nodes, level) for level in levels.tolist()] == [[f"t{found // 100}"] for found in nearest]
 
 
 def test_the_graph_is_whole() -> None:
@@ -80,6 +77,8 @@ def test_the_graph_is_whole() -> None:
     assert sampler.items() >= wanted.items()
     latent = next(node["inputs"] for node in nodes.values() if node["class_type"] == "EmptyLatentImage")
     assert latent == {"width": 8, "height": 16, "batch_size": 1}
+    nodes = workflow(["late"] * 5 + ["early"] * 5, "model.ckpt", sampling())  # neighbours with one text share a range
+    assert [(r["start"], r["end"]) for r in ranges(nodes)] == [(0.0, 0.5), (0.5, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -118,17 +117,8 @@ def program(text: str) -> str:
     return re.sub(r"\\([()])", r"\1", text)
 
 
-@pytest.mark.parametrize(
-    "text", ["(a:1.3) b", "{a|b}", "a {b", "}", "c:\\dir \\ (x)", "|a| \\\\", "a / b", "\\(a\\)", "a\\"]
-)
-def test_a_text_stays_itself(text: str) -> None:
-    assert program(page(written(text.split(), escape))).split() == text.split()
-
-
-@pytest.mark.parametrize(("text", "becomes"), [("http://x y", "http:/ /x y"), ("a///b", "a/ / /b"), ("\\{a", "\\ {a")])
-def test_what_cannot_be_escaped_keeps_the_rest(text: str, becomes: str) -> None:
-    assert program(page(written(text.split(), escape))) == becomes
-
-
-def test_embeddings_are_words() -> None:
-    assert spell("teddy-0") == "embedding:teddy-0"
+def test_a_text_stays_itself() -> None:
+    for text in ("(a:1.3) b", "{a|b}", "a {b", "}", "c:\\dir \\ (x)", "|a| \\\\", "a / b", "\\(a\\)", "a\\"):
+        assert program(page(written(text.split(), escape))).split() == text.split()
+    for text, becomes in (("http://x y", "http:/ /x y"), ("a///b", "a/ / /b"), ("\\{a", "\\ {a")):
+        assert program(page(written(text.split(), escape))) == becomes  # what cannot be escaped keeps the rest

@@ -26,8 +26,8 @@ DEMO = ROOT / "models/demo/concepts/dotted-star.safetensors"
 METADATA = {"init_word": "teddy", "step": "600", "base_model": "sd-v1-4.ckpt", "base_model_fingerprint": "ab" * 8}
 
 
-def concept(seed: int = 0, stages: int = 10, **metadata: str) -> Concept:
-    return Concept(torch.randn(stages, 16, generator=torch.Generator().manual_seed(seed)), METADATA | metadata)
+def concept(seed: int = 0, stages: int = 10) -> Concept:
+    return Concept(torch.randn(stages, 16, generator=torch.Generator().manual_seed(seed)), METADATA)
 
 
 @pytest.fixture
@@ -42,29 +42,27 @@ def export(*flags: str | Path) -> list[Path]:
     return run([*map(str, flags), *named])
 
 
-def text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def texts_of(*flags: str | Path) -> list[str]:
+    """What stands in the files that show how the concepts are used."""
+    return [path.read_text(encoding="utf-8") for path in export(*flags) if path.suffix != ".safetensors"]
 
 
 def test_stage_files_have_one_vector_each_and_come_back_as_the_concept(file: Path, tmp_path: Path) -> None:
-    paths = export(file, "--outdir", tmp_path / "out")
+    out, original = tmp_path / "out", load_concept(file)
+    paths = export(file, "--outdir", out)
     assert [path.name for path in paths] == [f"teddy-{stage}.safetensors" for stage in range(10)]
-    original = load_concept(file)
     for stage, path in enumerate(paths):
         with safe_open(path, "pt") as opened:
             assert opened.keys() == [f"teddy-{stage}"]  # what every program takes for a textual inversion of one token
             vector = opened.get_tensor(f"teddy-{stage}")
         assert vector.dtype == torch.float32 and torch.equal(vector, original.vectors[stage])
-    for source in (tmp_path / "out", paths, paths[::-1], *paths):
+    for source in (out, paths, paths[::-1], *paths):
         again = load_concept(source)
         assert torch.equal(again.vectors, original.vectors) and again.metadata == original.metadata
-
-
-def test_more_than_ten_stages_come_back_in_order(tmp_path: Path) -> None:
-    save_concept(Concept(torch.arange(24.0).view(12, 2)), tmp_path / "c.safetensors")
-    export(tmp_path / "c.safetensors", "--name", "c", "--outdir", tmp_path / "out")
-    for source in (tmp_path / "out", sorted((tmp_path / "out").iterdir()), tmp_path / "out" / "c-7.safetensors"):
-        assert torch.equal(load_concept(source).vectors, torch.arange(24.0).view(12, 2))
+    save_concept(concept(1, stages=12), file)  # 10 comes after 9
+    export(file, "--outdir", more := tmp_path / "more")
+    for source in (more, sorted(more.iterdir()), more / "teddy-7.safetensors"):
+        assert torch.equal(load_concept(source).vectors, concept(1, stages=12).vectors)
 
 
 # Texts
@@ -77,9 +75,9 @@ def test_texts_say_what_our_own_reader_reads() -> None:
     rows = {"*": [[row] for row in range(10)], "<b>": [[10 + row] for row in concepts["<b>"][1].rows_for(10)]}
     words = ["a * on*,<b><b>", 3, None, 0, "", "* *", "a <b>'s *", "(x) [y]: z|*", "   a   heart ", "*"]
     reader = PromptReader(tokenizer, rows, 10, 32)
+    tokens = {f"star-{k}": -(k + 1) for k in range(10)} | {f"b-{k}": -(11 + k) for k in range(4)}
     for prompt in ("*", "two * and <b> , *!", "a <b> heart"):
         texts = Export(concepts, Use(prompt, words))._texts()
-        tokens = {f"star-{k}": -(k + 1) for k in range(10)} | {f"b-{k}": -(11 + k) for k in range(4)}
         for stage, slots in enumerate(reader.read([prompt], words)[:, 0].tolist()):
             found = []
             for word in texts[stage].split(" "):
@@ -90,9 +88,9 @@ def test_texts_say_what_our_own_reader_reads() -> None:
 def test_the_script_for_diffusers_holds_no_code_of_a_prompt(file: Path, tmp_path: Path) -> None:
     nasty = "'''\"\"\" \\ {} %s \U0001f600 ) import os #"
     flags = ("--to", "diffusers", "--scale", "3", "--steps", "7", "--outdir", tmp_path / "o")
-    path = export(file, "--prompt", f"* {nasty}", *flags)[-1]
+    (script,) = texts_of(file, "--prompt", f"* {nasty}", *flags)
     values = {}
-    for node in ast.parse(text_of(path)).body:
+    for node in ast.parse(script).body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             values[ast.unparse(target)] = ast.literal_eval(node.value)
@@ -102,48 +100,47 @@ def test_the_script_for_diffusers_holds_no_code_of_a_prompt(file: Path, tmp_path
     assert values["NAME"] == "teddy" and values["CONCEPTS"] == {"teddy": concept().identity}
 
 
-def test_the_negative_prompt_is_in_all_three(file: Path, tmp_path: Path) -> None:
-    flags = ("--to", *PROGRAMS, "--negative_prompt", 'a "blurry" (dog)')
-    script, text, workflow = map(text_of, export(file, *flags, "--outdir", tmp_path / "o")[-3:])
-    assert "\nNEGATIVE = 'a \"blurry\" (dog)'\n" in script
-    assert '\nNegative prompt: a "blurry" \\(dog\\)\n' in text
+def test_negative_prompt_and_guidance_in_all_three(file: Path, tmp_path: Path, capsys) -> None:
+    """Guidance by stage, and rescaled, is what only diffusers has."""
+    flags = ("--to", *PROGRAMS, "--negative_prompt", 'a "blurry" (dog)', "--scale", "2.5,0-1:1", "--rescale", "0.5")
+    script, text, workflow = texts_of(file, *flags, "--outdir", tmp_path / "o")
+    assert "\nNEGATIVE = 'a \"blurry\" (dog)'\n" in script and "\nRESCALE = 0.5" in script
+    assert "\nGUIDANCE: float | list[float] = [1.0, 1.0, 2.5" in script
+    assert '\nNegative prompt: a "blurry" \\(dog\\)\n' in text and "CFG scale 2.5" in text
     nodes = json.loads(workflow)
     sampler = next(node["inputs"] for node in nodes.values() if node["class_type"] == "KSampler")
-    assert nodes[sampler["negative"][0]]["inputs"]["text"] == 'a "blurry" \\(dog\\)'
+    assert nodes[sampler["negative"][0]]["inputs"]["text"] == 'a "blurry" \\(dog\\)' and sampler["cfg"] == 2.5
+    warned = capsys.readouterr().err
+    for program in ("the web UI", "the workflow for ComfyUI"):
+        assert f"In {program} guidance is the same in all stages, 2.5." in warned
+        assert f"In {program} guidance is not rescaled." in warned
 
 
 def test_several_concepts_and_stages(file: Path, tmp_path: Path) -> None:
-    save_concept(concept(1, stages=1), tmp_path / "b.safetensors")
-    flags = ("--name", "teddy", "vase", "--to", "a1111", "--steps", "10", "--prompt", "a *")
-    flags += ("--stages", "0-4=2", "5-=<b>")
-    paths = export(file, f"<b>={tmp_path / 'b.safetensors'}", *flags, "--outdir", tmp_path / "o")
-    assert [path.name for path in paths][9:] == ["teddy-9.safetensors", "vase-0.safetensors", "teddy_a1111.txt"]
-    assert text_of(paths[-1]).splitlines()[-1] == "a [vase-0:teddy-2:4]"
-
-
-def test_no_stage_of_any_concept_is_lost(file: Path, tmp_path: Path) -> None:
-    """Nor where the first has one only; a preset has the same stages."""
-    save_concept(concept(1, stages=1), tmp_path / "one.safetensors")
-    sources = (tmp_path / "one.safetensors", f"<b>={file}")
-    flags = ("--name", "one", "ten", "--to", "a1111", "--steps", "10", "--prompt", "a <b> by *")
+    """No stage is lost, also where the first concept has one only; a preset has the same stages."""
+    save_concept(concept(1, stages=1), one := tmp_path / "one.safetensors")
+    flags = ("--to", "a1111", "--steps", "10", "--prompt")
+    given = ("--name", "ten", "one", *flags, "a *", "--stages", "0-4=2", "5-=<b>", "--outdir", tmp_path / "o")
+    paths = export(file, f"<b>={one}", *given)
+    assert [path.name for path in paths][9:] == ["ten-9.safetensors", "one-0.safetensors", "ten_a1111.txt"]
+    assert paths[-1].read_text().splitlines()[-1] == "a [one-0:ten-2:4]"
     for more in ((), ("--preset", "material")):  # which is of stages 0 to 4 of the concept that is named first
-        paths = export(*sources, *flags, *more, "--outdir", tmp_path / f"o{len(more)}")
-        assert text_of(paths[-1]).splitlines()[-1].count("ten-") == 10
+        given = ("--name", "one", "ten", *flags, "a <b> by *", *more, "--outdir", tmp_path / f"o{len(more)}")
+        (text,) = texts_of(one, f"<b>={file}", *given)
+        assert text.splitlines()[-1].count("ten-") == 10
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (("--preset", "layout", "--prompt", "a dog *", "--steps", "20"), "\n\na dog [teddy-9::1]\n"),
-        ((), "teddy-0.safetensors … teddy-9.safetensors"),
-        ((), f"Concepts: teddy {concept().identity}\n"),
-        ((), "Made for 50 steps of ddim, CFG scale 10.0, seed 42, 512x512"),
-        (("--sampler", "DPM++ 2M"), "steps of DPM++ 2M (schedule type: Uniform, not Automatic), CFG"),
-        (("--sampler", "DPM++ 2M Karras"), "steps of DPM++ 2M Karras (schedule type: Karras, not Automatic), CFG"),
-    ],
-)
-def test_what_the_text_for_the_web_ui_says(flags: tuple[str, ...], expected: str, file: Path, tmp_path: Path) -> None:
-    assert expected in text_of(export(file, "--to", "a1111", *flags, "--outdir", tmp_path / "o")[-1])
+def test_what_the_text_for_the_web_ui_says(file: Path, tmp_path: Path) -> None:
+    made = ("teddy-0.safetensors … teddy-9.safetensors into", "for 50 steps of ddim, CFG scale 10.0, seed 42, 512x512")
+    cases = {
+        (): (*made, f"Concepts: teddy {concept().identity}\n"),
+        ("--preset", "layout", "--prompt", "a dog *", "--steps", "20"): ("\n\na dog [teddy-9::1]\n",),
+        ("--sampler", "DPM++ 2M"): ("steps of DPM++ 2M (schedule type: Uniform, not Automatic), CFG",),
+        ("--sampler", "DPM++ 2M Karras"): ("of DPM++ 2M Karras (schedule type: Karras, not Automatic), CFG",),
+    }
+    for number, (flags, parts) in enumerate(cases.items()):
+        (text,) = texts_of(file, "--to", "a1111", *flags, "--outdir", tmp_path / str(number))
+        assert all(part in text for part in parts)
 
 
 def test_size_and_guidance_are_those_of_the_small_model_in_every_folder(
@@ -153,18 +150,12 @@ def test_size_and_guidance_are_those_of_the_small_model_in_every_folder(
     for place in (ROOT, tmp_path):
         monkeypatch.chdir(place)
         for given in ((), ("--scale", "3", "--width", "32")):
-            out = tmp_path / f"{len(texts)}"
-            texts.append(text_of(export(DEMO, "--to", "a1111", "--outdir", out, *given)[-1]))
+            texts += texts_of(DEMO, "--to", "a1111", "--outdir", tmp_path / str(len(texts)), *given)
     assert "CFG scale 2.5, seed 42, 128x128" in texts[0] and "CFG scale 3.0, seed 42, 32x128" in texts[1]
     assert texts[:2] == texts[2:]
 
 
 # What other programs read in another way
-
-
-def test_a_learned_word_is_as_long_as_its_vectors() -> None:
-    words = [Learned("star-0")] * 25
-    assert may_be_cut(words, 4) and not may_be_cut(words, 3)
 
 
 @pytest.mark.parametrize(
@@ -173,87 +164,69 @@ def test_a_learned_word_is_as_long_as_its_vectors() -> None:
         ("--to diffusers --steps 30", "With 30 steps diffusers' DDIM takes other timesteps"),
         ("--to comfyui --sampler Heun", "'Heun' becomes ddim in the workflow for ComfyUI"),
         ("--to a1111 --sampler UniPC", "The timesteps of 'UniPC' are not known"),
-        (
-            "--to a1111 --prompt " + "word*" * 38,
-            "The prompt may be longer than 75 tokens; what follows is cut off here",
-        ),
+        ("--to a1111 --prompt " + "word*" * 38, "The prompt may be longer than 75 tokens; what follows is cut off"),
         ("--to comfyui --negative_prompt " + "日本語" * 9, "The prompt may be longer than 75 tokens"),
         ("--to a1111 comfyui --prompt " + "words*" * 37, None),
         ("--to diffusers --prompt " + "word*" * 80, None),
         ("--to comfyui --prompt *http://x", "ComfyUI takes what follows // for a comment"),
         ("--to comfyui --prompt *{a|b}", "ComfyUI's page takes {a|b} for a choice"),
-        (
-            "--to comfyui --prompt *,embedding:x --stages 0=embedding:x 1-=*",
-            "ComfyUI takes a word that begins",
-        ),
+        ("--to comfyui --prompt *,embedding:x --stages 0=embedding:x 1-=*", "ComfyUI takes a word that begins"),
         ("--prompt *(red:1.3)", "'(red:1.3)' is read as letters here, and is exported so that other programs do, too."),
         ("--to diffusers a1111 --prompt *{a//b}", None),
         ("--to diffusers comfyui --steps 40", None),
     ],
 )
-def test_what_is_not_exact_is_said(
-    flags: str, warning: str | None, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_exact_is_said(flags: str, warning: str | None, file: Path, tmp_path: Path, capsys) -> None:
     """On standard error, and in the text for the web UI."""
     paths = export(file, *flags.split(), "--outdir", tmp_path / "o")
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {warning}") and said.count("\n") == 1 if warning else said == ""
     if warning and "--to a1111" in flags:
-        assert f"Not exact: {warning}" in text_of(paths[-1])
+        assert f"Not exact: {warning}" in paths[-1].read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "name", "stages"),
-    [
-        ("a star-3 by *", "star", 10),
-        ("a STAR - 3 by *", "star", 10),
-        ("a superstar-35 by *", "star", 10),
-        ("* 0 hearts", "star", 12),  # star-1 0 is read as star-10
-    ],
-)
-def test_a_word_that_would_be_read_as_a_learned_token_is_refused(prompt: str, name: str, stages: int) -> None:
-    with pytest.raises(ValueError, match="in the prompt as a learned token; give the concept another --name"):
-        Export({"*": (name, concept(stages=stages))}, Use(prompt))
-    Export({"*": ("vase", concept())}, Use(prompt))
+def test_a_word_that_would_be_read_as_a_learned_token_is_refused() -> None:
+    texts = {"a star-3 by *": 10, "a STAR - 3 by *": 10, "a superstar-35 by *": 10, "* 0 hearts": 12}
+    for prompt, stages in texts.items():  # of 12 stages, star-1 0 is read as star-10
+        with pytest.raises(ValueError, match="in the prompt as a learned token; give the concept another --name"):
+            Export({"*": ("star", concept(stages=stages))}, Use(prompt))
+        Export({"*": ("vase", concept())}, Use(prompt))
 
 
-@pytest.mark.parametrize("other", [{"base_model_fingerprint": "cd" * 8}, {"base_model": "sd-v1-5.ckpt"}])
-def test_concepts_of_two_base_models_are_refused(
-    other: dict[str, str], file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    metadata = {"base_model": "sd-v1-4.ckpt"} | other  # the fingerprint decides; without it, the name
-    save_concept(Concept(concept(1).vectors, metadata), tmp_path / "b.safetensors")
-    flags = (file, f"<b>={tmp_path / 'b.safetensors'}", "--name", "a", "b", "--outdir", str(tmp_path / "out"))
-    said = refusal(capsys, *flags)
-    assert "different base models: a for 'sd-v1-4.ckpt' (fingerprint abababababababab), b for 'sd-v1-" in said
+def test_concepts_of_two_base_models_are_refused(file: Path, tmp_path: Path, capsys) -> None:
+    flags = (file, f"<b>={tmp_path / 'b.safetensors'}", "--name", "a", "b", "--outdir", tmp_path / "out")
+    for other in ({"base_model_fingerprint": "cd" * 8}, {"base_model": "sd-v1-5.ckpt"}):
+        metadata = {"base_model": "sd-v1-4.ckpt"} | other  # the fingerprint decides; without it, the name
+        save_concept(Concept(concept(1).vectors, metadata), tmp_path / "b.safetensors")
+        said = refusal(capsys, *flags)
+        assert "different base models: a for 'sd-v1-4.ckpt' (fingerprint abababababababab), b for 'sd-v1-" in said
     assert export(*flags, "--any_base")
     save_concept(Concept(concept(1).vectors), tmp_path / "b.safetensors")  # which says nothing
     assert export(*flags, "--force")
 
 
+def test_several_tokens() -> None:
+    """A learned word is as long as its vectors; diffusers' tokenizer finds further tokens in small letters only."""
+    words = [Learned("star-0")] * 25
+    assert may_be_cut(words, 4) and not may_be_cut(words, 3)
+    tokens = Concept({"table": torch.zeros(1, 1, 2, 16)}, method="table")
+    with pytest.raises(ValueError, match="diffusers reads one token of Star; use small letters"):
+        Export({"*": ("Star", tokens)}).write(["diffusers"], Path("none"))
+
+
 # Whole sets
 
 
-def test_stage_files_of_two_concepts_are_refused_by_every_reader(file: Path, tmp_path: Path) -> None:
-    """Where a crash between two renames, or a user, has mixed two exports."""
-    save_concept(concept(1), tmp_path / "other.safetensors")
+def test_stage_files_of_two_concepts_are_refused(file: Path, tmp_path: Path) -> None:
+    """Where a crash between two renames, or a user, has mixed two exports; the script: test_diffusers_usage.py."""
     old, new = tmp_path / "old", tmp_path / "new"
-    export(file, "--to", "diffusers", "--outdir", old)
-    export(tmp_path / "other.safetensors", "--to", "diffusers", "--outdir", new)
+    export(file, "--outdir", old)
+    save_concept(concept(1), file)
+    export(file, "--outdir", new)
     for stage in range(5):
         os.replace(new / f"teddy-{stage}.safetensors", old / f"teddy-{stage}.safetensors")
     with pytest.raises(EmbeddingError, match="different concepts"):
         load_concept(old)
-    script = f"""
-import importlib.util, types
-spec = importlib.util.spec_from_file_location("usage", {str(old / "teddy_diffusers.py")!r})
-usage = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(usage)
-usage.load(types.SimpleNamespace(load_textual_inversion=lambda folder, weight_name: None))
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=False)
-    assert result.returncode == 1
-    assert result.stderr == "'teddy-0.safetensors' is of another export than this script; export the concept again.\n"
 
 
 def test_a_failing_export_leaves_the_old_set(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +251,7 @@ def test_a_failing_export_leaves_the_old_set(file: Path, tmp_path: Path, monkeyp
     assert all((out / name).read_bytes() != content for name, content in before.items())
 
 
-def test_nothing_is_overwritten_unasked_and_never_what_is_read(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_overwritten_unasked_and_never_what_is_read(file: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     out.mkdir()
     flags = (file, "--to", *PROGRAMS, "--card", "--outdir", out)
@@ -288,37 +259,23 @@ def test_nothing_is_overwritten_unasked_and_never_what_is_read(
         (out / name).write_text("mine")
         assert f"has {name} already; use --force" in refusal(capsys, *flags)
         assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "mine"
-        assert (out / name) in export(*flags, "--force")
-        assert (out / name).read_bytes() != b"mine"
+        assert (out / name) in export(*flags, "--force") and (out / name).read_bytes() != b"mine"
         for path in out.iterdir():
             path.unlink()
-    save_concept(concept(1, stages=1), out / "teddy-0.safetensors")
-    before = (out / "teddy-0.safetensors").read_bytes()
-    assert "would be overwritten" in refusal(capsys, out / "teddy-0.safetensors", "--force", "--outdir", out)
-    assert (out / "teddy-0.safetensors").read_bytes() == before
+    save_concept(concept(1, stages=1), read := out / "teddy-0.safetensors")
+    before = read.read_bytes()
+    assert "would be overwritten" in refusal(capsys, read, "--force", "--outdir", out)
+    assert read.read_bytes() == before
 
 
 def test_stage_files_of_a_concept_with_more_stages_go(file: Path, tmp_path: Path) -> None:
     out, theirs = tmp_path / "out", tmp_path / "out/teddy-8.safetensors"
-    export(file, "--name", "teddy", "--outdir", out)
+    export(file, "--outdir", out)
     theirs.unlink()
     save_file({"x": torch.zeros(1)}, theirs)  # of somebody else, so it stays
-    save_concept(concept(7, stages=4), tmp_path / "four.safetensors")
-    export(tmp_path / "four.safetensors", "--name", "teddy", "--outdir", out, "--force")
+    save_concept(concept(7, stages=4), file)
+    export(file, "--outdir", out, "--force")
     assert sorted(path.stem for path in out.glob("teddy-*")) == [f"teddy-{k}" for k in (0, 1, 2, 3, 8)]
-
-
-def test_guidance_by_stage_is_what_only_diffusers_has(file: Path, tmp_path: Path, capsys) -> None:
-    flags = (file, "--scale", "2.5,0-1:1", "--rescale", "0.5", "--to", *PROGRAMS, "--outdir", tmp_path / "o")
-    *_, script, prompt, workflow = export(*flags)
-    warned = capsys.readouterr().err
-    for program in ("the web UI", "the workflow for ComfyUI"):
-        assert f"In {program} guidance is the same in all stages, 2.5." in warned
-        assert f"In {program} guidance is not rescaled." in warned
-    assert (
-        "GUIDANCE: float | list[float] = [1.0, 1.0, 2.5" in script.read_text() and "RESCALE = 0.5" in script.read_text()
-    )
-    assert "CFG scale 2.5" in prompt.read_text() and '"cfg": 2.5' in workflow.read_text()
 
 
 # Refusals
@@ -335,25 +292,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str | Path) -> str:
 
 def test_names_are_file_names_everywhere() -> None:
     assert [check_name(name) for name in ("teddy", "my-teddy_2", "T")] == ["teddy", "my-teddy_2", "T"]
-    for name in (
-        "../x",
-        "a/b",
-        "a\\b",
-        "..",
-        "",
-        "a b",
-        "ä",
-        "a\n",
-        "-a",
-        "a--b",
-        "a.b",
-        "C:x",
-        "BREAK",
-        "rock-AND-roll",
-        "a" * 101,
-        "~",
-        "$HOME",
-    ):
+    bad = ["../x", "a/b", "a\\b", "..", "", "a b", "ä", "a\n", "-a", "a--b", "a.b", "C:x", "~", "$HOME", "a" * 101]
+    for name in (*bad, "BREAK", "rock-AND-roll", "con"):
         with pytest.raises(ValueError, match="cannot be used; use letters"):
             check_name(name)
 
@@ -384,19 +324,10 @@ def test_names_are_file_names_everywhere() -> None:
         ("--rescale 2", "rescale must be in 0..1"),
     ],
 )
-def test_mistakes_end_with_a_sentence(
-    flags: str, sentence: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_end_with_a_sentence(flags: str, sentence: str, file: Path, tmp_path: Path, capsys) -> None:
     given = [flag.format(file=file) for flag in flags.split()]
     assert sentence in refusal(capsys, file, *given, "--outdir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_several_tokens_have_no_capital_letters_in_diffusers() -> None:
-    """Whose tokenizer gives small ones, for which the pipeline finds no further tokens."""
-    tokens = Concept({"table": torch.zeros(1, 1, 2, 16)}, method="table")
-    with pytest.raises(ValueError, match="diffusers reads one token of .Star. alone; use small letters"):
-        Export({"*": ("Star", tokens)}).write(["diffusers"], Path("none"))
 
 
 def test_help_imports_nothing_heavy() -> None:

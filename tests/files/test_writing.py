@@ -27,15 +27,15 @@ def write(folder: Path, **texts: str) -> None:
 
 
 def test_what_was_replaced_is_kept_or_gone(tmp_path: Path) -> None:
-    path, older = tmp_path / "a", tmp_path / "b"
+    path, older = tmp_path / "new/a", tmp_path / "new/b"  # whose folder is made
     for text in ("1", "2", "3"):
         with replacing(path, keep=older) as temporary:
             temporary.write_text(text)
-    assert content(tmp_path) == {"a": "3", "b": "2"}
+    assert content(tmp_path / "new") == {"a": "3", "b": "2"}
     with pytest.raises(RuntimeError), replacing(path, keep=older) as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    assert content(tmp_path) == {"a": "3", "b": "2"}
+    assert content(tmp_path / "new") == {"a": "3", "b": "2"}
 
 
 def test_after_a_kill_both_names_are_of_one_file(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_only_unfinished_files_of_ours_are_removed(tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("new.ckpt", "must end in .safetensors"),
-        ("folder.safetensors", "is a folder"),
+        ("folder.safetensors", "is a folder; name another file"),
         ("old.safetensors", "is there already; use --force"),
         ("source.safetensors", "is, or is part of, what is read"),
         ("link.safetensors", "is, or is part of, what is read"),
@@ -140,7 +140,7 @@ def test_only_unfinished_files_of_ours_are_removed(tmp_path: Path) -> None:
         ("run/checkpoints/a.safetensors", "folder of a training run"),
     ],
 )
-def test_files_that_are_not_written(tmp_path: Path, name: str, words: str) -> None:
+def test_files_that_are_not_written(name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "run/configs").mkdir(parents=True)
@@ -149,12 +149,8 @@ def test_files_that_are_not_written(tmp_path: Path, name: str, words: str) -> No
     inputs = [tmp_path / "source.safetensors", tmp_path / "model"]
     for force in (False, True):
         if force and "--force" in words:
-            assert check_new_file(tmp_path / name, force, inputs) == tmp_path / name
+            monkeypatch.setenv("HOME", str(tmp_path))
+            assert check_new_file(f"~/{name}", force, inputs) == tmp_path / name
             continue
         with pytest.raises(ValueError, match=words):
             check_new_file(tmp_path / name, force, inputs)
-
-
-def test_a_new_file_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert check_new_file("~/a.safetensors") == tmp_path / "a.safetensors"

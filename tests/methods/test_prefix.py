@@ -38,8 +38,11 @@ def adapter(values: Callable[[int], Tensor] = lambda _: torch.zeros(4608), layer
 
 
 REFUSED = {
-    "copies": (adapter(lambda i: torch.full((4608,), float(i))), "its 3 copies of the prefix differ"),
-    "layers": (adapter(layers=20), "for other layers than CatVersion's"),
+    "copies": (
+        adapter(lambda i: torch.full((4608,), float(i))),
+        "is no prefix of CatVersion, the same for the text layers 9",
+    ),
+    "layers": (adapter(layers=20), "is no prefix of CatVersion"),
     "width": (adapter(lambda _: torch.zeros(6144)), "it is for another text transformer than that of"),
     "empty": (adapter(lambda _: torch.zeros(0)), "it is for another text transformer than that of"),
     "nan": ({f"layers.9.{ENDING}": torch.full((4608,), torch.nan)}, "infinite or NaN values"),
