@@ -33,7 +33,7 @@ import main
 from ldm.checkpoint import read_state_dict
 from ldm.cli import sample
 from ldm.config import instantiate_from_config, load_config
-from ldm.data.repeated import Repeated
+from ldm.data.datamodule import Repeated
 from ldm.embeddings import load_concept
 from ldm.training import messages
 from ldm.training.runs import LAST, PREVIOUS

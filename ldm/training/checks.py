@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.checkpoint import read_state_dict
 from ldm.conditioning.prompts import warn_of_unknown
-from ldm.config import ConfigError, check_parameters
+from ldm.config import ConfigError
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.data.repeated import image_sides
 from ldm.modules.embedding_manager import is_prefix
 from ldm.request import shown
-from ldm.training.callbacks import ImageLogger
 
-CASTS_ALL = {"bf16-true": "bfloat16", "16-true": "float16"}  # Lightning casts the whole module, buffers too
 # Keys of the reference's YAML files that no code stands behind -> the values that ask for what is done anyway, and
 # what to do instead of any other. (When generating, they make no difference.)
 MANAGER = "personalization_config.params"
@@ -46,28 +43,61 @@ def check_asked_for(config: DictConfig) -> None:
             raise ConfigError(f"model.params.{key}: {value!s:.40} is not supported: {instead}; omit it.")
 
 
-def check_images(callbacks: Sequence[pl.Callback], module: Any) -> None:
-    """Raise `ConfigError` for an unknown key of `log_images_kwargs`, before the first images are due."""
-    for callback in callbacks:
-        if isinstance(callback, ImageLogger) and not callback.disabled and hasattr(module, "log_images"):
-            check_parameters(module.log_images, {"batch": None, **callback.log_images_kwargs})
-
-
-def check_precision(trainer: pl.Trainer) -> None:
-    """Raise `ConfigError` where the trainer's precision would spoil what is learned; `64-true` loses no digits."""
-    precision = trainer.precision
-    if precision in CASTS_ALL:
-        mixed = precision.replace("true", "mixed")
-        raise ConfigError(
-            f"precision '{precision}' would round the noise schedule and what is learned; to halve frozen weights use "
-            f"model.params.frozen_dtype={CASTS_ALL[precision]}, and to train from scratch --precision {mixed}."
-        )
-
-
-def check_resumable(module: pl.LightningModule, checkpoint: Path | None) -> None:
-    """Raise `ValueError` unless the checkpoint to resume from holds what `module` trains."""
-    if checkpoint is None:
+def check_samples(module: Any, data: DataModuleFromConfig) -> None:
+    """Raise `ValueError` unless the first sample of each data set is what the model learns from."""
+    if (unit := getattr(module, "size_unit", None)) is None:
         return
+    for split, dataset in data.datasets.items():
+        if getattr(dataset, "size", 0) is None:
+            raise ValueError(f"data.params.{split}.params.size is needed: images are learned at one size.")
+        sample, name = dataset[0], getattr(dataset, "name", type(dataset).__name__)
+        if lacking := [key for key in (module.image_key, module.caption_key) if key not in sample]:
+            raise ValueError(f"The samples of {name} lack '{lacking[0]}'; add it to what they hold.")
+        shape = tuple(np.shape(sample[module.image_key]))
+        if len(shape) != 3 or shape[2] != 3:
+            raise ValueError(f"'{module.image_key}' of {name} must be (height, width, 3) in [-1, 1], not {shape}.")
+        for size in shape[:2]:
+            if size % unit:
+                near = max(1, round(size / unit)) * unit
+                raise ValueError(f"The {split} images' size {size} must be a multiple of {unit}; nearest: {near}.")
+
+
+def check_captions(module: Any, data: DataModuleFromConfig) -> None:
+    """Raise `ConfigError` where the captions do not hold what is learned, or CatVersion's name no class.
+
+    Warns of words in them that a small model never read.
+    """
+    manager = getattr(module, "embedding_manager", None)
+    if manager is None or manager.learned is None:
+        return
+    sets = [d for d in data.datasets.values() if hasattr(d, "templates")]
+    texts = [manager.initial_word, *(d.templates[0] for d in sets if len(d.templates) == 1)]
+    warn_of_unknown(module.cond_stage_model.known_words, texts, manager.placeholder_strings)
+    for template, placeholder in [(text, d.placeholder_token) for d in sets for text in d.templates]:
+        if not is_prefix(manager.learned):
+            _check_is_read(module, template.replace("{}", placeholder))
+        elif "{}" in template or not template.strip():
+            raise ConfigError(
+                "CatVersion has no token of its own; it learns in captions that name the class: give --caption "
+                "'teddybear' or so."
+            )
+
+
+def _check_is_read(module: Any, caption: str) -> None:
+    """Raise `ConfigError` where a caption has no learned token, or it is not read to its end."""
+    asked = sum(slot < 0 for _, slots in module.prompt_reader().words_in(caption) for slot in slots)
+    if not asked:
+        name = module.embedding_manager.placeholder_strings[0]
+        raise ConfigError(
+            f"The caption {shown(caption)} has no place for the learned token, which is called '{name}' "
+            "(placeholder_strings); write it there (in YAML: {}, and the same placeholder_token)."
+        )
+    if int((module.get_learned_conditioning(caption).slots[0] < 0).sum()) < asked:
+        raise ConfigError(f"The caption {shown(caption)} is too long, its learned token is cut off; shorten it.")
+
+
+def check_resumable(module: pl.LightningModule, checkpoint: Path) -> None:
+    """Raise `ValueError` unless the checkpoint to resume from holds what `module` trains."""
     saved = {key: x.shape for key, x in read_state_dict(checkpoint).items()}
     trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
     for key, own in module.state_dict().items():
@@ -77,61 +107,3 @@ def check_resumable(module: pl.LightningModule, checkpoint: Path | None) -> None
                 f"'{checkpoint}' does not fit the configuration ({key} is {found}, not {tuple(own.shape)}); resume "
                 "with the run's own configuration, or start a new run."
             )
-
-
-def check_sizes(module: Any, data: DataModuleFromConfig) -> None:
-    """Raise `ValueError` unless the data sets' images have a size that the model takes."""
-    if not hasattr(module, "size_unit"):
-        return
-    for split, dataset in data.datasets.items():
-        sides = image_sides(dataset, module.image_key, module.caption_key)
-        if sides is None:
-            raise ValueError(f"data.params.{split}.params.size is needed: images are learned at one size.")
-        for size in sides:
-            if size % module.size_unit:
-                unit, nearest_size = module.size_unit, max(1, round(size / module.size_unit)) * module.size_unit
-                raise ValueError(
-                    f"The {split} images' size {size} must be a multiple of {unit}; nearest: {nearest_size}."
-                )
-
-
-def check_captions(module: Any, data: DataModuleFromConfig) -> None:
-    """Raise `ConfigError` where the captions do not hold what is learned, or CatVersion's name no class."""
-    manager = getattr(module, "embedding_manager", None)
-    if manager is None or manager.learned is None:
-        return
-    for dataset in data.datasets.values():
-        for template in getattr(dataset, "templates", ()):
-            if is_prefix(manager.learned) and ("{}" in template or not template.strip()):
-                raise ConfigError(
-                    "CatVersion has no token of its own; it learns in captions that name the class: give --caption "
-                    "'teddybear' or so."
-                )
-            if not is_prefix(manager.learned) and "{}" not in template:
-                raise ConfigError(
-                    f"The caption '{template}' has no place for the learned token; write * (in YAML: {{}}) there."
-                )
-            if not is_prefix(manager.learned):
-                _check_is_read(module, template, getattr(dataset, "placeholder_token", "*"))
-
-
-def warn_of_words(module: Any, data: DataModuleFromConfig) -> None:
-    """Warn where the learning starts from a word, or has a caption, that a small model never read."""
-    manager = getattr(module, "embedding_manager", None)
-    if manager is not None and manager.learned is not None:
-        templates: list[Sequence[str]] = [getattr(dataset, "templates", ()) for dataset in data.datasets.values()]
-        texts = [manager.initial_word, *(found[0] for found in templates if len(found) == 1)]
-        warn_of_unknown(module.cond_stage_model.known_words, texts, manager.placeholder_strings)
-
-
-def _check_is_read(module: Any, template: str, placeholder: str) -> None:
-    """Raise `ConfigError` where a caption's token is not learned, or not read to its end."""
-    learned, caption = module.embedding_manager.placeholder_strings, template.replace("{}", placeholder)
-    if placeholder not in learned:
-        raise ConfigError(
-            f"The captions' placeholder_token is '{placeholder}', but what is learned is called '{learned[0]}' "
-            "(placeholder_strings); write the same in both."
-        )
-    asked = sum(slot < 0 for _, slots in module.prompt_reader().words_in(caption) for slot in slots)
-    if int((module.get_learned_conditioning(caption).slots[0] < 0).sum()) < asked:
-        raise ConfigError(f"The caption {shown(caption)} is too long, its learned token is cut off; shorten it.")

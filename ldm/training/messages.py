@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.embeddings import load_concept
 from ldm.files.shipped import MODELS, command, name_of
 from ldm.training.callbacks import SaveLast
-from ldm.training.runs import EMBEDDINGS, Run
+from ldm.training.runs import EMBEDDINGS, Run, resume_command
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def report(run: Run, trainer: pl.Trainer, config: DictConfig) -> int:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     saver = next(callback for callback in callbacks if isinstance(callback, SaveLast))
     if saver.stopped_by is not None:
-        logger.info("Stopped and saved at step %d; resume with: %s", trainer.global_step, run.resume_command)
+        logger.info("Stopped and saved at step %d; resume with: %s", trainer.global_step, resume_command(run.folder))
         return 128 + saver.stopped_by
     if not trainer.is_global_zero:
         return 0
@@ -86,7 +86,7 @@ def report(run: Run, trainer: pl.Trainer, config: DictConfig) -> int:
     logger.info("Step %d reached; %s: %s", trainer.global_step, run.checkpoints, ", ".join(results))
     if profiles := sorted(run.folder.glob("*profile*.txt")):
         logger.info("Profile: %s", ", ".join(map(str, profiles)))
-    logger.info("More steps: %s --max_steps N", run.resume_command)
+    logger.info("More steps: %s --max_steps N", resume_command(run.folder))
     if (run.checkpoints / EMBEDDINGS).is_file() and config.model.params.get("ckpt_path"):
         logger.info("Generate: %s", _generate_command(run, config))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 from typing import Any
@@ -11,12 +12,13 @@ import pytorch_lightning as pl
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import ConfigError, instantiate_from_config, literal, load_config, merge, nearest
+from ldm.config import ConfigError, flatten, instantiate_from_config, literal, load_config, merge, nearest
 from ldm.data.datamodule import DataModuleFromConfig
+from ldm.files.base_model import FINGERPRINT
 from ldm.files.writing import replacing_set, writing_to
-from ldm.training.changes import check_applies, hashes_of, log_changes, run_config
-from ldm.training.checks import check_asked_for, check_captions, check_resumable, check_sizes, warn_of_words
+from ldm.training.checks import check_asked_for, check_captions, check_resumable, check_samples
 from ldm.training.runs import Run, check_start
+from ldm.yaml_files import read_yaml_content
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +31,22 @@ DEFAULT_CONFIG = {
         "trainer": {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "enable_model_summary": False},
     }
 }
-NEEDED = {
-    "model": "",
-    "data": "",
-    "model.base_learning_rate": "",
-    "data.params": "",
-    "data.params.train": ", the images to learn from",
+NEEDED = ("model", "data", "model.base_learning_rate", "data.params", "data.params.train")
+MANAGER = "model.params.personalization_config.params"
+# Keys that make no other run of it.
+FREE = tuple(
+    f"lightning.trainer.{name}"
+    for name in ("max_steps", "max_epochs", "max_time", "enable_progress_bar", "profiler", "log_every_n_steps")
+)
+# Keys whose value a checkpoint brings with it -> the flag, where one gives it.
+FIXED = {
+    "lightning.seed": "--seed",
+    "model.params.embedding_manager_ckpt": "--embedding_manager_ckpt",
+    "model.params.prospect_stages": "",
+    f"{MANAGER}.initializer_words": "--init_word",
+    **{f"{MANAGER}.{name}": "" for name in ("initial_spread", "generator", "method", "method_params")},
 }
-_MANAGER = "model.params.personalization_config.params"
+LISTED = 8
 
 
 def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
@@ -49,16 +59,24 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
     resolvers = options.allow_resolvers
     given = load_config(*saved, *options.base, overrides=options.overrides, resolvers=resolvers)
     config = merge(DEFAULT_CONFIG, given)
-    for section, what in NEEDED.items():
+    for section in NEEDED:
         if OmegaConf.select(config, section) is None:
-            raise ConfigError(f"The configuration does not say '{section}:'{what}; see configs/ for complete ones.")
+            raise ConfigError(f"The configuration does not say '{section}:'; see configs/ for complete ones.")
     for key in config.lightning:
         if key not in LIGHTNING_KEYS:
             raise ConfigError(f"Unknown key 'lightning.{key}'{nearest(str(key), LIGHTNING_KEYS)}")
     _put_flags(config, options)
     _check(config)
     if run.resumed:
-        check_applies(run, run_config(run, resolvers), config)
+        changed = _changed(load_config(*saved, flag="-r", resolvers=resolvers), config)
+        for key, change in changed.items():
+            fixed = next((name for name in FIXED if f"{key}.".startswith(f"{name}.")), None)
+            if fixed and run.checkpoint:
+                raise ConfigError(
+                    f"{FIXED[fixed] or fixed} does not apply to a resumed run ({change}): what it decides is in "
+                    f"'{run.checkpoint}'; omit it, or start a new run."
+                )
+        run.changes = [f"{key} ({change})" for key, change in changed.items()]
     if options.embedding_manager_ckpt:
         check_start(options.embedding_manager_ckpt)
     return config
@@ -66,17 +84,14 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
 
 def _put_flags(config: DictConfig, options: argparse.Namespace) -> None:
     """Put what the flags say into the configuration, where it is saved and resumed from."""
-    manager = {
-        "--embedding_manager_ckpt": ("model.params.embedding_manager_ckpt", options.embedding_manager_ckpt),
-        "--placeholder_tokens": (f"{_MANAGER}.placeholder_strings", options.placeholder_tokens),
-        "--init_word": (f"{_MANAGER}.initializer_words", options.init_word if options.init_word is None else
-                        [options.init_word]),
-    }  # fmt: skip
-    learns = OmegaConf.select(config, "model.params.personalization_config") is not None
-    for flag, (_, value) in manager.items():
-        if value is not None and not learns:
-            raise ConfigError(f"{flag} needs a configuration that learns embeddings (personalization_config).")
-    values = dict(manager.values()) | {
+    if OmegaConf.select(config, "model.params.personalization_config") is None:
+        for name in ("embedding_manager_ckpt", "placeholder_tokens", "init_word"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name} needs a configuration that learns embeddings (personalization_config).")
+    values = {
+        "model.params.embedding_manager_ckpt": options.embedding_manager_ckpt,
+        f"{MANAGER}.placeholder_strings": options.placeholder_tokens,
+        f"{MANAGER}.initializer_words": None if options.init_word is None else [options.init_word],
         "lightning.seed": options.seed,
         "lightning.scale_lr": options.scale_lr,
         "model.params.ckpt_path": options.actual_resume,
@@ -87,23 +102,16 @@ def _put_flags(config: DictConfig, options: argparse.Namespace) -> None:
             OmegaConf.update(config, key, _readable(key, value))
     if options.gpus is not None or "devices" in options.trainer:  # what was saved gives way to either
         OmegaConf.update(config, "lightning.trainer.gpus", options.gpus)
+    params: dict[str, object] = {}
     if options.data_root:
-        _put_data_root(config, options)
-    captions: dict[str, object] = {}
+        params = {"data_root": _readable("--data_root", options.data_root), "seed": config.lightning.seed}
     if options.placeholder_tokens:
-        captions["placeholder_token"] = literal(options.placeholder_tokens[0])
+        params["placeholder_token"] = literal(options.placeholder_tokens[0])
     if options.caption:
-        captions["templates"] = [_readable("--caption", text.replace("*", "{}")) for text in options.caption]
+        params["templates"] = [_readable("--caption", text.replace("*", "{}")) for text in options.caption]
     for split in ("train", "validation"):
-        if captions and config.data.params.get(split):
-            OmegaConf.update(config, f"data.params.{split}.params", captions)
-
-
-def _put_data_root(config: DictConfig, options: argparse.Namespace) -> None:
-    for split in ("train", "validation"):
-        if config.data.params.get(split):
-            values = {"data_root": _readable("--data_root", options.data_root), "seed": config.lightning.seed}
-            OmegaConf.update(config, f"data.params.{split}.params", values)
+        if params and config.data.params.get(split):
+            OmegaConf.update(config, f"data.params.{split}.params", params)
 
 
 def _readable(name: str, value: object) -> object:
@@ -118,14 +126,11 @@ def _readable(name: str, value: object) -> object:
 def _check(config: DictConfig) -> None:
     """Raise `ConfigError` for what is missing or wrong in a complete configuration."""
     seed = config.lightning.seed
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"lightning.seed must be a whole number from 0 to {MAX_SEED}, not '{seed!s:.40}'.")
     if not isinstance(config.lightning.scale_lr, bool):
         raise ConfigError(f"lightning.scale_lr must be true or false, not '{config.lightning.scale_lr}'.")
     check_asked_for(config)
-    train = config.data.params.train
-    if str(train.get("target")).endswith("PersonalizedBase") and not OmegaConf.select(train, "params.data_root"):
-        raise ConfigError("Say which images to learn from: --data_root, a folder with images or one image.")
     params = config.model.get("params") or {}
     if "personalization_config" in params and not params.get("ckpt_path"):
         if "ckpt_path" not in params:
@@ -134,6 +139,18 @@ def _check(config: DictConfig) -> None:
                 "(model.params.ckpt_path=null tries the machinery on random weights)."
             )
         logger.warning("No base model is given (--actual_resume): embeddings are learned against random weights.")
+
+
+def _changed(before: DictConfig, now: DictConfig) -> dict[str, str]:
+    """Return {key: "value before -> value now"}; a key that is not there counts as null, as does an empty section."""
+    empty: tuple[object, ...] = (None, {}, [])
+    old, new = flatten(before), flatten(now)
+    pairs = {key: (old.get(key), new.get(key)) for key in old | new if key not in FREE}
+    return {
+        key: f"{old_value!r:.40} -> {value!r:.40}"
+        for key, (old_value, value) in pairs.items()
+        if old_value != value and not (old_value in empty and value in empty)
+    }
 
 
 def build(config: DictConfig, run: Run) -> tuple[DataModuleFromConfig, pl.LightningModule]:
@@ -146,23 +163,28 @@ def build(config: DictConfig, run: Run) -> tuple[DataModuleFromConfig, pl.Lightn
     data: DataModuleFromConfig = instantiate_from_config(config.data)
     module: Any = instantiate_from_config(config.model)
     module.seed = config.lightning.seed
-    check_sizes(module, data)
-    warn_of_words(module, data)
+    check_samples(module, data)
     check_captions(module, data)
-    check_resumable(module, run.checkpoint)
+    if run.checkpoint is not None:
+        check_resumable(module, run.checkpoint)
     return data, module
 
 
-def save_configs(
-    config: DictConfig, data: DataModuleFromConfig, module: pl.LightningModule, run: Run, resolvers: bool = False
-) -> None:
+def save_configs(config: DictConfig, data: DataModuleFromConfig, module: pl.LightningModule, run: Run) -> None:
     """Write the run's configuration, and hashes of what it learns from, into its folder as `configs/<time>-….yaml`.
 
-    Of a resumed run, what differs from the ones that are there is logged.
+    Of a resumed run, what differs from the ones that are there is logged in one line.
     """
-    hashes = hashes_of(data, module)
-    if run.resumed:
-        log_changes(run, run_config(run, resolvers), config, hashes)
+    hashes = _hashes(data, module)
+    before: Any = next((read_yaml_content(path, "-r") for path in run.saved("data")), None) or {}
+    changes = run.changes[:LISTED]
+    if more := len(run.changes) - len(changes):
+        changes.append(f"{more} more keys")
+    for key in ("images", "base_model"):
+        if key in before and before[key] != hashes.get(key):
+            changes.append(f"the content of the {key.replace('_', ' ')}")
+    if changes:
+        logger.warning("This run is resumed with changes: %s.", ", ".join(changes))
     with writing_to(run.folder):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     parts = {
@@ -173,3 +195,14 @@ def save_configs(
     with replacing_set(run.configs) as folder:
         for kind, text in parts.items():
             (folder / f"{run.started}-{kind}.yaml").write_text(text, encoding="utf-8")
+
+
+def _hashes(data: DataModuleFromConfig, module: pl.LightningModule) -> dict[str, str]:
+    """Return what the files that a run learns from hold, as hashes: the training images, and the base model."""
+    found = {}
+    if paths := getattr(data.datasets["train"], "paths", None):
+        digests = (hashlib.sha256(path.read_bytes()).digest() for path in paths)
+        found["images"] = hashlib.sha256(b"".join(digests)).hexdigest()
+    if base := getattr(module, "base_model", {}).get(FINGERPRINT):
+        found["base_model"] = base
+    return found

@@ -12,7 +12,7 @@ from torch import nn
 
 import main
 from ldm.models.diffusion.finite import FirstBad, NotFiniteError
-from ldm.training.finite import FiniteGuard
+from ldm.training.callbacks import FiniteGuard
 
 
 def fail_to_learn(folder: Path, *overrides: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, int]:
@@ -56,7 +56,7 @@ def test_on_a_gpu_marks_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer: Any = SimpleNamespace(global_step=0, default_root_dir="run")
     module: Any = nn.Linear(1, 1)
     module.num_stages, module.num_timesteps = 10, 1000
-    guard = FiniteGuard(save_every=100, every_n_steps=6)
+    guard = FiniteGuard(every_n_steps=6)
     for step in range(1, 6):
         module.timesteps = torch.tensor([100 * step, 100 * step + 250])
         guard.on_before_backward(trainer, module, torch.tensor(1.0 if step < 3 else torch.nan))
@@ -71,7 +71,7 @@ def test_on_a_gpu_marks_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_the_cpu_the_bad_step_is_not_made() -> None:
     module, trainer = nn.Linear(1, 1), SimpleNamespace(global_step=6, default_root_dir="run")
     with pytest.raises(NotFiniteError, match="The loss is not finite at step 7; nothing"):
-        FiniteGuard(save_every=100).on_before_backward(trainer, module, torch.tensor(torch.inf))
+        FiniteGuard().on_before_backward(trainer, module, torch.tensor(torch.inf))
 
 
 def test_the_first_bad_step_is_remembered() -> None:
