@@ -131,10 +131,8 @@ class SaveLast(pl.Callback):
         # after Lightning has set its handlers: the one for SIGTERM talks to the other processes in the middle of a step
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
-        handlers = {"SIGUSR1": self._request, "SIGINT": self._stop, "SIGTERM": self._stop}
-        for name, handler in handlers.items():
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                number = getattr(signal, name)
+        for name, handler in {"SIGUSR1": self._request, "SIGINT": self._stop, "SIGTERM": self._stop}.items():
+            if number := getattr(signal, name, None):  # Windows has no SIGUSR1
                 self._old_handlers[number] = signal.signal(number, handler)
 
     def _request(self, *_: Any) -> None:

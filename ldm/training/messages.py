@@ -67,10 +67,8 @@ def sentence(error: Exception) -> str | None:
 
 def _is_lightnings(error: Exception) -> bool:
     """Return whether Lightning itself raised a `RuntimeError`, to refuse something: no other code is below it."""
-    if not isinstance(error, RuntimeError) or error.__traceback__ is None:
-        return False
-    innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(innermost.is_relative_to(folder) for folder in LIGHTNING)
+    innermost = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)[-1:]]
+    return isinstance(error, RuntimeError) and any(p.is_relative_to(folder) for p in innermost for folder in LIGHTNING)
 
 
 def report(run: Run, trainer: pl.Trainer, config: DictConfig) -> int:
@@ -94,11 +92,11 @@ def report(run: Run, trainer: pl.Trainer, config: DictConfig) -> int:
 
 def _generate_command(run: Run, config: DictConfig) -> str:
     (settings,) = run.saved("project")
-    strings = config.model.params.personalization_config.get("params", {}).get("placeholder_strings", "*")
-    placeholder = strings if isinstance(strings, str) else strings[0]
     file = run.checkpoints / EMBEDDINGS
+    metadata = load_concept(file).metadata
+    placeholder = metadata["placeholder"]
     concept = str(file) if placeholder == "*" else f"{placeholder}={file}"
-    captions = load_concept(file).metadata.get("captions", "").splitlines()
+    captions = metadata.get("captions", "").splitlines()
     classes = (caption for caption in captions if "{}" not in caption and placeholder not in caption)  # CatVersion's
     prompt = next(classes, f"a {placeholder}")
     ckpt = name_of(config.model.params.ckpt_path)

@@ -79,7 +79,7 @@ def build_trainer(
     if half := CASTS_ALL.get(trainer.precision):
         raise ConfigError(
             f"precision '{trainer.precision}' would round the noise schedule and what is learned; use "
-            f"model.params.frozen_dtype={half} for frozen weights, or a mixed precision."
+            f"model.params.frozen_dtype={half}, or to train from scratch a mixed precision."
         )
     set_learning_rate(config, module, data, trainer)
     return trainer

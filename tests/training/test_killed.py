@@ -23,7 +23,7 @@ PHASES = ("start-up", "step", "checkpoint", "images")
 def arguments_of(run: Path, steps: int) -> list[str]:
     """For a start of a run, or for another one."""
     begun = any(run.glob("configs/*-project.yaml"))
-    arguments = ["-r", str(run)] if begun else [*LEARN, *MADE_SMALL, *every(2, pictures=3), "-p", str(run)]
+    arguments = ["-r", str(run)] if begun else [*LEARN, *MADE_SMALL, *every(2, pictures=2), "-p", str(run)]
     return [*arguments, "-t", "--max_steps", str(steps), "--enable_progress_bar", "false"]
 
 
@@ -118,7 +118,7 @@ def kill_and_resume(folder: Path, phases: list[str], steps: int, seed: int) -> C
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    kills = kill_and_resume(tmp_path, ["checkpoint", "images"], steps=12, seed=1)
+    kills = kill_and_resume(tmp_path, ["checkpoint", "images"], steps=8, seed=1)
     assert kills == {"checkpoint": 1, "images": 1}
 
 
@@ -139,18 +139,6 @@ def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     assert 3 < step < 40
     assert start("main.py", "-r", str(stopped), "-t", "--max_steps", "40").wait() == 0
     assert same_tensors(whole / "checkpoints", stopped / "checkpoints")
-
-
-def test_ctrl_c_before_the_first_step_shows_no_trace(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
-    process = start("main.py", *LEARN, *MADE_SMALL, "-p", str(tmp_path / "run"))
-    signal.signal(signal.SIGINT, before)
-    lines = iter(process.stderr.readline, "")
-    assert any("tensors loaded" in line for line in lines)
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode in (1, 130)  # the first from within Lightning
-    assert "Traceback" not in rest
 
 
 @pytest.mark.slow
