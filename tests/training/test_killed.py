@@ -1,4 +1,4 @@
-"""`kill -9` at any moment, and signals: a resumed run ends as one that was never interrupted, bit for bit."""
+"""`kill -9` at any moment: a resumed run ends as one that was never interrupted, bit for bit."""
 
 import contextlib
 import os
@@ -120,25 +120,6 @@ def kill_and_resume(folder: Path, phases: list[str], steps: int, seed: int) -> C
 def test_killed_while_writing(tmp_path: Path) -> None:
     kills = kill_and_resume(tmp_path, ["checkpoint", "images"], steps=8, seed=1)
     assert kills == {"checkpoint": 1, "images": 1}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
-    """At a step when nothing is due to be saved: it is saved, and resumed from there."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    for run in (whole, stopped):
-        flags = ["-p", str(run), "--max_steps", "40"]
-        process = start("main.py", *LEARN, *MADE_SMALL, *every(1000, pictures=1), *flags)
-        if run == stopped:
-            wait_for(lambda: len(list(stopped.glob("images/train/samples_gs*"))) > 3)
-            process.send_signal(number)
-            assert process.wait() == 128 + number
-        assert process.wait() in (0, 128 + number)
-    step = torch.load(stopped / "checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert 3 < step < 40
-    assert start("main.py", "-r", str(stopped), "-t", "--max_steps", "40").wait() == 0
-    assert same_tensors(whole / "checkpoints", stopped / "checkpoints")
 
 
 @pytest.mark.slow

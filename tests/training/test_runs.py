@@ -81,14 +81,6 @@ def test_the_checkpoint_before_is_offered(
     assert line.endswith(f"; resume from the one before it: python main.py -r {previous} -t.")
 
 
-def test_the_checkpoint_before_ends_as_the_whole_run_did(run: Path, finished: Path) -> None:
-    cut(run / "checkpoints/last.ckpt")
-    previous = run / "checkpoints/previous.ckpt"
-    assert resume(previous) == 0
-    assert torch.load(previous, weights_only=True)["global_step"] == 4, "the damaged one does not take its place"
-    assert same_tensors(finished / "checkpoints", run / "checkpoints")
-
-
 def test_the_last_embeddings_are_offered(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where both checkpoints are lost or damaged; those that are damaged themselves name the ones before them."""
     latest = run / "checkpoints/embeddings_gs-6.safetensors"
@@ -243,19 +235,35 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_stops_and_signals(run: Path, interruptible: None) -> None:
-    """A stop goes before a least number of steps; afterwards, signals are the program's own again."""
+def test_a_stopped_run_ends_as_the_whole_run_did(run: Path, finished: Path, interruptible: None) -> None:
+    """From the checkpoint before a damaged one, by Ctrl-C when nothing is due to be saved, and by a bad step.
+
+    A stop goes before a least number of steps. After each, signals are the program's own again.
+    """
+    last, previous = (run / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
-    stop = ["--allow_targets", "runs", "lightning.callbacks.stop={target: runs.CtrlC, params: {step: 7}}"]
-    poison = ["--allow_targets", "runs", "lightning.callbacks.poison={target: runs.Poison, params: {step: 8}}"]
-    off = ["lightning.callbacks.stop=null", "lightning.callbacks.poison=null"]
-    for arguments, code in (([*stop, "--min_steps", "9", "--min_epochs", "1"], 130), ([off[0], *poison], 2)):
-        assert resume(run, "--max_steps", "9", *arguments) == code
+    ours, off = ["--allow_targets", "runs"], "lightning.callbacks.{}=null".format
+    stop = [
+        *ours,
+        "lightning.callbacks.stop={target: runs.CtrlC, params: {step: 5}}",
+        "--min_steps",
+        "6",
+        "--min_epochs",
+        "1",
+    ]
+    poison = [*ours, "lightning.callbacks.poison={target: runs.Poison, params: {step: 6}}"]
+    cut(last)
+    for place, arguments, code, step, step_before in (
+        (previous, stop, 130, 5, 4),  # the damaged one does not take its place
+        (run, [*poison, off("stop")], 2, 5, 4),
+        (run, [off("poison")], 0, 6, 5),
+    ):
+        assert resume(place, *arguments) == code
+        saved = [torch.load(path, weights_only=True)["global_step"] for path in (last, previous)]
+        assert saved == [step, step_before]
         assert [signal.getsignal(number) for number in numbers] == before
-        assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
-    assert resume(run, "--max_steps", "8", *off) == 0
-    assert [signal.getsignal(number) for number in numbers] == before
+    assert same_tensors(finished / "checkpoints", run / "checkpoints")
 
 
 def test_ctrl_c_before_the_first_step_shows_no_trace(
