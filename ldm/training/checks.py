@@ -51,11 +51,13 @@ def check_samples(module: Any, data: DataModuleFromConfig) -> None:
         if getattr(dataset, "size", 0) is None:
             raise ValueError(f"data.params.{split}.params.size is needed: images are learned at one size.")
         sample, name = dataset[0], getattr(dataset, "name", type(dataset).__name__)
-        if lacking := [key for key in (module.image_key, module.caption_key) if key not in sample]:
-            raise ValueError(f"The samples of {name} lack '{lacking[0]}'; add it to what they hold.")
-        shape = tuple(np.shape(sample[module.image_key]))
-        if len(shape) != 3 or shape[2] != 3:
-            raise ValueError(f"'{module.image_key}' of {name} must be (height, width, 3) in [-1, 1], not {shape}.")
+        image, caption = module.image_key, module.caption_key
+        shape = tuple(np.shape(sample.get(image)))
+        if caption not in sample or len(shape) != 3 or shape[2] != 3:
+            raise ValueError(
+                f"The samples of {name} must hold '{caption}' and '{image}' (height, width, 3) in [-1, 1], not "
+                f"{', '.join(sample)} {shape}."
+            )
         for size in shape[:2]:
             if size % unit:
                 near = max(1, round(size / unit)) * unit
@@ -77,10 +79,7 @@ def check_captions(module: Any, data: DataModuleFromConfig) -> None:
         if not is_prefix(manager.learned):
             _check_is_read(module, template.replace("{}", placeholder))
         elif "{}" in template or not template.strip():
-            raise ConfigError(
-                "CatVersion has no token of its own; it learns in captions that name the class: give --caption "
-                "'teddybear' or so."
-            )
+            raise ConfigError("CatVersion learns in captions that name the class: give --caption 'teddybear' or so.")
 
 
 def _check_is_read(module: Any, caption: str) -> None:

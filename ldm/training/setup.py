@@ -72,10 +72,8 @@ def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
         for key, change in changed.items():
             fixed = next((name for name in FIXED if f"{key}.".startswith(f"{name}.")), None)
             if fixed and run.checkpoint:
-                raise ConfigError(
-                    f"{FIXED[fixed] or fixed} does not apply to a resumed run ({change}): what it decides is in "
-                    f"'{run.checkpoint}'; omit it, or start a new run."
-                )
+                name = FIXED[fixed] or fixed
+                raise ConfigError(f"{name} does not apply to a resumed run ({change}); omit it, or start a new run.")
         run.changes = [f"{key} ({change})" for key, change in changed.items()]
     if options.embedding_manager_ckpt:
         check_start(options.embedding_manager_ckpt)
@@ -135,8 +133,7 @@ def _check(config: DictConfig) -> None:
     if "personalization_config" in params and not params.get("ckpt_path"):
         if "ckpt_path" not in params:
             raise ConfigError(
-                "Say which base model to learn against: --actual_resume FILE, such as models/sd/sd-v1-4.ckpt "
-                "(model.params.ckpt_path=null tries the machinery on random weights)."
+                "Say which base model to learn against: --actual_resume FILE, or ckpt_path=null for none."
             )
         logger.warning("No base model is given (--actual_resume): embeddings are learned against random weights.")
 
