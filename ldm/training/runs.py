@@ -86,17 +86,18 @@ class Run:
                     place.rmdir()
 
     def _make(self) -> None:
+        if self.exact:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return
         wanted, number = self.folder, 1
         wanted.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
-                self.folder.mkdir(exist_ok=self.exact)  # of two runs of the same second only one can make it
+                self.folder.mkdir()  # of two runs that start in the same second only one can make it
                 return
             except FileExistsError:
-                if self.exact:  # it is a file
-                    raise
-            number += 1
-            self.folder = wanted.with_name(f"{wanted.name}-{number}")
+                number += 1
+                self.folder = wanted.with_name(f"{wanted.name}-{number}")
 
 
 def is_first_process() -> bool:

@@ -6,17 +6,22 @@ import argparse
 import hashlib
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.checkpoint import read_state_dict
+from ldm.conditioning.prompts import warn_of_unknown
 from ldm.config import ConfigError, flatten, instantiate_from_config, literal, load_config, merge, nearest
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.files.base_model import FINGERPRINT
 from ldm.files.writing import replacing_set, writing_to
-from ldm.training.checks import check_asked_for, check_captions, check_resumable, check_samples
+from ldm.modules.embedding_manager import is_prefix
+from ldm.request import shown
 from ldm.training.runs import Run, check_start
 from ldm.yaml_files import read_yaml_content
 
@@ -32,7 +37,8 @@ DEFAULT_CONFIG = {
     }
 }
 NEEDED = ("model", "data", "model.base_learning_rate", "data.params", "data.params.train")
-MANAGER = "model.params.personalization_config.params"
+_MANAGER = "personalization_config.params"
+MANAGER = f"model.params.{_MANAGER}"
 # Keys that make no other run of it.
 FREE = tuple(
     f"lightning.trainer.{name}"
@@ -47,6 +53,18 @@ FIXED = {
     **{f"{MANAGER}.{name}": "" for name in ("initial_spread", "generator", "method", "method_params")},
 }
 LISTED = 8
+# Keys of the reference's YAML files that no code stands behind -> the values that ask for what is done anyway, and
+# what to do instead of any other. (When generating, they make no difference.)
+UNMET: dict[str, tuple[tuple[object, ...], str]] = {
+    "unfreeze_model": ((False,), "only the embedding is trained"),
+    "scheduler_config": ((), "the rate is constant for embeddings, and falls to zero for training from scratch"),
+    "num_timesteps_cond": ((1,), "there is one conditioning for all timesteps"),
+    "conditioning_key": (("crossattn",), "conditioning is always cross-attention"),
+    "use_ema": ((False,), "use the callback ldm.training.callbacks.AveragedWeights"),
+    "lossconfig": (({"target": "torch.nn.Identity"},), "the loss is kl_weight and mse_weight"),
+    f"{_MANAGER}.per_image_tokens": ((False,), "one placeholder is learned from all images"),
+    f"{_MANAGER}.num_vectors_per_token": ((1,), "a token has one vector for each of its prospect_stages"),
+}
 
 
 def build_config(options: argparse.Namespace, run: Run) -> DictConfig:
@@ -115,27 +133,31 @@ def _put_flags(config: DictConfig, options: argparse.Namespace) -> None:
 def _readable(name: str, value: object) -> object:
     """Return a flag's value, literally, if a YAML file can hold it."""
     for text in map(str, value if isinstance(value, list) else [value]):
-        shown = os.fsencode(text).decode(errors="backslashreplace")
-        if shown != text:
-            raise ConfigError(f"{name}: '{shown}' is not UTF-8, which a configuration cannot hold; rename it.")
+        escaped = os.fsencode(text).decode(errors="backslashreplace")
+        if escaped != text:
+            raise ConfigError(f"{name}: '{escaped}' is not UTF-8, which a configuration cannot hold; rename it.")
     return literal(value)
 
 
 def _check(config: DictConfig) -> None:
-    """Raise `ConfigError` for what is missing or wrong in a complete configuration."""
+    """Raise `ConfigError` for what is missing or wrong, or would be accepted and not done though it decides the result."""
     seed = config.lightning.seed
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"lightning.seed must be a whole number from 0 to {MAX_SEED}, not '{seed!s:.40}'.")
     if not isinstance(config.lightning.scale_lr, bool):
         raise ConfigError(f"lightning.scale_lr must be true or false, not '{config.lightning.scale_lr}'.")
-    check_asked_for(config)
-    params = config.model.get("params") or {}
+    params = config.model.get("params") or OmegaConf.create()
     if "personalization_config" in params and not params.get("ckpt_path"):
         if "ckpt_path" not in params:
-            raise ConfigError(
-                "Say which base model to learn against: --actual_resume FILE, or ckpt_path=null for none."
-            )
+            raise ConfigError("Say which base model to learn against: --actual_resume FILE, or ckpt_path=null.")
         logger.warning("No base model is given (--actual_resume): embeddings are learned against random weights.")
+    done = {f"{_MANAGER}.num_vectors_per_token": params.get("prospect_stages", 10)}
+    if params.get("personalization_config") is not None:
+        done["use_ema"] = True  # the average of frozen weights is they
+    for key, (harmless, instead) in UNMET.items():
+        value = OmegaConf.select(params, key)
+        if value is not None and value not in (*harmless, done.get(key)):
+            raise ConfigError(f"model.params.{key}: {value!s:.40} is not supported: {instead}; omit it.")
 
 
 def _changed(before: DictConfig, now: DictConfig) -> dict[str, str]:
@@ -144,9 +166,9 @@ def _changed(before: DictConfig, now: DictConfig) -> dict[str, str]:
     old, new = flatten(before), flatten(now)
     pairs = {key: (old.get(key), new.get(key)) for key in old | new if key not in FREE}
     return {
-        key: f"{old_value!r:.40} -> {value!r:.40}"
-        for key, (old_value, value) in pairs.items()
-        if old_value != value and not (old_value in empty and value in empty)
+        key: f"{old_value!r:.40} -> {new_value!r:.40}"
+        for key, (old_value, new_value) in pairs.items()
+        if old_value != new_value and not (old_value in empty and new_value in empty)
     }
 
 
@@ -160,11 +182,76 @@ def build(config: DictConfig, run: Run) -> tuple[DataModuleFromConfig, pl.Lightn
     data: DataModuleFromConfig = instantiate_from_config(config.data)
     module: Any = instantiate_from_config(config.model)
     module.seed = config.lightning.seed
-    check_samples(module, data)
-    check_captions(module, data)
+    _check_samples(module, data)
+    _check_captions(module, data)
     if run.checkpoint is not None:
-        check_resumable(module, run.checkpoint)
+        _check_resumable(module, run.checkpoint)
     return data, module
+
+
+def _check_samples(module: Any, data: DataModuleFromConfig) -> None:
+    """Raise `ValueError` unless the first sample of each data set is what the model learns from."""
+    if (unit := getattr(module, "size_unit", None)) is None:
+        return
+    for split, dataset in data.datasets.items():
+        if getattr(dataset, "size", 0) is None:
+            raise ValueError(f"data.params.{split}.params.size is needed: images are learned at one size.")
+        sample, name = dataset[0], getattr(dataset, "name", type(dataset).__name__)
+        image, caption = module.image_key, module.caption_key
+        shape = tuple(np.shape(sample.get(image)))
+        if caption not in sample or len(shape) != 3 or shape[2] != 3:
+            raise ValueError(
+                f"The samples of {name} must hold '{caption}' and '{image}' (height, width, 3) in [-1, 1], not "
+                f"{', '.join(sample)} {shape}."
+            )
+        for size in shape[:2]:
+            if size % unit:
+                near = max(1, round(size / unit)) * unit
+                raise ValueError(f"The {split} images' size {size} must be a multiple of {unit}; nearest: {near}.")
+
+
+def _check_captions(module: Any, data: DataModuleFromConfig) -> None:
+    """Raise `ConfigError` where the captions do not hold what is learned, or CatVersion's name no class.
+
+    Warns of words in them that a small model never read.
+    """
+    manager = getattr(module, "embedding_manager", None)
+    if manager is None or manager.learned is None:
+        return
+    sets = [d for d in data.datasets.values() if hasattr(d, "templates")]
+    texts = [manager.initial_word, *(d.templates[0] for d in sets if len(d.templates) == 1)]
+    warn_of_unknown(module.cond_stage_model.known_words, texts, manager.placeholder_strings)
+    for template, dataset in [(text, d) for d in sets for text in d.templates]:
+        if not is_prefix(manager.learned):
+            _check_is_read(module, template.replace("{}", getattr(dataset, "placeholder_token", "*")))
+        elif "{}" in template or not template.strip():
+            raise ConfigError("CatVersion learns in captions that name the class: give --caption 'teddybear' or so.")
+
+
+def _check_is_read(module: Any, caption: str) -> None:
+    """Raise `ConfigError` where a caption has no learned token, or it is not read to its end."""
+    asked = sum(slot < 0 for _, slots in module.prompt_reader().words_in(caption) for slot in slots)
+    if not asked:
+        name = module.embedding_manager.placeholder_strings[0]
+        raise ConfigError(
+            f"The caption {shown(caption)} has no place for the learned token, which is called '{name}' "
+            "(placeholder_strings); write it there (in YAML: {}, and the same placeholder_token)."
+        )
+    if int((module.get_learned_conditioning(caption).slots[0] < 0).sum()) < asked:
+        raise ConfigError(f"The caption {shown(caption)} is too long, its learned token is cut off; shorten it.")
+
+
+def _check_resumable(module: pl.LightningModule, checkpoint: Path) -> None:
+    """Raise `ValueError` unless the checkpoint to resume from holds what `module` trains."""
+    saved = {key: x.shape for key, x in read_state_dict(checkpoint).items()}
+    trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
+    for key, own in module.state_dict().items():
+        if saved.get(key, None if key in trained else own.shape) != own.shape:
+            found = tuple(saved[key]) if key in saved else "missing"
+            raise ValueError(
+                f"'{checkpoint}' does not fit the configuration ({key} is {found}, not {tuple(own.shape)}); resume "
+                "with the run's own configuration, or start a new run."
+            )
 
 
 def save_configs(config: DictConfig, data: DataModuleFromConfig, module: pl.LightningModule, run: Run) -> None:

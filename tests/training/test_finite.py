@@ -62,9 +62,3 @@ def test_on_a_gpu_marks_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.global_step = 6
         with pytest.raises(NotFiniteError, match=r"not finite at step 3 \(stages 3, 5\)"):
             notice()
-
-
-def test_on_the_cpu_the_bad_step_is_not_made() -> None:
-    module, trainer = nn.Linear(1, 1), SimpleNamespace(global_step=6, default_root_dir="run")
-    with pytest.raises(NotFiniteError, match="The loss is not finite at step 7; nothing"):
-        FiniteGuard().on_before_backward(trainer, module, torch.tensor(torch.inf))
