@@ -140,7 +140,7 @@ def _readable(name: str, value: object) -> object:
 
 
 def _check(config: DictConfig) -> None:
-    """Raise `ConfigError` for what is missing or wrong, or would be accepted and not done though it decides the result."""
+    """Raise `ConfigError` for what is missing or wrong, or decides the result and would be accepted and not done."""
     seed = config.lightning.seed
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"lightning.seed must be a whole number from 0 to {MAX_SEED}, not '{seed!s:.40}'.")
