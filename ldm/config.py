@@ -139,7 +139,7 @@ def _check_resolvers(config: DictConfig) -> None:
                 )
 
 
-def flatten(config: DictConfig) -> dict[str, object]:
+def flatten(config: DictConfig | dict[str, Any]) -> dict[str, object]:
     """Return {dotted key: value} of all values but mappings and lists; interpolations stay as they are written."""
     flat: dict[str, object] = {}
 
@@ -151,7 +151,7 @@ def flatten(config: DictConfig) -> dict[str, object]:
         for name, inner in items:
             walk(inner, f"{key}.{name}" if key else str(name))
 
-    walk(OmegaConf.to_container(config), "")
+    walk(OmegaConf.to_container(config) if isinstance(config, DictConfig) else config, "")
     return flat
 
 

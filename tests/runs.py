@@ -71,13 +71,17 @@ class Poison(pl.Callback):
 
 
 class CtrlC(pl.Callback):
-    """Presses it in a step, or sends another signal; named in a configuration as `Poison` is."""
+    """Presses it in a step (0: before the first), or sends another signal; named in a configuration as `Poison` is."""
 
-    def __init__(self, step: int, name: str = "SIGINT") -> None:
-        self.step, self.number = step, signal.Signals[name]
+    def __init__(self, step: int, name: str = "SIGINT", rank: int = 0) -> None:
+        self.step, self.number, self.rank = step, signal.Signals[name], rank
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.step == 0:
+            signal.raise_signal(self.number)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, _: object) -> None:
-        if trainer.global_step + 1 == self.step:
+        if trainer.global_step + 1 == self.step and trainer.global_rank == self.rank:
             signal.raise_signal(self.number)
 
 
@@ -101,8 +105,8 @@ class FourPictures(Dataset):
 
 
 def start(program: str, *arguments: str, launcher: Sequence[str] = (), **options: object) -> subprocess.Popen:
-    """A process of its own, on one thread, that finds the code beside these tests."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """A process of its own, on one thread, that finds the code beside these tests, and this module."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [*launcher, sys.executable, program, *arguments]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)

@@ -33,7 +33,7 @@ import main
 from ldm.checkpoint import read_state_dict
 from ldm.cli import sample
 from ldm.config import instantiate_from_config, load_config
-from ldm.data.repeated import Repeated
+from ldm.data.datamodule import Repeated
 from ldm.embeddings import load_concept
 from ldm.training import messages
 from ldm.training.runs import LAST, PREVIOUS
@@ -101,9 +101,9 @@ def test_a_data_set_of_ones_own_runs_on(tmp_path: Path) -> None:
     ("params", "sentence"),
     [
         ({"count": 0}, "FourPictures has no samples that can be counted"),
-        ({"lacks": "caption"}, "The samples of FourPictures lack 'caption'; add it"),
-        ({"lacks": "image"}, "The samples of FourPictures lack 'image'; add it"),
-        ({"shape": [3, 64, 64]}, "'image' of FourPictures must be (height, width, 3) in [-1, 1], not (3, 64"),
+        ({"lacks": "caption"}, "The samples of FourPictures must hold 'caption' and 'image' (height, width, 3) in ["),
+        ({"lacks": "image"}, "in [-1, 1], not caption, sample ()"),
+        ({"shape": [3, 64, 64]}, "in [-1, 1], not image, caption, sample (3, 64, 64)"),
         ({"shape": [64, 60, 3]}, "The train images' size 60 must be a multiple of 32; nearest: 64."),
     ],
 )

@@ -232,6 +232,7 @@ def test_each_key_of_the_reference_that_lost_its_meaning_is_named_once(caplog: p
         ("LatentDiffusion", "num_timesteps_cond"),
         ("LatentDiffusion", "unfreeze_model"),
         ("LatentDiffusion", "use_ema"),
+        *2 * [("PersonalizedBase", "per_image_tokens")],  # training and validation set
         ("UNetModel", "image_size"),
         ("UNetModel", "legacy"),
         ("UNetModel", "use_spatial_transformer"),
@@ -285,8 +286,10 @@ def test_without_a_usable_gpu_the_run_says_so_once(
 
 def test_gpus_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_devices({"max_steps": 5, "gpus": "0,"}) == {"max_steps": 5, "accelerator": "gpu", "devices": [0]}
-    assert choose_devices({"gpus": "0,1"}) == {"accelerator": "gpu", "devices": [0, 1]}
+    assert choose_devices({"max_steps": 5, "gpus": "0,"}) == {"max_steps": 5, "accelerator": "gpu", "devices": "0,"}
+    for gpus in ("0,1", "2", "-1"):  # which Lightning reads as the reference does
+        assert choose_devices({"gpus": gpus}) == {"accelerator": "gpu", "devices": gpus}
+    assert choose_devices({"gpus": 0}) == {"accelerator": "cpu", "devices": 1}
     assert choose_devices({"accelerator": "cpu", "gpus": "0,"}) == {"accelerator": "cpu"}
     assert choose_devices({"max_steps": 5}) == {"max_steps": 5}
     without_gpu(monkeypatch)

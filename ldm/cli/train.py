@@ -175,7 +175,7 @@ def train(options: argparse.Namespace) -> int:
             logger.info("Everything is in place; add -t to train.")
             return 0
         if trainer.is_global_zero:
-            save_configs(config, data, module, run, options.allow_resolvers)
+            save_configs(config, data, module, run)
             logger.info("Logging to %s%s", run.folder, f", resuming at step {run.step}" if run.step else "")
         with contextlib.suppress(SIGTERMException), writing_to(run.folder):  # the first is how Lightning stops
             trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint, weights_only=True)

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm.data.repeated import SizedDataset, running
 from ldm.util import instantiate_from_config
+
+
+class Repeated(Dataset):
+    """Sample n >= 0 of a data set that has only the samples 0 … len - 1: its sample n mod len, with n as `sample`.
+
+    Args:
+        dataset: of one's own, as ordinary PyTorch code writes them. It gives mappings; a model with text needs `image`
+            (H, W, 3) in [-1, 1] and `caption` (or the keys that its configuration names).
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.name = type(dataset).__name__
+        if not hasattr(dataset, "__len__") or len(dataset) == 0:
+            raise ValueError(f"{self.name} has no samples that can be counted; give it a length (__len__) above 0.")
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        return {**self.dataset[n % len(self.dataset)], "sample": n}
 
 
 class RunningSampler(Sampler[int]):
@@ -51,22 +71,22 @@ class RunningSampler(Sampler[int]):
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
-    """`train`, `validation` and `test` data sets as the YAML files name them, batched.
+    """`train` and `validation` data sets as the YAML files name them, batched.
 
-    Data sets that do not take running sample numbers (they have no `with_images`) are `Repeated`.
-
-    Data sets that hold their images in memory (`in_memory = True`) are read in this process: worker processes
-    would only copy.
+    Data sets that do not take running sample numbers (they have no `with_images`) are `Repeated`. Those that hold their
+    images in memory (`in_memory = True`) are read in this process: worker processes would only copy.
     """
 
-    ignored_keys = {"wrap": "data sets here are indexed by running sample numbers"}
+    ignored_keys = {
+        "wrap": "data sets here are indexed by running sample numbers",
+        "test": "nothing is tested after training",
+    }
 
     def __init__(
         self,
         batch_size: int,
         train: Mapping[str, Any] | None = None,
         validation: Mapping[str, Any] | None = None,
-        test: Mapping[str, Any] | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
@@ -75,10 +95,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
         self.batch_size = batch_size
         self.num_workers = num_workers
-        configs = {"train": train, "validation": validation, "test": test}
-        self.datasets: dict[str, SizedDataset] = {
-            k: running(instantiate_from_config(c)) for k, c in configs.items() if c
-        }
+        self.datasets: dict[str, Any] = {}
+        for split, config in (("train", train), ("validation", validation)):
+            if config:
+                dataset = instantiate_from_config(config)
+                self.datasets[split] = dataset if hasattr(dataset, "with_images") else Repeated(dataset)
 
     def _loader(self, split: str, sampler: Sampler[int] | None = None) -> DataLoader:
         dataset = self.datasets[split]
@@ -86,7 +107,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         # with workers a thread pins memory, which CUDA forbids while the training step is captured
         captures = workers > 0 and getattr(getattr(self.trainer, "lightning_module", None), "cuda_graph", False)
         return DataLoader(
-            cast(Dataset, dataset),
+            dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=workers,
@@ -109,6 +130,3 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader("validation") if "validation" in self.datasets else []
-
-    def test_dataloader(self) -> DataLoader | list:
-        return self._loader("test") if "test" in self.datasets else []

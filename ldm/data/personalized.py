@@ -53,18 +53,22 @@ class PersonalizedBase(Dataset):
         center_crop: the reference's way to say `resize="crop"`.
         resize: "squash", "crop" or "pad", see `ldm.files.images.fit`.
         seed: of the order and of the mirroring.
-        per_image_tokens, mixing_prob, coarse_class_text: of the reference's YAML files; accepted, not used;
-            there too the caption is always the placeholder.
 
     Attributes:
         num_images: number of images.
         paths: their files, in order.
         with_images: set to False, samples come without "image".
+        flips: whether samples may be mirrored.
+        in_memory: whether all images have been read, so that worker processes would not help.
 
     Raises:
         ValueError: there is no such folder, it holds no image, an image is damaged (`ImageError`), or a
             setting is out of its range.
     """
+
+    ignored_keys = dict.fromkeys(
+        ("per_image_tokens", "mixing_prob", "coarse_class_text"), "there, too, a caption is the placeholder"
+    )
 
     def __init__(
         self,
@@ -75,10 +79,7 @@ class PersonalizedBase(Dataset):
         flip_p: float = 0.5,
         set: str = "train",
         placeholder_token: str = "*",
-        per_image_tokens: bool = False,
         center_crop: bool = False,
-        mixing_prob: float = 0.25,
-        coarse_class_text: str | None = None,
         resize: str = "squash",
         seed: int = 23,
         templates: Sequence[str] | str = ("{}",),
@@ -87,46 +88,29 @@ class PersonalizedBase(Dataset):
             raise ValueError("center_crop: true means resize: crop; leave it out for resize: pad.")
         if set not in SETS:
             raise ValueError(f"Unknown set '{set}'; known: {', '.join(SETS)}.")
-        if not 0 <= flip_p <= 1:
-            raise ValueError(f"flip_p is a probability between 0 and 1, not {flip_p}.")
-        if repeats < 1:
-            raise ValueError(f"repeats must be at least 1, not {repeats}.")
+        if repeats < 1 or not 0 <= flip_p <= 1:
+            raise ValueError(f"repeats must be at least 1, and flip_p 0 to 1 (a probability), not {repeats}, {flip_p}.")
         self.size, self.repeats, self.interpolation = size, repeats, interpolation
         self.resize = "crop" if center_crop else resize
         check_fit(*((1, 1) if size is None else (size, size)), self.resize, interpolation)
         self.is_training = set == "train"
         self.flip_p = flip_p if self.is_training else 0.0
+        self.flips = self.flip_p > 0
         self.placeholder_token, self.seed = placeholder_token, seed
         self.templates = TEMPLATES.get(templates, [templates]) if isinstance(templates, str) else list(templates)
         if not self.templates or not all(isinstance(text, str) for text in self.templates):
             raise ValueError(f"templates must be texts such as 'a photo of a {{}}', not {templates!r}.")
         self.with_images = True
-        unused = {
-            "per_image_tokens": per_image_tokens,
-            "mixing_prob": mixing_prob != 0.25,
-            "coarse_class_text": coarse_class_text,
-        }
-        if names := ", ".join(name for name, is_set in unused.items() if is_set):
-            logger.info("PersonalizedBase: accepted and not used: %s (a caption is the placeholder)", names)
         self.paths = find_images(data_root)
         self.num_images = len(self.paths)
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
         self._told = not self.is_training
         self._epoch: tuple[int, np.ndarray] | None = None
+        self.in_memory = self.num_images <= READ_AHEAD
         if self.in_memory:
             for i in range(self.num_images):
                 self._bytes(i)
-
-    @property
-    def flips(self) -> bool:
-        """True where samples may be mirrored."""
-        return self.flip_p > 0
-
-    @property
-    def in_memory(self) -> bool:
-        """True where all images have been read, so that worker processes would not help."""
-        return self.num_images <= READ_AHEAD
 
     def image(self, i: int, flipped: bool = False) -> Tensor:
         """Return image i of `paths`, float32 (3, size, size) in [-1, 1], mirrored left to right where asked."""
@@ -156,16 +140,14 @@ class PersonalizedBase(Dataset):
                 "resize=pad adds to its shorter one.", path, *size, self.size, self.size,
             )  # fmt: skip
 
-    def image_number(self, n: int) -> int:
-        """Return the image that sample n shows."""
+    def _image_number(self, n: int) -> int:
         epoch, place = divmod(n, self.num_images)
         if self._epoch is None or self._epoch[0] != epoch:
             order = np.random.default_rng((self.seed, epoch, ORDER)).permutation(self.num_images)
             self._epoch = epoch, order
         return int(self._epoch[1][place])
 
-    def is_flipped(self, n: int) -> bool:
-        """Return whether sample n is mirrored."""
+    def _is_flipped(self, n: int) -> bool:
         return self.flips and bool(np.random.default_rng((self.seed, n, FLIP)).random() < self.flip_p)
 
     def __len__(self) -> int:
@@ -187,20 +169,15 @@ class PersonalizedBase(Dataset):
             image float32 (H, W, 3) in [-1, 1] (left out when `with_images` is False), caption, image_number (its
             image's number), flipped, sample (n).
         """
-        i, flipped = self.image_number(n), self.is_flipped(n)
-        sample: dict[str, object] = {
-            "caption": self.caption(n),
-            "image_number": i,
-            "flipped": flipped,
-            "sample": n,
-        }
+        i, flipped = self._image_number(n), self._is_flipped(n)
+        sample: dict[str, object] = {"caption": self.caption(n), "image_number": i, "flipped": flipped, "sample": n}
         if self.with_images:
             sample["image"] = self.image(i, flipped).permute(1, 2, 0).contiguous()
         return sample
 
 
 def find_images(data_root: str | Path) -> list[Path]:
-    """List the image files of a folder by name, or the one image that `data_root` is.
+    """List the image files of a folder by name, or the one image that `data_root` is; what is skipped is logged.
 
     Raises:
         ValueError: nothing is there, no image, or the name is not UTF-8.
@@ -212,12 +189,11 @@ def find_images(data_root: str | Path) -> list[Path]:
     if root.is_file():
         with open_image(root):
             return [root]
-    if not root.is_dir():
-        raise ValueError(f"There is no data_root '{root}'; give a folder with images (--data_root DIR).")
     images: list[Path] = []
     unread: list[str] = []
     others: list[str] = []
-    for path in sorted(root.iterdir(), key=lambda path: path.name):  # the same order on every operating system
+    paths = root.iterdir() if root.is_dir() else ()
+    for path in sorted(paths, key=lambda path: path.name):  # the same order on every operating system
         if path.name.startswith(".") or not path.is_file():
             others.append(path.name)
         elif is_image_file(path):
@@ -225,7 +201,8 @@ def find_images(data_root: str | Path) -> list[Path]:
         else:
             (unread if is_heic_file(path) else others).append(path.name)
     if not images:
-        found = f"only {_listing(unread + others)}" if unread or others else "it is empty"
+        empty = "it is empty" if root.is_dir() else "there is no such folder"
+        found = f"only {_listing(unread + others)}" if unread or others else empty
         raise ValueError(f"There is no image in data_root '{root}' ({found}); put PNG or JPEG files there.")
     if unread:
         logger.warning("Skipped in '%s', save them as PNG or JPEG to use them: HEIC images %s", root, _listing(unread))

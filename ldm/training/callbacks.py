@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ldm.conditioning.stages import stage_of
 from ldm.files.images import make_grid, to_pil
 from ldm.files.writing import replacing, writing_to
-from ldm.training.finite import FiniteGuard
+from ldm.models.diffusion.finite import FirstBad, NotFiniteError
 from ldm.training.runs import EMBEDDINGS, LAST, PREVIOUS
 
 
@@ -49,19 +50,67 @@ class CheckpointWriter(TorchCheckpointIO):
         self._resumed = None
 
 
+class FiniteGuard(pl.Callback):
+    """Stop a run whose loss or weights are not finite, before anything of it is saved.
+
+    On the CPU every loss is checked before its step is made. A GPU would have to be waited for, so there the
+    losses are marked on the device, and the marks are read every `every_n_steps` and before each saving.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self._losses = FirstBad()
+
+    def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
+        self._losses.add(trainer.global_step + 1, loss.detach(), getattr(module, "timesteps", None))
+        if self.reads_at_once(loss):
+            self._check_losses(trainer, module)
+
+    def reads_at_once(self, loss: Tensor) -> bool:
+        return loss.device.type == "cpu"
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._check_losses(trainer, module)
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Raise `NotFiniteError` if a loss was, or a trained weight is, not finite."""
+        self._check_losses(trainer, module)
+        weights = [p.detach() for p in module.parameters() if p.requires_grad]
+        if weights and not torch.stack([torch.isfinite(p).all() for p in weights]).all():
+            raise _not_finite(f"The weights are not finite after step {trainer.global_step}", trainer)
+
+    def _check_losses(self, trainer: pl.Trainer, module: Any) -> None:
+        if (found := self._losses.read()) is None:
+            return
+        step, timesteps = found
+        where = ""
+        if timesteps and (stages := getattr(module, "num_stages", None)):
+            seen = sorted({int(stage_of(t, stages, module.num_timesteps)) for t in timesteps})
+            where = f" (stage{'s' * (len(seen) > 1)} {', '.join(map(str, seen))})"
+        raise _not_finite(f"The loss is not finite at step {step}{where}", trainer)
+
+
+def _not_finite(what: str, trainer: pl.Trainer) -> NotFiniteError:
+    return NotFiniteError(
+        f"{what}; nothing of it was saved, '{trainer.default_root_dir}' holds the last good state. "
+        "Learn more slowly (model.base_learning_rate), and with model.params.frozen_dtype=float32 or bfloat16."
+    )
+
+
 class SaveLast(pl.Callback):
     """Keep `last.ckpt`: what is trained, the optimizer and the step; enough to resume exactly.
 
-    Saves every `every_n_train_steps`, at the end, and on SIGUSR1. Ctrl-C and SIGTERM let the step finish, save and
-    stop; a second Ctrl-C stops at once. It must be the last of the callbacks: whatever belongs to the step that
-    `last.ckpt` holds is then on the disk, and a run that was killed and resumed leaves the same files. Only
-    `embeddings.safetensors`, which the end of a run writes in any case, comes after it: where it is, there was a
-    checkpoint.
+    Saves every `every_n_train_steps` (with `embeddings_gs-N.safetensors`), at the end, and on SIGUSR1. Ctrl-C and
+    SIGTERM let the step finish, save and stop; a second Ctrl-C stops at once. It must be the last of the callbacks:
+    whatever belongs to the step that `last.ckpt` holds is then on the disk, and a run that was killed and resumed
+    leaves the same files. Only `embeddings.safetensors`, which the end of a run writes in any case, comes after it:
+    where it is, there was a checkpoint.
 
     The YAML's `lightning.modelcheckpoint` gives its parameters.
 
     Attributes:
-        guard: is asked before anything is saved.
+        guard: another callback, which is asked before anything is saved.
         stopped_by: number of the signal that ended the run.
     """
 
@@ -72,7 +121,7 @@ class SaveLast(pl.Callback):
             raise ValueError(f"every_n_train_steps must be a number of at least 1, not {every_n_train_steps!r}.")
         self.path = Path(dirpath) / LAST
         self.every_n_train_steps = every_n_train_steps
-        self.guard: FiniteGuard | None = None
+        self.guard = FiniteGuard()
         self.stopped_by: int | None = None
         self._requested = False
         self._saved_step = -1
@@ -82,10 +131,8 @@ class SaveLast(pl.Callback):
         # after Lightning has set its handlers: the one for SIGTERM talks to the other processes in the middle of a step
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
-        handlers = {"SIGUSR1": self._request, "SIGINT": self._stop, "SIGTERM": self._stop}
-        for name, handler in handlers.items():
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                number = getattr(signal, name)
+        for name, handler in {"SIGUSR1": self._request, "SIGINT": self._stop, "SIGTERM": self._stop}.items():
+            if number := getattr(signal, name, None):  # Windows has no SIGUSR1
                 self._old_handlers[number] = signal.signal(number, handler)
 
     def _request(self, *_: Any) -> None:
@@ -111,9 +158,10 @@ class SaveLast(pl.Callback):
             self.stopped_by = stopped_by
             trainer.should_stop = True
             trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # a stop goes before --min_steps
-        if stopped_by or requested or trainer.global_step % self.every_n_train_steps == 0:
+        due = trainer.global_step % self.every_n_train_steps == 0
+        if stopped_by or requested or due:
             self._requested = False
-            self.save(trainer, module)
+            self._save(trainer, module, numbered=due)
 
     def _agreed(self, trainer: pl.Trainer) -> tuple[int, int]:
         """Return the signal that stops and whether to save, the same in all processes: they do both together.
@@ -128,7 +176,7 @@ class SaveLast(pl.Callback):
         return stopped_by, requested
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.save(trainer, module)
+        self._save(trainer, module)
         self._put_back()
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -136,49 +184,34 @@ class SaveLast(pl.Callback):
         if trainer.global_step > 0:
             self._save_embeddings(trainer, module)
 
-    def _save_embeddings(self, trainer: pl.Trainer, module: Any) -> None:
-        if trainer.is_global_zero and hasattr(module, "save_embeddings"):
-            module.save_embeddings(self.path.with_name(EMBEDDINGS))
-
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _save(self, trainer: pl.Trainer, module: pl.LightningModule, numbered: bool = False) -> None:
         if trainer.global_step in (0, self._saved_step):
             return  # with accumulation the same step comes several times
         self._saved_step = trainer.global_step
-        if self.guard is not None:
-            self.guard.check(trainer, module)
+        self.guard.check(trainer, module)
+        if numbered:
+            self._save_embeddings(trainer, module, f"embeddings_gs-{trainer.global_step}.safetensors")
         trainer.save_checkpoint(self.path)
         self._save_embeddings(trainer, module)
+
+    def _save_embeddings(self, trainer: pl.Trainer, module: Any, name: str = EMBEDDINGS) -> None:
+        if trainer.is_global_zero and hasattr(module, "save_embeddings"):
+            module.save_embeddings(self.path.with_name(name))
 
 
 class ConfiguredRate(pl.Callback):
     """Let a resumed run learn at the rate of its configuration, not at the one that its checkpoint was saved with."""
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        scheduled = {id(config.scheduler.optimizer): config.scheduler for config in trainer.lr_scheduler_configs}
-        for optimizer in trainer.optimizers:
-            scheduler = scheduled.get(id(optimizer))
-            for i, group in enumerate(optimizer.param_groups):
-                if scheduler is None:
-                    group["lr"] = module.learning_rate
-                elif scheduler.base_lrs[i] != module.learning_rate:
-                    group["lr"] *= module.learning_rate / scheduler.base_lrs[i]
-                    group["initial_lr"] = scheduler.base_lrs[i] = module.learning_rate
-
-
-class EmbeddingSaver(pl.Callback):
-    """Keep `embeddings_gs-N.safetensors` every `every_n_train_steps`, to compare what later steps changed."""
-
-    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 500) -> None:
-        self.dirpath = Path(dirpath)
-        self.every_n_train_steps = every_n_train_steps
-        self._saved_step = 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        step = trainer.global_step
-        due = step % self.every_n_train_steps == 0 and step != self._saved_step  # once, with accumulation too
-        if due and trainer.is_global_zero:
-            self._saved_step = step
-            module.save_embeddings(self.dirpath / f"embeddings_gs-{step}.safetensors")
+        rate = module.learning_rate
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            saved = group.get("initial_lr", group["lr"])  # of a schedule, what it began with
+            if saved != rate:
+                group["lr"] = rate * (group["lr"] / saved)
+            if "initial_lr" in group:
+                group["initial_lr"] = rate
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [rate] * len(config.scheduler.base_lrs)
 
 
 class AveragedWeights(WeightAveraging):
@@ -189,8 +222,6 @@ class AveragedWeights(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be at least 0 and below 1, not {decay}.")
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -203,9 +234,9 @@ class AveragedWeights(WeightAveraging):
 
 
 class ImageLogger(pl.Callback):
-    """Write `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.jpg` every `batch_frequency` steps.
+    """Write `images/train/<key>_gs-<step>_e-<epoch>_b-<batch>.jpg` every `batch_frequency` steps.
 
-    TensorBoard shows them, too. The images come from the module's `log_images(batch, split=…, **log_images_kwargs)`:
+    TensorBoard shows them, too. They are what the module's `log_images(batch, **log_images_kwargs)` returns,
     {key: (N, 3, H, W) in [-1, 1]}.
 
     Args:
@@ -244,17 +275,16 @@ class ImageLogger(pl.Callback):
         due = step % self.batch_frequency == 0 or step in self.extra_steps
         if due and step > 0 and step != self._last_step:
             self._last_step = step
-            self.write(trainer, module, batch, batch_idx, "train")
+            if not self.disabled and trainer.is_global_zero and hasattr(module, "log_images"):
+                self._write(trainer, module, batch, batch_idx)
 
-    def write(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, split: str) -> None:
-        if self.disabled or not trainer.is_global_zero or not hasattr(module, "log_images"):
-            return
+    def _write(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         was_training = module.training
         module.eval()
         with torch.no_grad():
-            images = module.log_images(batch, N=self.max_images, split=split, **self.log_images_kwargs)
+            images = module.log_images(batch, N=self.max_images, split="train", **self.log_images_kwargs)
         module.train(was_training)
-        folder = Path(trainer.default_root_dir) / "images" / split
+        folder = Path(trainer.default_root_dir) / "images/train"
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
         where = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx + 1:06}"
@@ -265,7 +295,7 @@ class ImageLogger(pl.Callback):
                 grid.save(temporary, format="JPEG", quality=95)
             for board in boards:
                 pixels = np.asarray(grid)
-                board.experiment.add_image(f"{split}/{key}", pixels, trainer.global_step, dataformats="HWC")
+                board.experiment.add_image(f"train/{key}", pixels, trainer.global_step, dataformats="HWC")
 
 
 class StageLosses(pl.Callback):
@@ -293,43 +323,34 @@ class StageLosses(pl.Callback):
             self._sums.zero_()
 
 
-class StepBar(ProgressBar):
+class StepBar(pl.Callback):
     """Step N of M over the whole run, with the loss.
 
     Showing the loss waits for the device, so beside a CPU the bar moves only as often as the logs are written.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._shown = True
         self._every = 1
-        self._bar: tqdm | None = None
-
-    def disable(self) -> None:
-        """Called by Lightning in all processes but the first."""
-        self._shown = False
-
-    def enable(self) -> None:
-        self._shown = True
+        self._bar = tqdm(disable=True)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
-        on_cpu = trainer.strategy.root_device.type == "cpu"
-        self._every = 1 if on_cpu else max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         total = int(steps) if math.isfinite(steps) else None
-        self._bar = tqdm(total=total, initial=trainer.global_step, desc="Steps", unit="step", disable=not self._shown)
+        hidden = not trainer.is_global_zero
+        self._bar = tqdm(total=total, initial=trainer.global_step, desc="Steps", unit="step", disable=hidden)
+        if trainer.strategy.root_device.type != "cpu":
+            self._every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         bar, step = self._bar, trainer.global_step
-        if bar is None or bar.disable or (step - bar.n < self._every and step != bar.total):
+        if bar.disable or (step - bar.n < self._every and step != bar.total):
             return
         if (loss := trainer.callback_metrics.get("loss")) is not None:
             bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
         bar.update(step - bar.n)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, module)
+        self._bar.close()

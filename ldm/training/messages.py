@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.embeddings import load_concept
 from ldm.files.shipped import MODELS, command, name_of
 from ldm.training.callbacks import SaveLast
-from ldm.training.runs import EMBEDDINGS, Run
+from ldm.training.runs import EMBEDDINGS, Run, resume_command
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,8 @@ def sentence(error: Exception) -> str | None:
 
 def _is_lightnings(error: Exception) -> bool:
     """Return whether Lightning itself raised a `RuntimeError`, to refuse something: no other code is below it."""
-    if not isinstance(error, RuntimeError) or error.__traceback__ is None:
-        return False
-    innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(innermost.is_relative_to(folder) for folder in LIGHTNING)
+    innermost = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)[-1:]]
+    return isinstance(error, RuntimeError) and any(p.is_relative_to(folder) for p in innermost for folder in LIGHTNING)
 
 
 def report(run: Run, trainer: pl.Trainer, config: DictConfig) -> int:
@@ -78,7 +76,7 @@ def report(run: Run, trainer: pl.Trainer, config: DictConfig) -> int:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     saver = next(callback for callback in callbacks if isinstance(callback, SaveLast))
     if saver.stopped_by is not None:
-        logger.info("Stopped and saved at step %d; resume with: %s", trainer.global_step, run.resume_command)
+        logger.info("Stopped and saved at step %d; resume with: %s", trainer.global_step, resume_command(run.folder))
         return 128 + saver.stopped_by
     if not trainer.is_global_zero:
         return 0
@@ -86,7 +84,7 @@ def report(run: Run, trainer: pl.Trainer, config: DictConfig) -> int:
     logger.info("Step %d reached; %s: %s", trainer.global_step, run.checkpoints, ", ".join(results))
     if profiles := sorted(run.folder.glob("*profile*.txt")):
         logger.info("Profile: %s", ", ".join(map(str, profiles)))
-    logger.info("More steps: %s --max_steps N", run.resume_command)
+    logger.info("More steps: %s --max_steps N", resume_command(run.folder))
     if (run.checkpoints / EMBEDDINGS).is_file() and config.model.params.get("ckpt_path"):
         logger.info("Generate: %s", _generate_command(run, config))
     return 0
@@ -94,11 +92,11 @@ def report(run: Run, trainer: pl.Trainer, config: DictConfig) -> int:
 
 def _generate_command(run: Run, config: DictConfig) -> str:
     (settings,) = run.saved("project")
-    strings = config.model.params.personalization_config.get("params", {}).get("placeholder_strings", "*")
-    placeholder = strings if isinstance(strings, str) else strings[0]
     file = run.checkpoints / EMBEDDINGS
+    metadata = load_concept(file).metadata
+    placeholder = metadata["placeholder"]
     concept = str(file) if placeholder == "*" else f"{placeholder}={file}"
-    captions = load_concept(file).metadata.get("captions", "").splitlines()
+    captions = metadata.get("captions", "").splitlines()
     classes = (caption for caption in captions if "{}" not in caption and placeholder not in caption)  # CatVersion's
     prompt = next(classes, f"a {placeholder}")
     ckpt = name_of(config.model.params.ckpt_path)

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class Run:
         checkpoint: None for a new run, and for one that was ended before it saved anything.
         step: of the checkpoint.
         exact: whether the folder is taken as it is, or is given a number where there already is one.
+        changes: what differs from the configuration of the earlier start.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Run:
     checkpoint: Path | None = None
     step: int = 0
     exact: bool = True
+    changes: list[str] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> Path:
@@ -51,10 +53,6 @@ class Run:
     @property
     def configs(self) -> Path:
         return self.folder / "configs"
-
-    @property
-    def resume_command(self) -> str:
-        return resume_command(self.folder)
 
     def saved(self, *kinds: str) -> list[Path]:
         """Return the files `configs/<time>-<kind>.yaml` of the latest start; the kind `project` is written last."""
@@ -75,33 +73,31 @@ class Run:
         if not is_first_process():
             yield
             return
+        is_there = self.exact and self.folder.is_dir()
         made = [place for place in self.folder.parents if not place.exists()]
         with writing_to(self.folder):
-            is_new = self._make()
+            self._make()
             remove_unfinished(self.folder)
         try:
             yield
         finally:
-            if is_new:
-                with suppress(OSError):
-                    for place in (self.folder, *made):
-                        place.rmdir()
+            with suppress(OSError):
+                for place in () if is_there else (self.folder, *made):
+                    place.rmdir()
 
-    def _make(self) -> bool:
-        """Return whether the folder was made; False where it is there and is the one that was asked for."""
+    def _make(self) -> None:
+        if self.exact:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return
         wanted, number = self.folder, 1
         wanted.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
                 self.folder.mkdir()  # of two runs that start in the same second only one can make it
-                return True
+                return
             except FileExistsError:
-                if self.exact and wanted.is_dir():
-                    return False
-                if self.exact:
-                    raise
-            number += 1
-            self.folder = wanted.with_name(f"{wanted.name}-{number}")
+                number += 1
+                self.folder = wanted.with_name(f"{wanted.name}-{number}")
 
 
 def is_first_process() -> bool:
@@ -140,11 +136,10 @@ def _check_empty(run: Run) -> None:
     Empty folders, and what a process that was killed had started to write, do not count.
     """
     places = (path.relative_to(run.folder) for path in run.folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    if all(any(is_unfinished(part) for part in place.parts) for place in places):
-        return
-    if run.saved("project"):
-        raise ValueError(f"'{run.folder}' holds a run: resume it ({run.resume_command}) or name another folder.")
-    raise ValueError(f"'{run.folder}' is not empty; name a new or an empty folder with -p.")
+    if not all(any(map(is_unfinished, place.parts)) for place in places):
+        resume = f"holds a run: resume it ({resume_command(run.folder)}) or name another folder"
+        what = resume if run.saved("project") else "is not empty; name a new or an empty folder with -p"
+        raise ValueError(f"'{run.folder}' {what}.")
 
 
 def _folder_name(options: argparse.Namespace, now: str) -> str:
@@ -152,15 +147,10 @@ def _folder_name(options: argparse.Namespace, now: str) -> str:
     for flag, text in (("-n", options.name), ("-f", options.postfix)):
         if text and re.search(r"[/\\]", text):
             raise ValueError(f"{flag}: '{text:.80}' must be a name, not a path; a path goes to -l or -p.")
-        if text and os.name == "nt" and (signs := re.search(r'[<>:"|?*\x00-\x1f]|[. ]$', text)):
-            raise ValueError(f"{flag}: Windows takes no '{signs[0]}' at that place of a name; omit it.")
     name = options.name or _shortened(Path(options.base[0]).stem, 100)
     end = f"{now}_{name}{options.postfix}"
-    room = MAX_NAME - len(os.fsencode(end))
-    if room < 0:
-        raise ValueError(f"-n: the name of the folder, '{end:.40}…', is too long by {-room} bytes; shorten the name.")
     data = Path(options.data_root).resolve().name if options.data_root and options.datadir_in_name else ""
-    return _shortened(data, room) + end
+    return _shortened(data, max(0, MAX_NAME - len(os.fsencode(end)))) + end
 
 
 def _shortened(text: str, size: int) -> str:
@@ -169,8 +159,8 @@ def _shortened(text: str, size: int) -> str:
 
 
 def _run_to_resume(path: Path, now: str) -> Run:
-    folder = path if path.is_dir() else path.parent.parent
-    checkpoint = folder / "checkpoints" / LAST if path.is_dir() else path
+    is_folder = path.is_dir()
+    folder, checkpoint = (path, path / "checkpoints" / LAST) if is_folder else (path.parent.parent, path)
     run = Run(folder, now, resumed=True)
     if checkpoint.is_file() and checkpoint.suffix == ".ckpt":
         try:
@@ -178,22 +168,16 @@ def _run_to_resume(path: Path, now: str) -> Run:
         except CheckpointError as error:
             reason = str(error).rpartition("; ")[0]
             raise CheckpointError(f"{reason}; {_way_on(folder, checkpoint)}.") from error
-        if not run.saved("project"):
-            raise ValueError(f"'{folder}' is no run of main.py (it has no configs/); -r takes a log folder of it.")
         run.checkpoint = checkpoint
-        return run
     # `last.ckpt` is written before the embeddings: where they are, it is lost
-    if path.is_dir() and any((folder / "checkpoints" / name).is_file() for name in (PREVIOUS, EMBEDDINGS)):
+    elif is_folder and any((folder / "checkpoints" / name).is_file() for name in (PREVIOUS, EMBEDDINGS)):
         raise CheckpointError(f"There is no file '{checkpoint}'; {_way_on(folder, checkpoint)}.")
-    if path.is_dir() and len(run.saved("project", "lightning")) == 2:
+    if not (is_folder or run.checkpoint) or len(run.saved("project", "lightning")) < 2:
+        hint = "" if is_folder else f" To start from learned embeddings: --embedding_manager_ckpt {quoted(str(path))}."
+        raise ValueError(f"Nothing to resume: '{path}' is neither a log folder of main.py nor its last.ckpt.{hint}")
+    if run.checkpoint is None:
         logger.info("'%s' has no checkpoint yet: the run starts anew.", folder)
-        return run
-    if path.is_file():
-        raise ValueError(
-            f"Nothing to resume: '{path}' is neither a log folder nor its last.ckpt. To start from learned embeddings: "
-            f"--embedding_manager_ckpt {quoted(str(path))}."
-        )
-    raise ValueError(f"Nothing to resume: there is no file '{checkpoint}'; -r takes a log folder of main.py.")
+    return run
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -204,10 +188,9 @@ def _step_of(checkpoint: Path) -> int:
     """
     saved = read_checkpoint(checkpoint, ["state_dict", "optimizer_states", "global_step"])
     loops = saved.get("loops")
-    parts = {"loops": loops, "fit_loop": loops.get("fit_loop") if isinstance(loops, dict) else None}
-    parts |= {name: saved.get(name) for name in ("state_dict", "optimizer_states", "pytorch-lightning_version")}
-    kinds = {"optimizer_states": list, "pytorch-lightning_version": str}
-    if unfit := [name for name, value in parts.items() if not value or not isinstance(value, kinds.get(name, dict))]:
+    parts = {**saved, "loops": loops.get("fit_loop") if isinstance(loops, dict) else None}
+    kinds = {"state_dict": dict, "optimizer_states": list, "loops": dict, "pytorch-lightning_version": str}
+    if unfit := [name for name, kind in kinds.items() if not isinstance(parts.get(name), kind) or not parts[name]]:
         raise CheckpointError(f"'{checkpoint}' has no usable {', '.join(unfit)}; use another copy of it.")
     return int(saved["global_step"])
 

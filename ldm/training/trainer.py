@@ -6,8 +6,9 @@ import inspect
 import logging
 import math
 import os
+import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,17 +18,14 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
-from ldm.config import ConfigError, check_parameters, get_class, instantiate_from_config, resolved
+from ldm.config import ConfigError, check_parameters, flatten, get_class, instantiate_from_config, resolved
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.training.callbacks import CheckpointWriter, ConfiguredRate, EmbeddingSaver, SaveLast, StageLosses, StepBar
-from ldm.training.checks import check_images, check_precision
-from ldm.training.finite import FiniteGuard
+from ldm.training.callbacks import CheckpointWriter, ConfiguredRate, ImageLogger, SaveLast, StageLosses, StepBar
 from ldm.training.runs import Run
 from ldm.yaml_files import MISMATCHES
 
 logger = logging.getLogger(__name__)
 
-OWN = ("logger", "callbacks", "enable_checkpointing", "default_root_dir", "plugins", "use_distributed_sampler")
 # Numbers that Lightning takes and then fails with, or silently does nothing.
 LEAST = {
     "accumulate_grad_batches": 1,
@@ -39,6 +37,7 @@ LEAST = {
     "num_sanity_val_steps": -1,
 }
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+CASTS_ALL: dict[str, str] = {"bf16-true": "bfloat16", "16-true": "float16"}  # the whole module, buffers too
 PATH_NAMES = ("dir", "path", "folder", "file", "root", "uri", "location")
 RELATIVE_NAMES = ("sub_dir", "filename")  # of what lies in another of these
 
@@ -58,10 +57,9 @@ def build_trainer(
     """
     lightning = resolved(config.lightning, "The section 'lightning'")
     if not outside:
-        for section in ("callbacks", "logger"):
-            check_inside(lightning.get(section), run.folder, f"lightning.{section}")
+        check_inside({f"lightning.{name}": lightning.get(name) for name in ("callbacks", "logger")}, run.folder)
     arguments = trainer_arguments(lightning.get("trainer") or {}, run)
-    callbacks = _callbacks(lightning, run, module, arguments.get("enable_progress_bar", True))
+    callbacks = _callbacks(lightning, run, module, bar=arguments.pop("enable_progress_bar", True))
     tensorboard = TensorBoardLogger(run.folder, name="", version="", sub_dir="tensorboard")
     # a folder of its own, since it empties one that it finds; written at once, for whoever watches the run
     csv = CSVLogger(run.folder, name="csv", version=run.started, flush_logs_every_n_steps=1)
@@ -71,34 +69,35 @@ def build_trainer(
             logger=[tensorboard, csv, *own_loggers(lightning.get("logger"), run)],
             callbacks=callbacks,
             enable_checkpointing=False,
+            enable_progress_bar=False,  # `StepBar` is one
             plugins=CheckpointWriter(run.checkpoint),
             use_distributed_sampler=False,  # `RunningSampler` knows ranks
             **arguments,
         )
-    except MISMATCHES as error:  # a value of a wrong type; others Lightning explains itself
+    except MISMATCHES as error:  # a value of a wrong type, or one that is given above; others Lightning explains
         raise ConfigError(f"lightning.trainer cannot be used: {str(error).partition(chr(10))[0]}") from error
-    check_precision(trainer)
+    if half := CASTS_ALL.get(trainer.precision):
+        raise ConfigError(
+            f"precision '{trainer.precision}' would round the noise schedule and what is learned; use "
+            f"model.params.frozen_dtype={half}, or to train from scratch a mixed precision."
+        )
     set_learning_rate(config, module, data, trainer)
     return trainer
 
 
-def _callbacks(lightning: dict[str, Any], run: Run, module: pl.LightningModule, bar: bool) -> list[pl.Callback]:
+def _callbacks(lightning: dict[str, Any], run: Run, module: Any, bar: bool) -> list[pl.Callback]:
     saving = (lightning.get("modelcheckpoint") or {}) | {"target": "ldm.training.callbacks.SaveLast"}
     saver: SaveLast = instantiate_from_config(saving, dirpath=run.checkpoints)
-    saver.guard = FiniteGuard(saver.every_n_train_steps)
-    callbacks: list[pl.Callback] = [saver.guard, ConfiguredRate(), StageLosses()]
-    if bar:
-        callbacks.append(StepBar())
-    if getattr(module, "embedding_manager", None) is not None:
-        callbacks.append(EmbeddingSaver(run.checkpoints, saver.every_n_train_steps))
+    callbacks: list[pl.Callback] = [saver.guard, ConfiguredRate(), StageLosses(), *([StepBar()] if bar else [])]
     for name, section in (lightning.get("callbacks") or {}).items():
         if section is None:  # switched off, by lightning.callbacks.NAME=null
             continue
         callback = instantiate_from_config(section)
         if not isinstance(callback, pl.Callback):
             raise ConfigError(f"lightning.callbacks.{name}: {section['target']} is no Lightning callback.")
+        if isinstance(callback, ImageLogger) and hasattr(module, "log_images"):  # before the first images are due
+            check_parameters(module.log_images, {"batch": None, **callback.log_images_kwargs})
         callbacks.append(callback)
-    check_images(callbacks, module)
     return [*callbacks, saver]
 
 
@@ -106,12 +105,9 @@ def trainer_arguments(section: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Check the values of `lightning.trainer`, and turn them into arguments of Lightning's trainer.
 
     Raises:
-        ConfigError: a key is unknown or not free to choose, or its value has another type than Lightning documents.
+        ConfigError: a key is unknown, or its value has another type than Lightning documents.
     """
     arguments = choose_devices(section)
-    for name in OWN:
-        if name in arguments:
-            raise ConfigError(f"lightning.trainer.{name} is what main.py decides; omit it.")
     check_parameters(pl.Trainer, arguments)
     hints = get_type_hints(pl.Trainer.__init__)
     for name, value in arguments.items():
@@ -120,8 +116,6 @@ def trainer_arguments(section: Mapping[str, Any], run: Run) -> dict[str, Any]:
             raise ConfigError(f"lightning.trainer.{name} must be of the type {kind}, not {value!r:.40}.")
         if isinstance(value, int | float) and not LEAST.get(name, -math.inf) <= value < math.inf:
             raise ConfigError(f"lightning.trainer.{name} must be a number of at least {LEAST.get(name)}, not {value}.")
-    if str(arguments.get("devices", "")).isdigit():
-        arguments["devices"] = int(arguments["devices"])
     profiler = str(arguments.get("profiler")).lower()
     if profiler in PROFILERS:  # by its name alone, Lightning would only log the result, on a level that is not shown
         arguments["profiler"] = PROFILERS[profiler](dirpath=run.folder, filename="profile")
@@ -142,90 +136,67 @@ def fits(value: object, hint: Any) -> bool:
     return isinstance(value, kind) if isinstance(kind, type) else False
 
 
-def translate_gpus(gpus: str | None) -> list[int] | int | None:
-    """Translate `0,` to [0], `0,1` to [0, 1]; a bare number counts: `2` is [0, 1], `0` [], `-1` -1 (all); '' is None.
+def choose_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate `gpus: 0,` (the flag `--gpus`) into Lightning's accelerator and devices.
+
+    A list of numbers ends with or has a comma; a bare number counts: `2` is 0 and 1, `0` the CPU, `-1` all. Without a
+    usable GPU the run falls back to the CPU, which is logged once.
 
     Raises:
         ConfigError: not a list of device numbers.
     """
-    if not gpus:
-        return None
-    parts = [part for part in gpus.split(",") if part.strip()]
-    try:
-        numbers = [int(part) for part in parts]
-    except ValueError:
-        raise ConfigError(f"--gpus takes device numbers such as '0,' or '0,1', not '{gpus:.40}'.") from None
-    if "," in gpus:
-        return numbers
-    return -1 if numbers[0] == -1 else list(range(numbers[0]))
-
-
-def choose_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate `gpus: 0,` (the flag `--gpus`) into Lightning's accelerator and devices.
-
-    Without a usable GPU the run falls back to the CPU, which is logged once.
-    """
     chosen = {key: value for key, value in trainer.items() if key != "gpus"}
-    gpus = trainer.get("gpus")
-    numbers = translate_gpus(str(gpus) if gpus is not None else None)
-    if os.environ.get("PROSPECT_DEVICE") == "cpu" and "accelerator" not in chosen:
-        return {**chosen, "accelerator": "cpu", "devices": chosen.get("devices", 1)}
-    if numbers is None or "accelerator" in chosen:
+    gpus = "" if trainer.get("gpus") is None else str(trainer["gpus"]).replace(" ", "")
+    if not re.fullmatch(r"(-1|\d+(,\d+)*,?)?", gpus):
+        raise ConfigError(f"--gpus takes device numbers such as '0,' or '0,1', not '{gpus:.40}'.")
+    cpu = {"accelerator": "cpu", "devices": 1}
+    if "accelerator" in chosen:
         return chosen
-    if numbers == []:
-        return {**chosen, "accelerator": "cpu", "devices": 1}
+    if os.environ.get("PROSPECT_DEVICE") == "cpu":
+        return cpu | chosen
+    if not gpus:
+        return chosen
+    if gpus == "0":
+        return chosen | cpu
     if torch.cuda.is_available():
-        return {**chosen, "accelerator": "gpu", "devices": numbers}
+        return {**chosen, "accelerator": "gpu", "devices": gpus}
     if torch.backends.mps.is_available():
         return {**chosen, "accelerator": "mps", "devices": 1}
     logger.info("No usable GPU here; --gpus %s falls back to the CPU.", gpus)
-    return {**chosen, "accelerator": "cpu", "devices": 1}
+    return chosen | cpu
 
 
-def check_inside(section: object, folder: Path, key: str) -> None:
-    """Raise `ConfigError` for a path in `section` that leads out of the log folder: a file may be a stranger's."""
-    for name, value in _texts(section, key):
+def check_inside(sections: dict[str, Any], folder: Path) -> None:
+    """Raise `ConfigError` for a path in `sections` that leads out of the log folder: a file may be a stranger's."""
+    for name, value in flatten(sections).items():
+        if not isinstance(value, str):
+            continue
         *_, last = [part for part in name.split(".") if not part.isdecimal()]
         path = Path(value.removeprefix("file:")).expanduser()
         is_path = any(word in last for word in PATH_NAMES) and last not in RELATIVE_NAMES
         from_here = is_path and "://" not in value
         if not (from_here or path.is_absolute() or ".." in path.parts):
             continue
-        place = (path if from_here else folder / path).resolve()
-        if not place.is_relative_to(folder.resolve()):
+        if not (path if from_here else folder / path).resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
                 f"{name}: '{value:.80}' is outside the log folder '{folder}'; omit it, or use --allow_outside if you "
                 "trust the configuration."
             )
 
 
-def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping | list):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for name, inner in items:
-            yield from _texts(inner, f"{key}.{name}")
-
-
 def own_loggers(section: Mapping[str, Any] | None, run: Run) -> list[Logger]:
     """Build the logger of the YAML's `lightning.logger`; without a place or name of its own it gets the run's.
 
     Raises:
-        ConfigError: it is no logger, has other parameters, or needs a package that is not installed.
+        ConfigError: it is no logger, or has other parameters.
     """
     if not section:
         return []
-    if "target" not in section:
-        raise ConfigError("lightning.logger must be a section with a `target:`.")
-    known = inspect.signature(get_class(section["target"])).parameters
+    known = inspect.signature(get_class(section["target"])).parameters if "target" in section else {}
     given: dict[str, object] = {"save_dir": run.folder} if "save_dir" in known else {}
     if "name" in known and known["name"].default is None:
         given["name"] = run.folder.name
-    try:
-        found = instantiate_from_config({**section, "params": given | (section.get("params") or {})})
-    except ImportError as error:
-        raise ConfigError(f"lightning.logger: {section['target']} needs a package that is missing: {error}") from error
+    found = instantiate_from_config({**section, "params": given | (section.get("params") or {})})
     if not isinstance(found, Logger):
         raise ConfigError(f"lightning.logger: {section['target']} is no logger; see pytorch_lightning.loggers.")
     return [found]
@@ -235,10 +206,11 @@ def set_learning_rate(config: DictConfig, module: Any, data: DataModuleFromConfi
     """Give the module its learning rate and log how it came about, in one line."""
     try:
         base = float(config.model.base_learning_rate)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"base_learning_rate must be a number, not '{config.model.base_learning_rate}'.") from error
+    except (TypeError, ValueError):
+        base = math.nan
     if not 0 < base < math.inf:
-        raise ConfigError(f"base_learning_rate must be more than 0 and finite, not {base}.")
+        given = config.model.base_learning_rate
+        raise ConfigError(f"base_learning_rate must be a number above 0 and finite, not '{given!s:.40}'.")
     if not config.lightning.scale_lr:
         module.learning_rate = base
         logger.info("Learning rate %.2e (--scale_lr false)", base)

@@ -1,6 +1,6 @@
 """Training samples from the images of a folder: functions of their number, and nothing else."""
 
-import logging
+import io
 import os
 import time
 from pathlib import Path
@@ -18,6 +18,12 @@ from ldm.files.images import ImageError, fit, open_image, to_tensor
 def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
+
+
+def jpeg() -> bytes:
+    stream = io.BytesIO()
+    noise_image(64, 64).save(stream, "JPEG")
+    return stream.getvalue()
 
 
 @pytest.fixture
@@ -41,11 +47,13 @@ def test_pictures_are_found_by_name_and_squashed(folder: Path) -> None:
 
 def test_size_none_and_resizes(folder: Path) -> None:
     assert PersonalizedBase(folder).image(1).shape == (3, 14, 23)
-    picture = open_image(folder / "a.png")
-    crop = PersonalizedBase(folder, size=8, center_crop=True)
-    assert torch.equal(crop.image(0), to_tensor(fit(picture, 8, 8, "crop")))
-    pad = PersonalizedBase(folder, size=8, resize="pad", interpolation="lanczos")
-    assert torch.equal(pad.image(0), to_tensor(fit(picture, 8, 8, "pad", "lanczos")))
+    for resize, settings in (("crop", {"center_crop": True}), ("pad", {"resize": "pad", "interpolation": "lanczos"})):
+        data = PersonalizedBase(folder, size=8, **settings)
+        fitted = fit(open_image(folder / "a.png"), 8, 8, resize, data.interpolation)
+        assert torch.equal(data.image(0), to_tensor(fitted))
+    one = PersonalizedBase(folder / "b.png", size=8, repeats=3)
+    assert (one.num_images, len(one)) == (1, 3)
+    assert torch.equal(one.image(0), PersonalizedBase(folder, size=8).image(1))
 
 
 def test_what_is_no_image_is_skipped_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -88,38 +96,22 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
         find_images(folder)
 
 
-def test_keys_without_a_meaning_are_named_in_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        PersonalizedBase(folder, size=8, resize="crop", per_image_tokens=True, mixing_prob=0.5, coarse_class_text="toy")
-    assert len(caplog.records) == 1
-    assert "per_image_tokens, mixing_prob, coarse_class_text" in caplog.text
-
-
-def test_one_picture_file(folder: Path) -> None:
-    data = PersonalizedBase(folder / "b.png", size=8, repeats=3)
-    assert (data.num_images, len(data)) == (1, 3)
-    assert torch.equal(data.image(0), PersonalizedBase(folder, size=8).image(1))
-
-
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("place", "files", "message"),
     [
-        (lambda p: p / "nowhere", "no data_root.*nowhere"),
-        (lambda p: p, "no image in data_root.*it is empty"),
-        (lambda p: (p / "a.txt").write_text("x") and p, r"no image in data_root.*only a\.txt"),
-        (lambda p: (p / "a.txt").write_text("x") and p / "a.txt", r"a\.txt' is no image that Pillow can read"),
+        ("nowhere", {}, r"data_root '.*nowhere' \(there is no such folder\)"),
+        ("", {}, "no image in data_root.*it is empty"),
+        ("", {"a.txt": b"x"}, r"no image in data_root.*only a\.txt"),
+        ("a.txt", {"a.txt": b"x"}, r"a\.txt' is no image that Pillow can read"),
+        ("", {"cut.jpg": jpeg()[:900]}, r"cut\.jpg' cannot be read"),
     ],
 )
-def test_no_pictures(tmp_path: Path, make, message: str) -> None:
+def test_no_or_damaged_pictures(tmp_path: Path, place: str, files: dict[str, bytes], message: str) -> None:
+    """Found before a model is loaded."""
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        PersonalizedBase(make(tmp_path), size=8)
-
-
-def test_a_damaged_picture_is_named_before_training(folder: Path) -> None:
-    noise_image(64, 64).save(folder / "cut.jpg")
-    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
-    with pytest.raises(ImageError, match=r"cut\.jpg"):
-        PersonalizedBase(folder, size=8)
+        PersonalizedBase(tmp_path / place, size=8)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +124,8 @@ def test_a_damaged_picture_is_named_before_training(folder: Path) -> None:
         ({"interpolation": "cubic"}, "cubic"),
         ({"resize": "stretch"}, "stretch"),
         ({"resize": "pad", "center_crop": True}, "center_crop"),
+        ({"templates": []}, "templates must be texts"),
+        ({"templates": [5]}, "templates must be texts"),
     ],
 )
 def test_settings_out_of_range(folder: Path, setting: dict, message: str) -> None:
@@ -165,20 +159,15 @@ def test_a_sample(folder: Path) -> None:
     assert data[12] == {key: value for key, value in sample.items() if key != "image"}
 
 
-def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own(folder: Path) -> None:
-    data = PersonalizedBase(folder, size=8)
-    data.with_images = False
-    orders = [tuple(data[n]["image_number"] for n in range(5 * e, 5 * e + 5)) for e in range(20)]
-    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders)
-    assert len(set(orders)) > 10
-
-
 def test_samples_depend_on_seed_and_number_only(folder: Path) -> None:
     def draws(data: PersonalizedBase, numbers: range) -> dict[int, tuple]:
         data.with_images = False
         return {n: (data[n]["image_number"], data[n]["flipped"]) for n in numbers}
 
     forwards = draws(PersonalizedBase(folder, size=8), range(200))
+    orders = [tuple(forwards[n][0] for n in range(5 * epoch, 5 * epoch + 5)) for epoch in range(40)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders), "an epoch shows every picture once"
+    assert len(set(orders)) > 10, "in an order of its own"
     np.random.seed(1)
     torch.manual_seed(1)
     backwards = draws(PersonalizedBase(folder, size=8, repeats=2), range(199, -1, -1))
@@ -192,35 +181,28 @@ def test_flips(folder: Path) -> None:
     def share(**settings: object) -> float:
         data = PersonalizedBase(folder, size=8, **settings)
         data.with_images = False
-        return float(np.mean([data[n]["flipped"] for n in range(1000)]))
+        flipped = [data[n]["flipped"] for n in range(1000)]
+        assert data.flips == any(flipped)
+        return float(np.mean(flipped))
 
     assert share() == pytest.approx(0.5, abs=0.06) and share(flip_p=0.1) == pytest.approx(0.1, abs=0.04)
     assert share(flip_p=0) == 0 and share(flip_p=1) == 1
-    assert share(set="validation", flip_p=1) == 0
-    assert PersonalizedBase(folder, size=8).flips
-    assert not PersonalizedBase(folder, size=8, flip_p=0).flips
-    assert not PersonalizedBase(folder, size=8, set="val").flips
+    assert share(set="validation", flip_p=1) == share(set="val") == 0
 
 
 def test_length_iteration_and_batches(folder: Path) -> None:
+    """Files are read once."""
     assert len(PersonalizedBase(folder, size=8, repeats=7)) == 35
     validation = PersonalizedBase(folder, size=8, repeats=7, set="validation")
-    assert len(validation) == 5 and len(list(validation)) == 5
+    for path in validation.paths:
+        path.unlink()
+    assert validation.in_memory and len(validation) == 5 and len(list(validation)) == 5
     batch = next(iter(DataLoader(validation, batch_size=5)))
     assert batch["image"].shape == (5, 8, 8, 3) and batch["flipped"].dtype == torch.bool
     assert batch["caption"] == ["*"] * 5 and sorted(batch["image_number"].tolist()) == [0, 1, 2, 3, 4]
 
 
-def test_files_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = PersonalizedBase(folder, size=8)
-    for path in data.paths:
-        path.unlink()
-    assert data.in_memory and data[3]["image"].shape == (8, 8, 3)
-
-
-def test_large_folders_are_read_on_demand_within_the_memory_limit(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_folders_are_read_on_demand_within_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = PersonalizedBase(folder, size=8)
     monkeypatch.setattr("ldm.data.personalized.READ_AHEAD", 2)
     monkeypatch.setattr("ldm.data.personalized.CACHE_BYTES", 2 * 3 * 8 * 8)
@@ -235,13 +217,13 @@ def test_large_folders_are_read_on_demand_within_the_memory_limit(
     assert torch.equal(data.image(0), expected.image(0))
 
 
-@pytest.mark.parametrize(("resize", "told"), [("squash", 1), ("crop", 0), ("pad", 0)])
 def test_pictures_that_lose_their_proportions_are_told_of_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, resize: str, told: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("a", "b"):
         noise_image(40, 60).save(tmp_path / f"{name}.png")
-    with caplog.at_level("WARNING"):
-        PersonalizedBase(tmp_path, size=16, resize=resize)
-        PersonalizedBase(tmp_path, size=16, resize=resize, set="val")
-    assert caplog.text.count("(40 x 60) is squashed to 16 x 16; data.params.train.params.resize=crop") == told
+    for resize, split in (("crop", "train"), ("pad", "train"), ("squash", "val"), ("squash", "train")):
+        assert not caplog.messages
+        PersonalizedBase(tmp_path, size=16, resize=resize, set=split)
+    (line,) = caplog.messages
+    assert "(40 x 60) is squashed to 16 x 16; data.params.train.params.resize=crop" in line

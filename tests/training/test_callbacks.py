@@ -9,47 +9,38 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.training.callbacks import AveragedWeights, ConfiguredRate, EmbeddingSaver, ImageLogger, StepBar
+from ldm.training.callbacks import AveragedWeights, ConfiguredRate, ImageLogger, StepBar
 
 
 class Stub(nn.Module):
-    """A module that gives one image to look at, and counts what it saves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.saved: list[str] = []
+    """A module that gives one image to look at."""
 
     def log_images(self, batch: object, **_: object) -> dict[str, Tensor]:
         assert not self.training, "without dropout"
         return {"samples": torch.zeros(1, 3, 4, 4)}
 
-    def save_embeddings(self, path: Path) -> None:
-        self.saved.append(path.name)
-
-
-def run(callback: ImageLogger | EmbeddingSaver, module: Stub, folder: Path, steps: int, accumulate: int = 2) -> None:
-    """`steps` optimizer steps of `accumulate` batches each."""
-    trainer: Any = SimpleNamespace(
-        global_step=0, current_epoch=0, is_global_zero=True, default_root_dir=folder, loggers=[]
-    )
-    for batch in range(steps * accumulate):
-        trainer.global_step = (batch + 1) // accumulate
-        callback.on_train_batch_end(trainer, module, None, {}, batch)  # type: ignore[arg-type]
-
 
 @pytest.mark.parametrize(("increase", "expected"), [(False, [8, 16]), (True, [1, 2, 4, 8, 16])])
-def test_images_and_embeddings_are_saved_at_their_steps_once(
-    tmp_path: Path, increase: bool, expected: list[int]
-) -> None:
+def test_images_are_saved_at_their_steps_once(tmp_path: Path, increase: bool, expected: list[int]) -> None:
     """The reference's list of doubling steps runs empty and prints that; with accumulation, a step comes twice."""
-    module = Stub().train()
-    run(ImageLogger(batch_frequency=8, increase_log_steps=increase), module, tmp_path, steps=17)
+    module, callback = Stub().train(), ImageLogger(batch_frequency=8, increase_log_steps=increase)
+    trainer: Any = SimpleNamespace(current_epoch=0, is_global_zero=True, default_root_dir=tmp_path, loggers=[])
+    for batch in range(2 * 17):
+        trainer.global_step = (batch + 1) // 2
+        callback.on_train_batch_end(trainer, module, None, {}, batch)  # type: ignore[arg-type]
     names = sorted(path.name for path in (tmp_path / "images/train").iterdir())
     # batches count from one: the first of two that end with this step
     assert names == [f"samples_gs-{step:06}_e-000000_b-{2 * step:06}.jpg" for step in expected]
     assert module.training
-    run(EmbeddingSaver(tmp_path, every_n_train_steps=2), module, tmp_path, steps=5)
-    assert module.saved == ["embeddings_gs-2.safetensors", "embeddings_gs-4.safetensors"]
+
+
+def fit(module: pl.LightningModule, steps: int, callback: pl.Callback, path: Path, resume: bool = False,
+        batches: int = 8, accelerator: str = "cpu") -> None:  # fmt: skip
+    """Train for some steps, from the checkpoint or from the start, and save it."""
+    trainer = pl.Trainer(max_steps=steps, accelerator=accelerator, devices=1, callbacks=[callback], logger=False,
+                         enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+    trainer.fit(module, torch.ones(batches, 1, 2), ckpt_path=path if resume else None, weights_only=True)
+    trainer.save_checkpoint(path)
 
 
 class Linear(pl.LightningModule):
@@ -86,10 +77,7 @@ def test_a_falling_rate_goes_on_from_the_configured_one(rate: float, tmp_path: P
     for steps, configured in ((3, 0.1), (5, rate)):
         module = Scheduled(configured)
         module.on_train_batch_start = lambda *_, module=module: rates.append(module.optimizers().param_groups[0]["lr"])
-        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=[ConfiguredRate()], logger=False,
-                             enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
-        trainer.fit(module, torch.ones(8, 1, 2), ckpt_path=tmp_path / "last.ckpt" if steps == 5 else None)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        fit(module, steps, ConfiguredRate(), tmp_path / "last.ckpt", resume=steps == 5)
     assert rates == pytest.approx([0.1, 0.1 * 7 / 8, 0.1 * 6 / 8, rate * 5 / 8, rate * 4 / 8])
 
 
@@ -115,11 +103,8 @@ def test_averaged_weights_go_on_where_they_were_saved(tmp_path: Path, accelerato
         module, path = Linear(), tmp_path / f"{first}.ckpt"
         for steps in sorted({first, 4}):
             callback = AveragedWeights(0.5)
-            trainer = pl.Trainer(max_steps=steps, accelerator=accelerator, devices=1, callbacks=[callback],
-                                 logger=False, enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
-            trainer.fit(module, torch.ones(8, 1, 2), ckpt_path=path if steps > first else None)
+            fit(module, steps, callback, path, resume=steps > first, accelerator=accelerator)
             assert devices(callback) == {accelerator}
-            trainer.save_checkpoint(path)
         ended.append(torch.load(path, map_location="cpu", weights_only=True))
     for key in ("state_dict", "current_model_state"):
         for one, two in zip(ended[0][key].values(), ended[1][key].values(), strict=True):
@@ -129,12 +114,8 @@ def test_averaged_weights_go_on_where_they_were_saved(tmp_path: Path, accelerato
 
 def test_the_bar_counts_the_steps_of_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Over several epochs of 4 batches, and from where a run is resumed."""
-    for steps, before in ((6, None), (9, tmp_path / "last.ckpt")):
-        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=[StepBar()], logger=False,
-                             enable_checkpointing=False)  # fmt: skip
-        trainer.fit(Linear(), torch.ones(4, 1, 2), ckpt_path=before, weights_only=True)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for first, steps in ((0, 6), (6, 9)):
+        fit(Linear(), steps, StepBar(), tmp_path / "last.ckpt", resume=first > 0, batches=4)
         shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
         bars = [line for line in shown if line.startswith("Steps:")]
-        first = 0 if before is None else 6
         assert f"{first}/{steps} [" in bars[0] and f"{steps}/{steps} [" in bars[-1]

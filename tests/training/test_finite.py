@@ -11,42 +11,38 @@ from runs import LEARN, MADE_SMALL, every
 from torch import nn
 
 import main
-from ldm.models.diffusion.finite import FirstBad, NotFiniteError
-from ldm.training.finite import FiniteGuard
+from ldm.models.diffusion.finite import NotFiniteError
+from ldm.training.callbacks import FiniteGuard
 
 
-def fail_to_learn(folder: Path, *overrides: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, int]:
-    """Learn until the run stops itself: its sentence, and the step of the files that it leaves."""
-    assert main.main([*LEARN, *MADE_SMALL, "-p", str(folder), "--max_steps", "9", *overrides]) == 2
+def fail_to_learn(folder: Path, *overrides: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Learn until the run stops itself; its sentence."""
+    assert main.main([*LEARN, *MADE_SMALL, "-p", str(folder), *overrides]) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    assert all(value.isfinite().all() for value in state["state_dict"].values())
-    return last, state["global_step"]
+    return last
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A learning rate so high that the text transformer overflows: the state before stays as it was saved."""
     table = "model.params.personalization_config.params.generator=table"
-    sentence, step = fail_to_learn(tmp_path, table, *every(1), "model.base_learning_rate=1.0e+37", capsys=capsys)
+    rate = "model.base_learning_rate=1.0e+37"
+    sentence = fail_to_learn(tmp_path, table, *every(1), rate, "--max_steps", "9", capsys=capsys)
     assert re.search(r"The loss is not finite at step 2 \(stages? \d(, \d)*\); nothing of it was saved", sentence)
     assert f"'{tmp_path}' holds the last good state" in sentence and "model.base_learning_rate" in sentence
-    assert step == 1
+    state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 1 and all(value.isfinite().all() for value in state["state_dict"].values())
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"last.ckpt", "embeddings.safetensors", "embeddings_gs-1.safetensors"}
 
 
-POISON = ["--allow_targets", "runs", "lightning.callbacks.poison={target: runs.Poison, params: {step: 4}}"]
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sentence, step = fail_to_learn(tmp_path, *every(2), *POISON, capsys=capsys)
-    assert "The weights are not finite after step 4; nothing of it was saved" in sentence and step == 2
-    assert not (tmp_path / "checkpoints/embeddings_gs-4.safetensors").exists()
-
-
-def test_nor_at_the_end_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main([*LEARN, *MADE_SMALL, *every(100), *POISON, "-p", str(tmp_path), "--max_steps", "4"]) == 2
-    assert "The weights are not finite after step 4" in capsys.readouterr().err
+@pytest.mark.parametrize("steps", ["9", "4"], ids=["when they are due", "at the end"])
+def test_weights_that_are_not_finite_are_not_saved(
+    steps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison = ["--allow_targets", "runs", "lightning.callbacks.poison={target: runs.Poison, params: {step: 4}}"]
+    saving = every(4 if steps == "9" else 100)
+    sentence = fail_to_learn(tmp_path, *saving, *poison, "--max_steps", steps, capsys=capsys)
+    assert "The weights are not finite after step 4; nothing of it was saved" in sentence
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -56,7 +52,7 @@ def test_on_a_gpu_marks_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer: Any = SimpleNamespace(global_step=0, default_root_dir="run")
     module: Any = nn.Linear(1, 1)
     module.num_stages, module.num_timesteps = 10, 1000
-    guard = FiniteGuard(save_every=100, every_n_steps=6)
+    guard = FiniteGuard(every_n_steps=6)
     for step in range(1, 6):
         module.timesteps = torch.tensor([100 * step, 100 * step + 250])
         guard.on_before_backward(trainer, module, torch.tensor(1.0 if step < 3 else torch.nan))
@@ -66,17 +62,3 @@ def test_on_a_gpu_marks_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.global_step = 6
         with pytest.raises(NotFiniteError, match=r"not finite at step 3 \(stages 3, 5\)"):
             notice()
-
-
-def test_on_the_cpu_the_bad_step_is_not_made() -> None:
-    module, trainer = nn.Linear(1, 1), SimpleNamespace(global_step=6, default_root_dir="run")
-    with pytest.raises(NotFiniteError, match="The loss is not finite at step 7; nothing"):
-        FiniteGuard(save_every=100).on_before_backward(trainer, module, torch.tensor(torch.inf))
-
-
-def test_the_first_bad_step_is_remembered() -> None:
-    watch = FirstBad()
-    assert watch.read() is None
-    for step, value in enumerate((1.0, torch.inf, torch.nan, 1.0)):
-        watch.add(step, torch.tensor([0.0, value]))
-    assert watch.read() == (1, [])

@@ -41,10 +41,20 @@ def weights(run: Path) -> dict[str, dict[str, torch.Tensor]]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "text", "classifier"])
-def test_a_resumed_run_from_scratch_is_the_same_run(name: str, tmp_path: Path) -> None:
+NAMES = ("autoencoder", "text", "classifier")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The log folders of three steps, saved at 2 and 3."""
+    folder = tmp_path_factory.mktemp("trained")
+    return {name: train(name, folder, steps=3) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_from_scratch_is_the_same_run(name: str, trained: dict[str, Path], tmp_path: Path) -> None:
     """Interrupted at step 2 of 3: weights, averages and moments end bit-identical; the average is not the weights."""
-    whole, part = train(name, tmp_path, steps=3), tmp_path / "part"
+    whole, part = trained[name], tmp_path / "part"
     shutil.copytree(whole, part)
     (part / "checkpoints/previous.ckpt").replace(part / "checkpoints/last.ckpt")
     assert resume(part) == 0
@@ -54,8 +64,8 @@ def test_a_resumed_run_from_scratch_is_the_same_run(name: str, tmp_path: Path) -
         assert not torch.equal(checkpoint["state_dict"][key], checkpoint["current_model_state"][key])
 
 
-def test_the_model_of_trained_parts_is_packed_and_generates(tmp_path: Path) -> None:
-    first_stage, text = train("autoencoder", tmp_path), train("text", tmp_path)
+def test_the_model_of_trained_parts_is_packed_and_generates(trained: dict[str, Path], tmp_path: Path) -> None:
+    first_stage, text = trained["autoencoder"], trained["text"]
     parts = {"first_stage_ckpt": first_stage, "cond_stage_ckpt": text}
     given = [f"model.params.{key}={run}/checkpoints/last.ckpt" for key, run in parts.items()]
     run, packed = train("diffusion", tmp_path, *given), tmp_path / "model.safetensors"
@@ -77,7 +87,7 @@ def test_the_model_of_trained_parts_is_packed_and_generates(tmp_path: Path) -> N
     assert all(torch.equal(x.half(), own[key]) for key, x in model.state_dict().items() if key in own)
 
 
-def test_the_trained_classifier_is_packed_and_reads(tmp_path: Path) -> None:
+def test_the_trained_classifier_is_packed_and_reads(trained: dict[str, Path], tmp_path: Path) -> None:
     packed = tmp_path / "classifier.safetensors"
-    pack_model.main([str(train("classifier", tmp_path)), str(packed)])
+    pack_model.main([str(trained["classifier"]), str(packed)])
     assert load_judge(str(packed)).read(torch.zeros(1, 3, 128, 128)).shape == (1, 6)

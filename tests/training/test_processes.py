@@ -9,17 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from runs import LEARN, PICTURES, every, finish, saved_tensors, start, wait_for
+from runs import LEARN, MADE_SMALL, PICTURES, every, finish, saved_tensors, start
 
 import main
 from ldm.training.runs import Run
 
-TWO = ["--devices", "2", "--accelerator", "cpu", "--strategy", "ddp"]
 VALIDATION = "data.params.validation={target: ldm.data.personalized.PersonalizedBase, params: %s}"
-SMALL_IMAGES = "lightning.callbacks.image_logger.params.log_images_kwargs.ddim_steps=2"
 # Sums are made in another order, and Adam divides small gradients by small ones; relative, of 8 steps.
 TOLERANCE = 2e-3
 
@@ -33,27 +30,26 @@ def loopback_is_up() -> bool:
     return True
 
 
-needs_loopback = pytest.mark.skipif(not loopback_is_up(), reason="processes of one run talk over the loopback device")
-
-
-@needs_loopback
+@pytest.mark.skipif(not loopback_is_up(), reason="processes of one run talk over the loopback device")
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(tmp_path: Path) -> None:
-    """The same embedding from the same samples at the same rate; rank 0 alone writes, and all end well."""
-    common = [*LEARN, *every(4, pictures=8), SMALL_IMAGES, "--max_steps", "8", "--log_every_n_steps", "4"]
-    common += [
-        VALIDATION % f"{{size: 64, set: val, data_root: {PICTURES}}}",
-        "data.params.train.params.repeats=16",
-    ]  # validated after every fourth step
-    two = start("main.py", *common, "-l", str(tmp_path / "two"), "-n", "x", *TWO, "data.params.batch_size=2")
+    """The same embedding from the same samples at the same rate; rank 0 alone writes, and a signal to the other one
+    stops both."""
+    common = [*LEARN, *MADE_SMALL, *every(4, pictures=8), "--log_every_n_steps", "4", "--allow_targets", "runs"]
+    # validated after every fourth step
+    common += [VALIDATION % f"{{size: 64, set: val, data_root: {PICTURES}}}", "data.params.train.params.repeats=16"]
+    stop = "lightning.callbacks.stop={target: runs.CtrlC, params: {step: 8, name: SIGTERM, rank: 1}}"
+    flags = ["--devices", "2", "--accelerator", "cpu", "--strategy", "ddp", "--max_steps", "1000", stop]
+    two = start("main.py", *common, "-l", str(tmp_path / "two"), "-n", "x", *flags)
     seen = set()
     while two.poll() is None:
         seen |= {path.name for path in tmp_path.glob("two/*")}
         time.sleep(0.01)
     _, errors = finish(two)
-    assert two.returncode == 0, errors
+    assert two.returncode == 128 + 15, errors
+    assert "Stopped and saved at step 8" in errors and "error" not in errors
     assert len(seen) == 1, "at no time had the second process a folder of its own"
-    assert "error" not in errors
-    assert main.main([*common, "-l", str(tmp_path / "one"), "-n", "x", "data.params.batch_size=4"]) == 0
+    one = ["-l", str(tmp_path / "one"), "-n", "x", "data.params.batch_size=4", "--max_steps", "8"]
+    assert main.main([*common, *one]) == 0
     assert len(re.findall(r"Learning rate 1.20e-04 = .* 2 \(devices\) x 2 \(batch size\)", errors)) >= 1
 
     folders = [run for name in ("one", "two") for run in (tmp_path / name).iterdir()]
@@ -69,20 +65,6 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(tmp_path: Path
     earlier = one["embeddings_gs-4.safetensors"]
     assert (learned - again).norm() < TOLERANCE * learned.norm()
     assert (learned - earlier).norm() > 20 * TOLERANCE * learned.norm(), "it would notice other steps"
-
-
-@needs_loopback
-def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
-    """To the one that does not write."""
-    run = tmp_path / "run"
-    process = start("main.py", *LEARN, *every(5), "-p", str(run), "--max_steps", "100000", *TWO)
-    wait_for((run / "checkpoints/last.ckpt").exists)
-    (second,) = psutil.Process(process.pid).children()
-    second.terminate()
-    _, errors = finish(process, seconds=60)
-    assert process.returncode == 128 + 15, errors
-    assert "Stopped and saved at step" in errors
-    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] > 0
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
