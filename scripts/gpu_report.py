@@ -53,8 +53,8 @@ def report(options: argparse.Namespace) -> None:
     size = options.size or ("sd-v1" if device.type == "cuda" else "demo")
     refuse_other_report(options.out / "report.json", device_name(device), size)
     options.out.mkdir(parents=True, exist_ok=True)
-    run = GpuReport(options.out, device, size, not options.no_compile, options.repeats)
-    run.run(options.only, say)
+    run = GpuReport(options.out, device, size, not options.no_compile, options.repeats, say)
+    run.run(options.only)
     say(run.markdown())
     if options.into is not None:
         before, after = around_tables(options.into)
