@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from evaluation.concepts import TRANSFERS
 from evaluation.judges import Judge
 from evaluation.spectrum import Experiment, Spectrum, all_windows, matrix
 from evaluation.statistics import mean_interval, share_interval
@@ -30,16 +31,16 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_transfers(summaries: Summaries, presets: Sequence[str], path: Path) -> None:
+def plot_transfers(summaries: Summaries, path: Path) -> None:
     """Draw the transfer of each row, by preset."""
     figure, axes = plt.subplots(figsize=(8, 3.4))
-    groups = [*presets, "all"]
+    groups = [*TRANSFERS, "all"]
     width = 0.8 / len(summaries)
     for i, (name, summary) in enumerate(summaries.items()):
         means, errors = _bars([summary[f"transferred/{group}"] for group in groups])
         left = np.arange(len(groups)) + (i - (len(summaries) - 1) / 2) * width
         axes.bar(left, means, width, yerr=errors, label=name)
-    axes.set_xticks(range(len(groups)), [*presets, "mean"])
+    axes.set_xticks(range(len(groups)), [*TRANSFERS, "mean"])
     axes.set_ylabel("wanted attribute only")
     axes.set_ylim(0, 1)
     axes.legend(fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -37,28 +37,24 @@ def main(argv: list[str] | None = None) -> None:
     add_flag(parser, "--into", type=path, metavar="FILE", help="Markdown file whose marked block the tables replace")
     options = parser.parse_strictly(argv)
     with parser.sentences():
-        report(options)
+        from evaluation.benchmark.gpu_report import GpuReport
+        from evaluation.benchmark.measure import device_name
+        from ldm.files.writing import check_writable, replace_text
+        from ldm.util import pick_device
 
-
-def report(options: argparse.Namespace) -> None:
-    from evaluation.benchmark.gpu_report import GpuReport
-    from evaluation.benchmark.measure import device_name
-    from ldm.files.writing import check_writable, replace_text
-    from ldm.util import pick_device
-
-    if options.into is not None:
-        around_tables(options.into)
-    check_writable(options.out, "--out")
-    device = pick_device(options.device)
-    size = options.size or ("sd-v1" if device.type == "cuda" else "demo")
-    refuse_other_report(options.out / "report.json", device_name(device), size)
-    options.out.mkdir(parents=True, exist_ok=True)
-    run = GpuReport(options.out, device, size, not options.no_compile, options.repeats, say)
-    run.run(options.only)
-    say(run.markdown())
-    if options.into is not None:
-        before, after = around_tables(options.into)
-        replace_text(options.into, f"{before}{MARKS[0]}\n{run.markdown()}{MARKS[1]}{after}")
+        if options.into is not None:
+            around_tables(options.into)
+        check_writable(options.out, "--out")
+        device = pick_device(options.device)
+        size = options.size or ("sd-v1" if device.type == "cuda" else "demo")
+        refuse_other_report(options.out / "report.json", device_name(device), size)
+        options.out.mkdir(parents=True, exist_ok=True)
+        report = GpuReport(options.out, device, size, not options.no_compile, options.repeats, say)
+        report.run(options.only)
+        say(report.markdown())
+        if options.into is not None:
+            before, after = around_tables(options.into)
+            replace_text(options.into, f"{before}{MARKS[0]}\n{report.markdown()}{MARKS[1]}{after}")
 
 
 def refuse_other_report(file: Path, device: str, size: str) -> None:

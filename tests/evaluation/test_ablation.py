@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.ablation import INITIAL_WORDS, Ablation
-from evaluation.comparison import difference, gain, summary
+from evaluation.ablation import INITIAL_WORDS, Ablation, gain, summary
 from evaluation.concepts import MAX_STEPS, TRANSFERS
+from evaluation.statistics import difference
 from ldm.config import load_config
 from scripts import ablate
 

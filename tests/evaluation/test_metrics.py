@@ -21,8 +21,7 @@ from evaluation.metrics.alignment import (
     without_placeholder,
 )
 from evaluation.metrics.backbones import Backbone, clip_backbone, clip_pixels
-from evaluation.metrics.generate import filled
-from evaluation.metrics.report import ALL, Case, aggregate, read_images, score, write
+from evaluation.metrics.report import ALL, Case, aggregate, filled, read_images, score, write
 from ldm.embeddings import Concept
 from scripts import evaluate
 

@@ -187,7 +187,7 @@ PRESETS = "--write-presets"
         (command, [PRESETS, "README.md/presets.yaml"], "'README.md'"),
         (command, [PRESETS, MODEL], "does not hold presets, and would be lost"),
         (command, [PRESETS, "models/demo/presets.yaml"], "is there already; use --force"),
-        (command, [PRESETS, "docs"], "takes a file, not the folder 'docs'"),
+        (command, [PRESETS, "docs"], "'docs' is a folder; name a file"),
         *((command, [PRESETS, "p.yaml", *x], "needs concepts of") for x in (["--concepts", 0], ["--prompt", ""])),
     ],
 )
