@@ -76,32 +76,24 @@ def _bars(values: Iterable[np.ndarray], interval: Interval = share_interval) -> 
 
 
 def plot_spectrum(found: Spectrum, experiments: Mapping[str, Experiment], judge: Judge, folder: Path) -> list[str]:
-    """Draw a heat map and a strip of images for each kind of experiment; returns the names of the files."""
-    files = []
-    for name in filter(found.scores.__contains__, ("withhold", "switch")):
-        values, stages = matrix(found.scores[name], judge), list(found.scores[name])
-        heat_map(values, judge.names, stages, TITLES[name], folder / f"{name}.png")
-        files.append(f"{name}.png")
-    if adds := [name for name in found.scores if name.startswith("add")]:
-        rows = [judged for name in adds for judged in experiments[name].judged or judge.names]
-        values = np.concatenate([matrix(found.scores[name], judge, experiments[name].judged) for name in adds])
-        heat_map(values, rows, list(found.scores[adds[0]]), TITLES["add"], folder / "add.png")
-        files.append("add.png")
-    for name in [name for name in found.scores if name.startswith("concept")]:
-        _plot_concept(name, found, experiments[name], judge, folder / f"{name}.png")
-        files.append(f"{name}.png")
+    """Draw a heat map of each kind of experiment, and a strip of images of each; returns the names of the files."""
+    kinds: dict[str, list[str]] = {}
+    for name in found.scores:
+        kinds.setdefault("add" if name.startswith("add") else name, []).append(name)
+    for kind, names in kinds.items():
+        columns = list(found.scores[names[0]])
+        if len(columns) == len(all_windows()):  # too many for a figure: those at one end
+            columns = [window for window in columns if window.startswith("0") or window.endswith("9")]
+        rows = [judged for name in names for judged in experiments[name].judged or judge.names]
+        scores = [{column: found.scores[name][column] for column in columns} for name in names]
+        judged = [experiments[name].judged for name in names]
+        values = np.concatenate([matrix(x, judge, some) for x, some in zip(scores, judged, strict=True)])
+        what = "comes from the learned image" if experiments[names[0]].truth else "follows `*` in all stages"
+        title = TITLES.get(kind, f"{kind}: {what}, `*` in these stages only")
+        heat_map(values, rows, columns, title, folder / f"{kind}.png")
     for name, examples in found.examples.items():
         strip(examples, name, folder / f"strip-{name}.png")
-        files.append(f"strip-{name}.png")
-    return files
-
-
-def _plot_concept(name: str, found: Spectrum, experiment: Experiment, judge: Judge, path: Path) -> None:
-    what = "comes from the learned image" if experiment.truth else "follows `*` in all stages"
-    chosen = found.scores[name]
-    if len(chosen) == len(all_windows()):  # too many for a figure: those at one end
-        chosen = {w: x for w, x in chosen.items() if w.startswith("0") or w.endswith("9")}
-    heat_map(matrix(chosen, judge), judge.names, list(chosen), f"{name}: {what}, `*` in these stages only", path)
+    return [f"{name}.png" for name in [*kinds, *(f"strip-{name}" for name in found.examples)]]
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
