@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import CLIPModel
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
-SMALL, SMALL_MODEL = "models/demo/clip.safetensors", "models/demo/model.safetensors"
+SMALL = "configs/demo/text.yaml", "models/demo/clip.safetensors", "models/demo/model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,16 @@ def _projected(features: Any) -> Tensor:
     return getattr(features, "pooler_output", features)
 
 
-def small_backbone(
-    config: str | Path = "configs/demo/text.yaml", weights: str | Path = SMALL, model: str | Path = SMALL_MODEL
-) -> Backbone:
-    """Return the contrastive towers that the small model's text transformer was trained in, which is in `model`.
+def small_backbone() -> Backbone:
+    """Return the contrastive towers that the small model's text transformer was trained in.
 
     They know the words of the rendered world only; scores by them compare with nothing that is published.
     """
-    config, weights, model = map(shipped, (config, weights, model))
+    config, weights, model = map(shipped, SMALL)
     params = load_config(config).model.params
     towers: Any = CLIP(**params).eval().requires_grad_(False)
     text = {name: x for name, x in read_state_dict(model).items() if name.startswith("cond_stage_model.")}
-    state = {name: x.float() for name, x in (text | dict(read_state_dict(weights))).items()}
-    load_weights(towers, state, weights)
+    load_weights(towers, {name: x.float() for name, x in (text | dict(read_state_dict(weights))).items()}, weights)
 
     def prepare(image: Image.Image) -> Tensor:
         return _values(image.resize((params.resolution,) * 2, Image.Resampling.BOX)) * 2 - 1

@@ -69,19 +69,6 @@ def test_positions_are_where_the_words_say():
         assert abs(down - expected[word][0]) < 4 and abs(right - expected[word][1]) < 4, word
 
 
-def test_backgrounds_are_lighter_or_darker_than_every_object():
-    weights = torch.tensor([0.2126, 0.7152, 0.0722])[:, None]
-    attributes = random_attributes(400, seed=0)
-    attributes[:, 0] = FACTORS["position"].index("centre")
-    attributes[:, 1] = FACTORS["size"].index("large")
-    images = (render(attributes, range(400), resolution=64) + 1) / 2
-    luminance = [(part.flatten(2) * weights).sum(1) for part in (images[:, :, :4], images[:, :, 28:36, 28:36])]
-    background, middle = luminance[0].mean(1), luminance[1]
-    light = attributes[:, -1] < 3
-    assert (background[light] > middle[light].amax(1)).all()
-    assert (background[~light] < middle[~light].amin(1)).all()
-
-
 # Words
 
 
