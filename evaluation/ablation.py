@@ -151,7 +151,12 @@ class Ablation:
             leak_table(rows),
         ]
         if named:  # the first of them beside the others, and beside itself with `*` elsewhere
-            parts.append(gain_table(named[0], [*named[1:], *elsewhere], rows))
+            keys = ["reconstruction", *(f"transferred/{group}" for group in ("all", *TRANSFERS))]
+            head = [f"{named[0]} minus", "attributes regenerated", "transfer", *TRANSFERS]
+            others = {name: rows[name] for name in [*named[1:], *elsewhere]}
+            first = rows[named[0]]
+            lines = [[name, *(difference(gain(first, x, key)) for key in keys)] for name, x in others.items()]
+            parts.append(table(head, lines))
         text = "\n\n".join(parts) + "\n"
         write(folder, "ablation", text, rows)
         plot_transfers({name: rows[name] for name in [*named, *elsewhere]} or rows, folder / "transfer.png")
@@ -220,10 +225,3 @@ def leak_table(rows: Mapping[str, Summary]) -> str:
             cells.append(f"{share(x[f'wanted/{preset}'])} / {leaks[worst]:.2f} {worst}")
         lines.append([name, *cells])
     return table(["variant", *(f"{preset}: wanted / most often unwanted" for preset in TRANSFERS)], lines)
-
-
-def gain_table(first: str, others: Sequence[str], rows: Mapping[str, Summary]) -> str:
-    """Return what one row has more than others, on the same concepts."""
-    keys = ["reconstruction", *(f"transferred/{group}" for group in ("all", *TRANSFERS))]
-    lines = [[name, *(difference(gain(rows[first], rows[name], key)) for key in keys)] for name in others]
-    return table([f"{first} minus", "attributes regenerated", "transfer", *TRANSFERS], lines)

@@ -33,7 +33,7 @@ from ldm.files.images import to_pil, to_tensor
 from ldm.generate import main
 
 EDITED = ("shape", "texture", "colour")
-CHANGED = range(len(EDITED)), [COLUMNS[factor] for factor in EDITED]  # of attributes (E, F)
+CHANGED = slice(None), range(len(EDITED)), [COLUMNS[factor] for factor in EDITED]  # of attributes (N, E, F)
 STRENGTHS = (0.4, 0.6, 0.8)
 ADVICE = {"tau_v": 0.5, "tau_c": 0.6, "tau_s": 0.6, "tau_u": 0.0}  # of StyleDiffusion's README
 LOOSE = {"tau_v": 0.2, "tau_c": 0.4, "tau_s": 0.2, "tau_u": 0.0}
@@ -111,13 +111,7 @@ def measure_image(study: EditStudy, number: int) -> Result:
     targets, prompt = targets_of(attributes, study.seed + number), prompt_of(attributes)
     original = to_pil(render(attributes[None], [seed])[0])
     found: Result = {"image": attributes.numpy(), "targets": targets.numpy(), "original": np.asarray(original)}
-    shared: dict[str, Any] = {
-        "model": model,
-        "ddim_steps": study.steps,
-        "scale": study.scale,
-        "seed": number,
-        "progress": False,
-    }
+    shared: dict[str, Any] = {"model": model, "ddim_steps": study.steps, "scale": study.scale, "seed": number}
     edits: dict[str, Callable[[str], Any]] = {
         f"img2img {strength}": partial(main, content_dir=original, strength=strength, progress=False, **shared)
         for strength in STRENGTHS
@@ -151,25 +145,16 @@ def measure_image(study: EditStudy, number: int) -> Result:
     return found
 
 
-def arrived(result: Result, name: str) -> np.ndarray:
-    """Return whether the new attribute is there, (E,)."""
-    return (result[f"read/{name}"] == result["targets"])[CHANGED]
-
-
-def stayed(result: Result, name: str) -> np.ndarray:
-    """Return whether each attribute is the image's, (E, F); NaN for the one that was edited."""
-    same = (result[f"read/{name}"] == result["image"]).astype(float)
-    same[CHANGED] = np.nan
-    return same
-
-
 def summary(results: Sequence[Result]) -> str:
     """Return the tables as Markdown."""
     names = [key.partition("/")[2] for key in results[0] if key.startswith("images/")]
+    own, targets = np.array([x["image"] for x in results])[:, None], np.array([x["targets"] for x in results])
     rows, kept = [], []
     for name in names:
-        arrival = np.array([arrived(result, name) for result in results])
-        stays = np.array([stayed(result, name) for result in results])  # (N, E, F)
+        read = np.array([result[f"read/{name}"] for result in results])  # (N, E, F)
+        arrival = (read == targets)[CHANGED]  # (N, E)
+        stays = (read == own).astype(float)  # NaN for the attribute that was edited
+        stays[CHANGED] = np.nan
         background = np.array([result[f"background/{name}"].mean() for result in results])
         low, high = mean_interval(background, 0, 99)
         rows.append([

@@ -135,7 +135,7 @@ class GpuReport:
         first, step = self._seconds(begin)
         seconds, _ = self._seconds(lambda: [step.run() for _ in range(steps)])
         peak = peak_memory(step.run, self.device)
-        wall, profiled = self._profiled(step.run)
+        profiled = self._profiled(step.run)
         counted = ours.TrainingStep(base, captured - {"cuda_graph"}, self.work)  # a graph hides what it does
         ceiling = matmul_ceiling(self.device, torch.float16 if self.on_gpu else torch.float32)
         found = {
@@ -143,7 +143,7 @@ class GpuReport:
             "seconds": seconds,
             "first_step_s": first,
             "peak_gb": peak and (peak - before) / 1e9,
-            "busy": _busy_ms(profiled) / wall,
+            "busy": profiled["busy_ms"] / profiled["wall_ms"],
             "of_ceiling": count_flop(counted.run) / ceiling / (1e3 * seconds / steps),
         }
         self.say(f"  {_learning(found)}")
@@ -182,23 +182,12 @@ class GpuReport:
     def profile(self) -> Row:
         """Profile one training step and one sampling call: number and time of kernels, and gaps between them."""
         ways, work = self._here(CAPTURED), self.work._replace(steps=10)
-        own = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
-        found: Row = {}
-        for name, run in {
-            "training step": ours.TrainingStep(self.base, ways, work).run,
-            "sampling, 10 steps": ours.Sampling(self.base, ways, work).run,
-        }.items():
-            for _ in range(2):
-                run()
-            wall, profiled = self._profiled(run)
-            events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, own))
-            found[name] = {
-                "wall_ms": wall,
-                "busy_ms": _busy_ms(profiled),
-                "kernels": len(_kernels(profiled)),
-                "top": [[e.key[:90], getattr(e, own) / 1e3, e.count] for e in events[:15]],
-            }
-            self.say(f"  {name}: {wall:.2f} ms, kernels {found[name]['busy_ms']:.2f} ms in {found[name]['kernels']}")
+        found = {
+            "training step": self._profiled(ours.TrainingStep(self.base, ways, work).run),
+            "sampling, 10 steps": self._profiled(ours.Sampling(self.base, ways, work).run),
+        }
+        for name, x in found.items():
+            self.say(f"  {name}: {x['wall_ms']:.2f} ms, kernels {x['busy_ms']:.2f} ms in {x['kernels']}")
         return found
 
     def tests(self) -> Row:
@@ -262,13 +251,28 @@ class GpuReport:
         wall, _ = time_run(lambda: found.append(work()), self.device)
         return wall / 1e3, found[0]
 
-    def _profiled(self, run: Callable[[], object]) -> tuple[float, profiler.profile]:
-        """Return the milliseconds of one run without the profiler, and the profile of another."""
+    def _profiled(self, run: Callable[[], object]) -> Row:
+        """Return what a profile of one run shows, and the milliseconds of another without the profiler.
+
+        On the CPU there are no kernels, and the operations without their parts stand in.
+        """
+        for _ in range(2):
+            run()
         wall, _ = time_run(run, self.device)
         activities = [profiler.ProfilerActivity.CPU] + [profiler.ProfilerActivity.CUDA] * self.on_gpu
         with profiler.profile(activities=activities) as profiled:
             time_run(run, self.device)
-        return wall, profiled
+        events = list(profiled.events() or [])
+        kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = kernels or [event for event in events if event.cpu_parent is None]
+        own = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
+        top = sorted(profiled.key_averages(), key=lambda event: -getattr(event, own))[:15]
+        return {
+            "wall_ms": wall,
+            "busy_ms": sum(kernel.time_range.elapsed_us() for kernel in kernels) / 1e3,
+            "kernels": len(kernels),
+            "top": [[event.key[:90], getattr(event, own) / 1e3, event.count] for event in top],
+        }
 
     # --- goals and tables --------------------------------------------------------------------------------------
 
@@ -331,17 +335,6 @@ def _compiles(name: str) -> bool:
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def _kernels(profiled: profiler.profile) -> list[Any]:
-    """Return the kernels of a profile; on the CPU there are none, and the operations without their parts stand in."""
-    events = list(profiled.events() or [])
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    return kernels or [event for event in events if event.cpu_parent is None]
-
-
-def _busy_ms(profiled: profiler.profile) -> float:
-    return sum(kernel.time_range.elapsed_us() for kernel in _kernels(profiled)) / 1e3
 
 
 def _learning(found: Row) -> str:
