@@ -88,13 +88,11 @@ def main(argv: Sequence[str] | None = None) -> bool:
             parser.error(f"'{name}' makes no difference to --what {options.what}, only to {', '.join(whats)}")
     if set(options.on) >= PRECISIONS:
         parser.error(f"--on takes one precision, not {' and '.join(sorted(PRECISIONS))}")
-    if options.json is not None and options.json.suffix != ".json":
-        parser.error(f"--json takes a file that ends in .json, not '{options.json}'")
     options.overrides = rest
     with parser.sentences():
-        for file, suffix in ((options.json, ".json"), (options.figure, ".png")):
+        for flag, file, suffix in (("--json", options.json, ".json"), ("--figure", options.figure, ".png")):
             if file is not None:
-                check_writable(file.parent, f"--{'json' if suffix == '.json' else 'figure'}")
+                check_writable(file.parent, flag)
                 check_new_file(file, options.force, [options.ckpt] if options.ckpt else [], suffix)
         return run(options, list(sys.argv[1:] if argv is None else argv))
 

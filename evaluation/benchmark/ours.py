@@ -6,6 +6,7 @@ With all of them off it is what the reference does.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -252,13 +253,15 @@ def coding(base: LatentDiffusion, switches: frozenset[str], work: Work) -> Conte
 
 def contender(base: LatentDiffusion, work: Work, switches: frozenset[str], name: str = "ours") -> Contender:
     """Return our way to do the work."""
-    if work.what in ("train", "sample"):
-        x = (TrainingStep if work.what == "train" else Sampling)(base, switches, work)
-        found = Contender(name, x.run, x.result, opaque=bool(switches & OPAQUE), details=getattr(x, "details", {}))
-        found.other_images = bool(switches & OTHER_IMAGES)
+    if work.what == "train":
+        step = TrainingStep(base, switches, work)
+        way = Contender(name, step.run, step.result)
+    elif work.what == "sample":
+        images = Sampling(base, switches, work)
+        way = Contender(name, images.run, images.result, details=images.details)
     elif work.what == "vae":
-        found = coding(base, switches, work)
+        way = coding(base, switches, work)
     else:
-        found = (all_layered_contexts if num_layers(base) > 1 else all_contexts)(base, switches, work)
-    found.name, found.dtype, found.samples = name, dtype_of(switches), work.batch
-    return found
+        way = (all_layered_contexts if num_layers(base) > 1 else all_contexts)(base, switches, work)
+    opaque, others = bool(switches & OPAQUE), bool(switches & OTHER_IMAGES)
+    return replace(way, name=name, dtype=dtype_of(switches), samples=work.batch, opaque=opaque, other_images=others)

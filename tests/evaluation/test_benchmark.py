@@ -236,7 +236,7 @@ def test_everything_that_grows_can_be_run() -> None:
     [
         ("--of kv", "did you mean --off?"),
         ("--repeats 0", "--repeats: '0' must be a whole number of at least 1"),
-        ("--json model.safetensors", "--json takes a file that ends in .json"),
+        ("--json model.safetensors", "must end in .json"),
         ("--resolution 60 --device cpu", "must be a multiple of 32"),
         ("--what load", "--what load needs --ckpt FILE"),
         ("--off kv", "'kv' makes no difference to --what train, only to sample"),
