@@ -146,12 +146,12 @@ class Sampling:
         self.steps = round(0.4 * work.steps) if "fast" in switches else work.steps
         self.sampler.make_schedule(self.steps)
         self.scale: Any = [1.0] * 5 + [SCALE] * 5 if "half_guided" in switches else SCALE
-        self.details = {"text_rows": 0}
+        self.text_rows, self.details = 0, {"text_rows": 0}
         encoder: Any = self.model.cond_stage_model
         encoder.transformer.text_model.register_forward_hook(self._count)
 
     def _count(self, _: object, inputs: tuple[Tensor, ...], __: object) -> None:
-        self.details["text_rows"] += len(inputs[0])
+        self.text_rows += len(inputs[0])
 
     def conditionings(self, count: int) -> list[Conditioning]:
         """Return the unconditional prompts, and prompts with the learned token in the first half of the stages."""
@@ -190,8 +190,10 @@ class Sampling:
         return torch.cat(images)
 
     def result(self) -> Tensor:
-        self.details["text_rows"] = 0
-        return self.run()
+        self.text_rows = 0
+        images = self.run()
+        self.details["text_rows"] = self.text_rows
+        return images
 
 
 def no_noise() -> Tensor:
