@@ -80,15 +80,14 @@ def label(window: Window) -> str:
     return str(window[0]) if window[0] == window[1] else f"{window[0]}-{window[1]}"
 
 
-def withhold(prompts: Sequence[str], seeds: list[int], windows: Sequence[Window]) -> Experiment:
-    nothing = [""] * len(prompts)
-    conditions = {label(w): inside(w, nothing, prompts) for w in windows}
-    return Experiment(conditions, seeds, throughout(prompts), throughout(nothing))
-
-
 def add(prompts: Sequence[str], longer: Sequence[str], seeds: list[int], windows: Sequence[Window]) -> Experiment:
     conditions = {label(w): inside(w, longer, prompts) for w in windows}
     return Experiment(conditions, seeds, throughout(longer), throughout(prompts))
+
+
+def withhold(prompts: Sequence[str], seeds: list[int], windows: Sequence[Window]) -> Experiment:
+    made = add(prompts, [""] * len(prompts), seeds, windows)
+    return replace(made, toward=made.away, away=made.toward)
 
 
 def switch(first: Sequence[str], then: Sequence[str], seeds: list[int]) -> Experiment:

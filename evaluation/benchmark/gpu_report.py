@@ -217,6 +217,7 @@ class GpuReport:
 
     def _row(self, name: str, switches: frozenset[str] | None, work: Work) -> Row:
         """Time one way alone; the peak of memory is without the base model, except where its weights are used."""
+        base = self.base
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -224,11 +225,11 @@ class GpuReport:
 
         def begin() -> Contender:
             if name == "stylediffusion":
-                way = inversion_step(variant(self.base, DEFAULTS), work.resolution)  # which freezes what it is given
+                way = inversion_step(variant(base, DEFAULTS), work.resolution)  # which freezes what it is given
             elif switches is None:
-                way = peer.contender(self.base, work, self._here(HALF), name)
+                way = peer.contender(base, work, self._here(HALF), name)
             else:
-                way = ours.contender(self.base, work, self._here(switches), name)
+                way = ours.contender(base, work, self._here(switches), name)
             way.run()
             return way
 
