@@ -41,22 +41,18 @@ LOOSE = {"tau_v": 0.2, "tau_c": 0.4, "tau_s": 0.2, "tau_u": 0.0}
 
 @dataclass(frozen=True)
 class EditStudy:
-    """A study of edits: the images, and the settings of every method.
-
-    Args:
-        count: N. seed: of the images.
-        taus: settings of StyleDiffusion by name; the other methods have those of the last one.
-    """
+    """A study of edits: the images, and the settings of every method."""
 
     config: str = "configs/demo/finetune.yaml"
     ckpt: str = "models/demo/model.safetensors"
     classifier: str = "models/demo/classifier.safetensors"
-    count: int = 24
-    seed: int = 1717
+    count: int = 24  # N
+    seed: int = 1717  # of the images
     steps: int = 20
     scale: float = 2.5
     inner_steps: int = 20
     null_steps: int = 5
+    # of StyleDiffusion, by name; the other methods have the last ones
     taus: Mapping[str, Mapping[str, float]] | None = None
 
     @property

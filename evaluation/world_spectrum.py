@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from evaluation import spectrum
-from evaluation.concepts import TRANSFERS, Subject, Transfer, learn_concept, transferred
+from evaluation.concepts import TRANSFERS, Subject, learn_concept, transferred
 from evaluation.jobs import Workers, run_jobs
 from evaluation.world import attributes as words
 
@@ -64,29 +64,29 @@ def concept_experiments(concepts: spectrum.Concepts, seeds: int = 4) -> dict[str
 
 
 def best_windows(found: Mapping[str, spectrum.Scores], together: int = 4) -> dict[str, list[int]]:
-    """Return for every preset the stages in which the wanted attribute is transferred, and no unwanted one.
-
-    From the scores, by experiment, of `concept_experiments` with `together` images of each concept.
-    """
-    return {name: _best_window(found[f"concept-{name}"], x, together) for name, x in TRANSFERS.items()}
-
-
-def _best_window(scores: spectrum.Scores, transfer: Transfer, together: int) -> list[int]:
-    """Return the stages of a window that transfers well.
+    """Return for every preset the stages of a window that transfers the wanted attribute well, and no unwanted one.
 
     Of the windows that transfer as well as the best, to within one standard error (Breiman et al. 1984), and that let
     no unwanted attribute through more often than chance would, it is the one with the wanted attribute most often; of
     equals the shortest. The best of 55 windows itself would often be the luckiest.
+
+    Args:
+        found: scores of `concept_experiments`, with `together` images of each concept.
     """
-    counts = {window: transferred(x, np.ones(len(words.COLUMNS)), transfer) for window, x in scores.items()}
-    shares = {window: float(count["transferred"].mean()) for window, count in counts.items()}
-    best = max(shares, key=lambda window: shares[window])
-    concepts = counts[best]["transferred"].reshape(-1, together).mean(axis=1)
-    error = concepts.std(ddof=1) / np.sqrt(len(concepts)) if len(concepts) > 1 else 0.0
-    good = [window for window, share in shares.items() if share >= shares[best] - error]
-    chance = {f"leaked/{factor}": 1 / len(words.FACTORS[factor]) for factor in transfer.unwanted}
-    clean = [w for w in good if all(counts[w][key].mean() <= share for key, share in chance.items())]
-    return stages_of(max(clean or good, key=lambda w: (counts[w]["wanted"].mean(), -len(stages_of(w)), w)))
+    windows = {}
+    for name, transfer in TRANSFERS.items():
+        scores = found[f"concept-{name}"]
+        counts = {window: transferred(x, np.ones(len(words.COLUMNS)), transfer) for window, x in scores.items()}
+        shares = {window: float(count["transferred"].mean()) for window, count in counts.items()}
+        best = max(shares, key=lambda window: shares[window])
+        concepts = counts[best]["transferred"].reshape(-1, together).mean(axis=1)
+        error = concepts.std(ddof=1) / np.sqrt(len(concepts)) if len(concepts) > 1 else 0.0
+        good = {window: counts[window] for window, share in shares.items() if share >= shares[best] - error}
+        chance = {f"leaked/{factor}": 1 / len(words.FACTORS[factor]) for factor in transfer.unwanted}
+        clean = {w: x for w, x in good.items() if all(x[key].mean() <= share for key, share in chance.items())}
+        chosen = max((x["wanted"].mean(), -len(stages_of(w)), w) for w, x in (clean or good).items())
+        windows[name] = stages_of(chosen[-1])
+    return windows
 
 
 def stages_of(window: str) -> list[int]:

@@ -32,11 +32,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, and the most that were alive at once.
-
-    Args:
-        module: its weights count from the start.
-    """
+    """Counts the bytes of a module's weights and of all storages that operations make: the most alive at once."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

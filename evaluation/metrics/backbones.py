@@ -27,20 +27,13 @@ SMALL = "configs/demo/text.yaml", "models/demo/clip.safetensors", "models/demo/m
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network that images and texts are compared by; features need not be of length 1.
+    """A network that images and texts are compared by; features need not be of length 1."""
 
-    Args:
-        name, preprocessing: for the report: without them a score means nothing.
-        prepare: an RGB image -> its pixels (3, R, R).
-        encode_image: pixels (B, 3, R, R) -> features (B, D).
-        encode_text: B texts -> features (B, D).
-    """
-
-    name: str
+    name: str  # for the report, as is the next: without them a score means nothing
     preprocessing: str
-    prepare: Callable[[Image.Image], Tensor]
-    encode_image: Callable[[Tensor], Tensor]
-    encode_text: Callable[[Sequence[str]], Tensor]
+    prepare: Callable[[Image.Image], Tensor]  # an RGB image -> its pixels (3, R, R)
+    encode_image: Callable[[Tensor], Tensor]  # pixels (B, 3, R, R) -> features (B, D)
+    encode_text: Callable[[Sequence[str]], Tensor]  # B texts -> features (B, D)
 
     def image_features(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
         """Return features (N, D) of N images, each prepared alone."""

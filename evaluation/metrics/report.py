@@ -34,19 +34,16 @@ ALL = "(all prompts)"
 
 @dataclass(frozen=True)
 class Row:
-    """One score.
-
-    Args:
-        mean, std: of the `count` values: pairs of images, generated images, or the prompts' means. The geometric mean
-            is one value, of two means. None for what is no number.
-    """
+    """One score."""
 
     concept: str
     prompt: str
     text: str  # that images were compared with
     metric: str
-    mean: float | None
-    std: float | None
+    mean: (
+        float | None
+    )  # of `count` pairs of images, generated images, or the prompts' means; None for what is no number
+    std: float | None  # None for a geometric mean, which is one value
     count: int
     backbone: str
     preprocessing: str
