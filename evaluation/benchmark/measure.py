@@ -57,8 +57,8 @@ def measure(
         clock: wall, or cpu for the time of the processor.
         ceilings: FLOP per millisecond that the device reaches, see `matmul_ceiling`.
     """
-    results = {c.name: c.result() for c in contenders if c.result and c.other_images == contenders[0].other_images}
-    distances = deviations(results)
+    alike = [c for c in contenders if c.other_images == contenders[0].other_images]
+    distances = deviations({c.name: c.result() for c in alike if c.result})
     peaks, flop = [], []
     for c in contenders:
         peaks.append(peak_memory(c.run, device))
