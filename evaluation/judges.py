@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.metrics.backbones import open_clip_folder
+from evaluation.metrics.backbones import open_clip_folder, projected
 from evaluation.networks.classifier import AttributeClassifier
 from evaluation.world.attributes import FACTORS
 from ldm.checkpoint import load_weights, read_state_dict
@@ -105,8 +105,7 @@ def _clip_distance(folder: str | Path) -> Distance:
     def features(images: Tensor) -> Tensor:
         x = F.interpolate((images.float() + 1) / 2, size=(size, size), mode="bicubic", antialias=True)
         x = (x.clamp(0, 1) - mean[:, None, None]) / std[:, None, None]
-        found = model.get_image_features(pixel_values=x)
-        return F.normalize(getattr(found, "pooler_output", found), dim=-1)
+        return F.normalize(projected(model.get_image_features(pixel_values=x)), dim=-1)
 
     return lambda a, b: 1 - (features(a) * features(b)).sum(dim=1)
 

@@ -41,8 +41,7 @@ def plot_transfers(summaries: Summaries, path: Path) -> None:
         left = np.arange(len(groups)) + (i - (len(summaries) - 1) / 2) * width
         axes.bar(left, means, width, yerr=errors, label=name)
     axes.set_xticks(range(len(groups)), [*TRANSFERS, "mean"])
-    axes.set_ylabel("wanted attribute only")
-    axes.set_ylim(0, 1)
+    axes.set(ylabel="wanted attribute only", ylim=(0, 1))
     axes.legend(fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _save(figure, path)
 
@@ -142,8 +141,7 @@ def plot_steps(families: Mapping[str, Summaries], default: Mapping[str, np.ndarr
     panels[2].set_yscale("log")
     panels[2].set_title("distance of latents to the reference, median", fontsize=9)
     for axes in panels:
-        axes.set_xlabel("time of an image, the default's = 1")
-        axes.set_xscale("log")
+        axes.set(xlabel="time of an image, the default's = 1", xscale="log")
         axes.set_xticks([0.1, 0.2, 0.4, 0.6, 1], [".1", ".2", ".4", ".6", "1"])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

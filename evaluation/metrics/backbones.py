@@ -96,19 +96,19 @@ def clip_backbone(folder: str | Path, antialias: bool = True) -> Backbone:
         tokens = tokenizer(list(texts), padding=True, return_tensors="pt")
         if tokens["input_ids"].shape[1] > longest:
             raise ValueError(f"'{max(texts, key=len):.60}…' has more than {longest} tokens; shorten it.")
-        return _projected(model.get_text_features(**tokens))
+        return projected(model.get_text_features(**tokens))
 
     resize = f"PIL RGB, shorter side {side} bicubic, centre crop" + ("" if antialias else ", no antialiasing")
     return Backbone(
         name=f"CLIP {Path(folder).name}",
         preprocessing=f"{resize}, CLIP mean and std",
         prepare=lambda image: clip_pixels(image, antialias, side),
-        encode_image=lambda pixels: _projected(model.get_image_features(pixel_values=pixels)),
+        encode_image=lambda pixels: projected(model.get_image_features(pixel_values=pixels)),
         encode_text=encode_text,
     )
 
 
-def _projected(features: Any) -> Tensor:
+def projected(features: Any) -> Tensor:
     """Return the projected features, which newer transformers wrap."""
     return getattr(features, "pooler_output", features)
 
