@@ -37,8 +37,10 @@ from evaluation.benchmark.measure import (
 from evaluation.benchmark.models import CONFIGS, ROOT, VOCABULARY, build_model, variant
 from evaluation.benchmark.switches import DEFAULTS, REFERENCE, Work
 from evaluation.statistics import table
+from ldm.files.texts import read_text
 from ldm.files.writing import replace_text
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.request import shown
 
 Say = Callable[[str], None]
 Ways = Mapping[str, frozenset[str] | None]  # name -> switches; None: the peer of that name
@@ -83,8 +85,7 @@ class GpuReport:
         resolution, steps = (512, 50) if size == "sd-v1" else (128, 10)
         self.work = Work("train", 1, resolution, steps)
         self._base: LatentDiffusion | None = None
-        path = folder / "report.json"
-        self.results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.results = read_report(folder / "report.json", device_name(device), size)
         self.results |= {"device": device_name(device), "torch": torch.__version__, "size": size}
 
     @property
@@ -328,6 +329,25 @@ class GpuReport:
         if "tests" in found:
             parts.append(f"Tests on the device: {found['tests']['summary']}")
         return "\n\n".join(parts) + "\n"
+
+
+def read_report(file: Path, device: str, size: str) -> dict[str, Any]:
+    """Return the results of an earlier run, {} without one.
+
+    Raises:
+        ValueError: the report is of another device or size, or a file of something else.
+    """
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(read_text(file, "--out"))
+        made_for = found["device"], found["size"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"'{file}' is no report of this script; give another folder with --out.") from error
+    if made_for != (device, size):
+        remedy = f"for {device} and {size}, give another folder with --out"
+        raise ValueError(f"'{file}' was measured on {shown(made_for[0])} with {shown(made_for[1])}; {remedy}.")
+    return found
 
 
 def _compiles(name: str) -> bool:
