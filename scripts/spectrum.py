@@ -76,7 +76,7 @@ def refuse_misuse(parser: Parser, args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """Draw, judge and write."""
-    from evaluation import spectrum, world_spectrum
+    from evaluation import spectrum
     from evaluation.images import Sampling, check
     from evaluation.judges import AttributeJudge, DistanceJudge
     from evaluation.plots import plot_spectrum
@@ -91,10 +91,10 @@ def measure(args: argparse.Namespace) -> None:
     if args.prompt is not None:
         experiments = own_experiments(args)
     else:
-        experiments = world_spectrum.caption_experiments(args.count, spectrum.sliding(args.width))
+        experiments = spectrum.caption_experiments(args.count, spectrum.sliding(args.width))
         if args.concepts:
-            learned = world_spectrum.learn_concepts(args.config, args.ckpt, args.concepts, args.outdir, args.workers)
-            experiments |= world_spectrum.concept_experiments(learned)
+            learned = spectrum.learn_concepts(args.config, args.ckpt, args.concepts, args.outdir, args.workers)
+            experiments |= spectrum.concept_experiments(learned)
     options = {"steps": args.steps, "scale": args.scale, "size": args.size, "batch_size": args.batch}
     found = spectrum.run(experiments, judge, args.config, args.ckpt, args.outdir, options, args.workers)
     if "switch" in found.scores:
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace) -> None:
         say("half of the images follow A at stage " + ", ".join(f"{stage:.1f} ({name})" for name, stage in places))
     figures = plot_spectrum(found, experiments, judge, args.outdir)
     if args.write_presets:
-        write_presets(args.write_presets, world_spectrum.best_windows(found.scores), args.ckpt)
+        write_presets(args.write_presets, spectrum.best_windows(found.scores), args.ckpt)
     say(f"{args.outdir}: spectrum.csv, {', '.join(figures)}")
 
 

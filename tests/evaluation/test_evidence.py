@@ -14,9 +14,9 @@ from evaluation.captions import follow_captions
 from evaluation.concepts import TRANSFERS, Subject, transferred, windowed
 from evaluation.images import Sampling, decode, encode, load, sample, staged
 from evaluation.judges import DistanceJudge, load_judge
+from evaluation.spectrum import best_windows, caption_experiments, concept_experiments
 from evaluation.world.attributes import FACTORS, random_attributes
 from evaluation.world.rendered import render
-from evaluation.world_spectrum import best_windows, caption_experiments, concept_experiments
 
 ROOT = Path(__file__).parents[2]
 CONFIG, MODEL = "configs/demo/finetune.yaml", "models/demo/model.safetensors"

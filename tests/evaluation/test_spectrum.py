@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from evaluation import captions, jobs, plots, spectrum, world_spectrum
+from evaluation import captions, jobs, plots, spectrum
 from evaluation.concepts import MAX_STEPS
 from evaluation.judges import DistanceJudge, colour_distance
 from evaluation.statistics import mean_interval, share_interval, wilson
@@ -45,7 +45,7 @@ def test_the_rendered_world(tmp_path: Path, run: Run, monkeypatch):
     """Presets, figures and table; then another model, for which everything is made anew."""
     monkeypatch.setattr(spectrum, "all_windows", lambda: FEW)
     # two steps of learning, and not in bfloat16, in which many processors are slow
-    monkeypatch.setattr(world_spectrum, "SETTINGS", {MAX_STEPS: 2})
+    monkeypatch.setattr(spectrum, "SETTINGS", {MAX_STEPS: 2})
     out, presets = tmp_path / "out", tmp_path / "new" / "presets.yaml"
     flags = ["--concepts", 1, "--count", 2, "--width", 10, "--steps", 2, "--workers", 1]
     run(command, *flags, "--write-presets", presets, "--outdir", out)
@@ -66,7 +66,7 @@ def test_the_rendered_world(tmp_path: Path, run: Run, monkeypatch):
     assert ("0.0", "1.0") not in {(row["low"], row["high"]) for row in table if row["experiment"] == "switch"}
 
     monkeypatch.setattr(plots, "plot_spectrum", lambda *_: [])
-    monkeypatch.setattr(world_spectrum, "caption_experiments", lambda *_: {})
+    monkeypatch.setattr(spectrum, "caption_experiments", lambda *_: {})
     before = set(out.rglob("*.npz"))
     run(command, *flags, "--outdir", out)
     assert set(out.rglob("*.npz")) == before, "nothing is made twice"
@@ -172,7 +172,7 @@ def test_what_cannot_be_done_is_one_sentence_before_drawing(
     def start(*_, **__):
         raise AssertionError("work has started")
 
-    for module in (jobs, spectrum, world_spectrum):
+    for module in (jobs, spectrum):
         monkeypatch.setattr(module, "run_jobs", start)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
@@ -191,9 +191,9 @@ def test_intervals_count_what_is_independent():
     distances = np.linspace(0.4, 0.6, 32)
     assert spectrum.interval(distances, 1, counts=False) == mean_interval(distances, 0, 1)
     assert spectrum.interval(values[:4], 4, counts=True) == (0.0, 1.0)
-    made = world_spectrum.concept_experiments({"<0>": "a", "<1>": "b"}, seeds=3)["concept-style"]
+    made = spectrum.concept_experiments({"<0>": "a", "<1>": "b"}, seeds=3)["concept-style"]
     assert made.together == 3 and len(set(made.seeds)) == 6  # every concept has seeds of its own
-    assert world_spectrum.caption_experiments(2, spectrum.sliding(3))["switch"].together == 1
+    assert spectrum.caption_experiments(2, spectrum.sliding(3))["switch"].together == 1
 
 
 def test_the_stage_at_which_half_of_the_images_change_over():
@@ -206,7 +206,7 @@ def test_the_stage_at_which_half_of_the_images_change_over():
 def test_a_concept_of_all_windows_is_drawn_with_those_at_one_end(tmp_path: Path, monkeypatch):
     maps = {}
     monkeypatch.setattr(plots, "heat_map", lambda values, rows, columns, title, *_: maps.update({title: columns}))
-    made = world_spectrum.concept_experiments({"<0>": "a"}, seeds=1)["concept-style"]
+    made = spectrum.concept_experiments({"<0>": "a"}, seeds=1)["concept-style"]
     found = spectrum.Spectrum({"concept-style": {window: np.zeros((1, 2)) for window in made.conditions}}, {})
     plots.plot_spectrum(found, {"concept-style": made}, DistanceJudge(), tmp_path)
     ((title, columns),) = maps.items()
