@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evaluation.concepts import MAX_STEPS, TRANSFERS, Subject, build, learn_concept, measure_transfer
+from evaluation.concepts import MAX_STEPS, TRANSFERS, Subject, build, learn_concept, measure_transfer, transferred
 from evaluation.images import Sampling, check
 from evaluation.jobs import Result, Workers, run_jobs
+from evaluation.plots import plot_transfers, plot_variants
+from evaluation.statistics import difference, share, table
 from evaluation.world.attributes import FACTORS, words_of
 from ldm.conditioning.presets import PRESET_STAGES
+from ldm.files.writing import replace_text
 from ldm.yaml_files import read_yaml
 
 EXAMPLE = "configs/evidence/ablation.yaml is an example"
@@ -24,6 +29,7 @@ PRESETS = "presets"  # where a concept's `*` stands: in the windows of the prese
 Windows = Mapping[str, Sequence[int]]  # preset -> stages
 ELSEWHERE: dict[str, Windows] = {"all stages": dict.fromkeys(TRANSFERS, range(10)), "the paper's stages": PRESET_STAGES}
 Results = dict[tuple[str, int], Result]  # (variant, number of the subject) -> result
+Summary = Mapping[str, np.ndarray]  # name -> one value for each concept
 Settings = TypeVar("Settings")
 
 
@@ -129,3 +135,93 @@ class Ablation:
                 own = {"subject": x, "vectors": learned[variant, x.number]["vectors"], "placements": places}
                 jobs[variant, x.number] = shared | own
         return run_jobs(measure_transfer, jobs, folder / "measured", workers, "measuring transfer")
+
+    def compare(self, measured: Results, learned: Results, windows: Windows, folder: Path) -> str:
+        """Return the comparison as Markdown; also write it, its numbers and figures into `folder`."""
+        summaries = {variant: summary(measured, variant) for variant in self.variants}
+        named = [variant for variant in self.elsewhere if variant in summaries]
+        elsewhere = {f"{v}, `*` in {place}": summary(measured, v, place) for v in named for place in ELSEWHERE}
+        rows, default = summaries | elsewhere, summaries.get(self.default)
+        gains = {name: gain(x, default) for name, x in rows.items() if default and name != self.default}
+        seconds = {v: np.median([x["seconds"] for x in of_variant(learned, v).values()]) for v in summaries}
+        parts = [
+            f"{self.images} images for each prompt, {self.sampler} {self.steps}, guidance {self.scale}; "
+            "windows: " + ", ".join(f"{preset} {list(windows[preset])}" for preset in TRANSFERS),
+            main_table(self.default, rows, gains, seconds),
+            leak_table(rows),
+        ]
+        if named:  # the first of them beside the others, and beside itself with `*` elsewhere
+            keys = ["reconstruction", *(f"transferred/{group}" for group in ("all", *TRANSFERS))]
+            head = [f"{named[0]} minus", "attributes regenerated", "transfer", *TRANSFERS]
+            others = {name: rows[name] for name in [*named[1:], *elsewhere]}
+            first = rows[named[0]]
+            lines = [[name, *(difference(gain(first, x, key)) for key in keys)] for name, x in others.items()]
+            parts.append(table(head, lines))
+        text = "\n\n".join(parts) + "\n"
+        write(folder, "ablation", text, rows)
+        plot_transfers({name: rows[name] for name in [*named, *elsewhere]} or rows, folder / "transfer.png")
+        plot_variants(summaries, {name: x for name, x in gains.items() if name in summaries}, folder / "variants.png")
+        return text
+
+
+def summary(measured: Results, variant: str, placement: str = PRESETS) -> Summary:
+    """Return one value for each concept of a variant: (concepts,) under each name.
+
+    Names: reconstruction (share of attributes), distance (of latents); of each preset wanted/PRESET,
+    leaked/FACTOR/PRESET and transferred/PRESET (shares of images); and transferred/all, the presets' mean.
+    """
+    rows = []
+    for result in of_variant(measured, variant).values():
+        same = result["read/reconstruction"] == result["image"]
+        row = {"reconstruction": same.mean(), "distance": result["latent_distance"].mean()}
+        for preset, transfer in TRANSFERS.items():
+            found = transferred(result[f"read/{placement}/{preset}"], result["image"], transfer)
+            row |= {f"{kind}/{preset}": values.mean() for kind, values in found.items()}
+        row["transferred/all"] = np.mean([row[f"transferred/{preset}"] for preset in TRANSFERS])
+        rows.append(row)
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+def of_variant(results: Results, variant: str) -> dict[int, Result]:
+    return {key: result for (owner, key), result in results.items() if owner == variant}
+
+
+def write(folder: Path, name: str, text: str, rows: Mapping[str, Summary]) -> None:
+    """Write tables and their numbers as NAME.md and NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / f"{name}.md", text)
+    numbers = {row: {key: x.tolist() for key, x in values.items()} for row, values in rows.items()}
+    replace_text(folder / f"{name}.json", json.dumps(numbers, indent=1) + "\n")
+
+
+def gain(values: Summary, default: Summary, key: str = "transferred/all") -> np.ndarray:
+    """Return values minus the default's on the same concepts, one for each."""
+    return values[key] - default[key]
+
+
+def main_table(
+    default: str, rows: Mapping[str, Summary], gains: Mapping[str, np.ndarray], seconds: Mapping[str, float]
+) -> str:
+    head = ["variant", "concepts", "attributes regenerated", "latent distance", "transfer, mean of presets"]
+    head += [*TRANSFERS, f"transfer − {default}'s, same images", "seconds to learn"]
+    lines = []
+    for name, x in rows.items():
+        values = [f"{x[f'transferred/{preset}'].mean():.2f}" for preset in TRANSFERS]
+        regenerated = [share(x["reconstruction"]), f"{x['distance'].mean():.3f}"]
+        gained = difference(gains[name]) if name in gains else ""
+        time = f"{seconds[name]:.0f}" if name in seconds else ""
+        lines.append([name, len(x["distance"]), *regenerated, share(x["transferred/all"]), *values, gained, time])
+    return table(head, lines)
+
+
+def leak_table(rows: Mapping[str, Summary]) -> str:
+    """Return how often the wanted attribute is transferred, and the unwanted one that is transferred most often."""
+    lines = []
+    for name, x in rows.items():
+        cells = []
+        for preset, transfer in TRANSFERS.items():
+            leaks = {factor: x[f"leaked/{factor}/{preset}"].mean() for factor in transfer.unwanted}
+            worst = max(leaks, key=lambda factor: leaks[factor])
+            cells.append(f"{share(x[f'wanted/{preset}'])} / {leaks[worst]:.2f} {worst}")
+        lines.append([name, *cells])
+    return table(["variant", *(f"{preset}: wanted / most often unwanted" for preset in TRANSFERS)], lines)

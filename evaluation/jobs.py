@@ -1,10 +1,12 @@
-"""Independent measurements in parallel processes; each result is kept on disk as soon as it is there (joblib)."""
+"""Independent measurements in parallel processes (joblib); each result is kept on disk as soon as it is there."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,39 +22,13 @@ from ldm.many.cluster import connected, run_on
 
 try:
     import joblib
-    from joblib._store_backends import FileSystemStoreBackend
 except ImportError as error:
     raise ImportError("Measuring needs joblib, scipy and matplotlib: pip install -e '.[metrics]'") from error
 
 Result = dict[str, np.ndarray]
 Workers = int | str | None  # see `run_jobs`
-Waiting = Mapping[str, tuple[Any, ...]]  # key -> arguments of `measure`
+Call = tuple[Path, Callable[..., Result], Mapping[str, Any]]  # arguments of `measure`
 Name = TypeVar("Name", bound=Hashable)
-
-
-class ArrayStore(FileSystemStoreBackend):
-    """joblib's folder of results, as .npz files instead of pickles: reading one runs no code.
-
-    Unlike with joblib's own, a full disk is an error and not a warning.
-    """
-
-    def _path(self, call_id: Sequence[str]) -> Path:
-        return Path(self.location, *call_id, "result.npz")
-
-    def contains_item(self, call_id: Sequence[str]) -> bool:
-        return self._path(call_id).is_file()
-
-    def load_item(self, call_id: Sequence[str], **_: Any) -> Result:
-        with np.load(self._path(call_id), allow_pickle=False) as file:
-            return dict(file)
-
-    def dump_item(self, call_id: Sequence[str], item: Result, **_: Any) -> None:
-        self._path(call_id).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self._path(call_id)) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **item)
-
-
-joblib.register_store_backend("arrays", ArrayStore)
 
 
 def run_jobs(
@@ -73,25 +49,51 @@ def run_jobs(
         workers: processes of one thread each; None: one for each core, or one in all where there is a GPU. A
             text is the address of a Ray cluster to measure on: "local", "auto" or HOST:PORT.
     """
-    cached = joblib.Memory(folder, backend="arrays", verbose=0).cache(measure, ignore=["function", "arguments"])
     hash_of = functools.cache(file_hash)
-    calls = [(joblib.hash([function.__qualname__, by_content(x, hash_of)]), function, x) for x in jobs.values()]
-    waiting = {call[0]: call for call in calls if not cached.check_call_in_cache(*call)}
+    places = {}
+    for name, arguments in jobs.items():
+        key = joblib.hash([function.__qualname__, by_content(arguments, hash_of)])
+        # where joblib's own cache, which earlier versions used, has it
+        places[name] = Path(folder, "evaluation/jobs/measure", joblib.hash({"key": key}), "result.npz")
+    found = {place: read(place) for place in places.values()}
+    waiting = {place: (place, function, jobs[name]) for name, place in places.items() if found[place] is None}
     if isinstance(workers, str):
-        _on_cluster(workers, cached, waiting, description)
+        _on_cluster(workers, waiting, description)
     else:
-        _in_processes(workers, cached, waiting, description)
-    return {name: cached(*call) for name, call in zip(jobs, calls, strict=True)}
+        _in_processes(workers, list(waiting.values()), description)
+    return {name: found[place] or read(place) or {} for name, place in places.items()}
 
 
-def _in_processes(workers: int | None, cached: Any, waiting: Waiting, description: str) -> None:
+def read(place: Path) -> Result | None:
+    """Return a result, None where there is none or a damaged one; no code in it is run."""
+    try:
+        with np.load(place, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def measure(place: Path, function: Callable[..., Result], arguments: Mapping[str, Any]) -> None:
+    """Run one job on one thread, and keep its result."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = function(**arguments)
+    finally:
+        torch.set_num_threads(threads)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(place) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **result)
+
+
+def _in_processes(workers: int | None, waiting: Sequence[Call], description: str) -> None:
     if workers is None:
         workers = 1 if torch.cuda.is_available() else joblib.cpu_count()
     parallel = joblib.Parallel(
         max(1, min(workers, len(waiting))), batch_size=1, return_as="generator_unordered", idle_worker_timeout=20
     )
     try:
-        made = parallel(joblib.delayed(cached.call_and_shelve)(*call) for call in waiting.values())
+        made = parallel(joblib.delayed(measure)(*call) for call in waiting)
         for _ in tqdm(made, description, len(waiting), disable=not waiting):
             pass
     except BrokenProcessPool as error:
@@ -99,26 +101,14 @@ def _in_processes(workers: int | None, cached: Any, waiting: Waiting, descriptio
         raise ChildProcessError(f"A worker process was killed, most likely for want of memory; {remedy}.") from error
 
 
-def _on_cluster(address: str, cached: Any, waiting: Waiting, description: str) -> None:
+def _on_cluster(address: str, waiting: Mapping[Path, Call], description: str) -> None:
     """Ray does a job again, twice at most, whose worker was killed; all machines must see the folder of the results."""
     if not waiting:
         return
     with connected(address) as ray:
-        for _, found in tqdm(
-            run_on(ray, lambda *call: cached.call_and_shelve(*call), waiting), description, len(waiting)
-        ):
-            if isinstance(found, Exception):
-                raise found
-
-
-def measure(key: str, function: Callable[..., Result], arguments: Mapping[str, Any]) -> Result:
-    """Run one job on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return function(**arguments)
-    finally:
-        torch.set_num_threads(threads)
+        for _, failure in tqdm(run_on(ray, measure, waiting), description, len(waiting)):
+            if isinstance(failure, Exception):
+                raise failure
 
 
 def by_content(value: Any, hash_of: Callable[[str], str]) -> Any:

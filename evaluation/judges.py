@@ -5,7 +5,6 @@ Shapes: N images, R pixels a side, A names of what is judged, F factors of the r
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.metrics.backbones import open_clip_folder
+from evaluation.metrics.backbones import open_clip_folder, projected
 from evaluation.networks.classifier import AttributeClassifier
 from evaluation.world.attributes import FACTORS
 from ldm.checkpoint import load_weights, read_state_dict
@@ -23,22 +22,11 @@ from ldm.checkpoint import load_weights, read_state_dict
 Distance = Callable[[Tensor, Tensor], Tensor]  # of images (N, 3, R, R) and (N, 3, R, R): (N,)
 
 
-class Judge(ABC):
-    """Scores images by several properties, which `names` names."""
+class AttributeJudge:
+    """Reads attributes with the classifier."""
 
-    names: tuple[str, ...]
-    counts: bool  # whether scores are 0 or 1 and nothing between
-
-    @abstractmethod
-    def follows(self, images: Tensor, toward: Tensor, away: Tensor) -> Tensor:
-        """Score images (N, 3, R, R) in [-1, 1]: (N, A) in [0, 1], where 1 matches `toward` and 0 matches `away`."""
-
-
-class AttributeJudge(Judge):
-    """Reads attributes with the classifier; 1 where one is that of `toward`, which are attributes long (N, F)."""
-
-    names = tuple(FACTORS)
-    counts = True
+    names = tuple(FACTORS)  # of what is judged
+    counts = True  # scores are 0 or 1 and nothing between
 
     def __init__(self, path: str | Path) -> None:
         self.classifier = AttributeClassifier().eval().requires_grad_(False)
@@ -50,6 +38,7 @@ class AttributeJudge(Judge):
         return torch.cat([self.classifier.read(part.to(self.classifier.device)).cpu() for part in parts])
 
     def follows(self, images: Tensor, toward: Tensor, away: Tensor) -> Tensor:
+        """Score images (N, 3, R, R) in [-1, 1]: (N, A), 1 where an attribute is that of `toward`, long (N, F)."""
         return (self.read(images) == toward).float()
 
 
@@ -58,7 +47,7 @@ def load_judge(path: str) -> AttributeJudge:
     return AttributeJudge(path)
 
 
-class DistanceJudge(Judge):
+class DistanceJudge:
     """Compares with images `toward` and `away`: d(away) / (d(toward) + d(away)) for several distances d.
 
     Args:
@@ -77,8 +66,12 @@ class DistanceJudge(Judge):
         self.names = tuple(self.distances)
 
     def follows(self, images: Tensor, toward: Tensor, away: Tensor) -> Tensor:
+        """Score images (N, 3, R, R) in [-1, 1]: (N, A) in [0, 1], 1 matches the images `toward` and 0 those `away`."""
         pairs = [(distance(images, toward), distance(images, away)) for distance in self.distances.values()]
         return torch.stack([far / (near + far).clamp(min=1e-8) for near, far in pairs], dim=1)
+
+
+Judge = AttributeJudge | DistanceJudge
 
 
 def colour_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -112,8 +105,7 @@ def _clip_distance(folder: str | Path) -> Distance:
     def features(images: Tensor) -> Tensor:
         x = F.interpolate((images.float() + 1) / 2, size=(size, size), mode="bicubic", antialias=True)
         x = (x.clamp(0, 1) - mean[:, None, None]) / std[:, None, None]
-        found = model.get_image_features(pixel_values=x)
-        return F.normalize(getattr(found, "pooler_output", found), dim=-1)
+        return F.normalize(projected(model.get_image_features(pixel_values=x)), dim=-1)
 
     return lambda a, b: 1 - (features(a) * features(b)).sum(dim=1)
 

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from evaluation.concepts import TRANSFERS
 from evaluation.judges import Judge
 from evaluation.spectrum import Experiment, Spectrum, all_windows, matrix
 from evaluation.statistics import mean_interval, share_interval
@@ -30,18 +31,17 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_transfers(summaries: Summaries, presets: Sequence[str], path: Path) -> None:
+def plot_transfers(summaries: Summaries, path: Path) -> None:
     """Draw the transfer of each row, by preset."""
     figure, axes = plt.subplots(figsize=(8, 3.4))
-    groups = [*presets, "all"]
+    groups = [*TRANSFERS, "all"]
     width = 0.8 / len(summaries)
     for i, (name, summary) in enumerate(summaries.items()):
         means, errors = _bars([summary[f"transferred/{group}"] for group in groups])
         left = np.arange(len(groups)) + (i - (len(summaries) - 1) / 2) * width
         axes.bar(left, means, width, yerr=errors, label=name)
-    axes.set_xticks(range(len(groups)), [*presets, "mean"])
-    axes.set_ylabel("wanted attribute only")
-    axes.set_ylim(0, 1)
+    axes.set_xticks(range(len(groups)), [*TRANSFERS, "mean"])
+    axes.set(ylabel="wanted attribute only", ylim=(0, 1))
     axes.legend(fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _save(figure, path)
 
@@ -75,32 +75,24 @@ def _bars(values: Iterable[np.ndarray], interval: Interval = share_interval) -> 
 
 
 def plot_spectrum(found: Spectrum, experiments: Mapping[str, Experiment], judge: Judge, folder: Path) -> list[str]:
-    """Draw a heat map and a strip of images for each kind of experiment; returns the names of the files."""
-    files = []
-    for name in filter(found.scores.__contains__, ("withhold", "switch")):
-        values, stages = matrix(found.scores[name], judge), list(found.scores[name])
-        heat_map(values, judge.names, stages, TITLES[name], folder / f"{name}.png")
-        files.append(f"{name}.png")
-    if adds := [name for name in found.scores if name.startswith("add")]:
-        rows = [judged for name in adds for judged in experiments[name].judged or judge.names]
-        values = np.concatenate([matrix(found.scores[name], judge, experiments[name].judged) for name in adds])
-        heat_map(values, rows, list(found.scores[adds[0]]), TITLES["add"], folder / "add.png")
-        files.append("add.png")
-    for name in [name for name in found.scores if name.startswith("concept")]:
-        _plot_concept(name, found, experiments[name], judge, folder / f"{name}.png")
-        files.append(f"{name}.png")
+    """Draw a heat map of each kind of experiment, and a strip of images of each; returns the names of the files."""
+    kinds: dict[str, list[str]] = {}
+    for name in found.scores:
+        kinds.setdefault("add" if name.startswith("add") else name, []).append(name)
+    for kind, names in kinds.items():
+        columns = list(found.scores[names[0]])
+        if len(columns) == len(all_windows()):  # too many for a figure: those at one end
+            columns = [window for window in columns if window.startswith("0") or window.endswith("9")]
+        rows = [judged for name in names for judged in experiments[name].judged or judge.names]
+        scores = [{column: found.scores[name][column] for column in columns} for name in names]
+        judged = [experiments[name].judged for name in names]
+        values = np.concatenate([matrix(x, judge, some) for x, some in zip(scores, judged, strict=True)])
+        what = "comes from the learned image" if experiments[names[0]].truth else "follows `*` in all stages"
+        title = TITLES.get(kind, f"{kind}: {what}, `*` in these stages only")
+        heat_map(values, rows, columns, title, folder / f"{kind}.png")
     for name, examples in found.examples.items():
         strip(examples, name, folder / f"strip-{name}.png")
-        files.append(f"strip-{name}.png")
-    return files
-
-
-def _plot_concept(name: str, found: Spectrum, experiment: Experiment, judge: Judge, path: Path) -> None:
-    what = "comes from the learned image" if experiment.truth else "follows `*` in all stages"
-    chosen = found.scores[name]
-    if len(chosen) == len(all_windows()):  # too many for a figure: those at one end
-        chosen = {w: x for w, x in chosen.items() if w.startswith("0") or w.endswith("9")}
-    heat_map(matrix(chosen, judge), judge.names, list(chosen), f"{name}: {what}, `*` in these stages only", path)
+    return [f"{name}.png" for name in [*kinds, *(f"strip-{name}" for name in found.examples)]]
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path) -> None:
@@ -149,8 +141,7 @@ def plot_steps(families: Mapping[str, Summaries], default: Mapping[str, np.ndarr
     panels[2].set_yscale("log")
     panels[2].set_title("distance of latents to the reference, median", fontsize=9)
     for axes in panels:
-        axes.set_xlabel("time of an image, the default's = 1")
-        axes.set_xscale("log")
+        axes.set(xlabel="time of an image, the default's = 1", xscale="log")
         axes.set_xticks([0.1, 0.2, 0.4, 0.6, 1], [".1", ".2", ".4", ".6", "1"])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -1,8 +1,8 @@
-"""95 % confidence intervals of shares and means."""
+"""95 % confidence intervals of shares and means, and tables that show them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -47,3 +47,21 @@ def mean_interval(values: Values, lowest: float, highest: float) -> tuple[float,
         return lowest, highest
     half = stats.t.ppf(UPPER, len(values) - 1) * stats.sem(values)
     return max(lowest, float(values.mean() - half)), min(highest, float(values.mean() + half))
+
+
+def share(values: np.ndarray) -> str:
+    """Return the mean of shares, one for each concept, with its interval."""
+    low, high = share_interval(values)
+    return f"{values.mean():.2f} ({low:.2f}–{high:.2f})"
+
+
+def difference(values: np.ndarray) -> str:
+    """Return the mean of differences of shares, one for each concept, with its interval."""
+    low, high = mean_interval(values, -1.0, 1.0)
+    return f"{values.mean():+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -5,22 +5,30 @@ Shapes: N images, F factors.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluation.ablation import PRESETS, Ablation, Results, Windows, read_settings
+from evaluation.ablation import (
+    PRESETS,
+    Ablation,
+    Results,
+    Summary,
+    of_variant,
+    read_settings,
+    summary,
+    write,
+)
 from evaluation.captions import follow_captions
-from evaluation.comparison import Summary, difference, share, summary, table
 from evaluation.concepts import TRANSFERS, measure_transfer
 from evaluation.images import Sampling, check
-from evaluation.jobs import Result, Workers, run_jobs
+from evaluation.jobs import Workers, run_jobs
 from evaluation.plots import plot_steps
-from ldm.files.writing import replace_text
+from evaluation.statistics import difference, share, table
+from ldm.conditioning.presets import presets_beside
 from ldm.request import read_scale
 
 EXAMPLE = "configs/evidence/steps.yaml is an example"
@@ -56,18 +64,17 @@ class Steps:
     @property
     def settings(self) -> dict[str, Sampling]:
         """`FAMILY, STEPS` -> how its images are sampled."""
-        return dict(self._settings())
-
-    def _settings(self) -> Iterator[tuple[str, Sampling]]:
+        found: dict[str, Sampling] = {}
         for name, family in self.families.items():
             scale = read_scale(str(family.get("scale", 2.5)), 10, 2.5)
             own = {key: value for key, value in family.items() if key not in ("steps", "scale")}
-            for steps in family["steps"]:
-                yield f"{name}, {steps}", Sampling(steps, scale, **own)
+            found |= {f"{name}, {steps}": Sampling(steps, scale, **own) for steps in family["steps"]}
+        return found
 
-    def measure(self, folder: Path, windows: Windows, workers: Workers = None) -> tuple[Results, Results]:
+    def measure(self, folder: Path, workers: Workers = None) -> tuple[Results, Results]:
         """Return what captions and concepts give: {(setting, chunk or concept): result}; the reference's are few."""
         ablation = Ablation.read(Path(self.ablation), [self.variant])
+        windows = presets_beside(ablation.ckpt)
         model = {"config": ablation.config, "ckpt": ablation.ckpt, "classifier": ablation.classifier}
         settings = {**self.settings, REFERENCE: Sampling(self.reference)}
         for sampling in settings.values():
@@ -95,10 +102,7 @@ class Steps:
         """Return the comparison as Markdown; also write it, its numbers and the figure into `folder`."""
         rows = {name: self._row(name, followed, measured) for name in self.settings}
         text = self._table(rows) + "\n"
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "steps.md", text)
-        numbers = {name: {key: x.tolist() for key, x in row.items()} for name, row in rows.items()}
-        replace_text(folder / "steps.json", json.dumps(numbers, indent=1) + "\n")
+        write(folder, "steps", text, rows)
         families = {
             family: {name: row for name, row in rows.items() if name.rpartition(", ")[0] == family}
             for family in self.families
@@ -108,17 +112,17 @@ class Steps:
 
     def _row(self, name: str, followed: Results, measured: Results) -> Summary:
         """Return one value for each caption (attributes), concept (transferred) or compared image (distance)."""
-        chunks = _of(followed, name)
+        chunks, sampling = of_variant(followed, name), self.settings[name]
         correct = np.concatenate([result["correct"] for result in chunks.values()])
-        pairs = [
-            (results[name, key], x) for results in (followed, measured) for key, x in _of(results, REFERENCE).items()
+        apart = [
+            distance(results[name, key]["latents"], best["latents"])
+            for results in (followed, measured)
+            for key, best in of_variant(results, REFERENCE).items()
         ]
-        apart = np.concatenate([distance(result["latents"], best["latents"]) for result, best in pairs])
-        sampling = self.settings[name]
         row = {
             "attributes": correct.mean(axis=1),
             "all attributes": correct.all(axis=1).astype(float),
-            "distance": apart,
+            "distance": np.concatenate(apart),
             "seconds": np.array([float(x["seconds"]) / len(x["correct"]) for x in chunks.values()]),
             "calls": np.array([sampling.steps + (sampling.sampler == "plms")]),
         }
@@ -142,10 +146,6 @@ class Steps:
         head = ["sampler, steps", "calls", "attributes right", f"− {self.default}'s", "all six right", "transfer"]
         head += [*TRANSFERS, f"− {self.default}'s", f"distance to DDIM {self.reference}, median / mean"]
         return table([*head, "seconds an image", "of the default's"], lines)
-
-
-def _of(results: Results, name: str) -> dict[int, Result]:
-    return {key: result for (owner, key), result in results.items() if owner == name}
 
 
 def distance(latents: np.ndarray, best: np.ndarray) -> Sequence[float] | np.ndarray:

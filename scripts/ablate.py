@@ -10,7 +10,6 @@ folder). `--limit` and `--only` take part of the YAML; run again without them fo
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,24 +28,18 @@ def main() -> None:
     add_job_flags(parser, "outputs/ablation")
     args = parser.parse_strictly()
     with parser.sentences():
-        compare_variants(args)
+        from evaluation.ablation import Ablation
+        from evaluation.judges import load_judge
+        from ldm.conditioning.presets import load_presets, presets_beside
 
-
-def compare_variants(args: argparse.Namespace) -> None:
-    """Learn, count, print and write."""
-    from evaluation.ablation import Ablation
-    from evaluation.comparison import compare
-    from evaluation.judges import load_judge
-    from ldm.conditioning.presets import load_presets, presets_beside
-
-    ablation = Ablation.read(args.yaml, args.only, args.limit)
-    windows = load_presets(args.presets) if args.presets else presets_beside(ablation.ckpt)
-    ablation.check()
-    load_judge(ablation.classifier)
-    learned = ablation.learn(args.outdir, args.workers)
-    measured = ablation.measure(args.outdir, learned, windows, args.workers)
-    say(compare(ablation, measured, learned, windows, args.outdir))
-    say(f"{args.outdir}: ablation.md, ablation.json, transfer.png, variants.png")
+        ablation = Ablation.read(args.yaml, args.only, args.limit)
+        windows = load_presets(args.presets) if args.presets else presets_beside(ablation.ckpt)
+        ablation.check()
+        load_judge(ablation.classifier)
+        learned = ablation.learn(args.outdir, args.workers)
+        measured = ablation.measure(args.outdir, learned, windows, args.workers)
+        say(ablation.compare(measured, learned, windows, args.outdir))
+        say(f"{args.outdir}: ablation.md, ablation.json, transfer.png, variants.png")
 
 
 if __name__ == "__main__":

@@ -49,9 +49,8 @@ def count(args: argparse.Namespace) -> None:
     check_writable(args.outdir, "--outdir")
     load_judge(args.classifier)
     shared = {"config": args.config, "ckpt": args.ckpt, "classifier": args.classifier, "held_out": not args.seen}
-    settings = shared | {"sampling": sampling}
     chunks = {
-        f"captions-{start:04d}": settings | {"seed": 1000 + start, "count": min(50, args.count - start)}
+        start: shared | {"sampling": sampling, "seed": 1000 + start, "count": min(50, args.count - start)}
         for start in range(0, args.count, 50)
     }
     results = run_jobs(follow_captions, chunks, args.outdir / "jobs", args.workers, "drawing captions").values()

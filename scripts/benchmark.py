@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,10 @@ from evaluation.benchmark.switches import (
     REFERENCE,
     SWITCHES,
     WHATS,
+    Work,
     describe,
     dtype_name,
+    with_stages,
 )
 from ldm.cli.flags import Parser, path, positive, say
 from ldm.files.writing import check_new_file, check_writable
@@ -36,8 +39,6 @@ if TYPE_CHECKING:
     import torch
 
     from evaluation.benchmark.measure import Contender
-    from evaluation.benchmark.report import Row
-    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 # Relative distance (of norms) up to which two results count as the same, by the coarser precision of the two.
 TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
@@ -91,133 +92,89 @@ def main(argv: Sequence[str] | None = None) -> bool:
             parser.error(f"'{name}' makes no difference to --what {options.what}, only to {', '.join(whats)}")
     if set(options.on) >= PRECISIONS:
         parser.error(f"--on takes one precision, not {' and '.join(sorted(PRECISIONS))}")
-    if options.json is not None and options.json.suffix != ".json":
-        parser.error(f"--json takes a file that ends in .json, not '{options.json}'")
     options.overrides = rest
     with parser.sentences():
-        for file, suffix in ((options.json, ".json"), (options.figure, ".png")):
+        for flag, file, suffix in (("--json", options.json, ".json"), ("--figure", options.figure, ".png")):
             if file is not None:
-                check_writable(file.parent, f"--{'json' if suffix == '.json' else 'figure'}")
+                check_writable(file.parent, flag)
                 check_new_file(file, options.force, [options.ckpt] if options.ckpt else [], suffix)
-        return measure(options, list(sys.argv[1:] if argv is None else argv))
+        return run(options, list(sys.argv[1:] if argv is None else argv))
 
 
-def measure(options: argparse.Namespace, argv: Sequence[str]) -> bool:
+def run(options: argparse.Namespace, argv: Sequence[str]) -> bool:
     """Compare, time, print and write."""
+    import json
+
     import torch
 
-    from evaluation.benchmark import report
-    from evaluation.benchmark.measure import device_name
+    from evaluation.benchmark import load, measure, scaling
+    from ldm.files.writing import replace_text
     from ldm.util import pick_device
 
     device = pick_device(options.device)
     if "cuda_graph" in options.on and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a CUDA device, and this is {device}.")
-    if device.type != "cpu":
-        options.clock = "wall"
+    timing = (device, options.repeats, options.clock if device.type == "cpu" else "wall")
     about: dict[str, object] = {
-        "device": device_name(device),
+        "device": measure.device_name(device),
         "torch": torch.__version__,
         "command": " ".join(["scripts/benchmark.py", *argv]),
-        "clock": options.clock,
+        "clock": timing[-1],
     }
+    agree, resolution = True, options.resolution or RESOLUTIONS[options.size]
     if options.what == "load":
-        rows, agree = loads(options, device), True
+        if options.ckpt is None or not options.ckpt.is_file():
+            remedy = "scripts/make_random_sd_v1.py writes one of the public shape"
+            raise ValueError(f"--what load needs --ckpt FILE; {remedy}.")
+        names = ["reference", "ours"] if options.mode == "reference" else ["ours"]
+        rows = load.measure_loads(
+            names, options.size, options.ckpt.resolve(), dtype_name(frozenset(options.on)), *timing
+        )
     elif options.what == "scaling":
-        rows, agree = scalings(options, device), True
+        switches = DEFAULTS | frozenset(options.on)
+        axes = scaling.axes(options.size, device, switches, resolution, options.overrides)
+        rows = [row for axis in axes for row in measure.measure(axis, *timing)]
+        if options.figure is not None:
+            scaling.plot(rows, options.figure)
     else:
-        rows, agree, ceilings = timed(options, contenders_of(options, device), device)
-        about["ceiling_gflop_per_s"] = {name: ceiling / 1e6 for name, ceiling in ceilings.items()}
+        contenders = contenders_of(options, device, resolution)
+        ceilings = {dtype: measure.matmul_ceiling(device, dtype) for dtype in {c.dtype for c in contenders}}
+        rows = measure.measure(contenders, *timing, ceilings)
+        bounds = [TOLERANCES[dtype_text(c.dtype)] for c in contenders]
+        agree = all((row["deviation"] or 0) <= max(x, bounds[0]) for row, x in zip(rows, bounds, strict=True))
+        about["ceiling_gflop_per_s"] = {dtype_text(dtype): ceiling / 1e6 for dtype, ceiling in ceilings.items()}
     if options.json is not None:
-        report.write_json(options.json, rows, about)
-    say("\n".join(f"{key}: {value}" for key, value in about.items()) + f"\n\n{report.table(rows)}")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(options.json, json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    say("\n".join(f"{key}: {value}" for key, value in about.items()) + f"\n\n{measure.table(rows)}")
     return agree
 
 
-def scalings(options: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Measure how cost grows, and draw it."""
-    from evaluation.benchmark import scaling
-
-    resolution, switches = options.resolution or RESOLUTIONS[options.size], DEFAULTS | frozenset(options.on)
-    found = scaling.axes(options.size, device, switches, resolution, options.overrides)
-    rows = scaling.measure(found, device, options.repeats, options.clock)
-    if options.figure is not None:
-        scaling.plot(rows, options.figure)
-    return rows
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def contenders_of(options: argparse.Namespace, device: torch.device) -> list[Contender]:
+def contenders_of(options: argparse.Namespace, device: torch.device, resolution: int) -> list[Contender]:
     """Return the ways to do the work; the others are compared with the first."""
-    from evaluation.benchmark import models, peer, sample, train
+    from evaluation.benchmark import ours, peer
+    from evaluation.benchmark.models import build_model
 
-    resolution = options.resolution or RESOLUTIONS[options.size]
-    ours = DEFAULTS | frozenset(options.on)
+    work = Work(options.what, options.batch, resolution, options.steps)
+    chosen = DEFAULTS | frozenset(options.on)
+    if options.stages:  # with other numbers of stages other things are learned: nothing to compare
+        bases = {s: build_model(options.size, device, with_stages(options.overrides, s)) for s in options.stages}
+        return [replace(ours.contender(x, work, chosen, f"ours, S = {s}"), result=None) for s, x in bases.items()]
     neti = any(text.endswith(".method=neti") for text in options.overrides)
     ways = {"reference": NETI_REFERENCE if neti else REFERENCE} if options.mode == "reference" else {}
-    ways |= {"ours": ours, **{f"ours without {name}": ours - {name} for name in options.off}}
-    added = [options.also[: i + 1] for i in range(len(options.also))]
-    ways |= {f"ours with {', '.join(names)}": ours | frozenset(names) for names in added}
-    kinds = {"sample": sample.sampling_contender, "text": sample.text_contender, "vae": sample.vae_contender}
-
-    def make(base: LatentDiffusion, name: str, switches: frozenset[str]) -> Contender:
-        if options.what == "train":
-            return train.contender(base, name, switches, options.batch, resolution)
-        return kinds[options.what](base, name, switches, options.batch, resolution, options.steps)
-
-    if options.stages:
-        bases = {s: models.build_model(options.size, device, options.overrides, s) for s in options.stages}
-        return [make(base, f"ours, S = {s}", ours) for s, base in bases.items()]
-    base = models.build_model(options.size, device, options.overrides)
+    ways |= {"ours": chosen, **{f"ours without {name}": chosen - {name} for name in options.off}}
+    for i in range(len(options.also)):
+        added = options.also[: i + 1]
+        ways[f"ours with {', '.join(added)}"] = chosen | frozenset(added)
+    base = build_model(options.size, device, options.overrides)
     if resolution % base.size_unit:
         raise ValueError(f"--resolution must be a multiple of {base.size_unit} for this model, not {resolution}.")
-    contenders = [make(base, name, switches) for name, switches in ways.items()]
-    for name in options.peer:
-        contenders.append(peer.peer_contender(base, name, options.what, ours, options.batch, resolution, options.steps))
-    return contenders
-
-
-def timed(
-    options: argparse.Namespace, contenders: list[Contender], device: torch.device
-) -> tuple[list[Row], bool, dict[str, float]]:
-    """Return the rows, whether results agree, and what the device reaches in each precision, in FLOP per ms."""
-    from evaluation.benchmark.measure import alternate, deviations, matmul_ceiling
-    from evaluation.benchmark.report import make_row
-
-    oracle = contenders[0].name
-    precisions = {c.name: str(c.dtype).removeprefix("torch.") for c in contenders}
-    ceilings = {
-        str(dtype).removeprefix("torch."): matmul_ceiling(device, dtype) for dtype in {c.dtype for c in contenders}
-    }
-    # with other numbers of stages other things are learned: nothing to compare
-    alike = [c for c in contenders if c.other_images == contenders[0].other_images]
-    distances = {} if options.stages else deviations({c.name: c.result() for c in alike}, oracle)
-    tolerances = {name: TOLERANCES[precision] for name, precision in precisions.items()}
-    agree = all(distance <= max(tolerances[name], tolerances[oracle]) for name, distance in distances.items())
-    found = alternate(contenders, device, options.repeats)
-    rows = []
-    for c in contenders:
-        ceiling, distance = ceilings[precisions[c.name]], distances.get(c.name)
-        first = found[oracle]
-        rows.append(make_row(c.name, found[c.name], first, options.clock, c.samples, ceiling, distance, c.details))
-    return rows, agree, ceilings
-
-
-def loads(options: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Measure opening a checkpoint."""
-    from evaluation.benchmark.load import alternate_loads
-    from evaluation.benchmark.report import make_row
-
-    if options.ckpt is None or not options.ckpt.is_file():
-        raise ValueError("--what load needs --ckpt FILE; scripts/make_random_sd_v1.py writes one of the public shape.")
-    names = ["reference", "ours"] if options.mode == "reference" else ["ours"]
-    dtype = dtype_name(frozenset(options.on))
-    found = alternate_loads(names, options.size, options.ckpt.resolve(), dtype, options.repeats, str(device))
-    size = options.ckpt.stat().st_size
-    rows = []
-    for name, measurement in found.items():
-        details = {"peak / file": (measurement.peak_bytes or 0) / size}
-        rows.append(make_row(name, measurement, found[names[0]], options.clock, details=details))
-    return rows
+    contenders = [ours.contender(base, work, switches, name) for name, switches in ways.items()]
+    return contenders + [peer.contender(base, work, chosen, name) for name in options.peer]
 
 
 if __name__ == "__main__":

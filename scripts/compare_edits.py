@@ -29,10 +29,8 @@ def main() -> None:
         from evaluation.editing import EditStudy, plot_sheet, summary
         from ldm.files.writing import replace_text
 
-        given = {
-            name: getattr(args, name) for name in ("config", "ckpt", "classifier", "count", "seed", "steps", "scale")
-        }
-        results = EditStudy(**given).measure(args.outdir, args.workers)
+        fields = ("config", "ckpt", "classifier", "count", "seed", "steps", "scale")
+        results = EditStudy(**{name: getattr(args, name) for name in fields}).measure(args.outdir, args.workers)
         replace_text(args.outdir / "edits.md", summary(results))
         plot_sheet(results, args.outdir / "editing.png")
         say(summary(results))

@@ -84,10 +84,8 @@ def evaluate(args: argparse.Namespace) -> None:
         prompts = [row.get("prompt") for row in read_prompts(args.prompts, ["prompt"], 1)]
     for prompt in prompts:
         check_prompt(prompt)
-    if args.clip is not None:
-        backbone = clip_backbone(args.clip, not args.no_antialias)
-    else:
-        backbone = small_backbone()
+    backbone = small_backbone() if args.clip is None else clip_backbone(args.clip, not args.no_antialias)
+    if args.clip is None:
         logger.warning("No CLIP is given (--clip FOLDER): images are scored by %s.", backbone.name)
     cases = folder_cases(args, prompts) if args.concept is None else concept_cases(args, prompts)
     rows = [row for case in cases for row in score(backbone, case, args.background)]
@@ -122,18 +120,17 @@ def folder_cases(args: argparse.Namespace, prompts: list[str]) -> list[Case]:
 
 def folder_of(parent: Path, prompt: str) -> Path:
     """Return the folder of a prompt's images: called as the prompt, or with dashes for its spaces."""
-    names = [prompt, prompt.replace(" ", "-")]
-    for name in names:
-        if (parent / name).is_dir():
-            return parent / name
-    raise ValueError(f"There is no folder '{parent / names[1]}' with the images of '{prompt}'.")
+    dashed = parent / prompt.replace(" ", "-")
+    folder = next(filter(Path.is_dir, (parent / prompt, dashed)), None)
+    if folder is None:
+        raise ValueError(f"There is no folder '{dashed}' with the images of '{prompt}'.")
+    return folder
 
 
 def concept_cases(args: argparse.Namespace, prompts: list[str]) -> list[Case]:
     """Return a case for each prompt, of images made with the concept."""
     from evaluation.metrics.alignment import without_placeholder
-    from evaluation.metrics.generate import concept_images, filled
-    from evaluation.metrics.report import Case, read_images
+    from evaluation.metrics.report import Case, concept_images, filled, read_images
     from ldm.embeddings import load_concept
     from ldm.generate import load_model_from_config
 

@@ -11,7 +11,6 @@ and the goals. --into docs/benchmarks.md puts the tables between the marks of th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is 
 
 from ldm.cli.flags import Parser, path, positive, say
 from ldm.files.texts import read_text
-from ldm.request import shown
 
 SECTIONS = ("parity", "learn", "train", "methods", "sample", "profile", "tests")
 MARKS = "<!-- gpu report -->", "<!-- end of gpu report -->"
@@ -39,42 +37,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--into", type=path, metavar="FILE", help="Markdown file whose marked block the tables replace")
     options = parser.parse_strictly(argv)
     with parser.sentences():
-        report(options)
+        from evaluation.benchmark.gpu_report import GpuReport
+        from ldm.files.writing import check_writable, replace_text
+        from ldm.util import pick_device
 
-
-def report(options: argparse.Namespace) -> None:
-    from evaluation.benchmark.gpu_report import GpuReport
-    from evaluation.benchmark.measure import device_name
-    from ldm.files.writing import check_writable, replace_text
-    from ldm.util import pick_device
-
-    if options.into is not None:
-        around_tables(options.into)
-    check_writable(options.out, "--out")
-    device = pick_device(options.device)
-    size = options.size or ("sd-v1" if device.type == "cuda" else "demo")
-    refuse_other_report(options.out / "report.json", device_name(device), size)
-    options.out.mkdir(parents=True, exist_ok=True)
-    run = GpuReport(options.out, device, size, not options.no_compile, options.repeats)
-    run.run(options.only, say)
-    say(run.markdown())
-    if options.into is not None:
-        before, after = around_tables(options.into)
-        replace_text(options.into, f"{before}{MARKS[0]}\n{run.markdown()}{MARKS[1]}{after}")
-
-
-def refuse_other_report(file: Path, device: str, size: str) -> None:
-    """Raise `ValueError` where a report is of another device or size, or a file of something else."""
-    if not file.exists():
-        return
-    try:
-        found = json.loads(read_text(file, "--out"))
-        made_for = found["device"], found["size"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"'{file}' is no report of this script; give another folder with --out.") from error
-    if made_for != (device, size):
-        remedy = f"for {device} and {size}, give another folder with --out"
-        raise ValueError(f"'{file}' was measured on {shown(made_for[0])} with {shown(made_for[1])}; {remedy}.")
+        if options.into is not None:
+            around_tables(options.into)
+        check_writable(options.out, "--out")
+        device = pick_device(options.device)
+        size = options.size or ("sd-v1" if device.type == "cuda" else "demo")
+        report = GpuReport(options.out, device, size, not options.no_compile, options.repeats, say)
+        options.out.mkdir(parents=True, exist_ok=True)
+        report.run(options.only)
+        say(report.markdown())
+        if options.into is not None:
+            before, after = around_tables(options.into)
+            replace_text(options.into, f"{before}{MARKS[0]}\n{report.markdown()}{MARKS[1]}{after}")
 
 
 def around_tables(file: Path) -> tuple[str, str]:

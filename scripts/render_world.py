@@ -1,7 +1,7 @@
 """Render images of the demo's world, with captions.csv beside them.
 
-python scripts/render_world.py --out /tmp/world --count 16 --held-out
-python scripts/render_world.py --out /tmp/star --count 1 --caption-like large,dotted,red,star,centre,white
+    python scripts/render_world.py --out /tmp/world --count 16 --held-out
+    python scripts/render_world.py --out /tmp/star --count 1 --caption-like large,dotted,red,star,centre,white
 
 The images and captions.csv are one set: they appear together, and all of them carry the set's identity.
 """
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `evaluation` is not installed
 
-from ldm.cli.flags import Parser, path
-from ldm.files.texts import check_file_name, read_table
+from ldm.cli.flags import path, script_parser
+from ldm.files.texts import read_table
 from ldm.files.writing import check_writable, replacing_set, writing_to
 
 if TYPE_CHECKING:
@@ -31,18 +31,16 @@ CAPTIONS = "captions.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--out", type=path, required=True, help="folder")
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resolution", type=int, default=128, help="pixels a side (128)")
     parser.add_argument("--held-out", action="store_true", help="only combinations kept out of training")
     parser.add_argument("--caption-like", metavar="WORDS", help="one word of every factor, with commas between")
-    parser.add_argument("--name", default="{:05d}", help="file name without ending, {} is the image's number")
     parser.add_argument("--force", action="store_true", help="replace the rendered set in the folder")
-    parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     args = parser.parse_strictly(argv)
-    with parser.sentences(args.debug):
+    with parser.sentences():
         write(args)
 
 
@@ -53,34 +51,19 @@ def write(args: argparse.Namespace) -> None:
 
     if not (1 <= args.count <= 10**6 and 1 <= args.resolution <= LARGEST and 0 <= args.seed < 2**62):
         raise ValueError(f"--count must be in 1..10^6, --resolution in 1..{LARGEST}, --seed in 0..2^62.")
-    names = file_names(args.name, args.count)
+    if args.caption_like and args.held_out:
+        raise ValueError("--caption-like names the combination: omit --held-out.")
     check_writable(args.out, "--out")
     if members(aside := set_aside(args.out)) and not args.out.exists():  # killed before the new set was in its place
         aside.rename(args.out)
     check_replaceable(args.out, args.force)
     if args.caption_like:
-        if args.held_out:
-            raise ValueError("--caption-like names the combination: omit --held-out.")
         attributes = attributes_from_words(args.caption_like.split(",")).expand(args.count, -1)
     else:
         attributes = random_attributes(args.count, args.seed, args.held_out)
     images = render(attributes, range(args.seed, args.seed + args.count), args.resolution)
-    save_set(args.out, dict(zip(names, map(to_pil, images), strict=True)), [caption(row) for row in attributes])
-
-
-def file_names(template: str, count: int) -> list[str]:
-    """Return the images' names; raise `ValueError` where they are paths, the same twice, or cannot be formatted."""
-    try:
-        names = [template.format(number) + ".png" for number in range(count)]
-    except (LookupError, AttributeError, ValueError, MemoryError) as error:
-        raise ValueError(f"--name '{template}' cannot be filled in ({error}); write it like {{:05d}}.") from error
-    if any(Path(name).name != name or "\\" in name for name in names):
-        raise ValueError(f"--name '{template}' must be a name, not a path; the folder goes to --out.")
-    for name in names:
-        check_file_name(name.removesuffix(".png"))
-    if len(set(names)) != count:
-        raise ValueError(f"--name {template} gives {count} images the same name: put {{}} in it.")
-    return names
+    named = {f"{number:05d}.png": to_pil(image) for number, image in enumerate(images)}
+    save_set(args.out, named, [caption(row) for row in attributes])
 
 
 def check_replaceable(folder: Path, force: bool) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from evaluation.command_line import add_job_flags, add_model_flags
 from ldm.cli.flags import Parser, natural, path, positive, say, script_parser
 
 if TYPE_CHECKING:
-    from evaluation.spectrum import Experiment, Spectrum
+    from evaluation.spectrum import Experiment
 
 SIZE = 128  # pixels a side
 
@@ -86,8 +87,14 @@ def measure(args: argparse.Namespace) -> None:
     check_writable(args.outdir, "--outdir")
     if args.write_presets:
         check_presets_file(args.write_presets, args.force)
-    judge = DistanceJudge(args.clip, args.lpips) if args.prompt is not None else AttributeJudge(args.classifier)
-    experiments = own_experiments(args) if args.prompt is not None else world_experiments(args)
+    judge = AttributeJudge(args.classifier) if args.prompt is None else DistanceJudge(args.clip, args.lpips)
+    if args.prompt is not None:
+        experiments = own_experiments(args)
+    else:
+        experiments = spectrum.caption_experiments(args.count, spectrum.sliding(args.width))
+        if args.concepts:
+            learned = spectrum.learn_concepts(args.config, args.ckpt, args.concepts, args.outdir, args.workers)
+            experiments |= spectrum.concept_experiments(learned)
     options = {"steps": args.steps, "scale": args.scale, "size": args.size, "batch_size": args.batch}
     found = spectrum.run(experiments, judge, args.config, args.ckpt, args.outdir, options, args.workers)
     if "switch" in found.scores:
@@ -95,18 +102,8 @@ def measure(args: argparse.Namespace) -> None:
         say("half of the images follow A at stage " + ", ".join(f"{stage:.1f} ({name})" for name, stage in places))
     figures = plot_spectrum(found, experiments, judge, args.outdir)
     if args.write_presets:
-        write_presets(args.write_presets, found, args.ckpt)
+        write_presets(args.write_presets, spectrum.best_windows(found.scores), args.ckpt)
     say(f"{args.outdir}: spectrum.csv, {', '.join(figures)}")
-
-
-def world_experiments(args: argparse.Namespace) -> dict[str, Experiment]:
-    from evaluation import spectrum, world_spectrum
-
-    experiments = world_spectrum.caption_experiments(args.count, spectrum.sliding(args.width))
-    if args.concepts:
-        learned = world_spectrum.learn_concepts(args.config, args.ckpt, args.concepts, args.outdir, args.workers)
-        experiments |= world_spectrum.concept_experiments(learned)
-    return experiments
 
 
 def own_experiments(args: argparse.Namespace) -> dict[str, Experiment]:
@@ -130,10 +127,8 @@ def check_presets_file(file: Path, force: bool) -> None:
     from ldm.conditioning.presets import load_presets
     from ldm.files.writing import check_new_file, check_writable
 
-    if file.is_dir():
-        raise ValueError(f"--write-presets takes a file, not the folder '{file}'.")
     check_writable(file.parent, "--write-presets")
-    if file.exists():
+    if file.is_file():
         try:
             load_presets(file)
         except ValueError as error:
@@ -141,13 +136,11 @@ def check_presets_file(file: Path, force: bool) -> None:
     check_new_file(file, force, suffix=file.suffix)
 
 
-def write_presets(file: Path, found: Spectrum, ckpt: str) -> None:
+def write_presets(file: Path, windows: Mapping[str, list[int]], ckpt: str) -> None:
     import yaml
 
-    from evaluation.world_spectrum import best_windows
     from ldm.files.writing import replace_text
 
-    windows = best_windows(found.scores)
     comment = f"# Stages in which a learned * brings one attribute, measured by scripts/spectrum.py on {ckpt}.\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_text(file, comment + yaml.safe_dump(windows, default_flow_style=None, sort_keys=False))

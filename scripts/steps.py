@@ -8,7 +8,6 @@ the figure go to --outdir/steps.{md,json,png}.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -24,22 +23,13 @@ def main() -> None:
     add_job_flags(parser, "outputs/steps")
     args = parser.parse_strictly()
     with parser.sentences():
-        compare_samplers(args)
+        from evaluation.steps import Steps
+        from ldm.files.writing import check_writable
 
-
-def compare_samplers(args: argparse.Namespace) -> None:
-    """Sample, count, print and write."""
-    from evaluation.ablation import Ablation
-    from evaluation.steps import Steps
-    from ldm.conditioning.presets import presets_beside
-    from ldm.files.writing import check_writable
-
-    steps = Steps.read(args.yaml)
-    check_writable(args.outdir, "--outdir")
-    windows = presets_beside(Ablation.read(Path(steps.ablation)).ckpt)
-    followed, measured = steps.measure(args.outdir, windows, args.workers)
-    say(steps.compare(followed, measured, args.outdir))
-    say(f"{args.outdir}: steps.md, steps.json, steps.png")
+        steps = Steps.read(args.yaml)
+        check_writable(args.outdir, "--outdir")
+        say(steps.compare(*steps.measure(args.outdir, args.workers), args.outdir))
+        say(f"{args.outdir}: steps.md, steps.json, steps.png")
 
 
 if __name__ == "__main__":

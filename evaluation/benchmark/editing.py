@@ -16,47 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.benchmark.measure import Contender, alternate, deviations
+from evaluation.benchmark.measure import Contender, measure, table
 from evaluation.benchmark.models import build_model
-from evaluation.benchmark.report import make_row, table
 from ldm.conditioning.context import Context
 from ldm.editing.control import MapStore
 from ldm.editing.edit import Branches, Plan, Prompts, denoise_pair, plan_edit
-from ldm.editing.inversion import Step, Sweep, Trajectory, move, predict, record, step_of
+from ldm.editing.inversion import Step, Sweep, move, predict, record, step_of
 from ldm.editing.request import Edit, InversionOptions
 from ldm.methods.stylediffusion import FEATURE_TOKENS, LearnedValues, StyleDiffusion, inner_iterations
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.attention import AttentionHook, BasicTransformerBlock, Site
+from ldm.modules.attention import AttentionHook, BasicTransformerBlock
 
 PROMPT, TARGET, STEPS, SCALE = "a dotted red star", "a dotted blue star", 6, 2.5
 INNER = 4
 
 
-class Tower(nn.Module):
-    """A small stand-in for CLIP's vision tower: (1, 197, D) of tokens that stand for the image."""
-
-    def __init__(self, width: int, layers: int = 2) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.layers(tokens)
-
-
-class Everywhere:
-    """A hook that is called in every attention, as the reference's controllers are."""
-
-    def __init__(self, inner: AttentionHook | None) -> None:
-        self.inner = inner
-
-    def __call__(self, probabilities: Tensor, site: Site) -> Tensor:
-        return probabilities if self.inner is None else self.inner(probabilities, site)
+def everywhere(inner: AttentionHook | None = None) -> AttentionHook:
+    """Return a hook that is called in every attention, as the reference's controllers are."""
+    return lambda probabilities, site: probabilities if inner is None else inner(probabilities, site)
 
 
 @contextlib.contextmanager
 def values_made_in_each_layer(
-    model: LatentDiffusion, tower: Tower, tokens: Tensor, learner: StyleDiffusion, step: int, rows: slice
+    model: LatentDiffusion, tower: nn.Module, tokens: Tensor, learner: StyleDiffusion, step: int, rows: slice
 ) -> Iterator[None]:
     """Make E(x) and M_i of it inside each cross-attention, for the values of these rows."""
 
@@ -76,23 +58,24 @@ def values_made_in_each_layer(
 
 
 class Bench:
-    """The small model with an image's path, and a learner whose features a tower makes."""
+    """The small model with an image's path, and a learner whose features a small tower makes in place of CLIP's."""
 
     def __init__(self) -> None:
         self.model = build_model("demo", torch.device("cpu")).eval().requires_grad_(False)
         torch.manual_seed(0)
-        width, length = self.model.cond_stage_model.width, self.model.cond_stage_model.max_length
-        self.tower, self.tokens = Tower(width).eval().requires_grad_(False), torch.randn(1, 197, width)
+        width = self.model.cond_stage_model.width
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+        self.tower = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().requires_grad_(False)
+        self.tokens = torch.randn(1, FEATURE_TOKENS, width)  # that stand for the image
         with torch.no_grad():
             self.features = self.tower(self.tokens)
-        self.length = length
         z_0 = torch.randn(1, self.model.channels, 16, 16)
         self.prompts = {text: self.model.get_unconditional(text) for text in (PROMPT, TARGET, "")}
         self.way = record(self.model, z_0, self.prompts[PROMPT], STEPS, maps=True)
 
     def learner(self) -> StyleDiffusion:
         torch.manual_seed(1)
-        return StyleDiffusion(STEPS, self.features, self.length)
+        return StyleDiffusion(STEPS, self.features, self.model.cond_stage_model.max_length)
 
     def sweep(self) -> Sweep:
         options = InversionOptions(STEPS, SCALE, INNER, epsilon=0.0)
@@ -113,7 +96,7 @@ class Bench:
         for j, t in enumerate(self.way.timesteps):  # all maps are made, those of 16² kept
             store = MapStore(range(99), keep=True)
             with torch.no_grad():
-                predict(self.model, path[j], int(t), self.prompts[PROMPT].at(0), Everywhere(store))
+                predict(self.model, path[j], int(t), self.prompts[PROMPT].at(0), everywhere(store))
         sweep, z = self.sweep(), path[-1]
         self.model.model.requires_grad_(True)
         self.tower.requires_grad_(True)
@@ -136,10 +119,10 @@ class Bench:
                 return predict(self.model, step.z, step.t, sweep.cond, hook)
 
         with torch.no_grad():
-            fixed = predict(self.model, step.z, step.t, sweep.uncond, Everywhere(None))
+            fixed = predict(self.model, step.z, step.t, sweep.uncond, everywhere())
         for _ in range(inner_iterations(step.number, INNER)):
             store = MapStore(sweep.layers)
-            eps = fixed + SCALE * (behind(Everywhere(store)) - fixed)
+            eps = fixed + SCALE * (behind(everywhere(store)) - fixed)
             loss = (move(step.z, eps, step.level, step.below) - step.target).square().mean()
             for own, other in zip(store.at(), step.maps, strict=True):
                 loss = loss + (own - other).square().mean()
@@ -148,8 +131,8 @@ class Bench:
             adam.step()
             loss.item()
         with torch.no_grad():
-            again = predict(self.model, step.z, step.t, sweep.uncond, Everywhere(None))
-            eps = again + SCALE * (behind(Everywhere(None)) - again)
+            again = predict(self.model, step.z, step.t, sweep.uncond, everywhere())
+            eps = again + SCALE * (behind(everywhere()) - again)
             return move(step.z, eps, step.level, step.below)
 
     def _plan(self) -> tuple[Plan, list[int]]:
@@ -174,12 +157,11 @@ class Bench:
         learner, x = self.learner(), self.way.path[-1].repeat(2, 1, 1, 1)
         cond = Context.cat(*(self.prompts[text].at(0) for text in (PROMPT, TARGET)))
         uncond = Context.cat(*[self.prompts[""].at(0)] * 2)
-        way: Trajectory = self.way
         for i, t in enumerate(timesteps):
-            eps_uncond = predict(self.model, x, t, uncond, Everywhere(None))
+            eps_uncond = predict(self.model, x, t, uncond, everywhere())
             with values_made_in_each_layer(self.model, self.tower, self.tokens, learner, i, slice(0, 2)):
-                eps_cond = predict(self.model, x, t, cond, Everywhere(plan.control))
-            step = step_of(self.model, way, i, x)
+                eps_cond = predict(self.model, x, t, cond, everywhere(plan.control))
+            step = step_of(self.model, self.way, i, x)
             x = move(x, eps_uncond + SCALE * (eps_cond - eps_uncond), step.level, step.below)
             x = plan.blend(x, plan.control.store.at(), i)
             plan.control.store.maps.clear()
@@ -201,34 +183,29 @@ def inversion_step(model: LatentDiffusion, resolution: int, steps: int = 4) -> C
     step = step_of(model, way, 0, way.path[-1])
     adam, fixed = torch.optim.Adam(learner.begin(0, True)), sweep.fixed(step)
 
-    def run() -> Tensor:
+    def run() -> None:
         loss = sweep.loss(step, fixed).total
         adam.zero_grad()
         loss.backward()
         adam.step()
-        return loss.detach()
 
-    return Contender("stylediffusion", run, run)
+    return Contender("stylediffusion", run)
 
 
-def measure(repeats: int = 5) -> str:
+def tables(repeats: int = 5) -> str:
     """Return both comparisons as tables."""
     bench, texts = Bench(), []
     for name, ours, reference in (
         ("inversion", bench.invert, bench.invert_as_reference),
         ("edit", bench.edit, bench.edit_as_reference),
     ):
-        named = {f"{name}, the reference's order": reference, f"{name}, ours": ours}
-        ways = [Contender(way, run, run) for way, run in named.items()]
-        measured = alternate(ways, torch.device("cpu"), repeats)
-        far = deviations({way.name: way.result() for way in ways}, ways[0].name)
-        first = measured[ways[0].name]
-        rows = [make_row(way.name, measured[way.name], first, "cpu", deviation=far[way.name]) for way in ways]
-        texts.append(table(rows))
+        ways = {f"{name}, the reference's order": reference, f"{name}, ours": ours}
+        contenders = [Contender(way, run, run) for way, run in ways.items()]
+        texts.append(table(measure(contenders, torch.device("cpu"), repeats, "cpu")))
     return "\n\n".join(texts)
 
 
 if __name__ == "__main__":
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
-    print(measure())  # noqa: T201
+    print(tables())  # noqa: T201

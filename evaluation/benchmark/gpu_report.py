@@ -9,51 +9,62 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import profiler
 
+from evaluation.benchmark import ours, peer
 from evaluation.benchmark.editing import inversion_step
-from evaluation.benchmark.measure import Contender, count_flop, device_name, matmul_ceiling, peak_memory, time_run
-from evaluation.benchmark.models import ROOT, VOCABULARY, build_model, variant
-from evaluation.benchmark.peer import peer_contender
-from evaluation.benchmark.sample import Sampling, sampling_contender
-from evaluation.benchmark.switches import DEFAULTS, REFERENCE
-from evaluation.benchmark.train import TrainingStep
-from evaluation.benchmark.train import contender as training_contender
+from evaluation.benchmark.measure import (
+    Contender,
+    Row,
+    count_flop,
+    device_name,
+    matmul_ceiling,
+    measure,
+    peak_memory,
+    time_run,
+)
+from evaluation.benchmark.models import CONFIGS, ROOT, VOCABULARY, build_model, variant
+from evaluation.benchmark.switches import DEFAULTS, REFERENCE, Work
+from evaluation.statistics import table
+from ldm.files.texts import read_text
 from ldm.files.writing import replace_text
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.request import shown
 
-Row = dict[str, Any]
+Say = Callable[[str], None]
+Ways = Mapping[str, frozenset[str] | None]  # name -> switches; None: the peer of that name
 
 HALF = DEFAULTS | {"float16", "channels_last"}
-# name -> switches; None: the peer of that name
-TRAINING: dict[str, frozenset[str] | None] = {
+CAPTURED = HALF | {"cuda_graph"}
+TRAINING: Ways = {
     "reference": REFERENCE,
     "ours": HALF,
-    "ours, captured": HALF | {"cuda_graph"},
+    "ours, captured": CAPTURED,
     "ours, captured, bfloat16": DEFAULTS | {"bfloat16", "channels_last", "cuda_graph"},
     "diffusers": None,
     "ours, compiled": HALF | {"compile"},
     "diffusers-compiled": None,
 }
-SAMPLING: dict[str, frozenset[str] | None] = {
-    "ours, captured": HALF | {"cuda_graph"},
+SAMPLING: Ways = {
+    "ours, captured": CAPTURED,
     "diffusers": None,
     "ours, compiled": HALF | {"compile"},
     "diffusers-compiled": None,
     "ours": HALF,
     "ours, max-autotune": HALF | {"max_autotune"},
-    "DPM++, two fifths of the steps, captured": HALF | {"cuda_graph", "fast"},
-    "guidance in half of the stages, captured": HALF | {"cuda_graph", "half_guided"},
+    "DPM++, two fifths of the steps, captured": CAPTURED | {"fast"},
+    "guidance in half of the stages, captured": CAPTURED | {"half_guided"},
 }
 METHOD = "model.params.personalization_config.params.method"
 METHODS = ("prospect", "textual-inversion", "xti", "table", "neti", "catversion")
@@ -68,14 +79,13 @@ class GpuReport:
         compiled: also the rows that compile, which take a minute or more each.
     """
 
-    def __init__(self, folder: Path, device: torch.device, size: str, compiled: bool = True, repeats: int = 10) -> None:
-        self.folder, self.device, self.size = folder, device, size
-        self.compiled, self.repeats = compiled, repeats
-        self.resolution = 512 if size == "sd-v1" else 128
-        self.steps = 50 if size == "sd-v1" else 10
+    def __init__(self, folder: Path, device: torch.device, size: str, compiled: bool, repeats: int, say: Say) -> None:
+        self.folder, self.device, self.size, self.say = folder, device, size, say
+        self.compiled, self.repeats, self.on_gpu = compiled, repeats, device.type == "cuda"
+        resolution, steps = (512, 50) if size == "sd-v1" else (128, 10)
+        self.work = Work("train", 1, resolution, steps)
         self._base: LatentDiffusion | None = None
-        path = folder / "report.json"
-        self.results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.results = read_report(folder / "report.json", device_name(device), size)
         self.results |= {"device": device_name(device), "torch": torch.__version__, "size": size}
 
     @property
@@ -84,17 +94,17 @@ class GpuReport:
             self._base = build_model(self.size, self.device)
         return self._base
 
-    def run(self, sections: Sequence[str], say: Callable[[str], None]) -> None:
+    def run(self, sections: Sequence[str]) -> None:
         """Run the sections whose results are missing, and keep each as soon as it is complete."""
         for name in sections:
             if name in self.results.setdefault("complete", []):
-                say(f"{name}: kept from before")
+                self.say(f"{name}: kept from before")
                 continue
             start = time.perf_counter()
-            self.results[name] = getattr(self, name)(say)
+            self.results[name] = getattr(self, name)()
             self.results["complete"].append(name)
             self._keep()
-            say(f"{name}: {time.perf_counter() - start:.0f} s")
+            self.say(f"{name}: {time.perf_counter() - start:.0f} s")
 
     def _keep(self) -> None:
         replace_text(self.folder / "report.json", json.dumps(self.results, indent=1) + "\n")
@@ -102,246 +112,250 @@ class GpuReport:
 
     # --- sections ----------------------------------------------------------------------------------------------
 
-    def parity(self, say: Callable[[str], None]) -> list[Row]:
+    def parity(self) -> list[Row]:
         """Compare with the reference's recorded numbers on this device, in every precision."""
         from evaluation.benchmark.parity import deviations
 
-        half = ("float16", "bfloat16") if self.device.type == "cuda" else ("bfloat16",)
+        half = ("float16", "bfloat16") if self.on_gpu else ("bfloat16",)
         rows = [row for dtype in ("float32", *half) for row in deviations(self.device, dtype)]
         for row in rows:
-            say(f"  {row['what']:8} {row['dtype']:9} {row['deviation']:.1e} {'ok' if row['ok'] else 'TOO FAR'}")
+            self.say(f"  {row['what']:8} {row['dtype']:9} {row['deviation']:.1e} {'ok' if row['ok'] else 'TOO FAR'}")
         return rows
 
-    def learn(self, say: Callable[[str], None]) -> Row:
+    def learn(self) -> Row:
         """Learn one concept: 600 steps without start-up, and `main.py` as a whole."""
         steps = 600 if self.size == "sd-v1" else 40
-        captured, base = self._here(HALF | {"cuda_graph"}), self.base
-        before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0  # in float32, not used
-        start = time.perf_counter()
-        step = TrainingStep(base, captured, 1, self.resolution)
-        step.run()
-        self._synchronize()
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        for _ in range(steps):
+        captured, base = self._here(CAPTURED), self.base
+        before = self._allocated()  # in float32, not used
+
+        def begin() -> ours.TrainingStep:
+            step = ours.TrainingStep(base, captured, self.work)
             step.run()
-        self._synchronize()
-        seconds = time.perf_counter() - start
+            return step
+
+        first, step = self._seconds(begin)
+        seconds, _ = self._seconds(lambda: [step.run() for _ in range(steps)])
         peak = peak_memory(step.run, self.device)
-        wall, profiled = self._profiled(step.run)
-        counted = TrainingStep(base, captured - {"cuda_graph"}, 1, self.resolution)  # a graph hides what it does
-        ceiling = matmul_ceiling(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
+        profiled = self._profiled(step.run)
+        counted = ours.TrainingStep(base, captured - {"cuda_graph"}, self.work)  # a graph hides what it does
+        ceiling = matmul_ceiling(self.device, torch.float16 if self.on_gpu else torch.float32)
         found = {
             "steps": steps,
             "seconds": seconds,
             "first_step_s": first,
             "peak_gb": peak and (peak - before) / 1e9,
-            "busy": _busy_ms(profiled) / wall,
+            "busy": profiled["busy_ms"] / profiled["wall_ms"],
             "of_ceiling": count_flop(counted.run) / ceiling / (1e3 * seconds / steps),
         }
-        say(f"  {_learning(found)}")
-        return {**found, **self._learn_by_command(steps, say)}
+        self.say(f"  {_learning(found)}")
+        return {**found, **self._learn_by_command(steps)}
 
-    def _learn_by_command(self, steps: int, say: Callable[[str], None]) -> Row:
-        config = "configs/stable-diffusion/v1-finetune.yaml" if self.size == "sd-v1" else "configs/demo/finetune.yaml"
-        start = time.perf_counter()
+    def _learn_by_command(self, steps: int) -> Row:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "main.py", "--base", config, "-t", "-p", f"{folder}/run", "--gpus", "0,"]
+            command = ["main.py", "--base", CONFIGS[self.size], "-t", "-p", f"{folder}/run", "--gpus", "0,"]
             command += ["--data_root", "models/demo/references/dotted-star", "--max_steps", str(steps)]
             command += ["model.params.ckpt_path=null"]
             command += [f"model.params.cond_stage_config.params.tokenizer={ROOT / VOCABULARY}"] * (self.size == "sd-v1")
-            if self.device.type == "cuda":
-                fast = ("frozen_dtype=float16", "cuda_graph=true", "channels_last=true")
-                command += [f"model.params.{switch}" for switch in fast]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - start
-        say(f"  main.py: {seconds:.1f} s, exit code {done.returncode}")
+            fast = ("frozen_dtype=float16", "cuda_graph=true", "channels_last=true") if self.on_gpu else ()
+            seconds, done = self._seconds(lambda: _python(*command, *(f"model.params.{switch}" for switch in fast)))
+        self.say(f"  main.py: {seconds:.1f} s, exit code {done.returncode}")
         return {"command_s": seconds, "command_code": done.returncode, "command_tail": done.stderr[-600:]}
 
-    def train(self, say: Callable[[str], None]) -> list[Row]:
+    def train(self) -> list[Row]:
         """Time a training step, batch 1, in every way."""
-        return self._rows(TRAINING, "train", 1, say)
+        return self._rows("train", TRAINING, self.work)
 
-    def methods(self, say: Callable[[str], None]) -> list[Row]:
+    def methods(self) -> list[Row]:
         """Time a training step of every method, eager and captured, and one of StyleDiffusion, eager and in float32."""
         for method in METHODS:
             base, self._base = self._base, build_model(self.size, self.device, [f"{METHOD}={method}"])
-            ways = {f"{method}{way}": TRAINING[f"ours{way}"] for way in ("", ", captured")}
-            self._rows(ways, "methods", 1, say)
+            self._rows("methods", {method: HALF, f"{method}, captured": CAPTURED}, self.work)
             self._base = base
-        return self._rows({"stylediffusion": DEFAULTS}, "methods", 1, say)
+        return self._rows("methods", {"stylediffusion": DEFAULTS}, self.work)
 
-    def sample(self, say: Callable[[str], None]) -> list[Row]:
+    def sample(self) -> list[Row]:
         """Time DDIM from noise to images, batch 1 and 8, in every way."""
-        self._rows(SAMPLING, "sample", 1, say)
-        some = {name: ways for name, ways in SAMPLING.items() if "compiled" not in name and "autotune" not in name}
-        return self._rows(some, "sample", 8 if self.device.type == "cuda" else 2, say)
+        work = self.work._replace(what="sample")
+        self._rows("sample", SAMPLING, work)
+        some = {name: ways for name, ways in SAMPLING.items() if not _compiles(name)}
+        return self._rows("sample", some, work._replace(batch=8 if self.on_gpu else 2))
 
-    def profile(self, say: Callable[[str], None]) -> Row:
+    def profile(self) -> Row:
         """Profile one training step and one sampling call: number and time of kernels, and gaps between them."""
-        ways = self._here(HALF | {"cuda_graph"})
-        found: Row = {}
-        for name, run in {
-            "training step": TrainingStep(self.base, ways, 1, self.resolution).run,
-            "sampling, 10 steps": Sampling(self.base, ways, 1, self.resolution, 10).run,
-        }.items():
-            for _ in range(2):
-                run()
-            wall, profiled = self._profiled(run)
-            own = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-            events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, own))
-            found[name] = {
-                "wall_ms": wall,
-                "busy_ms": _busy_ms(profiled),
-                "kernels": len(_kernels(profiled)),
-                "top": [[e.key[:90], getattr(e, own) / 1e3, e.count] for e in events[:15]],
-            }
-            say(f"  {name}: {wall:.2f} ms, kernels {found[name]['busy_ms']:.2f} ms in {found[name]['kernels']}")
+        ways, work = self._here(CAPTURED), self.work._replace(steps=10)
+        found = {
+            "training step": self._profiled(ours.TrainingStep(self.base, ways, work).run),
+            "sampling, 10 steps": self._profiled(ours.Sampling(self.base, ways, work).run),
+        }
+        for name, x in found.items():
+            self.say(f"  {name}: {x['wall_ms']:.2f} ms, kernels {x['busy_ms']:.2f} ms in {x['kernels']}")
         return found
 
-    def _profiled(self, run: Callable[[], object]) -> tuple[float, profiler.profile]:
-        """Return the milliseconds of one run without the profiler, and the profile of another."""
-        wall, _ = time_run(run, self.device)
-        activities = [profiler.ProfilerActivity.CPU] + [profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        with profiler.profile(activities=activities) as profiled:
-            run()
-            self._synchronize()
-        return wall, profiled
-
-    def tests(self, say: Callable[[str], None]) -> Row:
+    def tests(self) -> Row:
         """Run the tests that need a CUDA device."""
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--show-capture=no", "--tb=short", "tests"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = _python("-m", "pytest", "-q", "-m", "gpu", "--show-capture=no", "--tb=short", "tests")
         lines = done.stdout.strip().splitlines()
-        say(f"  {lines[-1] if lines else done.stderr[-200:]}")
+        self.say(f"  {lines[-1] if lines else done.stderr[-200:]}")
         return {"passed": done.returncode == 0, "summary": lines[-1] if lines else "", "output": done.stdout[-6000:]}
 
     # --- rows --------------------------------------------------------------------------------------------------
 
-    def _rows(
-        self, ways: dict[str, frozenset[str] | None], what: str, batch: int, say: Callable[[str], None]
-    ) -> list[Row]:
-        rows: list[Row] = self.results.setdefault(what, [])
+    def _rows(self, section: str, ways: Ways, work: Work) -> list[Row]:
+        rows: list[Row] = self.results.setdefault(section, [])
         for name, switches in ways.items():
-            compiles = "compiled" in name or "autotune" in name
-            if (compiles and not self.compiled) or (self.device.type != "cuda" and "captured" in name):
+            if (_compiles(name) and not self.compiled) or (not self.on_gpu and "captured" in name):
                 continue
-            if any(row["name"] == name and row["batch"] == batch for row in rows):
+            if any(row["name"] == name and row["batch"] == work.batch for row in rows):
                 continue  # of an interrupted run
             try:
-                row = self._row(lambda: self._contender(name, switches, what, batch))  # noqa: B023, called at once
+                row = self._row(name, switches, work)
             except (RuntimeError, ValueError) as error:  # one way that fails must not hide the others
                 row = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
-            rows.append({"name": name, "batch": batch, **row})
+            rows.append({"name": name, "batch": work.batch, **row})
             self._keep()
-            say(f"  {what}, batch {batch}: {name}: {row.get('error') or format(row['ms'], '.2f') + ' ms'}")
+            self.say(f"  {section}, batch {work.batch}: {name}: {row.get('error') or format(row['ms'], '.2f') + ' ms'}")
         return rows
+
+    def _row(self, name: str, switches: frozenset[str] | None, work: Work) -> Row:
+        """Time one way alone; the peak of memory is without the base model, except where its weights are used."""
+        base = self.base
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        before = self._allocated()
+
+        def begin() -> Contender:
+            if name == "stylediffusion":
+                way = inversion_step(variant(base, DEFAULTS), work.resolution)  # which freezes what it is given
+            elif switches is None:
+                way = peer.contender(base, work, self._here(HALF), name)
+            else:
+                way = ours.contender(base, work, self._here(switches), name)
+            way.run()
+            return way
+
+        first, way = self._seconds(begin)
+        (row,) = measure([replace(way, result=None)], self.device, self.repeats)
+        unused = before if way.dtype != torch.float32 else 0
+        peak = row["peak_mb"] / 1e3 - unused / 1e9 if self.on_gpu else None
+        return {"ms": row["ms"], "from": row["ms_from"], "to": row["ms_to"], "first_s": first, "peak_gb": peak}
 
     def _here(self, switches: frozenset[str]) -> frozenset[str]:
         """Return the switches without those that only a GPU gains from."""
-        return switches if self.device.type == "cuda" else switches - {"float16", "channels_last", "cuda_graph"}
+        return switches if self.on_gpu else switches - {"float16", "channels_last", "cuda_graph"}
 
-    def _contender(self, name: str, switches: frozenset[str] | None, what: str, batch: int) -> Contender:
-        if switches is None:
-            return peer_contender(self.base, name, what, self._here(HALF), batch, self.resolution, self.steps)
-        if name == "stylediffusion":
-            return inversion_step(variant(self.base, DEFAULTS), self.resolution)  # which freezes what it is given
-        switches = self._here(switches)
-        if what in ("train", "methods"):
-            return training_contender(self.base, name, switches, batch, self.resolution)
-        return sampling_contender(self.base, name, switches, batch, self.resolution, self.steps)
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
 
-    def _row(self, make: Callable[[], Contender]) -> Row:
-        """Time one way alone; the peak of memory is without the base model, except where its weights are used."""
-        gc.collect()
-        before = 0
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_allocated(self.device)
-        start = time.perf_counter()
-        contender = make()
-        contender.run()
-        self._synchronize()
-        first = time.perf_counter() - start
-        contender.run()
-        peak = None
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            contender.run()
-            self._synchronize()
-            peak = torch.cuda.max_memory_allocated(self.device) - (before if contender.dtype != torch.float32 else 0)
-        times = [time_run(contender.run, self.device)[0] for _ in range(self.repeats)]
+    def _seconds(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Return how long it takes until the device is done, and what it returns."""
+        found = []
+        wall, _ = time_run(lambda: found.append(work()), self.device)
+        return wall / 1e3, found[0]
+
+    def _profiled(self, run: Callable[[], object]) -> Row:
+        """Return what a profile of one run shows, and the milliseconds of another without the profiler.
+
+        On the CPU there are no kernels, and the operations without their parts stand in.
+        """
+        for _ in range(2):
+            run()
+        wall, _ = time_run(run, self.device)
+        activities = [profiler.ProfilerActivity.CPU] + [profiler.ProfilerActivity.CUDA] * self.on_gpu
+        with profiler.profile(activities=activities) as profiled:
+            time_run(run, self.device)
+        events = list(profiled.events() or [])
+        kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = kernels or [event for event in events if event.cpu_parent is None]
+        own = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
+        top = sorted(profiled.key_averages(), key=lambda event: -getattr(event, own))[:15]
         return {
-            "ms": statistics.median(times),
-            "from": min(times),
-            "to": max(times),
-            "first_s": first,
-            "peak_gb": peak and peak / 1e9,
+            "wall_ms": wall,
+            "busy_ms": sum(kernel.time_range.elapsed_us() for kernel in kernels) / 1e3,
+            "kernels": len(kernels),
+            "top": [[event.key[:90], getattr(event, own) / 1e3, event.count] for event in top],
         }
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     # --- goals and tables --------------------------------------------------------------------------------------
 
-    def goals(self) -> list[tuple[str, str, bool | None]]:
-        """Return (goal, what was measured, whether it is reached; None: not measured)."""
-        train = {row["name"]: row.get("ms") for row in self.results.get("train", [])}
-        sample = {row["name"]: row.get("ms") for row in self.results.get("sample", []) if row["batch"] == 1}
-        memory = {row["name"]: row.get("peak_gb") for row in self.results.get("train", [])}
-        ours = _best(train, "ours")
-        seconds = self.results.get("learn", {}).get("seconds")
-        fastest = _best(sample, "ours")
-        rate = fastest and 1e3 * self.steps / fastest
-        compiled = sample.get("diffusers-compiled")
-        if self.size != "sd-v1":  # the goals are of Stable Diffusion's size
-            train, sample, memory = {}, {}, {}
-            seconds = fastest = rate = ours = compiled = None
-        return [
-            _goal("learning step against the reference's way ≥ 8×", _ratio(train.get("reference"), ours), 8, "×"),
-            _goal("learning step against diffusers' best ≥ 1.5×", _ratio(_best(train, "diffusers"), ours), 1.5, "×"),
-            _goal("600 steps of one concept ≤ 8 s", seconds, 8, "s", at_most=True),
-            _goal("DDIM 50, batch 1, against diffusers compiled ≥ 1.1×", _ratio(compiled, fastest), 1.1, "×"),
-            _goal("DDIM 50, batch 1 ≥ 105 it/s", rate, 105, "it/s"),
-            _goal("peak memory of learning ≤ 6 GB", memory.get("ours, captured"), 6, "GB", at_most=True),
+    def goals(self) -> list[tuple[str, str, str]]:
+        """Return (goal, what was measured, pass or miss)."""
+        results = self.results if self.size == "sd-v1" else {}  # the goals are of Stable Diffusion's size
+
+        def best(section: str, names: str, key: str = "ms") -> float | None:
+            rows = [row for row in results.get(section, []) if row["batch"] == 1 and re.fullmatch(names, row["name"])]
+            return min((row[key] for row in rows if row.get(key)), default=None)
+
+        def ratio(slow: float | None, fast: float | None) -> float | None:
+            return slow / fast if slow and fast else None
+
+        ours, fastest = best("train", "ours.*"), best("sample", "ours.*")
+        compiled = best("sample", "diffusers-compiled")
+        seconds, memory = results.get("learn", {}).get("seconds"), best("train", "ours, captured", "peak_gb")
+        goals = [
+            ("learning step against the reference's way ≥", 8, "×", ratio(best("train", "reference"), ours)),
+            ("learning step against diffusers' best ≥", 1.5, "×", ratio(best("train", "diffusers.*"), ours)),
+            ("600 steps of one concept ≤", 8, " s", seconds),
+            ("DDIM 50, batch 1, against diffusers compiled ≥", 1.1, "×", ratio(compiled, fastest)),
+            ("DDIM 50, batch 1 ≥", 105, " it/s", ratio(1e3 * self.work.steps, fastest)),
+            ("peak memory of learning ≤", 6, " GB", memory),
         ]
+        lines = []
+        for goal, bound, unit, value in goals:
+            reached = value is not None and (value <= bound if goal.endswith("≤") else value >= bound)
+            measured = "" if value is None else f"{value:.3g} {unit.strip()}"
+            lines.append((f"{goal} {bound}{unit}", measured, "pass" if reached else "miss" if measured else "waiting"))
+        return lines
 
     def markdown(self) -> str:
         """Return the tables, with the device's name."""
-        lines = [f"Measured on {self.results['device']}, torch {self.results['torch']}, {self.results['size']}.", ""]
-        lines += ["| goal | measured | |", "|---|---|---|"]
-        marks = {True: "pass", False: "miss", None: "waiting"}
-        lines += [f"| {goal} | {measured} | {marks[reached]} |" for goal, measured, reached in self.goals()]
-        if "learn" in self.results:
-            lines += ["", f"Learning, captured where that is possible: {_learning(self.results['learn'])}."]
-        for what in ("train", "methods", "sample"):
-            if what in self.results:
-                lines += ["", f"| {what} | batch | ms | first, s | peak, GB |", "|---|---|---|---|---|"]
-                lines += [_line(row) for row in self.results[what]]
-        if "parity" in self.results:
-            lines += ["", "| parity | precision | deviation | |", "|---|---|---|---|"]
-        for row in self.results.get("parity", []):
-            verdict = "ok" if row["ok"] else "too far"
-            lines.append(f"| {row['what']} | {row['dtype']} | {row['deviation']:.1e} | {verdict} |")
-        for name, found in self.results.get("profile", {}).items():
-            wall, busy, kernels = found["wall_ms"], found["busy_ms"], found["kernels"]
-            gaps = f"{kernels} kernels take {busy:.2f} ms, gaps {wall - busy:.2f} ms"
-            lines += ["", f"One {name}: {wall:.2f} ms; {gaps}."]
-        if "tests" in self.results:
-            lines += ["", f"Tests on the device: {self.results['tests']['summary']}"]
-        return "\n".join(lines) + "\n"
+        found = self.results
+        parts = [f"Measured on {found['device']}, torch {found['torch']}, {found['size']}."]
+        parts.append(table(["goal", "measured", ""], self.goals()))
+        if "learn" in found:
+            parts.append(f"Learning, captured where that is possible: {_learning(found['learn'])}.")
+        for section in ("train", "methods", "sample"):
+            if section in found:
+                parts.append(table([section, "batch", "ms", "first, s", "peak, GB"], map(_cells, found[section])))
+        if "parity" in found:
+            lines = [
+                (row["what"], row["dtype"], f"{row['deviation']:.1e}", "ok" if row["ok"] else "too far")
+                for row in found["parity"]
+            ]
+            parts.append(table(["parity", "precision", "deviation", ""], lines))
+        for name, x in found.get("profile", {}).items():
+            gaps = f"{x['kernels']} kernels take {x['busy_ms']:.2f} ms, gaps {x['wall_ms'] - x['busy_ms']:.2f} ms"
+            parts.append(f"One {name}: {x['wall_ms']:.2f} ms; {gaps}.")
+        if "tests" in found:
+            parts.append(f"Tests on the device: {found['tests']['summary']}")
+        return "\n\n".join(parts) + "\n"
 
 
-def _kernels(profiled: profiler.profile) -> list[Any]:
-    """Return the kernels of a profile; on the CPU there are none, and the operations without their parts stand in."""
-    events = list(profiled.events() or [])
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    return kernels or [event for event in events if event.cpu_parent is None]
+def read_report(file: Path, device: str, size: str) -> dict[str, Any]:
+    """Return the results of an earlier run, {} without one.
+
+    Raises:
+        ValueError: the report is of another device or size, or a file of something else.
+    """
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(read_text(file, "--out"))
+        made_for = found["device"], found["size"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"'{file}' is no report of this script; give another folder with --out.") from error
+    if made_for != (device, size):
+        remedy = f"for {device} and {size}, give another folder with --out"
+        raise ValueError(f"'{file}' was measured on {shown(made_for[0])} with {shown(made_for[1])}; {remedy}.")
+    return found
 
 
-def _busy_ms(profiled: profiler.profile) -> float:
-    return sum(kernel.time_range.elapsed_us() for kernel in _kernels(profiled)) / 1e3
+def _compiles(name: str) -> bool:
+    return "compiled" in name or "autotune" in name
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def _learning(found: Row) -> str:
@@ -352,24 +366,8 @@ def _learning(found: Row) -> str:
     return f"{seconds}, the first after {found['first_step_s']:.1f} s; {use}; {memory}"
 
 
-def _best(ms: dict[str, float | None], prefix: str) -> float | None:
-    return min((value for name, value in ms.items() if name.startswith(prefix) and value), default=None)
-
-
-def _ratio(slow: float | None, fast: float | None) -> float | None:
-    return slow / fast if slow and fast else None
-
-
-def _goal(
-    text: str, value: float | None, bound: float, unit: str, at_most: bool = False
-) -> tuple[str, str, bool | None]:
-    if value is None:
-        return text, "", None
-    return text, f"{value:.3g} {unit}", value <= bound if at_most else value >= bound
-
-
-def _line(row: Row) -> str:
+def _cells(row: Row) -> list[object]:
     if "error" in row:
-        return f"| {row['name']} | {row['batch']} | {row['error']} | | |"
+        return [row["name"], row["batch"], row["error"], "", ""]
     peak = f"{row['peak_gb']:.1f}" if row["peak_gb"] else ""
-    return f"| {row['name']} | {row['batch']} | {row['ms']:.2f} | {row['first_s']:.1f} | {peak} |"
+    return [row["name"], row["batch"], f"{row['ms']:.2f}", f"{row['first_s']:.1f}", peak]

@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from torch.utils.benchmark import timer
 
-from evaluation.benchmark.measure import Measurement, peak_resident
-from evaluation.benchmark.models import CONFIGS, ROOT, set_tokenizer
-
-CHILD = "import sys, json; from evaluation.benchmark.load import child; print(json.dumps(child(*sys.argv[1:])))"
+from evaluation.benchmark.measure import Row, compared, make_row, peak_resident
+from evaluation.benchmark.models import read_config
 
 
-def alternate_loads(
-    names: Sequence[str], size: str, checkpoint: Path, dtype: str, repeats: int, device: str
-) -> dict[str, Measurement]:
+def measure_loads(
+    names: Sequence[str], size: str, checkpoint: Path, dtype: str, device: torch.device, repeats: int, clock: str
+) -> list[Row]:
     """Load in turns the way of each name, `ours` or `reference`."""
-    found = {name: Measurement() for name in names}
+    found: dict[str, list[tuple[tuple[float, float], int | None]]] = {name: [] for name in names}
     for _ in range(repeats):
-        for name, measurement in found.items():
-            command = [sys.executable, "-c", CHILD, name, size, str(checkpoint), dtype, device]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-                raise ValueError(f"'{checkpoint}' could not be opened the way of '{name}': {reason}")
-            values = json.loads(done.stdout.splitlines()[-1])
-            measurement.wall_ms.append(values["wall_ms"])
-            measurement.cpu_ms.append(values["cpu_ms"])
-            measurement.peak_bytes = max(measurement.peak_bytes or 0, values["peak_bytes"] or 0) or None
-    return found
+        for name, runs in found.items():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                try:
+                    runs.append(process.submit(load_once, name, size, str(checkpoint), dtype, str(device)).result())
+                except Exception as error:  # of any kind of file, in the reference's way
+                    sentence = f"'{checkpoint}' could not be opened the way of '{name}': {error}"
+                    raise ValueError(sentence) from error
+    rows = []
+    for name, runs in found.items():
+        peak = max(peak or 0 for _, peak in runs)
+        details = {"peak / file": peak / checkpoint.stat().st_size}
+        rows.append(make_row(name, [times[clock == "cpu"] for times, _ in runs], peak or None, details=details))
+    return compared(rows)
 
 
-def child(name: str, size: str, checkpoint: str, dtype: str, device: str) -> dict[str, float | None]:
-    """Load once: milliseconds without the imports, and the peak of resident memory with them."""
+def load_once(name: str, size: str, checkpoint: str, dtype: str, device: str) -> tuple[tuple[float, float], int | None]:
+    """Load; return the milliseconds without the imports, on the clock and of the processor, and the peak in bytes."""
     from pytorch_lightning.callbacks.model_checkpoint import ModelCheckpoint
 
-    from ldm.config import instantiate_from_config, load_config
+    from ldm.config import instantiate_from_config
     from ldm.generate import load_model_from_config
 
-    config = load_config(ROOT / CONFIGS[size])
-    set_tokenizer(config, size)
+    config = read_config(size)
     wall, processor = timer(), time.process_time()
     if name == "ours":
         load_model_from_config(config, checkpoint, device=device, dtype=dtype)
@@ -56,5 +54,4 @@ def child(name: str, size: str, checkpoint: str, dtype: str, device: str) -> dic
         model = instantiate_from_config(config.model)
         model.load_state_dict(state, strict=False)
         model.to(device)
-    times = {"wall_ms": 1e3 * (timer() - wall), "cpu_ms": 1e3 * (time.process_time() - processor)}
-    return {**times, "peak_bytes": peak_resident()}
+    return (1e3 * (timer() - wall), 1e3 * (time.process_time() - processor)), peak_resident()

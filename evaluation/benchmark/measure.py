@@ -1,4 +1,4 @@
-"""Time, memory and arithmetic of calls that are compared with each other."""
+"""Time, memory and arithmetic of calls that are compared with each other, as rows of one table."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 MATMUL_SIDES = {"cpu": 1536, "cuda": 8192, "mps": 4096}
+Row = dict[str, Any]  # one way to do the work: its numbers, of which those that are not known are None
+HEADER = {
+    "name": "", "ms": "ms", "ms_from": "from", "ms_to": "to", "per_second": "per s", "peak_mb": "peak MB",
+    "gflop": "GFLOP", "gflop_per_second": "GFLOP/s", "of_ceiling": "of ceiling", "deviation": "deviation",
+    "times_first": "times first",
+}  # fmt: skip
+FORMATS = {"name": "{}", "of_ceiling": "{:.0%}", "deviation": "{:.1e}", "times_first": "{:.2f}"}
 
 
 @dataclass
@@ -26,7 +33,7 @@ class Contender:
 
     name: str
     run: Callable[[], object]  # does it once; this is what is timed
-    result: Callable[[], Tensor]  # does it once, and returns values that are compared with another's
+    result: Callable[[], Tensor] | None = None  # does it once, and returns values that are compared with the first's
     dtype: torch.dtype = torch.float32  # of most of the arithmetic
     samples: int = 1  # images, or samples of a training step, that one run makes
     opaque: bool = False  # a compiled or captured call hides its operations from the counter
@@ -34,42 +41,90 @@ class Contender:
     other_images: bool = False  # the result is another one on purpose
 
 
-@dataclass
-class Measurement:
-    """Milliseconds of every run, on the clock and of the processor; peak memory in bytes; FLOP of one run."""
-
-    wall_ms: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    flop: int = 0
-
-    def times(self, clock: str) -> list[float]:
-        return self.cpu_ms if clock == "cpu" else self.wall_ms
-
-    def median(self, clock: str) -> float:
-        return statistics.median(self.times(clock))
-
-
-def alternate(contenders: Sequence[Contender], device: torch.device, repeats: int) -> dict[str, Measurement]:
-    """Run the contenders in turns, A B C A B C …, after runs of each that warm it up and count.
+def measure(
+    contenders: Sequence[Contender],
+    device: torch.device,
+    repeats: int,
+    clock: str = "wall",
+    ceilings: Mapping[torch.dtype, float] | None = None,
+) -> list[Row]:
+    """Compare the results, then run the contenders in turns, A B C A B C …, after runs of each that warm up and count.
 
     In turns, so that what else the machine does meanwhile affects all alike. `torch.utils.benchmark.Timer` does not
     serve: it makes two more runs for each timed one, and reads one clock only.
+
+    Args:
+        clock: wall, or cpu for the time of the processor.
+        ceilings: FLOP per millisecond that the device reaches, see `matmul_ceiling`.
     """
-    found = {contender.name: Measurement() for contender in contenders}
-    for contender in contenders:
-        found[contender.name].peak_bytes = peak_memory(contender.run, device)
-        if contender.opaque:
-            for _ in range(3):
-                contender.run()
-        else:
-            found[contender.name].flop = count_flop(contender.run)
+    alike = [c for c in contenders if c.other_images == contenders[0].other_images]
+    distances = deviations({c.name: c.result() for c in alike if c.result})
+    peaks, flop = [], []
+    for c in contenders:
+        peaks.append(peak_memory(c.run, device))
+        flop.append(0 if c.opaque else count_flop(c.run))
+        for _ in range(3 if c.opaque else 0):
+            c.run()
+    times: list[list[float]] = [[] for _ in contenders]
     for _ in range(repeats):
-        for contender in contenders:
-            wall, processor = time_run(contender.run, device)
-            found[contender.name].wall_ms.append(wall)
-            found[contender.name].cpu_ms.append(processor)
-    return found
+        for c, own in zip(contenders, times, strict=True):
+            own.append(time_run(c.run, device)[clock == "cpu"])
+    return compared([
+        make_row(c.name, own, peak, count, c.samples, (ceilings or {}).get(c.dtype), distances.get(c.name), c.details)
+        for c, own, peak, count in zip(contenders, times, peaks, flop, strict=True)
+    ])  # fmt: skip
+
+
+def make_row(
+    name: str,
+    times: Sequence[float],
+    peak_bytes: int | None,
+    flop: int = 0,
+    samples: int = 1,
+    ceiling: float | None = None,
+    deviation: float | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> Row:
+    """Return a row of runs that took `times` in ms; `ceiling` is in FLOP per ms."""
+    ms = statistics.median(times)
+    rate = flop / ms if flop else None
+    return {
+        "name": name, "ms": ms, "ms_from": min(times), "ms_to": max(times), "per_second": 1e3 * samples / ms,
+        "peak_mb": peak_bytes and peak_bytes / 1e6, "gflop": flop / 1e9 if flop else None,
+        "gflop_per_second": rate and rate / 1e6, "of_ceiling": rate and ceiling and rate / ceiling,
+        "deviation": deviation, "details": dict(details or {}),
+    }  # fmt: skip
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """Add `times_first`: how many times as fast as the first row each is."""
+    return [row | {"times_first": rows[0]["ms"] / row["ms"]} for row in rows]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return aligned columns; names to the left, numbers to the right."""
+    lines = [list(HEADER.values()), *([_cell(key, row[key]) for key in HEADER] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    significant = "{:.0f}" if key != "name" and abs(value) >= 100 else "{:.3g}"  # three digits, without exponent
+    return FORMATS.get(key, significant).format(value)
+
+
+def deviations(results: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the relative distance (of norms) of every result to the first, over the values that both have."""
+    flat = {name: result.double().flatten().cpu() for name, result in results.items()}
+    distances = {}
+    for name, x in flat.items():
+        first = next(iter(flat.values()))[: len(x)]
+        distances[name] = float((x[: len(first)] - first).norm() / first.norm().clamp(min=1e-30))
+    return distances
 
 
 def time_run(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -124,17 +179,6 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 5) -
     torch.mm(a, b)
     times = [time_run(lambda: torch.mm(a, b), device) for _ in range(repeats)]
     return 2 * side**3 / min(min(wall, processor) if device.type == "cpu" else wall for wall, processor in times)
-
-
-def deviations(results: Mapping[str, Tensor], oracle: str) -> dict[str, float]:
-    """Return the relative distance (of norms) of every result to the oracle's, over the values that both have."""
-    flat = {name: result.double().flatten().cpu() for name, result in results.items()}
-    distances = {}
-    for name, found in flat.items():
-        pairs = min(len(found), len(flat[oracle]))
-        expected = flat[oracle][:pairs]
-        distances[name] = float((found[:pairs] - expected).norm() / expected.norm().clamp(min=1e-30))
-    return distances
 
 
 def device_name(device: torch.device) -> str:

@@ -10,35 +10,29 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evaluation.benchmark.editing import inversion_step
-from evaluation.benchmark.models import CONFIGS, ROOT, set_tokenizer
-from evaluation.benchmark.sample import Sampling
-from evaluation.benchmark.switches import DEFAULTS
-from evaluation.benchmark.train import TrainingStep
-from ldm.config import instantiate_from_config, load_config
+from evaluation.benchmark.models import meta_model
+from evaluation.benchmark.ours import Sampling, TrainingStep
+from evaluation.benchmark.switches import DEFAULTS, Work
+from evaluation.statistics import table
 from ldm.editing.edit import Branches, Prompts, denoise_pair, plan_edit
 from ldm.editing.request import Edit
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, and the most that were alive at once.
-
-    Args:
-        module: its weights count from the start.
-    """
+    """Counts the bytes of a module's weights and of all storages that operations make: the most alive at once."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -80,32 +74,20 @@ def fused_attention() -> Iterator[None]:
         yield
 
 
-def meta_model(size: str = "sd-v1", **params: Any) -> LatentDiffusion:
-    """Return a model of `demo` or `sd-v1` size on the meta device; `params` go over `model.params`."""
-    config = load_config(ROOT / CONFIGS[size])
-    set_tokenizer(config, size)
-    OmegaConf.update(config, "model.params.ckpt_path", None)
-    for key, value in params.items():
-        OmegaConf.update(config, f"model.params.{key}", value)
-    with torch.device("meta"):
-        model = instantiate_from_config(config.model)
-    return model.to("meta")
-
-
 def learning_peak(model: LatentDiffusion, resolution: int, batch: int = 1, switches: frozenset[str] = DEFAULTS) -> int:
     """Return the peak in bytes of three training steps on images (batch, 3, R, R)."""
-    step = TrainingStep(model, switches, batch, resolution)
-    with fused_attention(), PeakMemory(step.model) as memory:
-        for _ in range(3):
-            step.run()
-    return memory.peak
+    return _peak_of(TrainingStep(model, switches, Work("train", batch, resolution)), runs=3)
 
 
 def sampling_peak(model: LatentDiffusion, resolution: int, batch: int = 1, switches: frozenset[str] = DEFAULTS) -> int:
     """Return the peak in bytes of three guided DDIM steps and of decoding, for images (batch, 3, R, R)."""
-    images = Sampling(model, switches, batch, resolution, 3)
-    with fused_attention(), PeakMemory(images.model) as memory:
-        images.run()
+    return _peak_of(Sampling(model, switches, Work("sample", batch, resolution, steps=3)), runs=1)
+
+
+def _peak_of(way: TrainingStep | Sampling, runs: int) -> int:
+    with fused_attention(), PeakMemory(way.model) as memory:
+        for _ in range(runs):
+            way.run()
     return memory.peak
 
 
@@ -133,50 +115,46 @@ def editing_peak(model: LatentDiffusion, resolution: int = 512) -> int:
     return memory.peak
 
 
-def table() -> str:
+# Captured and compiled calls cannot be counted here, nor can `stages`, whose reference order reads the timesteps.
+SWITCHED = ("frozen", "attention", "batch", "latents", "guidance_batch", "kv", "text_batch", "fused_adamw")
+TURNED_ON = ("decode_slices", "channels_last", "fast", "half_guided")
+PRECISIONS = frozenset[str](), frozenset({"bfloat16"})
+
+
+def work_table() -> str:
     """Return the Markdown table of the peaks at Stable Diffusion's size and 512²."""
-    lines = ["| 512², counted | float32 | bfloat16 or float16 |", "|---|---|---|"]
-    model, sliced = meta_model(), DEFAULTS | {"decode_slices"}
+    model, rows = meta_model(), []
     for name, count, batch, switches in (
         ("learning, batch 1", learning_peak, 1, DEFAULTS),
         ("learning, batch 4", learning_peak, 4, DEFAULTS),
         ("sampling and decoding, batch 1", sampling_peak, 1, DEFAULTS),
         ("sampling and decoding, batch 8", sampling_peak, 8, DEFAULTS),
-        ("the same with `decode_batch=1`", sampling_peak, 8, sliced),
+        ("the same with `decode_batch=1`", sampling_peak, 8, DEFAULTS | {"decode_slices"}),
     ):
-        lines.append(row(name, (count(model, 512, batch, switches | dtype) for dtype in PRECISIONS)))
+        rows.append([name, *(gigabytes(count(model, 512, batch, switches | dtype)) for dtype in PRECISIONS)])
     halves = (editing_peak(meta_model(frozen_dtype=dtype)) for dtype in ("float32", "bfloat16"))
-    inversion = row("inversion, 30 steps (StyleDiffusion)", [inversion_peak(model, 512)])
-    return "\n".join([*lines, row("edit and decoding, both rows", halves), f"{inversion} float32 only |"])
-
-
-def row(name: str, peaks: Iterable[int]) -> str:
-    return f"| {name} | {' | '.join(f'{peak / 1e9:.1f} GB' for peak in peaks)} |"
-
-
-PRECISIONS = frozenset[str](), frozenset({"bfloat16"})
-# Captured and compiled calls cannot be counted here, nor can `stages`, whose reference order reads the timesteps.
-SWITCHED = ("frozen", "attention", "batch", "latents", "guidance_batch", "kv", "text_batch", "fused_adamw")
-TURNED_ON = ("decode_slices", "channels_last", "fast", "half_guided")
+    rows.append(["edit and decoding, both rows", *map(gigabytes, halves)])
+    rows.append(["inversion, 30 steps (StyleDiffusion)", gigabytes(inversion_peak(model, 512)), "float32 only"])
+    return table(["512², counted", "float32", "bfloat16 or float16"], rows)
 
 
 def switch_table(batch: int = 4) -> str:
     """Return the Markdown table of what the switches do to the peaks, at Stable Diffusion's size and 512²."""
-    head = [f"{what}, {dtype}" for dtype in ("float32", "bfloat16") for what in ("learning", "sampling")]
-    lines = [f"| 512², batch {batch}, counted | {' | '.join(head)} |", "|---|---|---|---|---|"]
+    columns = [(dtype, count) for dtype in PRECISIONS for count in (learning_peak, sampling_peak)]
     ways = {"as it is": DEFAULTS, **{f"without `{name}`": DEFAULTS - {name} for name in SWITCHED}}
     ways |= {f"with `{name}`": DEFAULTS | {name} for name in TURNED_ON} | {"with `use_checkpoint`": DEFAULTS}
+    rows = []
     for name, switches in ways.items():
         model = meta_model("sd-v1", **{"unet_config.params.use_checkpoint": "use_checkpoint" in name})
-        counts = (
-            count(model, 512, batch, switches | dtype)
-            for dtype in PRECISIONS
-            for count in (learning_peak, sampling_peak)
-        )
-        lines.append(row(name, counts))
-    return "\n".join(lines)
+        rows.append([name, *(gigabytes(count(model, 512, batch, switches | dtype)) for dtype, count in columns)])
+    head = [f"{what}, {dtype}" for dtype in ("float32", "bfloat16") for what in ("learning", "sampling")]
+    return table([f"512², batch {batch}, counted", *head], rows)
+
+
+def gigabytes(peak: int) -> str:
+    return f"{peak / 1e9:.1f} GB"
 
 
 if __name__ == "__main__":
     logging.disable(logging.INFO)
-    print(table(), switch_table(), sep="\n\n")  # noqa: T201
+    print(work_table(), switch_table(), sep="\n\n")  # noqa: T201

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -25,21 +25,24 @@ DEMO_WEIGHTS = "models/demo/model.safetensors"
 VOCABULARY = "tests/golden/tokenizer"
 
 
-def build_model(
-    size: str, device: torch.device, overrides: Sequence[str] = (), stages: int | None = None
-) -> LatentDiffusion:
+def read_config(size: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Return the configuration of that size; its tokenizer is named by its full path."""
+    config = load_config(ROOT / CONFIGS[size], overrides=overrides)
+    key = "model.params.cond_stage_config.params.tokenizer"
+    OmegaConf.update(config, key, str(ROOT / (VOCABULARY if size == "sd-v1" else OmegaConf.select(config, key))))
+    return config
+
+
+def build_model(size: str, device: torch.device, overrides: Sequence[str] = ()) -> LatentDiffusion:
     """Return the small model that ships, or one of Stable Diffusion v1's shape with random weights; float32.
 
     Raises:
         ConfigError, ValueError: overrides that do not fit.
     """
-    config = load_config(ROOT / CONFIGS[size], overrides=overrides)
+    config = read_config(size, overrides)
     params = config.model.params
-    set_tokenizer(config, size)
     if size == "demo":
         params.ckpt_path = str(ROOT / DEMO_WEIGHTS)
-    if stages is not None:
-        params.prospect_stages = stages
     learning = params.personalization_config.params
     if learning.get("method") is None:  # what differs from step to step could not be compared
         learning.dropout = 0.0
@@ -50,10 +53,13 @@ def build_model(
     return model.to(device)
 
 
-def set_tokenizer(config: DictConfig, size: str) -> None:
-    """Name the vocabulary by its full path."""
-    key = "model.params.cond_stage_config.params.tokenizer"
-    OmegaConf.update(config, key, str(ROOT / (VOCABULARY if size == "sd-v1" else OmegaConf.select(config, key))))
+def meta_model(size: str = "sd-v1", **params: Any) -> LatentDiffusion:
+    """Return a model of `demo` or `sd-v1` size on the meta device; `params` go over `model.params`."""
+    config = read_config(size)
+    for key, value in {"ckpt_path": None, **params}.items():
+        OmegaConf.update(config, f"model.params.{key}", value)
+    with torch.device("meta"):
+        return instantiate_from_config(config.model).to("meta")
 
 
 @torch.no_grad()

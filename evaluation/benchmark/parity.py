@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from evaluation.benchmark.models import ROOT
 from ldm.config import instantiate_from_config, load_config
@@ -46,31 +45,21 @@ def deviations(device: torch.device, dtype: str) -> list[dict[str, Any]]:
 
     unet, vae, sample = tiny.golden("unet"), tiny.golden("vae"), tiny.golden("sample")
     sampling = tiny.META["sampling"]
-    prompt = tiny.META["prompts"][sampling["prompt"]]
+    prompt, (steps, scale) = tiny.META["prompts"][sampling["prompt"]], sampling["scales"][0]
     cond = model.get_learned_conditioning([prompt["prompt"]], prospect_words=prompt["prospect_words"])
     uncond = model.get_learned_conditioning([sampling["uc"]])
-    context = tiny.context("unet").to(device)
     t = torch.full((1,), 250, device=device)
-    steps, scale = sampling["scales"][0]
-    latents, _ = DDIMSampler(model).sample(
-        S=steps,
-        batch_size=1,
-        shape=(4, 8, 8),
-        conditioning=cond,
-        x_T=sample["x_T"],
-        unconditional_guidance_scale=scale,
-        unconditional_conditioning=uncond,
-    )
+    guidance = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond}
+    latents, _ = DDIMSampler(model).sample(steps, 1, (4, 8, 8), cond, x_T=sample["x_T"], **guidance)
     name = next(key for key in sample if key.startswith(f"ddim.S{steps}.scale{scale}") and key.endswith(".latent"))
     found = {
         "embeddings": (manager.embeddings(), tiny.golden("embedding_manager")["placeholder_embeddings"]),
-        "unet": (model.apply_model(unet["x"].to(device), t, context), unet["out.t250"]),
+        "unet": (model.apply_model(unet["x"].to(device), t, tiny.context("unet").to(device)), unet["out.t250"]),
         "vae": (model.decode_first_stage(vae["mode_times_scale_factor"].to(device)), vae["decode_first_stage_of_that"]),
         "ddim": (latents, sample[name]),
     }
-    return [row(what, dtype, *pair) for what, pair in found.items()]
-
-
-def row(what: str, dtype: str, ours: Tensor, recorded: Tensor) -> dict[str, Any]:
-    distance = float((ours.float().cpu() - recorded).norm() / recorded.norm())
-    return {"what": what, "dtype": dtype, "deviation": distance, "ok": distance <= BOUNDS[dtype]}
+    rows = []
+    for what, (ours, recorded) in found.items():
+        distance = float((ours.float().cpu() - recorded).norm() / recorded.norm())
+        rows.append({"what": what, "dtype": dtype, "deviation": distance, "ok": distance <= BOUNDS[dtype]})
+    return rows

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from evaluation.benchmark.measure import Contender
 from evaluation.benchmark.models import convert, dtype_of
-from evaluation.benchmark.sample import Sampling, mix
-from evaluation.benchmark.train import RandomImages
+from evaluation.benchmark.ours import RandomImages, Sampling, mix
+from evaluation.benchmark.switches import Work
 from ldm.conditioning.stages import stage_of
 from ldm.export.diffusers_networks import build_networks
 from ldm.files.diffusers_layout import to_compvis
@@ -27,14 +27,10 @@ if TYPE_CHECKING:
 
 
 class Peer:
-    """`unet`, `vae` and `text_encoder` of diffusers and transformers, with the weights of `base`.
-
-    Of the switches, float16, bfloat16 and channels_last count; `compiled` compiles the U-Net and the decoder.
-    """
+    """`unet`, `vae` and `text_encoder` of diffusers and transformers, with the weights of `base`."""
 
     def __init__(self, base: LatentDiffusion, switches: frozenset[str], compiled: bool) -> None:
-        self.base = base
-        self.dtype = dtype_of(switches)
+        self.base, self.dtype = base, dtype_of(switches)
         sizes: Any = base.unet_sizes
         with torch.device("meta"):
             parts: dict[str, Any] = build_networks(base, sizes, resolution=512)
@@ -82,13 +78,12 @@ def _number_positions(text_encoder: nn.Module, device: torch.device) -> None:
 class PeerTraining:
     """diffusers' textual inversion. The new tokens, one for each stage, begin as our learned vectors."""
 
-    def __init__(self, peer: Peer, batch: int, resolution: int) -> None:
+    def __init__(self, peer: Peer, work: Work) -> None:
         base = peer.base
         self.peer, self.base = peer, base
-        self.batch = RandomImages(batch, resolution).batch(range(batch), with_images=True)
-        self.images = self.batch["image"].permute(0, 3, 1, 2).to(base.device, peer.dtype)
-        draw = base._draw(self.batch, "train")
-        self.draw = {name: values.to(base.device) for name, values in draw.items()}
+        batch = RandomImages(work).batch(range(work.batch), with_images=True)
+        self.images = batch["image"].permute(0, 3, 1, 2).to(base.device, peer.dtype)
+        self.draw = {name: values.to(base.device) for name, values in base._draw(batch, "train").items()}
         self.scheduler = peer.scheduler()
         encoder = peer.text_encoder.requires_grad_(False).train()
         manager: Any = base.embedding_manager
@@ -98,7 +93,7 @@ class PeerTraining:
         self.table = encoder.get_input_embeddings().weight
         self.original = self.table.detach().clone()
         self.words = len(table) - len(vectors)  # the tokens after these are new
-        cond: Any = base.get_learned_conditioning(self.batch["caption"])
+        cond: Any = base.get_learned_conditioning(batch["caption"])
         slots = cond.rows(self.draw["t"])
         self.ids = torch.where(slots < 0, self.words - 1 - slots, slots)
         self.optimizer = torch.optim.AdamW([self.table], lr=base.learning_rate)
@@ -131,22 +126,22 @@ class PeerTraining:
 class PeerSampling:
     """The loop of diffusers' pipeline; its contexts are made as ours are, and change with the stage."""
 
-    def __init__(self, peer: Peer, batch: int, resolution: int, steps: int) -> None:
-        self.peer, self.batch, self.steps = peer, batch, steps
+    def __init__(self, peer: Peer, work: Work) -> None:
+        self.peer, self.work = peer, work
         text = frozenset({"text_batch", str(peer.dtype).removeprefix("torch.")}) - {"float32"}
-        self.ours = Sampling(peer.base, text, batch, resolution, steps)
+        self.ours = Sampling(peer.base, text, work)
 
     @torch.no_grad()
     def run(self) -> Tensor:
         peer, base, scheduler = self.peer, self.peer.base, self.peer.scheduler()
-        scheduler.set_timesteps(self.steps, device=base.device)
-        parts = self.ours.conditionings(self.batch)
+        scheduler.set_timesteps(self.work.steps, device=base.device)
+        parts = self.ours.conditionings(self.work.batch)
         stages = [
             torch.cat([part.at(s * base.num_timesteps // base.num_stages).k for part in parts]).to(peer.dtype)
             for s in range(base.num_stages)
         ]
-        x = draw_noise(seeded_generators(range(self.batch)), (self.batch, *self.ours.shape), base.device)
-        x = x.to(peer.dtype)
+        shape = (self.work.batch, *self.ours.shape)
+        x = draw_noise(seeded_generators(range(self.work.batch)), shape, base.device).to(peer.dtype)
         for t, on_host in zip(scheduler.timesteps, scheduler.timesteps.tolist(), strict=True):
             context = stages[stage_of(on_host, base.num_stages, base.num_timesteps)]
             prediction = peer.unet(torch.cat([x, x]), t, context).sample
@@ -154,22 +149,20 @@ class PeerSampling:
         return peer.vae.decode(x / base.scale_factor).sample.float()
 
 
-def peer_contender(
-    base: LatentDiffusion, name: str, what: str, switches: frozenset[str], batch: int, resolution: int, steps: int
-) -> Contender:
-    """Return diffusers' way to do `what`."""
-    if what not in ("train", "sample", "vae"):
-        raise ValueError(f"There is no comparison with {name} for '{what}'; it can be train, sample or vae.")
+def contender(base: LatentDiffusion, work: Work, switches: frozenset[str], name: str) -> Contender:
+    """Return the way of `diffusers`(`-compiled`); of the switches, float16, bfloat16 and channels_last count."""
+    if work.what not in ("train", "sample", "vae"):
+        raise ValueError(f"There is no comparison with {name} for '{work.what}'; it can be train, sample or vae.")
     compiled = name.endswith("compiled")
     peer = Peer(base, switches, compiled)
-    if what == "train":
-        training = PeerTraining(peer, batch, resolution)
-        return Contender(name, training.run, training.result, peer.dtype, batch, compiled)
-    images = RandomImages(batch, resolution).all().to(base.device, peer.dtype)
+    if work.what == "train":
+        training = PeerTraining(peer, work)
+        return Contender(name, training.run, training.result, peer.dtype, work.batch, compiled)
+    images = RandomImages(work).all().to(base.device, peer.dtype)
 
     @torch.no_grad()
     def code() -> Tensor:
         return peer.vae.decode(peer.vae.encode(images).latent_dist.mean).sample.float()
 
-    run = PeerSampling(peer, batch, resolution, steps).run if what == "sample" else code
-    return Contender(name, run, run, peer.dtype, batch, compiled)
+    run = PeerSampling(peer, work).run if work.what == "sample" else code
+    return Contender(name, run, run, peer.dtype, work.batch, compiled)

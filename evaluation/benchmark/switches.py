@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 WHATS = ("train", "sample", "text", "vae", "load", "scaling")
+
+
+class Work(NamedTuple):
+    """What is done: `what` of the first four of `WHATS`, on a batch of images (3, R, R), in so many sampling steps."""
+
+    what: str
+    batch: int
+    resolution: int
+    steps: int = 1
+
 
 # name -> (on by default, where it matters, what it does)
 SWITCHES: dict[str, tuple[bool, tuple[str, ...], str]] = {
@@ -34,7 +47,13 @@ DEFAULTS = frozenset(name for name, (on, _, _) in SWITCHES.items() if on)
 REFERENCE = frozenset({"frozen", "guidance_batch", "token_table"})
 NETI_REFERENCE = REFERENCE - {"token_table"} | {"batch"}
 OTHER_IMAGES = frozenset({"fast", "half_guided"})  # whose results are not compared
+OPAQUE = frozenset({"compile", "max_autotune", "cuda_graph"})  # hide their operations from torch's counter
 PEERS = ("diffusers", "diffusers-compiled")
+
+
+def with_stages(overrides: Sequence[str], count: int) -> list[str]:
+    """Return overrides of a configuration for that number of stages."""
+    return [*overrides, f"model.params.prospect_stages={count}"]
 
 
 def describe() -> str:
@@ -43,11 +62,6 @@ def describe() -> str:
     for name, (on, whats, text) in SWITCHES.items():
         lines.append(f"  {'*' if on else ' '} {name:15} {text} ({', '.join(whats)})")
     return "\n".join(lines)
-
-
-def is_opaque(switches: frozenset[str]) -> bool:
-    """Return whether a compiled or captured call hides its operations from torch's counter."""
-    return bool(switches & {"compile", "max_autotune", "cuda_graph"})
 
 
 def dtype_name(switches: frozenset[str]) -> str:

@@ -26,13 +26,7 @@ BACKGROUNDS = {"black": (0, 0, 0), "mean": (123, 116, 104)}  # RGB; the second i
 def alignment(
     backbone: Backbone, references: Sequence[Image.Image], generated: Sequence[Image.Image], text: str
 ) -> dict[str, Tensor]:
-    """Return `image`, cosines (N, M) of all pairs, and `text`, cosines (M,) with the text.
-
-    Images are RGB. Raises `ValueError` where a set is empty.
-    """
-    for name, images in {"reference": references, "generated": generated}.items():
-        if not images:
-            raise ValueError(f"There is no {name} image; a mean over none is no score.")
+    """Return `image`, cosines (N, M) of all pairs of RGB images, and `text`, cosines (M,) with the text."""
     made = backbone.image_features(generated)
     return {
         "image": pairwise_cosine_similarity(backbone.image_features(references), made, zero_diagonal=False),
@@ -56,13 +50,7 @@ def without_placeholder(prompt: str, placeholder: str = "*", keep_blanks: bool =
 
 
 def cut_out(image: Image.Image, mask: Image.Image, background: str = "black") -> Image.Image:
-    """Return an RGB image whose pixels outside its mask (those of value 0) are `background`.
-
-    Raises:
-        ValueError: their sizes differ.
-    """
-    if image.size != mask.size:
-        raise ValueError(f"the image has {image.size} pixels and its mask {mask.size}; make the mask at its size.")
+    """Return an RGB image whose pixels outside its mask (those of value 0) are `background`."""
     inside = mask.convert("L").point(lambda value: 255 if value else 0)
     if inside.getextrema()[1] == 0:
         logger.warning("A mask is empty; its image is compared as %s alone, which is like any other such.", background)
@@ -87,15 +75,12 @@ def masked_alignment(
     """
     if missing := [name for name in (*references, *generated) if name not in masks]:
         raise ValueError(f"There are no masks for {', '.join(missing)}; a score without them would be another one.")
-
-    def cut(images: Mapping[str, Image.Image]) -> list[Image.Image]:
-        return [_cut_named(name, image, masks[name], background) for name, image in images.items()]
-
-    return alignment(backbone, cut(references), cut(generated), text)
-
-
-def _cut_named(name: str, image: Image.Image, mask: Image.Image, background: str) -> Image.Image:
-    try:
-        return cut_out(image, mask, background)
-    except ValueError as error:
-        raise ValueError(f"'{name}': {error}") from error
+    for name, image in (*references.items(), *generated.items()):
+        if image.size != masks[name].size:
+            sizes = f"the image has {image.size} pixels and its mask {masks[name].size}"
+            raise ValueError(f"'{name}': {sizes}; make the mask at its size.")
+    one, two = (
+        [cut_out(image, masks[name], background) for name, image in images.items()]
+        for images in (references, generated)
+    )
+    return alignment(backbone, one, two, text)

@@ -22,25 +22,18 @@ if TYPE_CHECKING:
     from transformers import CLIPModel
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
-SMALL, SMALL_MODEL = "models/demo/clip.safetensors", "models/demo/model.safetensors"
+SMALL = "configs/demo/text.yaml", "models/demo/clip.safetensors", "models/demo/model.safetensors"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network that images and texts are compared by; features need not be of length 1.
+    """A network that images and texts are compared by; features need not be of length 1."""
 
-    Args:
-        name, preprocessing: for the report: without them a score means nothing.
-        prepare: an RGB image -> its pixels (3, R, R).
-        encode_image: pixels (B, 3, R, R) -> features (B, D).
-        encode_text: B texts -> features (B, D).
-    """
-
-    name: str
+    name: str  # for the report, as is the next: without them a score means nothing
     preprocessing: str
-    prepare: Callable[[Image.Image], Tensor]
-    encode_image: Callable[[Tensor], Tensor]
-    encode_text: Callable[[Sequence[str]], Tensor]
+    prepare: Callable[[Image.Image], Tensor]  # an RGB image -> its pixels (3, R, R)
+    encode_image: Callable[[Tensor], Tensor]  # pixels (B, 3, R, R) -> features (B, D)
+    encode_text: Callable[[Sequence[str]], Tensor]  # B texts -> features (B, D)
 
     def image_features(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
         """Return features (N, D) of N images, each prepared alone."""
@@ -103,36 +96,33 @@ def clip_backbone(folder: str | Path, antialias: bool = True) -> Backbone:
         tokens = tokenizer(list(texts), padding=True, return_tensors="pt")
         if tokens["input_ids"].shape[1] > longest:
             raise ValueError(f"'{max(texts, key=len):.60}…' has more than {longest} tokens; shorten it.")
-        return _projected(model.get_text_features(**tokens))
+        return projected(model.get_text_features(**tokens))
 
     resize = f"PIL RGB, shorter side {side} bicubic, centre crop" + ("" if antialias else ", no antialiasing")
     return Backbone(
         name=f"CLIP {Path(folder).name}",
         preprocessing=f"{resize}, CLIP mean and std",
         prepare=lambda image: clip_pixels(image, antialias, side),
-        encode_image=lambda pixels: _projected(model.get_image_features(pixel_values=pixels)),
+        encode_image=lambda pixels: projected(model.get_image_features(pixel_values=pixels)),
         encode_text=encode_text,
     )
 
 
-def _projected(features: Any) -> Tensor:
+def projected(features: Any) -> Tensor:
     """Return the projected features, which newer transformers wrap."""
     return getattr(features, "pooler_output", features)
 
 
-def small_backbone(
-    config: str | Path = "configs/demo/text.yaml", weights: str | Path = SMALL, model: str | Path = SMALL_MODEL
-) -> Backbone:
-    """Return the contrastive towers that the small model's text transformer was trained in, which is in `model`.
+def small_backbone() -> Backbone:
+    """Return the contrastive towers that the small model's text transformer was trained in.
 
     They know the words of the rendered world only; scores by them compare with nothing that is published.
     """
-    config, weights, model = map(shipped, (config, weights, model))
+    config, weights, model = map(shipped, SMALL)
     params = load_config(config).model.params
     towers: Any = CLIP(**params).eval().requires_grad_(False)
     text = {name: x for name, x in read_state_dict(model).items() if name.startswith("cond_stage_model.")}
-    state = {name: x.float() for name, x in (text | dict(read_state_dict(weights))).items()}
-    load_weights(towers, state, weights)
+    load_weights(towers, {name: x.float() for name, x in (text | dict(read_state_dict(weights))).items()}, weights)
 
     def prepare(image: Image.Image) -> Tensor:
         return _values(image.resize((params.resolution,) * 2, Image.Resampling.BOX)) * 2 - 1

@@ -1,11 +1,9 @@
-"""NS-LPIPS: how much an edit changes what lies outside the edited object (StyleDiffusion).
-
-Shapes: N cases.
-"""
+"""NS-LPIPS: how much an edit changes what lies outside the edited object (StyleDiffusion)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import glob
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,23 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.judges import lpips_distance
+from evaluation.judges import Distance
 from ldm.files.images import BLACK, open_image
 
 SIDE = 256  # pixels: every image is squeezed to it
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights, whose sum is 0.9999
 MODES = ("paper", "standard")
-Distance = Callable[[Tensor, Tensor], Tensor]  # of images (1, 3, 256, 256) and (1, 3, 256, 256): (1,)
 Images = tuple[Image.Image, Image.Image, Image.Image]  # source, edit, mask of the background
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of all cases, in their mode; lower is better.
-
-    Args:
-        missing: cases without a file, which do not count.
-    """
+    """Scores of all cases, in their mode; lower is better. `missing` are cases without a file, which do not count."""
 
     mode: str
     scores: Mapping[str, float]
@@ -66,9 +59,6 @@ def masked_pair(
         mask: of the background, white where nothing should change.
         mode: `paper`: images in [0, 1] times the soft mask, as published values are made. `standard`: images in
             [-1, 1], as LPIPS expects; where the mask is below one half both are 0.
-
-    Raises:
-        ValueError: an unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not '{mode}'.")
@@ -80,51 +70,27 @@ def masked_pair(
 
 
 def ns_lpips(cases: Mapping[str, Images], distance: Distance, mode: str = "paper") -> Scores:
-    """Return the scores of named cases.
-
-    Args:
-        distance: LPIPS with AlexNet (`lpips_alex`).
-    """
-    pairs = {name: masked_pair(*images, mode=mode) for name, images in cases.items()}
-    return Scores(mode, {name: float(distance(*pair)) for name, pair in pairs.items()})
+    """Return the scores of named cases by `lpips_distance`, or another distance of images (1, 3, 256, 256)."""
+    return Scores(mode, {name: float(distance(*masked_pair(*images, mode=mode))) for name, images in cases.items()})
 
 
-def score_folders(
-    sources: Path, edits: Path, masks: Path, distance: Distance, mode: str = "paper", names: Sequence[str] = ()
-) -> Scores:
-    """Return the scores of images of the same names in three folders.
-
-    Args:
-        names: of the cases, without endings; by default those of `sources`.
+def score_folders(sources: Path, edits: Path, masks: Path, distance: Distance, mode: str = "paper") -> Scores:
+    """Return the scores of images of the same names, up to the suffix, in three folders.
 
     Raises:
         ValueError: no case has all files, or a mask is empty: it would compare nothing.
     """
-    cases: dict[str, Images] = {}
-    missing = []
-    for name in names or sorted(path.stem for path in sources.iterdir()):
-        files = [next(iter(sorted(folder.glob(f"{_escaped(name)}.*"))), None) for folder in (sources, edits, masks)]
-        if any(file is None for file in files):
+    cases, missing = {}, []
+    for name in sorted(path.stem for path in sources.iterdir()):
+        files = [min(folder.glob(f"{glob.escape(name)}.*"), default=None) for folder in (sources, edits, masks)]
+        images = [open_image(file, BLACK) for file in files if file is not None]
+        if len(images) < 3:
             missing.append(name)
             continue
-        source, edit, mask = (open_image(file, BLACK) for file in files if file is not None)
+        source, edit, mask = images
         if not np.asarray(mask).any():
             raise ValueError(f"The mask of '{name}' is empty, so nothing would be compared; make it again.")
         cases[name] = source, edit, mask
     if not cases:
         raise ValueError(f"No case has a source, an edit and a mask; looked for {', '.join(missing) or 'none'}.")
-    found = ns_lpips(cases, distance, mode)
-    return Scores(mode, found.scores, tuple(missing))
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "[]*?" else c for c in name)
-
-
-def lpips_alex() -> Distance:
-    """Return LPIPS with AlexNet, without rescaling: the mode says the range.
-
-    Raises:
-        ValueError: its weights are not on this machine.
-    """
-    return lpips_distance()
+    return Scores(mode, ns_lpips(cases, distance, mode).scores, tuple(missing))

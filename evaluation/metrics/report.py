@@ -1,4 +1,4 @@
-"""Scores of folders of images as rows: mean, spread, count, and what they were measured with."""
+"""Images of folders or of a concept, and their scores as rows: mean, spread, count, and what they are measured with."""
 
 from __future__ import annotations
 
@@ -9,34 +9,41 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from evaluation.metrics.alignment import BACKGROUNDS, alignment, geometric_mean, masked_alignment
 from evaluation.metrics.backbones import Backbone
+from ldm.conditioning.prompts import class_words
 from ldm.data.personalized import find_images
+from ldm.embeddings import Concept
 from ldm.files.images import open_image
 from ldm.files.writing import replace_text
+from ldm.generate import facts_of, generate_image
+from ldm.methods import find_method
+from ldm.modules.embedding_manager import is_prefix
+from ldm.request import PLACEHOLDER, Request
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.latent_diffusion import DiffusionModel
 
 ALL = "(all prompts)"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One score.
-
-    Args:
-        mean, std: of the `count` values: pairs of images, generated images, or the prompts' means. The geometric mean
-            is one value, of two means. None for what is no number.
-    """
+    """One score."""
 
     concept: str
     prompt: str
     text: str  # that images were compared with
     metric: str
-    mean: float | None
-    std: float | None
+    mean: (
+        float | None
+    )  # of `count` pairs of images, generated images, or the prompts' means; None for what is no number
+    std: float | None  # None for a geometric mean, which is one value
     count: int
     backbone: str
     preprocessing: str
@@ -44,28 +51,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """Images that are scored together: a prompt's images and its references.
-
-    Args:
-        concept, prompt: for the report.
-        text: that images are compared with.
-        references, generated: by name; RGB.
-        masks: of all of them, by `reference NAME` and `generated NAME`; empty: only whole images are compared.
-    """
+    """A prompt's images and its references: RGB, by name, scored together."""
 
     concept: str
     prompt: str
-    text: str
+    text: str  # that images are compared with
     references: Mapping[str, Image.Image]
     generated: Mapping[str, Image.Image]
-    masks: Mapping[str, Image.Image]
+    masks: Mapping[str, Image.Image]  # by `reference NAME` and `generated NAME`; empty: whole images are compared alone
 
 
 def score(backbone: Backbone, case: Case, background: str = "black") -> list[Row]:
     """Return the rows of one prompt: image, text, their geometric mean, and the same with masks where there are any.
 
     Raises:
-        ValueError: a set is empty, or a mask is missing or of another size.
+        ValueError: a mask is missing or of another size.
     """
     found = {"": alignment(backbone, [*case.references.values()], [*case.generated.values()], case.text)}
     if case.masks:
@@ -89,9 +89,6 @@ def read_images(folder: Path, background: str = "black") -> dict[str, Image.Imag
     """Return the images of a folder, or of one file, by name; transparency gets the background.
 
     The grid that CatVersion leaves in a folder, called as the folder, is left out.
-
-    Raises:
-        ValueError: there is no image, or one is damaged.
     """
     if not folder.exists():
         raise ValueError(f"There are no images '{folder}'; check the path.")
@@ -104,6 +101,42 @@ def read_masks(kind: str, folder: Path, images: Mapping[str, Image.Image]) -> di
     """Return the masks that a folder has, of the same name up to the suffix, as `KIND NAME` of their images."""
     files = {path.stem: path for path in find_images(folder)}
     return {f"{kind} {name}": open_image(files[Path(name).stem]) for name in images if Path(name).stem in files}
+
+
+def filled(prompt: str, concept: Concept, name: str = PLACEHOLDER) -> str:
+    """Return the prompt with the concept's `name` in place of {}, or with its class word in place of either.
+
+    Raises:
+        ValueError: it has neither (an imported adapter of CatVersion).
+    """
+    prompt = prompt.replace("{}", name)
+    if name not in prompt or not is_prefix(find_method(concept.method).load(concept.tensors, concept.metadata)):
+        return prompt
+    words = class_words(concept.metadata.get("captions", "").splitlines())
+    if not words:
+        raise ValueError(
+            f"The concept '{concept.source}' does not say its class word; write it into '{prompt}', or import it with "
+            "scripts/import_embedding.py --caption WORD."
+        )
+    return prompt.replace(name, words[0])
+
+
+def concept_images(
+    model: DiffusionModel, settings: Mapping[str, Any], count: int, batch_size: int, folder: Path
+) -> dict[str, Image.Image]:
+    """Return `count` images by file name, written into the folder, too; image i has the seed + i."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images: dict[str, Image.Image] = {}
+    for start in range(0, count, batch_size):
+        size, seed = min(batch_size, count - start), settings["seed"] + start
+        request = Request(**{**settings, "seed": seed, "n_samples": size, "n_rows": size})
+        row = generate_image(request.for_model(facts_of(model)), model)
+        width = row.width // size
+        for i in range(size):
+            name = f"{seed + i}.png"
+            images[name] = row.crop((i * width, 0, (i + 1) * width, row.height))
+            images[name].save(folder / name)
+    return images
 
 
 def aggregate(rows: Sequence[Row]) -> list[Row]:

@@ -26,11 +26,9 @@ class AttributeClassifier(pl.LightningModule):
     Images of other sizes are averaged to `resolution`, which each layer after the first halves.
     """
 
-    def __init__(
-        self, resolution: int = 64, channels: Sequence[int] = (24, 48, 64, 96, 128), image_key: str = "image"
-    ) -> None:
+    def __init__(self, resolution: int = 64, channels: Sequence[int] = (24, 48, 64, 96, 128)) -> None:
         super().__init__()
-        self.image_key, self.resolution = image_key, resolution
+        self.resolution = resolution
         self.learning_rate = 1e-3
         self.features = nn.Sequential(*convolutions(channels, first_stride=1), nn.Flatten(), nn.Dropout(0.1))
         width = channels[-1] * (resolution // 2 ** (len(channels) - 1)) ** 2
@@ -48,16 +46,16 @@ class AttributeClassifier(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], _: int) -> Tensor:
         seed_step(batch)
-        logits = self(disturbed(batch[self.image_key].permute(0, 3, 1, 2)))
-        columns = zip(logits.items(), batch["attributes"].unbind(1), strict=True)
-        losses = {name: F.cross_entropy(predicted, truth) for (name, predicted), truth in columns}
+        logits = self(disturbed(batch["image"].permute(0, 3, 1, 2)))
+        truths = zip(logits, batch["attributes"].unbind(1), strict=True)
+        losses = {name: F.cross_entropy(logits[name], truth) for name, truth in truths}
         loss = torch.stack(list(losses.values())).sum()
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: Mapping[str, Any], _: int) -> None:
-        correct = (self.read(batch[self.image_key].permute(0, 3, 1, 2)) == batch["attributes"]).float().mean(dim=0)
+        correct = (self.read(batch["image"].permute(0, 3, 1, 2)) == batch["attributes"]).float().mean(dim=0)
         self.log_dict({f"val/{name}": value for name, value in zip(FACTORS, correct, strict=True)})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

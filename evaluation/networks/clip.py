@@ -39,15 +39,8 @@ class CLIP(pl.LightningModule):
     under `cond_stage_model.`.
     """
 
-    def __init__(
-        self,
-        cond_stage_config: Mapping[str, Any],
-        resolution: int = 64,
-        image_key: str = "image",
-        caption_key: str = "caption",
-    ) -> None:
+    def __init__(self, cond_stage_config: Mapping[str, Any], resolution: int = 64) -> None:
         super().__init__()
-        self.image_key, self.caption_key = image_key, caption_key
         self.learning_rate = 1e-3
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
         width = self.cond_stage_model.width
@@ -69,8 +62,8 @@ class CLIP(pl.LightningModule):
         return F.normalize(self.text_projection(hidden[torch.arange(len(slots)), ends]), dim=-1)
 
     def _loss(self, batch: Mapping[str, Any], split: str) -> Tensor:
-        images = self.encode_image(batch[self.image_key].permute(0, 3, 1, 2))
-        texts = self.encode_text(batch[self.caption_key])
+        images = self.encode_image(batch["image"].permute(0, 3, 1, 2))
+        texts = self.encode_text(batch["caption"])
         similarity = self.log_scale.exp().clamp(max=100.0) * images @ texts.T  # (B, B)
         target = torch.arange(len(images), device=self.device)
         loss = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2

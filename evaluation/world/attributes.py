@@ -66,12 +66,9 @@ def attributes_from_words(words: Iterable[str]) -> Tensor:
     """Return attributes, long (F,), from one word of every factor in any order, e.g. large striped red star ..."""
     words = list(words)
     known = {word: name for name, values in FACTORS.items() for word in values}
-    unknown = [word for word in words if word not in known]
-    if unknown:
-        raise ValueError(f"unknown words {unknown}; choose from {FACTORS}")
-    chosen = {known[word]: word for word in words}
-    if len(words) != len(FACTORS) or len(chosen) != len(FACTORS):
-        raise ValueError(f"need one word of every factor {list(FACTORS)}, got {words}")
+    chosen = {known.get(word): word for word in words}
+    if chosen.keys() != FACTORS.keys() or len(words) != len(FACTORS):
+        raise ValueError(f"need one word of every factor, got {words}; choose from {FACTORS}")
     return torch.tensor([values.index(chosen[name]) for name, values in FACTORS.items()])
 
 

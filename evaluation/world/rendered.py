@@ -22,6 +22,7 @@ from evaluation.world import shapes
 from evaluation.world.attributes import FACTORS, RESOLUTION, caption, random_attributes
 from evaluation.world.shapes import CENTRES, srgb
 
+CROP = RESOLUTION // 2  # pixels a side
 CHUNK_PIXELS = 1 << 16  # images drawn at a time: few enough to stay in the processor's cache
 
 
@@ -32,8 +33,6 @@ def render(attributes: Tensor, seeds: Sequence[int] | Tensor, resolution: int = 
     seed only, not on the batch.
     """
     seeds = torch.as_tensor(seeds, dtype=torch.long)
-    if attributes.shape != (len(seeds), len(FACTORS)):
-        raise ValueError(f"need attributes ({len(seeds)}, {len(FACTORS)}), got {tuple(attributes.shape)}")
     step = max(1, CHUNK_PIXELS // resolution**2)
     chunks = [_render(attributes[i : i + step], seeds[i : i + step], resolution) for i in range(0, len(seeds), step)]
     return torch.cat(chunks) if chunks else torch.empty(0, 3, resolution, resolution)
@@ -110,23 +109,20 @@ class RenderedWorld(Dataset):
     drop: float = 0.1  # of omitted words, see `caption`
     wrong: float = 0.0  # of wrong words, see `caption`
     errors_from: int = 0  # sample number from which captions have omissions and errors
-    crop_until: int = 0  # samples before this number show only `crop` x `crop` pixels around the object
-    crop: int = RESOLUTION // 2
-    repeats: int = 1  # epochs that make up the length
+    crop_until: int = 0  # samples before this number show only CROP x CROP pixels around the object
 
     flips = False  # left and right have a meaning
     in_memory = True
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.repeats < 1 or self.seed < 0:
-            raise ValueError(f"need size >= 1, repeats >= 1, seed >= 0; got {self.size}, {self.repeats}, {self.seed}")
-        if min(self.empty, self.drop, self.wrong) < 0 or max(self.empty, self.drop, self.wrong) > 1:
-            raise ValueError(f"empty, drop, wrong must be probabilities; got {self.empty}, {self.drop}, {self.wrong}")
+        chances = (self.empty, self.drop, self.wrong)
+        if self.size < 1 or min(self.seed, *chances) < 0 or max(chances) > 1:
+            raise ValueError("need size >= 1, seed >= 0, and probabilities empty, drop, wrong in 0..1")
         self.num_images, self.with_images = self.size, True
         self.attributes = random_attributes(self.size, self.seed, self.held_out)  # long (size, F)
 
     def __len__(self) -> int:
-        return self.size * self.repeats
+        return self.size
 
     def images(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return images, float32 (N, 3, R, R) in [-1, 1], for N image numbers below `size`."""
@@ -134,9 +130,7 @@ class RenderedWorld(Dataset):
         return render(self.attributes[indices], (self.seed << 32) + indices, self.resolution)
 
     def image(self, i: int, flipped: bool = False) -> Tensor:
-        """Return image number i, float32 (3, R, R) in [-1, 1]."""
-        if flipped:
-            raise ValueError("an image of this world cannot be flipped: its caption says left or right")
+        """Return image number i, float32 (3, R, R) in [-1, 1], never flipped (see `flips`)."""
         return self.images([i])[0]
 
     def __getitem__(self, n: int) -> dict[str, Any]:
@@ -165,9 +159,9 @@ class RenderedWorld(Dataset):
         if n < self.crop_until:
             x, y = CENTRES[FACTORS["position"][self.attributes[i, 0]]]
             middle = np.array([(1 - y) / 2, (1 + x) / 2]) * self.resolution  # row, column
-            shift = np.random.default_rng((self.seed, n, 2)).uniform(-0.25, 0.25, 2) * self.crop
-            top, left = np.clip(middle + shift - self.crop / 2, 0, self.resolution - self.crop).astype(int)
-            image = image[:, top : top + self.crop, left : left + self.crop]
+            shift = np.random.default_rng((self.seed, n, 2)).uniform(-0.25, 0.25, 2) * CROP
+            top, left = np.clip(middle + shift - CROP / 2, 0, self.resolution - CROP).astype(int)
+            image = image[:, top : top + CROP, left : left + CROP]
         return image.permute(1, 2, 0).contiguous()
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from evaluation.benchmark import measure, models, sample, scaling, train
-from evaluation.benchmark.load import alternate_loads
-from evaluation.benchmark.measure import Contender, alternate, count_flop, deviations, matmul_ceiling
-from evaluation.benchmark.peer import peer_contender
-from evaluation.benchmark.report import make_row
-from evaluation.benchmark.switches import DEFAULTS, NETI_REFERENCE, OTHER_IMAGES, REFERENCE, SWITCHES
+from evaluation.benchmark import load, models, ours, peer, scaling
+from evaluation.benchmark import measure as measuring
+from evaluation.benchmark.measure import Contender, count_flop, deviations, matmul_ceiling, measure
+from evaluation.benchmark.switches import DEFAULTS, NETI_REFERENCE, OPAQUE, OTHER_IMAGES, REFERENCE, SWITCHES, Work
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from scripts import benchmark
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-COMPILED = {"compile", "max_autotune", "cuda_graph"}  # shown in tests/models/test_acceleration.py
-SLOW = {("sample", "float16"), ("vae", "float16")}  # on the CPU
+# Opaque ones are shown in tests/models/test_acceleration.py; two are slow on the CPU.
+ELSEWHERE = {("sample", "float16"), ("vae", "float16")}
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
 
 
@@ -38,11 +37,7 @@ def base() -> LatentDiffusion:
 
 
 def make(base: LatentDiffusion, what: str, switches: frozenset[str]) -> Contender:
-    if what == "train":
-        return train.contender(base, "it", switches, 2, 64)
-    return getattr(sample, {"sample": "sampling", "text": "text", "vae": "vae"}[what] + "_contender")(
-        base, "it", switches, 2, 64, 4
-    )
+    return ours.contender(base, Work(what, 2, 64, 4), switches)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def reference(base: LatentDiffusion) -> dict[str, torch.Tensor]:
         (what, name)
         for name, (_, whats, _) in SWITCHES.items()
         for what in whats
-        if name not in COMPILED | OTHER_IMAGES and (what, name) not in SLOW
+        if name not in OPAQUE | OTHER_IMAGES and (what, name) not in ELSEWHERE
     ],
 )
 def test_every_switch_computes_the_same(
@@ -68,7 +63,7 @@ def test_every_switch_computes_the_same(
     assert found["ours"].shape == found["reference"].shape and found["ours"].isfinite().all()
     assert found["reference"].std() > 0
     tolerance = TOLERANCES[str(contender.dtype).removeprefix("torch.")]
-    assert deviations(found, "reference")["ours"] < tolerance
+    assert deviations(found)["ours"] < tolerance
 
 
 @pytest.mark.parametrize("what", ["train", "text"])
@@ -82,14 +77,14 @@ def test_every_switch_of_neti_computes_the_same(what: str, monkeypatch: pytest.M
     for switch in [name for name, (_, whats, text) in SWITCHES.items() if text.startswith("NeTI") and what in whats]:
         found[switch] = make(base, what, DEFAULTS - {switch}).result()
     found["ours"] = make(base, what, DEFAULTS).result()
-    assert len(found) > 3 and max(deviations(found, "reference").values()) < 1e-5
+    assert len(found) > 3 and max(deviations(found).values()) < 1e-5
 
 
 @pytest.mark.parametrize("what", ["train", "sample", "vae"])
 def test_diffusers_computes_the_same(base: LatentDiffusion, reference: dict[str, torch.Tensor], what: str) -> None:
-    contender = peer_contender(base, "diffusers", what, DEFAULTS, 2, 64, 4)
+    contender = peer.contender(base, Work(what, 2, 64, 4), DEFAULTS, "diffusers")
     result = contender.result()
-    assert deviations({"ours": reference[what], "theirs": result}, "ours")["theirs"] < 1e-4
+    assert deviations({"ours": reference[what], "theirs": result})["theirs"] < 1e-4
     contender.run()
     if what == "train":
         assert contender.result() != result, "a step was made"
@@ -99,7 +94,7 @@ def test_text_passes_of_an_image(base: LatentDiffusion) -> None:
     """Distinct stage prompts (five learned, one text) and the unconditional one; the reference's, twice S."""
     rows = {}
     for name, switches in {"ours": DEFAULTS, "reference": REFERENCE}.items():
-        contender = sample.sampling_contender(base, name, switches, 1, 64, 2)
+        contender = ours.contender(base, Work("sample", 1, 64, 2), switches)
         contender.result()
         rows[name] = contender.details["text_rows"]
     assert rows == {"ours": 5 + 1 + 1, "reference": 20}
@@ -133,20 +128,20 @@ def test_contenders_take_turns() -> None:
     def named(name: str, seconds: float) -> Contender:
         return Contender(name, lambda: (order.append(name), time.sleep(seconds)), lambda: torch.zeros(1))
 
-    found = alternate([named("a", 0.001), named("b", 0.02)], CPU, repeats=3)
+    ways = [named("a", 0.001), named("b", 0.02)]
+    ways[1].samples = 4
+    a, b = measure(ways, CPU, repeats=3)
     assert order[-6:] == ["a", "b"] * 3
-    assert [len(m.wall_ms) for m in found.values()] == [3, 3]
-    assert 1 <= found["a"].median("wall") < 20 <= found["b"].median("wall")
-    assert found["b"].median("cpu") < 20, "sleeping is no work"
-    assert found["a"].peak_bytes > 1e7
-    row = make_row("b", found["b"], found["a"], "wall", samples=4)
-    assert row["per_second"] == pytest.approx(4000 / row["ms"]) and row["times_first"] < 1
+    assert 1 <= a["ms_from"] <= a["ms"] <= a["ms_to"] and a["ms"] < 20 <= b["ms"]
+    assert a["peak_mb"] > 10 and a["deviation"] == b["deviation"] == 0
+    assert b["per_second"] == pytest.approx(4000 / b["ms"]) and b["times_first"] < 1
+    assert measure(ways[1:], CPU, 1, "cpu")[0]["ms"] < 20, "sleeping is no work"
 
 
 def test_ceiling_and_deviation() -> None:
     assert matmul_ceiling(CPU, torch.float32, repeats=2) > 1e5  # 0.1 GFLOP per second
     results = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([3.0, 4.5]), "c": torch.tensor([3.0])}
-    assert deviations(results, "a") == {"a": 0, "b": pytest.approx(0.1), "c": 0}
+    assert deviations(results) == {"a": 0, "b": pytest.approx(0.1), "c": 0}
 
 
 # The command
@@ -170,31 +165,37 @@ def test_the_command_writes_table_and_json(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("deviating", "agree"), [({"bfloat16"}, True), ({"bfloat16", "float32"}, False), ({"float32"}, False)]
 )
-def test_a_wrong_result_is_no_result(deviating: set[str], agree: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_no_result(
+    base: LatentDiffusion, deviating: set[str], agree: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Results that are 5 % off are near enough in bfloat16, and in nothing else beside it."""
 
-    def result(step: train.TrainingStep) -> torch.Tensor:
+    def result(step: ours.TrainingStep) -> torch.Tensor:
         dtype = "bfloat16" if "bfloat16" in step.switches else "float32" if "stages" in step.switches else "reference"
         return torch.tensor([1.05 if dtype in deviating else 1.0])
 
-    monkeypatch.setattr(train.TrainingStep, "result", result)
-    monkeypatch.setattr(train.TrainingStep, "run", lambda step: step.model.zero_grad())
-    monkeypatch.setattr(measure, "matmul_ceiling", lambda *_: 1.0)
+    monkeypatch.setattr(models, "build_model", lambda *_: base)
+    monkeypatch.setattr(ours.TrainingStep, "result", result)
+    monkeypatch.setattr(ours.TrainingStep, "run", lambda step: step.model.zero_grad())
+    monkeypatch.setattr(measuring, "matmul_ceiling", lambda *_: 1.0)
     arguments = "--mode reference --on bfloat16 --off bfloat16 --repeats 1 --device cpu"
     assert benchmark.main(arguments.split()) is agree
 
 
 def test_stages_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--stages 1 50 --repeats 1 --device cpu model.params.personalization_config.params.generator=table"
+    arguments = "--stages 1 2 --repeats 1 --device cpu model.params.personalization_config.params.generator=table"
     assert benchmark.main(arguments.split())
     text = capsys.readouterr().out
-    assert "ours, S = 1 " in text and "ours, S = 50" in text
+    assert "ours, S = 1 " in text and "ours, S = 2" in text
 
 
-def test_loading_is_measured_in_a_process_of_its_own() -> None:
+def test_loading_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = ROOT / models.DEMO_WEIGHTS
-    found = alternate_loads(["ours"], "demo", checkpoint, "float16", 1, "cpu")["ours"]
-    assert 0 < found.median("wall") < 60_000 and found.peak_bytes > checkpoint.stat().st_size
+    (row,) = load.measure_loads(["ours"], "demo", checkpoint, "float16", CPU, 1, "wall")
+    assert 0 < row["ms"] < 60_000 and row["details"]["peak / file"] > 1
+    monkeypatch.setattr(load, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # no second process here
+    with pytest.raises(ValueError, match="could not be opened the way of 'reference'"):
+        load.measure_loads(["reference"], "demo", checkpoint, "float32", CPU, 1, "wall")
 
 
 def test_fewer_and_cheaper_calls_are_rows_beside_the_usual_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,10 +209,10 @@ def test_fewer_and_cheaper_calls_are_rows_beside_the_usual_ones(capsys: pytest.C
 
 
 def test_how_cost_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {
-        "calls": {n: Contender(f"{n}", lambda n=n: time.sleep(0.01 * n), lambda: torch.zeros(1)) for n in (1, 2, 4)}
-    }
-    monkeypatch.setattr(scaling, "axes", lambda *_: found)
+    def slept(n: int) -> Contender:
+        return Contender(f"calls: {n}", lambda: time.sleep(0.01 * n), details={"axis": "calls", "n": n})
+
+    monkeypatch.setattr(scaling, "axes", lambda *_: [[slept(n) for n in (1, 2, 4)]])
     flags = ["--what", "scaling", "--repeats", "1", "--device", "cpu", "--figure", str(tmp_path / "a.png")]
     assert benchmark.main([*flags, "--json", str(tmp_path / "a.json")])
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
@@ -224,18 +225,18 @@ def test_how_cost_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.slow
 def test_everything_that_grows_can_be_run() -> None:
     found = scaling.axes("demo", torch.device("cpu"), DEFAULTS, 64, [])
-    for axis in found.values():
-        assert [*axis] == sorted(axis) and len({c.name for c in axis.values()}) == len(axis)
-        next(iter(axis.values())).run()
+    for axis in found:
+        amounts = [way.details["n"] for way in axis]
+        assert amounts == sorted(set(amounts))
+        axis[0].run()
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ("--what nothing", "invalid choice: 'nothing'"),
         ("--of kv", "did you mean --off?"),
         ("--repeats 0", "--repeats: '0' must be a whole number of at least 1"),
-        ("--json model.safetensors", "--json takes a file that ends in .json"),
+        ("--json model.safetensors", "must end in .json"),
         ("--resolution 60 --device cpu", "must be a multiple of 32"),
         ("--what load", "--what load needs --ckpt FILE"),
         ("--off kv", "'kv' makes no difference to --what train, only to sample"),

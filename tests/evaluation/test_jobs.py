@@ -47,18 +47,13 @@ def test_results_are_kept_and_not_made_twice(workers: int, tmp_path: Path):
     assert runs(tmp_path) == ["0", "1", "2", "3"]
 
 
-def test_finished_results_stay_when_a_job_fails(tmp_path: Path):
+def test_finished_results_stay_when_a_job_fails_or_a_worker_is_killed(tmp_path: Path):
     with pytest.raises(ValueError, match="negative"):
         run_jobs(square, jobs(tmp_path, 5, -1), tmp_path / "jobs", 1)
-    run_jobs(square, jobs(tmp_path, 5), tmp_path / "jobs", 1)
-    assert runs(tmp_path) == ["5"]
-
-
-def test_finished_results_stay_when_a_worker_is_killed(tmp_path: Path):
     with pytest.raises(ChildProcessError, match="finished results are kept"):
         run_jobs(square, jobs(tmp_path, 1, 2, 100), tmp_path / "jobs", 2)
-    run_jobs(square, jobs(tmp_path, 1, 2), tmp_path / "jobs", 2)
-    assert runs(tmp_path) == ["1", "100", "2"]
+    run_jobs(square, jobs(tmp_path, 1, 2, 5), tmp_path / "jobs", 2)
+    assert runs(tmp_path) == ["1", "100", "2", "5"]
 
 
 @pytest.mark.parametrize("wrapped", [lambda path: path, lambda path: {"*": [path]}, lambda path: Argument(path)])
@@ -72,21 +67,24 @@ def test_files_count_by_content_wherever_they_are(wrapped, tmp_path: Path):
     assert [run("one", "a"), run("two", "a"), run("two", "b"), run("two", "b")] == [1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("content", [b"", b"0" * 500, None])
-def test_a_damaged_result_is_made_anew(content: bytes | None, tmp_path: Path):
+def test_a_damaged_result_is_made_anew_and_runs_no_code(tmp_path: Path):
     run_jobs(square, jobs(tmp_path, 3), tmp_path / "jobs", 1)
     (path,) = tmp_path.rglob("*.npz")
-    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
-    for _ in range(2):
-        assert run_jobs(square, jobs(tmp_path, 3), tmp_path / "jobs", 1)[3]["square"] == 9
-    assert runs(tmp_path) == ["3", "3"]
+    whole = path.read_bytes()
+    np.savez(tmp_path / "code.npz", square=np.array([Argument("pickled")], dtype=object))
+    for content in (b"", b"0" * 500, whole[:-40], (tmp_path / "code.npz").read_bytes()):
+        path.write_bytes(content)
+        for _ in range(2):
+            assert run_jobs(square, jobs(tmp_path, 3), tmp_path / "jobs", 1)[3]["square"] == 9
+    assert runs(tmp_path) == ["3"] * 5
 
 
-def test_a_result_runs_no_code(tmp_path: Path):
-    run_jobs(square, jobs(tmp_path, 3), tmp_path / "jobs", 1)
-    (path,) = tmp_path.rglob("*.npz")
-    np.savez(path, square=np.array([Argument("pickled")], dtype=object))
-    assert run_jobs(square, jobs(tmp_path, 3), tmp_path / "jobs", 1)[3]["square"] == 9
+def test_results_of_earlier_versions_are_found(tmp_path: Path):
+    """They lie where joblib's own cache put them: the hash is that of a job called `threads` without arguments."""
+    place = tmp_path / "evaluation/jobs/measure/eb7c85e43673c4b52106b7994c2a7714"
+    place.mkdir(parents=True)
+    np.savez(place / "result.npz", threads=np.array(7))
+    assert int(run_jobs(threads, {"one": {}}, tmp_path, 1)["one"]["threads"]) == 7
 
 
 def threads() -> dict[str, np.ndarray]:
@@ -105,6 +103,18 @@ def test_a_job_has_one_thread_whatever_the_number_of_workers(workers: int, tmp_p
         torch.set_num_threads(1)
 
 
+def test_on_a_cluster_each_result_is_kept_and_a_failure_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("evaluation.jobs.connected", contextlib.nullcontext)
+    monkeypatch.setattr("evaluation.jobs.run_on", lambda _, run, calls: [(name, run(*x)) for name, x in calls.items()])
+    found = run_jobs(square, jobs(tmp_path, 2, 3), tmp_path / "jobs", "local")
+    assert [int(result["square"]) for result in found.values()] == [4, 9]
+    monkeypatch.setattr("evaluation.jobs.run_on", lambda *_: [("7", ValueError("negative"))])
+    with pytest.raises(ValueError, match="negative"):
+        run_jobs(square, jobs(tmp_path, 2, 7), tmp_path / "jobs", "local")
+    assert runs(tmp_path) == ["2", "3"]
+
+
+@pytest.mark.slow
 def test_on_a_ray_cluster_a_job_whose_worker_is_killed_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "results").mkdir()

@@ -28,22 +28,16 @@ def test_rows_are_what_is_learned_and_columns_prompts(
         assert sheet.width > 4 * 128 and len(rows) * 128 < sheet.height < (len(rows) + 1) * 128
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--out", "docs/images/methods.png"], "is there already; use --force"),
-        (["--out", "models/demo/references/x.png", "--force"], "is, or is part of, what is read"),
-        (["--out", "sheet.jpg"], "must end in .png"),
-    ],
-)
-def test_a_sheet_replaces_nothing_unasked(
-    flags: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sheet_replaces_nothing_unasked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(methods, "learn", lambda *_: pytest.fail("it has started"))
-    monkeypatch.setattr("sys.argv", ["methods.py", *flags])
-    with pytest.raises(SystemExit):
-        methods.main()
-    assert sentence in capsys.readouterr().err
+    for flags, sentence in {
+        ("--out", "docs/images/methods.png"): "is there already; use --force",
+        ("--out", "models/demo/references/x.png", "--force"): "is, or is part of, what is read",
+    }.items():
+        monkeypatch.setattr("sys.argv", ["methods.py", *flags])
+        with pytest.raises(SystemExit):
+            methods.main()
+        assert sentence in capsys.readouterr().err
 
 
 def test_every_method_has_its_configuration() -> None:

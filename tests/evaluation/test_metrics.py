@@ -1,4 +1,4 @@
-"""Scores of images: identities of the definitions with a stub, CLIP's preprocessing, and the command."""
+"""Scores of images: identities of the definitions with a stub, CLIP's preprocessing, NS-LPIPS, and the command."""
 
 import csv
 import json
@@ -21,8 +21,8 @@ from evaluation.metrics.alignment import (
     without_placeholder,
 )
 from evaluation.metrics.backbones import Backbone, clip_backbone, clip_pixels
-from evaluation.metrics.generate import filled
-from evaluation.metrics.report import ALL, Case, aggregate, read_images, score, write
+from evaluation.metrics.ns_lpips import as_tensor, masked_pair, ns_lpips, score_folders
+from evaluation.metrics.report import ALL, Case, aggregate, filled, read_images, score, write
 from ldm.embeddings import Concept
 from scripts import evaluate
 
@@ -65,13 +65,6 @@ def test_definitions() -> None:
     # neither order nor length of features count
     for other in (alignment(stub(), two[::-1], one, ""), alignment(stub(7.0), two, one, "")):
         torch.testing.assert_close(other["image"].mean(), alignment(stub(), two, one, "")["image"].mean())
-    with pytest.raises(ValueError, match="no generated image"):
-        alignment(stub(), one, [], "")
-
-
-def test_geometric_mean() -> None:
-    assert geometric_mean(0.25, 0.64) == pytest.approx(0.4)
-    assert math.isnan(geometric_mean(-0.25, 0.64)) and math.isnan(geometric_mean(-0.25, -0.64))
 
 
 @pytest.mark.parametrize(
@@ -90,41 +83,38 @@ def test_the_placeholder_is_removed(prompt: str, placeholder: str, text: str) ->
 
 
 def test_masks(caplog: pytest.LogCaptureFixture) -> None:
-    images = {"a": noise(1), "b": noise(2)}
-    white, black = (Image.new("L", (8, 6), value) for value in (255, 0))
-    whole = alignment(stub(), [images["a"]], [images["b"]], "")
-    masked = masked_alignment(stub(), {"a": images["a"]}, {"b": images["b"]}, {"a": white, "b": white}, "")
-    assert all(torch.equal(whole[name], masked[name]) for name in whole) and not caplog.records
+    one, other, white, black = noise(1), noise(2), *(Image.new("L", (8, 6), value) for value in (255, 0))
+
+    def masked(mask: Image.Image, other_mask: Image.Image, background: str = "black") -> dict[str, Tensor]:
+        return masked_alignment(stub(), {"a": one}, {"b": other}, {"a": mask, "b": other_mask}, "", background)
+
+    whole, same = alignment(stub(), [one], [other], ""), masked(white, white)
+    assert all(torch.equal(whole[name], same[name]) for name in whole) and not caplog.records
     half = Image.new("L", (8, 6), 0)
     half.paste(1, (0, 0, 4, 6))  # any value above 0 is inside
-    left = np.array(cut_out(images["a"], half))
-    assert (left[:, :4] == np.array(images["a"])[:, :4]).all() and not left[:, 4:].any()
-    grey = {name: cut_out(image, black, "mean") for name, image in images.items()}
-    assert grey["a"].getextrema() == ((123, 123), (116, 116), (104, 104)) and "A mask is empty" in caplog.text
-    both = masked_alignment(stub(), {"a": images["a"]}, {"b": images["b"]}, {"a": black, "b": black}, "", "mean")
-    assert both["image"].item() == pytest.approx(1)
+    left = np.array(cut_out(one, half))
+    assert (left[:, :4] == np.array(one)[:, :4]).all() and not left[:, 4:].any()
+    assert cut_out(one, black, "mean").getextrema() == ((123, 123), (116, 116), (104, 104))
+    assert "A mask is empty" in caplog.text and masked(black, black, "mean")["image"].item() == pytest.approx(1)
     with pytest.raises(ValueError, match="no masks for b"):
-        masked_alignment(stub(), {"a": images["a"]}, {"b": images["b"]}, {"a": white}, "")
+        masked_alignment(stub(), {"a": one}, {"b": other}, {"a": white}, "")
     with pytest.raises(ValueError, match=r"'b': the image has \(8, 6\) pixels and its mask \(6, 8\)"):
-        masks = {"a": white, "b": white.resize((6, 8))}
-        masked_alignment(stub(), {"a": images["a"]}, {"b": images["b"]}, masks, "")
+        masked(white, white.resize((6, 8)))
 
 
 def test_rows(tmp_path: Path) -> None:
     images = dict(zip("abc", colours(RED, GREEN, GREY), strict=True))
     rows = score(stub(), Case("star", "a *", "a", images, {"b": images["b"]}, {}))
     found = {row.metric: (row.mean, row.count) for row in rows}
-    assert found == {
-        "image": (pytest.approx((1 + 3**-0.5) / 3), 3),
-        "text": (0.0, 1),
-        "geometric_mean": (0.0, 1),
-    }
+    image = pytest.approx((1 + 3**-0.5) / 3)
+    assert found == {"image": (image, 3), "text": (0.0, 1), "geometric_mean": (0.0, 1)}
     masks = {f"{kind} {name}": Image.new("L", (8, 6), 255) for name in "abc" for kind in ("reference", "generated")}
     more = score(stub(), Case("star", "two *", "two", images, {"a": images["a"]}, masks))
     assert [row.metric for row in more] == [f"{kind}{name}" for kind in ("", "masked_") for name in found]
     overall = {row.metric: row for row in aggregate([*rows, *more])}
-    assert overall["text"].mean == pytest.approx(0.5) and overall["text"].std == pytest.approx(0.5)
-    assert overall["text"].prompt == ALL and (overall["text"].count, overall["masked_text"].count) == (2, 1)
+    text = overall["text"]
+    assert (text.mean, text.std, text.prompt, text.count) == (pytest.approx(0.5), pytest.approx(0.5), ALL, 2)
+    assert overall["masked_text"].count == 1
     table, records = write([*rows, *overall.values()], tmp_path)
     with table.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -133,8 +123,8 @@ def test_rows(tmp_path: Path) -> None:
 
 
 def test_a_negative_product_is_no_number(tmp_path: Path) -> None:
-    opposite = stub(-1.0)
-    rows = score(opposite, Case("", "", "", {"a": colours(RED)[0]}, {"b": colours(RED)[0]}, {}))
+    assert geometric_mean(0.25, 0.64) == pytest.approx(0.4) and math.isnan(geometric_mean(-0.25, -0.64))
+    rows = score(stub(-1.0), Case("", "", "", {"a": colours(RED)[0]}, {"b": colours(RED)[0]}, {}))
     assert [row.mean for row in rows] == [1.0, -1.0, None] and aggregate(rows)[-1].mean is None
     json.loads(write(rows, tmp_path)[1].read_text(), parse_constant=pytest.fail)
 
@@ -149,6 +139,52 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
     assert read_images(tmp_path / "clear.png")["clear.png"].getpixel((0, 0)) == (0, 0, 0)
+
+
+# NS-LPIPS; tests/parity has the reference's scores
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("mode", ["paper", "standard"])
+def test_what_is_masked_does_not_count(mode: str) -> None:
+    one, other = noise(0, (30, 40)), noise(1, (30, 40))
+    black, white = (Image.new("L", (30, 40), v) for v in (0, 255))
+    half, changed = white.copy(), one.copy()
+    half.paste(0, (0, 0, 30, 20))
+    changed.paste(other.crop((0, 0, 30, 15)), (0, 0))
+    cases = {"empty": (one, other, black), "same": (one, one, white), "masked": (one, changed, half)}
+    scores = ns_lpips({**cases, "all": (one, other, white)}, distance, mode).scores
+    assert scores["empty"] == scores["same"] == 0 and scores["masked"] < 1e-3 * scores["all"]
+
+
+def test_soft_masks() -> None:
+    """Only `standard` makes a grey mask black and white."""
+    image, grey = noise(0), Image.new("L", (8, 8), 100)
+    soft, hard = (masked_pair(image, image, grey, mode)[0] for mode in ("paper", "standard"))
+    torch.testing.assert_close(soft[0], as_tensor(image) * 0.9999 * 100 / 255)
+    assert not hard.any()
+    with pytest.raises(ValueError, match="mode must be one of paper, standard"):
+        masked_pair(image, image, grey, "hard")
+
+
+def test_scores_of_folders(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("sources", "edits", "masks")]
+    for folder, image in zip(folders, (noise(0), noise(1), Image.new("L", (9, 9), 255)), strict=True):
+        folder.mkdir()
+        image.save(folder / "1 a [dog].png")
+    noise(2).save(folders[0] / "2 a cat.png")
+    found = score_folders(*folders, distance)
+    assert list(found.scores) == ["1 a [dog]"] and found.missing == ("2 a cat",)
+    assert "1 cases; 1 without files: 2 a cat" in str(found)
+    Image.new("L", (9, 9), 0).save(folders[2] / "1 a [dog].png")
+    with pytest.raises(ValueError, match=r"mask of '1 a \[dog\]' is empty"):
+        score_folders(*folders, distance)
+    (folders[1] / "1 a [dog].png").unlink()
+    with pytest.raises(ValueError, match="No case has a source, an edit and a mask"):
+        score_folders(*folders, distance)
 
 
 # Backbones
@@ -241,10 +277,7 @@ def test_a_class_word_takes_the_placeholders_place() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            "--generated {demo}/references/dotted-star --prompt x --reference_masks {demo}",
-            "needs --reference_masks and",
-        ),
+        ("--generated x --prompt x --reference_masks {demo}", "needs --reference_masks and"),
         ("--generated {demo}/nowhere --prompt x", "There are no images"),
         ("--generated {demo}/concepts --prompt x", "There is no image in"),
         ("--generated {demo}/references --prompts {demo}/README.md", "There is no folder"),

@@ -13,7 +13,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from evaluation import captions, jobs, plots, spectrum, world_spectrum
+from evaluation import captions, jobs, plots, spectrum
+from evaluation.concepts import MAX_STEPS
 from evaluation.judges import DistanceJudge, colour_distance
 from evaluation.statistics import mean_interval, share_interval, wilson
 from ldm.conditioning.presets import load_presets
@@ -35,38 +36,18 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     return call
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """The small model's configuration, but with two steps of learning."""
-    settings = yaml.safe_load(Path("configs/demo/finetune.yaml").read_text())
-    settings["lightning"]["trainer"]["max_steps"] = 2
-    path = tmp_path / "two-steps.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-@pytest.fixture
-def changed_model(tmp_path: Path) -> Path:
-    """The small model with a little more on the embedding of every token."""
-    state = load_file(MODEL)
-    name = next(name for name in state if name.endswith("token_embedding.weight"))
-    state[name] = state[name] + 0.01
-    with safe_open(MODEL, "pt") as file:
-        save_file(state, tmp_path / "changed.safetensors", file.metadata())
-    return tmp_path / "changed.safetensors"
-
-
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "spectrum.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def test_the_rendered_world(tmp_path: Path, config: Path, changed_model: Path, run: Run, monkeypatch):
+def test_the_rendered_world(tmp_path: Path, run: Run, monkeypatch):
     """Presets, figures and table; then another model, for which everything is made anew."""
     monkeypatch.setattr(spectrum, "all_windows", lambda: FEW)
-    monkeypatch.setattr(world_spectrum, "SETTINGS", {})  # many processors are slow in bfloat16
+    # two steps of learning, and not in bfloat16, in which many processors are slow
+    monkeypatch.setattr(spectrum, "SETTINGS", {MAX_STEPS: 2})
     out, presets = tmp_path / "out", tmp_path / "new" / "presets.yaml"
-    flags = ["--config", config, "--concepts", 1, "--count", 2, "--width", 10, "--steps", 2, "--workers", 1]
+    flags = ["--concepts", 1, "--count", 2, "--width", 10, "--steps", 2, "--workers", 1]
     run(command, *flags, "--write-presets", presets, "--outdir", out)
     windows = {tuple(range(first, last + 1)) for first, last in FEW}
     assert set(load_presets(presets).values()) <= windows and len(yaml.safe_load(presets.read_text())) == 4
@@ -85,11 +66,15 @@ def test_the_rendered_world(tmp_path: Path, config: Path, changed_model: Path, r
     assert ("0.0", "1.0") not in {(row["low"], row["high"]) for row in table if row["experiment"] == "switch"}
 
     monkeypatch.setattr(plots, "plot_spectrum", lambda *_: [])
-    monkeypatch.setattr(world_spectrum, "caption_experiments", lambda *_: {})
+    monkeypatch.setattr(spectrum, "caption_experiments", lambda *_: {})
     before = set(out.rglob("*.npz"))
     run(command, *flags, "--outdir", out)
     assert set(out.rglob("*.npz")) == before, "nothing is made twice"
-    run(command, *flags, "--ckpt", changed_model, "--outdir", out)
+    state, changed = load_file(MODEL), tmp_path / "changed.safetensors"
+    state[next(name for name in state if name.endswith("token_embedding.weight"))] += 0.01
+    with safe_open(MODEL, "pt") as file:
+        save_file(state, changed, file.metadata())
+    run(command, *flags, "--ckpt", changed, "--outdir", out)
     new = set(out.rglob("*.npz")) - before
     parts = [path.relative_to(out).parts[0] for path in new]
     assert sorted(parts) == ["drawn"] * 3 * len(FEW) + ["learned"], "material and style have one prompt"
@@ -126,14 +111,12 @@ def test_ones_own_prompts(tmp_path: Path, run: Run, monkeypatch):
     assert len(concept) > 2, "the concept changes images"
 
 
-@pytest.mark.parametrize("seen", [False, True])
-def test_accuracy(tmp_path: Path, run: Run, monkeypatch, seen: bool):
+def test_accuracy(tmp_path: Path, run: Run, monkeypatch):
     """Captions and the classifier's own columns are of the same kind of combinations."""
     asked, judge_itself, random_attributes = [], captions.judge_itself, captions.random_attributes
 
     def judge_few(count: int, **arguments):
-        assert count == 500
-        return judge_itself(count=8, **arguments)
+        return judge_itself(count=count // 62, **arguments)
 
     def spy(count, seed, held_out):
         asked.append((count, held_out))
@@ -141,16 +124,15 @@ def test_accuracy(tmp_path: Path, run: Run, monkeypatch, seen: bool):
 
     monkeypatch.setattr(captions, "judge_itself", judge_few)
     monkeypatch.setattr(captions, "random_attributes", spy)
-    flags = ["--count", 2, "--steps", 2, "--workers", 1, "--outdir", tmp_path]
-    run(accuracy, *flags, *["--seen"] * seen)
-    assert asked == [(2, not seen), (8, not seen)]
+    flags = ["--count", 2, "--steps", 2, "--workers", 1, "--seen", "--outdir", tmp_path]
+    run(accuracy, *flags)
+    assert asked == [(2, False), (8, False)]
     table = json.loads((tmp_path / "accuracy.json").read_text())
-    assert table["captions"] == 2 and table["steps"] == 2 and table["held_out"] == (not seen)
+    assert table["captions"] == 2 and table["steps"] == 2 and table["held_out"] is False
     found = [dict(np.load(path)) for path in tmp_path.rglob("*.npz")]
     (correct,) = (result["correct"] for result in found if "correct" in result)
     low, high = wilson(correct[:, 0].sum(), 2)
-    assert table["position"]["share"] == correct[:, 0].mean()
-    assert (table["position"]["low"], table["position"]["high"]) == (low, high)
+    assert table["position"].items() >= {"share": correct[:, 0].mean(), "low": low, "high": high}.items()
     assert table["position"]["rendered"] >= 0.9 and (tmp_path / "images.png").is_file()
 
 
@@ -161,33 +143,26 @@ PRESETS = "--write-presets"
 @pytest.mark.parametrize(
     ("script", "flags", "sentence"),
     [
-        *(
-            (s, [flag, n], f"{flag}:")
-            for s in (command, accuracy)
-            for flag in ("--count", "--workers")
-            for n in (0, "x")
-        ),
-        *((s, ["--steps", 1001], "must be in 1..1000, not 1001") for s in (command, accuracy)),
-        *((s, ["--scale", "nan"], "scale must be in 0..") for s in (command, accuracy)),
+        (command, ["--count", 0], "--count:"),
+        (accuracy, ["--count", "x"], "--count:"),
+        (command, ["--workers", "x"], "--workers:"),
+        (command, ["--steps", 1001], "must be in 1..1000, not 1001"),
+        (accuracy, ["--scale", "nan"], "scale must be in 0.."),
         *((s, ["--outdir", "README.md"], "give a folder with --outdir") for s in (command, accuracy)),
         *((s, ["--classifier", "none.safetensors"], "There is no file 'none.") for s in (command, accuracy)),
         (command, ["--concepts", -1], "--concepts:"),
         (command, ["--width", 11], "--width must be in 1..10, not 11"),
         (command, ["--size", 64], "128 pixels a side, not 64"),
         (command, [*OWN, "--size", 60], "must be a multiple of 32 for this model, not 60; nearest: 64"),
-        *(
-            (command, [flag, "a"], f"{flag} goes with --prompt")
-            for flag in ("--add", "--switch", "--concept", "--clip")
-        ),
-        (command, ["--add", ""], "--add goes with --prompt"),
+        *((command, [flag, ""], f"{flag} goes with --prompt") for flag in ("--add", "--concept")),
         (command, ["--lpips"], "--lpips goes with --prompt"),
-        *((command, [*OWN, "--concept", x], "takes FILE=PROMPT with a *") for x in (CONCEPT, "", f"{CONCEPT}=a mug")),
+        *((command, [*OWN, "--concept", x], "takes FILE=PROMPT with a *") for x in ("", f"{CONCEPT}=a mug")),
         (command, [*OWN, "--concept", "none.safetensors=a *"], "There is no file 'none.safetensors'"),
         (command, [*OWN, "--concept", "README.md=a *"], "'README.md' is a text file"),
         (command, [PRESETS, "README.md/presets.yaml"], "'README.md'"),
         (command, [PRESETS, MODEL], "does not hold presets, and would be lost"),
         (command, [PRESETS, "models/demo/presets.yaml"], "is there already; use --force"),
-        (command, [PRESETS, "docs"], "takes a file, not the folder 'docs'"),
+        (command, [PRESETS, "docs"], "'docs' is a folder; name a file"),
         *((command, [PRESETS, "p.yaml", *x], "needs concepts of") for x in (["--concepts", 0], ["--prompt", ""])),
     ],
 )
@@ -197,8 +172,8 @@ def test_what_cannot_be_done_is_one_sentence_before_drawing(
     def start(*_, **__):
         raise AssertionError("work has started")
 
-    for module, name in ((spectrum, "run_jobs"), (world_spectrum, "run_jobs"), (jobs, "measure")):
-        monkeypatch.setattr(module, name, start)
+    for module in (jobs, spectrum):
+        monkeypatch.setattr(module, "run_jobs", start)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
         run(script, "--outdir", out, *flags)
@@ -216,9 +191,9 @@ def test_intervals_count_what_is_independent():
     distances = np.linspace(0.4, 0.6, 32)
     assert spectrum.interval(distances, 1, counts=False) == mean_interval(distances, 0, 1)
     assert spectrum.interval(values[:4], 4, counts=True) == (0.0, 1.0)
-    made = world_spectrum.concept_experiments({"<0>": "a", "<1>": "b"}, seeds=3)["concept-style"]
+    made = spectrum.concept_experiments({"<0>": "a", "<1>": "b"}, seeds=3)["concept-style"]
     assert made.together == 3 and len(set(made.seeds)) == 6  # every concept has seeds of its own
-    assert world_spectrum.caption_experiments(2, spectrum.sliding(3))["switch"].together == 1
+    assert spectrum.caption_experiments(2, spectrum.sliding(3))["switch"].together == 1
 
 
 def test_the_stage_at_which_half_of_the_images_change_over():
@@ -231,7 +206,7 @@ def test_the_stage_at_which_half_of_the_images_change_over():
 def test_a_concept_of_all_windows_is_drawn_with_those_at_one_end(tmp_path: Path, monkeypatch):
     maps = {}
     monkeypatch.setattr(plots, "heat_map", lambda values, rows, columns, title, *_: maps.update({title: columns}))
-    made = world_spectrum.concept_experiments({"<0>": "a"}, seeds=1)["concept-style"]
+    made = spectrum.concept_experiments({"<0>": "a"}, seeds=1)["concept-style"]
     found = spectrum.Spectrum({"concept-style": {window: np.zeros((1, 2)) for window in made.conditions}}, {})
     plots.plot_spectrum(found, {"concept-style": made}, DistanceJudge(), tmp_path)
     ((title, columns),) = maps.items()

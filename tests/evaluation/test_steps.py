@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -18,20 +17,16 @@ ROOT = Path(__file__).parents[2]
 YAML = ROOT / "configs/evidence/steps.yaml"
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """A comparison of a minute: three captions, one concept of one step."""
-    learning = (ROOT / "configs/evidence/learning.yaml").read_text().replace("concepts: 24", "concepts: 1")
-    (tmp_path / "learning.yaml").write_text(re.sub(r"max_steps: \d+", "max_steps: 1", learning))
-    families = "DDIM: {steps: [3]}\n  PLMS: {sampler: plms, steps: [2]}\n"
-    families += '  DPM: {sampler: dpmpp_2m, scale: "2,0-4:1", steps: [2]}'
-    text = YAML.read_text().split("families:")[0] + f"families:\n  {families}\n"
-    for name, value in {"images": 1, "captions": 3, "compared": 3, "compared_concepts": 1, "reference": 4}.items():
-        text = re.sub(rf"^{name}: \d+", f"{name}: {value}", text, flags=re.M)
-    text = text.replace("configs/evidence/learning.yaml", str(tmp_path / "learning.yaml"))
-    path = tmp_path / "steps.yaml"
-    path.write_text(text.replace("DDIM leading, 50", "DDIM, 3"))
-    return path
+LEARNING = """
+{config: configs/demo/finetune.yaml, ckpt: models/demo/model.safetensors, concepts: 1, images: 1, steps: 2, scale: 2.5,
+ classifier: models/demo/classifier.safetensors, seed: 50, settings: {lightning.trainer.max_steps: 1},
+ default: fast, elsewhere: [], variants: {fast: {model.base_learning_rate: 6.0e-5}}}
+"""
+SMALL = """
+{ablation: FOLDER/learning.yaml, variant: fast, images: 1, captions: 3, caption_seed: 9, compared: 3,
+ compared_concepts: 1, reference: 4, default: "DDIM, 3", families: {DDIM: {steps: [3]},
+ PLMS: {sampler: plms, steps: [2]}, DPM: {sampler: dpmpp_2m, scale: "2,0-4:1", steps: [2]}}}
+"""
 
 
 def test_the_file_that_ships() -> None:
@@ -41,8 +36,11 @@ def test_the_file_that_ships() -> None:
     assert by_stage == Sampling(20, [1.0, 1.0, *[2.5] * 8], "dpmpp_2m")
 
 
-def test_the_command_in_small(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["steps.py", str(small), "--outdir", str(tmp_path / "out"), "--workers", "1"])
+def test_the_command_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "learning.yaml").write_text(LEARNING)
+    (tmp_path / "steps.yaml").write_text(SMALL.replace("FOLDER", str(tmp_path)))
+    flags = [str(tmp_path / "steps.yaml"), "--outdir", str(tmp_path / "out"), "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", ["steps.py", *flags])
     script.main()
     table = (tmp_path / "out/steps.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
@@ -51,9 +49,6 @@ def test_the_command_in_small(small: Path, tmp_path: Path, monkeypatch: pytest.M
     assert len(found["DPM, 2"]["attributes"]) == 3 and len(found["DPM, 2"]["transferred/all"]) == 1
     assert len(found["DPM, 2"]["distance"]) == 3 + 5  # captions; the concept's reconstruction and four presets
     assert min(found["DDIM, 3"]["distance"]) > 0 and (tmp_path / "out/steps.png").stat().st_size > 10_000
-
-
-def test_the_distance_is_a_share_of_the_reference() -> None:
     best = np.full((2, 4, 3, 3), 2.0)
     assert distance(np.stack([best[0], best[0] * 1.5]), best).tolist() == [0.0, 0.5]
 
@@ -61,15 +56,13 @@ def test_the_distance_is_a_share_of_the_reference() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("default: DDIM, 3", "default: DDIM, 4", "DDIM, 4"),
+        ('"DDIM, 3"', '"DDIM, 4"', "DDIM, 4"),
         ("sampler: plms", "sampler: euler", "Unknown sampler 'euler'"),
         ("captions: 3", "captions: few", "few"),
         ('scale: "2,0-4:1"', 'scale: "2,10:1"', "scale has no stages 10"),
     ],
 )
-def test_mistakes_are_named(small: Path, old: str, new: str, sentence: str) -> None:
-    text = small.read_text()
-    assert old in text
-    small.write_text(text.replace(old, new))
+def test_mistakes_are_named(tmp_path: Path, old: str, new: str, sentence: str) -> None:
+    (tmp_path / "steps.yaml").write_text(SMALL.replace(old, new))
     with pytest.raises(ValueError, match=sentence):
-        Steps.read(small)
+        Steps.read(tmp_path / "steps.yaml")

@@ -1,7 +1,6 @@
 """The rendered world: images, captions, sample numbers, the tokenizer made for it, and sets of its images."""
 
 import csv
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from evaluation.world.attributes import (
     FACTORS,
@@ -28,7 +28,7 @@ from scripts import make_demo_tokenizer, render_world
 
 STAR = attributes_from_words(["large", "striped", "red", "star", "left", "navy"])
 
-# Images
+# Images; that they show what the words say is what the judge reads in test_evidence.py
 
 
 def test_an_image_is_the_same_alone_and_in_a_batch():
@@ -36,11 +36,9 @@ def test_an_image_is_the_same_alone_and_in_a_batch():
     batch = render(attributes, range(70))
     assert batch.shape == (70, 3, RESOLUTION, RESOLUTION) and batch.dtype == torch.float32
     assert batch.min() >= -1 and batch.max() <= 1
-    for n in (0, 1, 17, 69):
+    for n in (0, 17, 69):
         assert torch.equal(render(attributes[n : n + 1], [n])[0], batch[n])
     assert torch.equal(render(attributes.flip(0), torch.arange(70).flip(0)), batch.flip(0))
-    with pytest.raises(ValueError, match="need attributes"):
-        render(STAR[None], [1, 2])
 
 
 def test_seeds_vary_an_image_a_little_and_the_resolution_shows_the_same():
@@ -48,41 +46,6 @@ def test_seeds_vary_an_image_a_little_and_the_resolution_shows_the_same():
     assert 0.005 < (one - two).abs().mean() < 0.2
     small, large = (render(STAR[None], [5], resolution) for resolution in (64, 256))
     assert (torch.nn.functional.avg_pool2d(large, 4) - small).abs().mean() < 0.02
-
-
-@pytest.mark.parametrize("factor", FACTORS)
-def test_every_value_of_a_factor_changes_the_image(factor):
-    column, count = list(FACTORS).index(factor), len(FACTORS[factor])
-    rows = STAR.repeat(count, 1)
-    rows[:, column] = torch.arange(count)
-    images = render(rows, [7] * count)
-    for a in range(count):
-        for b in range(a):
-            assert (images[a] - images[b]).abs().mean() > 0.01, (FACTORS[factor][a], FACTORS[factor][b])
-
-
-def test_positions_are_where_the_words_say():
-    rows = STAR.repeat(5, 1)
-    rows[:, 0] = torch.arange(5)
-    images = render(rows, range(5), resolution=64)
-    inside = (images - images[:, :, :1, :1]).abs().sum(1) > 0.3  # the corner shows the background
-    centres = [torch.nonzero(mask).float().mean(0) - 31.5 for mask in inside]
-    expected = {"left": (0, -13), "right": (0, 13), "top": (-13, 0), "bottom": (13, 0), "centre": (0, 0)}
-    for word, (down, right) in zip(FACTORS["position"], centres, strict=True):
-        assert abs(down - expected[word][0]) < 4 and abs(right - expected[word][1]) < 4, word
-
-
-def test_backgrounds_are_lighter_or_darker_than_every_object():
-    weights = torch.tensor([0.2126, 0.7152, 0.0722])[:, None]
-    attributes = random_attributes(400, seed=0)
-    attributes[:, 0] = FACTORS["position"].index("centre")
-    attributes[:, 1] = FACTORS["size"].index("large")
-    images = (render(attributes, range(400), resolution=64) + 1) / 2
-    luminance = [(part.flatten(2) * weights).sum(1) for part in (images[:, :, :4], images[:, :, 28:36, 28:36])]
-    background, middle = luminance[0].mean(1), luminance[1]
-    light = attributes[:, -1] < 3
-    assert (background[light] > middle[light].amax(1)).all()
-    assert (background[~light] < middle[~light].amin(1)).all()
 
 
 # Words
@@ -101,20 +64,13 @@ def test_random_attributes():
     assert len(rows) == 12 * len(held_out)
     for column in held_out[:, 2:5].unbind(1):
         assert set(Counter(column.tolist()).values()) == {3}
-    for column, words in zip(seen.unbind(1), FACTORS.values(), strict=True):
-        share = torch.bincount(column) * len(words) / len(column)
-        assert share.shape == (len(words),) and (share - 1).abs().max() < 0.15
 
 
 def test_full_captions():
     assert caption(STAR) == "a large striped red star on the left on a navy background"
-    assert words_of(STAR)["shape"] == "star"
     heart = attributes_from_words(["centre", "small", "plain", "grey", "heart", "white"])
     assert caption(heart) == "a small plain grey heart in the centre on a white background"
-    for position, phrase in {"right": "on the right", "top": "at the top", "bottom": "at the bottom"}.items():
-        row = STAR.clone()
-        row[0] = FACTORS["position"].index(position)
-        assert f"star {phrase} on a" in caption(row)
+    assert "star at the top on a" in caption(attributes_from_words(["large", "striped", "red", "star", "top", "navy"]))
 
 
 def test_dropped_and_wrong_words():
@@ -151,34 +107,30 @@ def test_the_vocabulary_covers_every_caption_and_some_are_empty():
 
 
 def test_samples():
-    samples = RenderedWorld(20, seed=4, resolution=32, repeats=3)
-    assert len(samples) == 60 and samples.num_images == 20 and samples.attributes.shape == (20, 6)
-    sample = samples[5]
-    assert sample["sample"] == 5 and sample["flipped"] is False
-    assert sample["image"].shape == (32, 32, 3)
+    samples = RenderedWorld(20, seed=4, resolution=32)
+    sample = samples[25]
+    assert len(samples) == samples.num_images == 20 and samples.attributes.shape == (20, 6)
+    assert sample["sample"] == 25 and sample["flipped"] is False and sample["image"].shape == (32, 32, 3)
     assert torch.equal(sample["image"].permute(2, 0, 1), samples.images(range(20))[sample["image_number"]])
     samples.with_images = False
-    assert set(samples[5]) == {"attributes", "caption", "image_number", "flipped", "sample"}
+    assert set(samples[25]) == {"attributes", "caption", "image_number", "flipped", "sample"}
     assert torch.equal(sample["attributes"], samples.attributes[sample["image_number"]])
 
 
 def test_the_first_samples_are_crops_around_the_object():
     samples = RenderedWorld(20, crop_until=20)
-    assert {samples[n]["image"].shape for n in range(20)} == {(64, 64, 3)}
     assert samples[20]["image"].shape == (128, 128, 3)
     for sample in (samples[n] for n in range(20)):
         full = samples.image(sample["image_number"]).permute(1, 2, 0)
+        assert sample["image"].shape == (64, 64, 3)
         assert sample["image"].std() > full.std() * 0.9, "the object is in it"
 
 
-def test_every_epoch_shows_every_image_in_its_own_order():
+def test_every_epoch_shows_every_image_in_its_own_order_and_a_sample_depends_on_its_number_only():
     samples = world(50)
     orders = [[samples[n]["image_number"] for n in range(start, start + 50)] for start in (0, 50, 50_000_000)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-
-
-def test_a_sample_depends_on_its_number_only():
     forwards, backwards = (world(30, seed=1, wrong=0.5) for _ in range(2))
     numbers = [0, 7, 31, 95, 1234]
     there, back = [forwards[n] for n in numbers], [backwards[n] for n in reversed(numbers)][::-1]
@@ -191,9 +143,7 @@ def test_a_sample_depends_on_its_number_only():
     [
         (lambda: RenderedWorld(10, drop=1.5), "probabilities"),
         (lambda: RenderedWorld(0), "size"),
-        (lambda: RenderedWorld(10).image(0, flipped=True), "flipped"),
         (lambda: attributes_from_words(["furry"]), "furry"),
-        (lambda: attributes_from_words(["large", "striped", "red", "star", "left"]), "every factor"),
         (lambda: attributes_from_words(["large", "striped", "red", "star", "left", "right"]), "every factor"),
     ],
 )
@@ -205,37 +155,7 @@ def test_refusals(make, sentence: str):
 # The tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_demo_tokenizer.write_tokenizer(folder, max_length=32)
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def test_every_word_is_one_token_and_other_text_falls_back_to_bytes(tokenizer):
-    for word in [*world_vocabulary(), "*"]:
-        assert tokenizer.tokenize(word) == [word + "</w>"]
-    text = caption(STAR)
-    assert tokenizer.tokenize(text) == [word + "</w>" for word in text.split()]
-    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-    # U+65E5 is the bytes e6 97 a5; "qx" is not in any word.
-    assert tokenizer.tokenize("qx") == ["q", "x</w>"] and len(tokenizer.tokenize("\u65e5")) == 3
-    assert tokenizer.unk_token not in tokenizer.tokenize("Zürich, 12 \u65e5 ~!")
-
-
-def test_special_tokens_and_length(tokenizer):
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(tokenizer) - 2, len(tokenizer) - 1)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    ids = tokenizer("red " * 50, padding="max_length", truncation=True).input_ids
-    assert len(ids) == tokenizer.model_max_length == 32
-    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    assert tokenizer("", padding="max_length").input_ids == [ids[0], *[ids[-1]] * 31]
-
-
-def test_a_tokenizer_is_replaced_with_force_only(tmp_path: Path, monkeypatch, capsys):
+def test_every_word_is_one_token_and_other_text_falls_back_to_bytes(tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "vocab.json").write_text("{}")
     monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
@@ -243,12 +163,21 @@ def test_a_tokenizer_is_replaced_with_force_only(tmp_path: Path, monkeypatch, ca
     assert "use --force" in capsys.readouterr().err and (tmp_path / "vocab.json").read_text() == "{}"
     monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path), "--force"])
     make_demo_tokenizer.main()
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "vocab.json",
-        "merges.txt",
-        "words.txt",
-        "tokenizer_config.json",
-    }
+    assert {path.stem for path in tmp_path.iterdir()} == {"vocab", "merges", "words", "tokenizer_config"}
+
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    for word in [*world_vocabulary(), "*"]:
+        assert tokenizer.tokenize(word) == [word + "</w>"]
+    text = caption(STAR)
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    # U+65E5 is the bytes e6 97 a5; "qx" is not in any word.
+    assert tokenizer.tokenize("qx") == ["q", "x</w>"] and len(tokenizer.tokenize("\u65e5")) == 3
+    assert tokenizer.unk_token not in tokenizer.tokenize("Zürich, 12 \u65e5 ~!")
+    start, end = len(tokenizer) - 2, len(tokenizer) - 1
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (start, end, end)
+    ids = tokenizer("red " * 50, padding="max_length", truncation=True).input_ids
+    assert len(ids) == tokenizer.model_max_length == 32 and (ids[0], ids[-1]) == (start, end)
+    assert tokenizer("", padding="max_length").input_ids == [start, *[end] * 31]
 
 
 # Sets

@@ -12,13 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation.benchmark.memory import (
-    editing_peak,
-    inversion_peak,
-    learning_peak,
-    meta_model,
-    sampling_peak,
-)
+from evaluation.benchmark.memory import editing_peak, inversion_peak, learning_peak, sampling_peak
+from evaluation.benchmark.models import meta_model
 from evaluation.benchmark.switches import DEFAULTS
 from ldm.editing.inversion import record
 from ldm.models.autoencoder import FirstStage

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from evaluation.metrics.ns_lpips import mask_tensor, masked_pair, ns_lpips
 from ldm.conditioning.context import Context, as_conditioning
 from ldm.config import instantiate_from_config, load_config
 from ldm.editing import alignment, blend, control
@@ -671,3 +672,33 @@ def test_masks(model: LatentDiffusion) -> None:
         assert tokens.words.index(entry["word"]) + 1 == entry["token_index"]
         if compat:
             assert np.abs(mask - recorded["upper_heads.foreground_256"].numpy()).max() <= 2
+
+
+# NS-LPIPS, with a stub distance
+
+
+def picture(name: str) -> Image.Image:
+    """A recorded image; masks have three equal channels, of which the record's first one is meant."""
+    values = golden("masks")[f"ns.{name}.small"]
+    small = Image.fromarray((values[..., :1].expand(-1, -1, 3) if name.startswith("mask") else values).numpy())
+    return small.resize(tuple(META["masks"][f"ns.{name}.size_wh"]), Image.Resampling.BICUBIC)
+
+
+def test_ns_lpips_scores() -> None:
+    recorded, said = golden("masks"), META["masks"]
+    cases = {str(k): (picture(f"src{k}"), picture(f"edit{k}"), picture(f"mask{k}")) for k in range(2)}
+    source, edit = masked_pair(*cases["0"])
+    for found, name in ((source, "src"), (edit, "edit")):
+        torch.testing.assert_close(found[..., ::8, ::8], recorded[f"ns.case0.{name}_bg.every8"], rtol=0, atol=1e-5)
+    for k in range(2):
+        mask = mask_tensor(cases[str(k)][2])
+        torch.testing.assert_close(mask[..., ::8, ::8], recorded[f"ns.case{k}.mask.every8"], rtol=0, atol=1e-5)
+    found = ns_lpips(cases, lambda a, b: (a - b).square().mean(dim=(1, 2, 3)))
+    assert found.scores == pytest.approx({"0": said["ns.score_0"], "1": said["ns.score_1"]}, rel=1e-4)
+    assert found.mean == pytest.approx(said["ns.score_all"], rel=1e-4)
+
+
+def test_ns_lpips_of_white_and_grey_masks() -> None:
+    white, grey = (mask_tensor(Image.new("RGB", (9, 9), (v, v, v))).max().item() for v in (255, 100))
+    said = META["masks"]
+    assert white == pytest.approx(said["ns.white_mask_value"]) and grey == pytest.approx(said["ns.grey100_mask_value"])
