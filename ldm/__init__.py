@@ -24,19 +24,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Concept": "embeddings",
-    "Request": "request",
-    "generate_image": "generate",
-    "joint": "prompts",
-    "load_concept": "embeddings",
-    "load_model_from_config": "generate",
-    "main": "generate",
-    "preset": "prompts",
-    "read_parameters": "generate",
-    "save_concept": "embeddings",
-    "save_picture": "generate",
+_NAMES = {
+    "embeddings": ("Concept", "load_concept", "save_concept"),
+    "generate": ("generate_image", "load_model_from_config", "main", "read_parameters", "save_picture"),
+    "prompts": ("joint", "preset"),
+    "request": ("Request",),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = ["__version__", *_HOMES]
 
 # OpenMP reads this when torch is imported. Threads that spin while they wait crawl as soon as another program wants a

@@ -255,7 +255,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 
 
 def check_parameters(cls: Callable[..., Any], params: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` with the nearest known one for a parameter that `cls`, a class or a function, has not."""
+    """Raise `ConfigError` for a parameter that a class or a function does not have; it names the nearest one."""
     parameters = inspect.signature(cls).parameters
     options = getattr(cls, "options_type", None)  # a dataclass whose fields are taken as keywords
     known = [*parameters, *(field.name for field in dataclasses.fields(options))] if options else [*parameters]
