@@ -171,16 +171,17 @@ def move(path: Path, target: Path) -> None:
     Raises:
         WriteError: it stays open.
     """
-    for wait in (*_WAITS, 0):
-        try:
+    for wait in _WAITS:
+        with suppress(PermissionError):
             os.replace(path, target)
             return
-        except PermissionError as error:
-            if not _WAITS or not target.is_file():
-                raise
-            held = error
-            time.sleep(wait)
-    raise WriteError(f"Cannot write '{target}': another program has it open; close it there.") from held
+        time.sleep(wait)
+    try:
+        os.replace(path, target)
+    except PermissionError as error:
+        if not _WAITS or not target.is_file():
+            raise
+        raise WriteError(f"Cannot write '{target}': another program has it open; close it there.") from error
 
 
 def replace_bytes(path: str | Path, content: bytes) -> None:
