@@ -223,7 +223,7 @@ def tau_name(edit: Edit) -> str:
 
 
 def _edit_rows(options: argparse.Namespace, load: Callable[[], Any]) -> list[Path]:
-    """Edit the rows of a file and say what came of each: one that fails stops no other; what is there is not made again.
+    """Edit the rows of a file and say what came of each: one that fails stops no other, and none is made twice.
 
     Raises:
         ValueError: no row could be edited.

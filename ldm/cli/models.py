@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -59,11 +58,11 @@ def configuration(name: str, learning: bool = False) -> str:
         return shipped(name)
     file = shipped(f"configs/{name}.yaml")
     if not os.path.exists(file):
+        from ldm.config import nearest
+
         folder = ROOT / "configs"
         known = [*MODELS, *(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.yaml"))]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"give a YAML file, {' or '.join(MODELS)}."
-        raise ValueError(f"There is no configuration '{name}'; {hint}")
+        raise ValueError(f"There is no configuration '{name}'{nearest(name, known)}")
     return file
 
 
