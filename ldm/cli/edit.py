@@ -129,7 +129,8 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     facts = model_facts(config)
     edits = _edits(options, facts.num_stages)
     files = concept_files(options.concept, facts.placeholder or PLACEHOLDER)
-    Request(concepts=files).for_model(facts)  # which checks them
+    if files:
+        Request(concepts=files, ddim_steps=1).for_model(facts)  # which checks them
     source, concept = options.prompt, None
     if options.inverted is not None:
         from ldm.editing.invert import PROMPT, change_of

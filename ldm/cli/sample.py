@@ -41,10 +41,7 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     texts = what.add_mutually_exclusive_group()
     help_prompt = "what to show, * standing for the concept; given several times, an image of each and a grid"
     add_field_flag(texts, Request, "prompt", action="append", help=help_prompt)
-    help_prompts = (
-        "text with a prompt in each line, {} standing for the concept; or YAML: a list of prompts or of {argument: "
-        "value, …}"
-    )
+    help_prompts = "a prompt in each line, {} standing for the concept; or YAML: prompts, or {argument: value, …}"
     texts.add_argument("--prompts", type=path, metavar="FILE", help=help_prompts)
     add_field_flag(what, Request, "negative_prompt")
     add_stage_flags(what)
