@@ -29,8 +29,7 @@ def add_model_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--config", metavar="NAME|YAML", help=help_config)
     help_ckpt = f".ckpt, .safetensors or diffusers folder (demo: {MODELS['demo'].ckpt}, sd: {MODELS['sd'].ckpt})"
     group.add_argument("--ckpt", type=path, metavar="FILE", help=help_ckpt)
-    help_dtype = f"of the weights: {', '.join(DTYPES)} (float32)"
-    group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=help_dtype)
+    group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"of the weights: {', '.join(DTYPES)} (float32)")
     help_device = "cpu, cuda, cuda:1 or mps (PROSPECT_DEVICE, or the fastest there is)"
     group.add_argument("--device", type=device, metavar="NAME", help=help_device)
     help_allow = "packages of your own whose classes the configuration may name"

@@ -50,8 +50,7 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     help_concept = "learned embedding, or hf:user/name[@revision]; several: '<vase>=FILE', each named in the prompt"
     what.add_argument("--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     add_field_flag(what, Request, "any_base")
-    help_from = "repeat this image; other flags change it"
-    what.add_argument("--from", dest="source", type=path, metavar="PNG", help=help_from)
+    what.add_argument("--from", dest="source", type=path, metavar="PNG", help="repeat this image; more flags change it")
 
     how = parser.add_argument_group("how")
     fast = f"{FAST['sampler']} with {FAST['ddim_steps']} steps: two fifths of the U-Net calls of the default"
