@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], fac
     Raises:
         ValueError: an unknown argument, or a value that cannot be used; with the remedy.
     """
-    names = [field.name for field in fields(Request)]
+    names = list(Request.__dataclass_fields__)
     columns = _columns(options)
     given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     flags = {**(FAST if options.fast else {}), **given, **columns[0]}
@@ -179,17 +179,15 @@ def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], fac
         for row in rows:
             if isinstance(row.get("prompt"), str):
                 row["prompt"] = row["prompt"].replace("{}", called)
-    repeated = {name: recorded[name] for name in names if name in recorded and name != "preset"}
-    return [_request(options.source, recorded, repeated, row | flags).for_model(facts) for row in rows]
+    return [_request(options.source, recorded, row | flags).for_model(facts) for row in rows]
 
 
-def _request(
-    source: Path | None, recorded: Mapping[str, Any], repeated: Mapping[str, Any], given: dict[str, Any]
-) -> Request:
+def _request(source: Path | None, recorded: Mapping[str, Any], given: dict[str, Any]) -> Request:
     if "preset" in recorded and "prospect_words" not in given and len({"prompt", "preset"} & given.keys()) == 1:
         raise ValueError(f"'{source}' was made with a preset; to change it, give --prompt and --preset, or --stages.")
-    changed = {"preset": "prospect_words", "sampler": "spacing"}  # what a flag brings with it
-    replaced = {changed[name] for name in changed if given.get(name) is not None}
+    own = {"preset": "prospect_words", "sampler": "spacing"}  # what a flag brings with it
+    replaced = {"preset", *(own[name] for name in own if given.get(name) is not None)}
+    repeated = {name: recorded[name] for name in Request.__dataclass_fields__ if name in recorded}
     arguments = {name: value for name, value in repeated.items() if name not in replaced} | given
     if arguments.get("prospect_words") is not None or arguments.get("layer_words") is not None:
         arguments.setdefault("prompt", PLACEHOLDER)
