@@ -116,7 +116,7 @@ def png_of_size(width: int, height: int) -> bytes:
 def pictures(folder: Path) -> None:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
-    for suffix in ("png", "webp", "tiff"):
+    for suffix in ("png", "webp"):
         noise.save(folder / f"noise.{suffix}")
     for suffix in ("png", "webp"):
         cut(folder / f"noise.{suffix}", folder / f"cut-middle.{suffix}", 0.5)
@@ -130,11 +130,8 @@ def pictures(folder: Path) -> None:
     (folder / "broken-link.png").symlink_to(folder / "nowhere.png")
     (folder / "loop.png").symlink_to(folder / "loop.png")
     Image.new("F", (8, 8)).save(folder / "float.tiff")
-    Image.new("RGB", (1, 1), "red").save(folder / "pixel.png")
     Image.new("RGB", (30_000, 1), "red").save(folder / "line.png")
     noise.save(folder / "really-a-png.jpg", format="PNG")
-    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
     for name in ("only-text", "one-broken"):
         (folder / name).mkdir()
     (folder / "only-text/a.txt").write_text("no picture")
@@ -153,6 +150,7 @@ def configurations(folder: Path) -> None:
         "unknown": "modle:\n  target: x\n",
         "no-data": "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, base_learning_rate: 1, params: {}}\n",
         "object": "model: !!python/object/apply:os.getcwd []\n",
+        "no-model": "data: {target: main.DataModuleFromConfig, params: {train: {}}}\n",
         "deep": "model: " + "[" * 3000 + "]" * 3000,
         "laughs": laughs("model"),
         "interpolation": "data: {params: {batch_size: '${nowhere.at.all}'}}\n",
@@ -160,15 +158,11 @@ def configurations(folder: Path) -> None:
         "star": "- * star\n",
         "words-unknown": "sead: 3\n",
         "words-typed": "{prompt: a, ddim_steps: few}\n",
-        "words-prompt": "prompt: 3\n",
-        "words-concept-types": "{prompt: a, concepts: {'*': 3}}\n",
         "words-laughs": laughs("concepts"),
         "words-nine": "prospect_words: [a, a, a, a, a, a, a, a, a]\n",
     }
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
-    (folder / "binary.yaml").write_bytes(bytes(range(256)))
-    (folder / "folder.yaml").mkdir()
 
 
 def laughs(key: str, levels: int = 12) -> str:
@@ -181,14 +175,9 @@ def laughs(key: str, levels: int = 12) -> str:
 RECORDS = {
     "foreign": '{"prompt": "a", "base_model": "sd-v1-4.ckpt"}',
     "edited": '{"prompt": "a", "content_dir": "a.png", "base_model": "model.safetensors"}',
-    "no-json": "{prompt",
-    "no-mapping": '["prompt"]',
     "deep-json": "[" * 100_000,
-    "typed": '{"prompt": "a", "ckpt": 5, "base_model": "model.safetensors"}',
     "config-typed": '{"prompt": "a", "config": {"a": 1}, "ckpt": "models/demo/model.safetensors"}',
     "steps-typed": '{"prompt": "a", "ddim_steps": "many", "base_model": "model.safetensors"}',
-    "scale-nan": '{"prompt": "a", "scale": NaN, "base_model": "model.safetensors"}',
-    "endless": '{"prompt": "a", "n_iter": 1000000000000, "base_model": "model.safetensors"}',
 }
 
 

@@ -16,7 +16,6 @@ from runs import LEARN, MADE_SMALL, every, finish, saved_tensors, start, unfinis
 
 import main
 from ldm.checkpoint import save_state_dict
-from ldm.cli import export
 from ldm.cli import sample as commands
 from ldm.files.writing import WriteError, check_writable, replacing
 
@@ -138,17 +137,3 @@ def test_errors_of_other_places_are_left_alone(tmp_path: Path) -> None:
         (Path(__file__) / "elsewhere").read_text()
     check_writable(tmp_path / "any/number/of/new/folders", "-l")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["README.md", "star_diffusers.py"])
-def test_texts_of_an_export_without_room(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    flags = ["models/demo/concepts/dotted-star.safetensors", "--name", "star", "--outdir", str(tmp_path), "--card"]
-    flags += ["--to", "diffusers"] if name.endswith(".py") else ["--base_model", "of/a-long-name" * 40]
-    export.run(flags)
-    before = (tmp_path / name).read_bytes()
-    assert len(before) == max(path.stat().st_size for path in tmp_path.iterdir())
-    with files_up_to(len(before) - 1), pytest.raises(SystemExit) as ending:
-        export.run([*flags, "--force"])
-    assert ending.value.code == 2
-    assert f"Cannot write to '{tmp_path}': File too large" in capsys.readouterr().err
-    assert (tmp_path / name).read_bytes() == before and unfinished(tmp_path) == []

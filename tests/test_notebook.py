@@ -35,18 +35,24 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         generator = torch.Generator().manual_seed(number)
         save_concept(Concept(torch.randn(10, 128, generator=generator)), tmp_path / f"{variable}.safetensors")
         monkeypatch.setenv(variable, str(tmp_path / f"{variable}.safetensors"))
-    monkeypatch.setenv("PROSPECT_STEPS", "2")
+    monkeypatch.setenv("PROSPECT_STEPS", "1")
     monkeypatch.setenv("PROSPECT_OUTPUTS", str(tmp_path / "outputs"))
     return tmp_path / "outputs"
 
 
-def test_the_notebook_is_saved_stripped_and_short() -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def stripped(path: Path) -> list[nbformat.NotebookNode]:
+    """The code cells of a notebook, which is saved without outputs and has short ones behind the first."""
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    settings, *code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in (settings, *code))
-    assert all(len(cell.source.splitlines()) <= 16 for cell in code)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
+    assert all(len(cell.source.splitlines()) <= 16 for cell in cells[1:])
     assert not any(cell.metadata for cell in notebook.cells)
+    return cells
+
+
+def test_the_notebook_is_saved_stripped_and_short() -> None:
+    settings, *code = stripped(NOTEBOOK)
     assert not any("models/" in cell.source or " heart" in cell.source for cell in code)  # it stands in the first cell
     table: dict[str, Any] = {}
     exec(settings.source, table)
@@ -119,20 +125,16 @@ def test_the_notebook_runs_for_stable_diffusion_by_its_first_cell_alone(
     settings.source = settings.source.replace('MODEL = "demo"', 'MODEL = "sd"')
     nbformat.write(notebook, folder / NOTEBOOK.name)
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("PROSPECT_STEPS", "1")
     images_of(outputs, run_here(folder / NOTEBOOK.name, monkeypatch))
     words = read_parameters(outputs / "material-2.png")["prospect_words"]
     assert [stage for stage, entry in enumerate(words) if "*" in entry] == [0, 1, 2, 3, 4]  # the paper's
 
 
 def test_what_the_notebook_shows_of_objects_and_functions_is_short(tiny_model: LatentDiffusion) -> None:
-    assert re.fullmatch(
-        r"LatentDiffusion\(.*: [\d.]+ M parameters, 10 stages, torch.float32 on cpu; .*\)", repr(tiny_model)
-    )
-    concept = load_concept(ROOT / "models/demo/concepts/dotted-star.safetensors")
-    assert (
-        repr(concept).startswith("Concept('prospect', vectors 10x128, init_word='thing'") and len(repr(concept)) < 200
-    )
+    shown = r"LatentDiffusion\(.*: [\d.]+ M parameters, 10 stages, torch.float32 on cpu; .*\)"
+    assert re.fullmatch(shown, repr(tiny_model))
+    shown = repr(load_concept(ROOT / "models/demo/concepts/dotted-star.safetensors"))
+    assert shown.startswith("Concept('prospect', vectors 10x128, init_word='thing'") and len(shown) < 200
 
     @functools.wraps(main)
     def generate(*arguments: Any, **settings: Any) -> Any: ...
@@ -148,11 +150,8 @@ def test_what_the_notebook_shows_of_objects_and_functions_is_short(tiny_model: L
 @pytest.mark.skipif(sys.platform == "win32", reason="the platform has no such sockets")
 def test_the_kernel_needs_no_network_and_a_failed_notebook_is_written(tmp_path: Path) -> None:
     """Not even the loopback device, which is down where the network is cut off (`make test-offline`)."""
-    sources = [
-        "import json, ipykernel.connect as c; print(json.loads(c.get_connection_info())['transport'])",
-        "nowhere",
-    ]
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    transport = "import json, ipykernel.connect as c; print(json.loads(c.get_connection_info())['transport'])"
+    cells = [nbformat.v4.new_code_cell(source) for source in (transport, "nowhere")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
     with pytest.raises(CellExecutionError) as failed:
         execute(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
@@ -163,13 +162,8 @@ def test_the_kernel_needs_no_network_and_a_failed_notebook_is_written(tmp_path: 
 
 def test_the_editing_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved without outputs, in short cells, of which only the first says what is in the images; each shows its own."""
-    saved = nbformat.read(ROOT / "editing.ipynb", as_version=4)
-    code = [cell for cell in saved.cells if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-    assert all(len(cell.source.splitlines()) <= 16 for cell in code)
+    _, *code = stripped(ROOT / "editing.ipynb")
+    assert not any("star" in cell.source or "models/" in cell.source for cell in code)
     monkeypatch.setenv("PROSPECT_STEPS", "2")
     monkeypatch.chdir(ROOT)
     assert run_here(ROOT / "editing.ipynb", monkeypatch) == 7
-    assert not any(
-        "star" in cell.source or "models/" in cell.source for cell in code[1:]
-    )  # it stands in the first cell

@@ -33,10 +33,7 @@ def test_import_as_a_program_and_its_mistakes(tmp_path: Path, concept_file: Path
     back, original = load_concept(out), load_concept(concept_file)
     assert torch.equal(back.vectors, original.vectors) and back.metadata == original.metadata
     result = program("import_embedding", str(paths[0]), "--out", str(out))
-    assert (
-        result.returncode == 2
-        and "is there already; use --force to overwrite it, or name another file" in result.stderr
-    )
+    assert result.returncode == 2 and "is there already; use --force to overwrite it" in result.stderr
     save_file({"<a>": torch.zeros(2, 4), "<b>": torch.ones(2, 4)}, tmp_path / "two.safetensors")
     flags = ["import_embedding", str(tmp_path / "two.safetensors"), "--out", str(out), "--force", "--rows_are_stages"]
     result = program(*flags)
@@ -75,7 +72,7 @@ def test_the_demo_calls_main_with_flags_and_files_that_exist(monkeypatch: pytest
 
     def record(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         called.append(command)
-        return subprocess.CompletedProcess(command, returncode=0)
+        return subprocess.CompletedProcess(command, returncode=3 * (len(called) > 2))
 
     monkeypatch.setattr(demo.subprocess, "run", record)
     learned = [demo.learn(concept) for concept in demo.CONCEPTS]
@@ -84,6 +81,9 @@ def test_the_demo_calls_main_with_flags_and_files_that_exist(monkeypatch: pytest
         options = cli.parse(flags)
         assert options.train and Path(options.project) == embedding.parents[1]
         assert all(Path(path).exists() for path in (*options.base, options.actual_resume, options.data_root))
+    with pytest.raises(SystemExit) as ended:
+        demo.learn("dotted-star")
+    assert ended.value.code == 3
 
 
 def test_make_concepts_learns_every_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,14 +93,6 @@ def test_make_concepts_learns_every_reference(monkeypatch: pytest.MonkeyPatch, t
         (tmp_path / demo.REFERENCES / name).mkdir(parents=True)
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     monkeypatch.setattr(demo, "learn", lambda concept: Path("logs") / concept / "e.safetensors")
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--concepts"])
-    demo.main()
+    demo.ship()
     shipped = {path.name: path.read_text() for path in (tmp_path / demo.SHIPPED).iterdir()}
     assert shipped == {f"{name}.safetensors": name for name in ("dotted-star", "striped-heart")}
-
-
-def test_the_demo_ends_with_the_exit_code_of_main(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
-    with pytest.raises(SystemExit) as ended:
-        demo.learn("dotted-star")
-    assert ended.value.code == 3

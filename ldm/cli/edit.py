@@ -43,10 +43,8 @@ def build_parser(prog: str | None) -> Parser:
     parser = script_parser(__doc__, prog)
     parser.add_argument("inverted", nargs="?", type=input_path, metavar="CONCEPT", help="of scripts/invert.py")
     what = parser.add_argument_group("what to edit")
-    help_prompt = "of an image that is generated; or that of CONCEPT, to be checked"
-    what.add_argument("--prompt", metavar="TEXT", help=help_prompt)
-    help_image = "the image of CONCEPT, to be checked and shown"
-    what.add_argument("--image", type=input_path, metavar="FILE", help=help_image)
+    what.add_argument("--prompt", metavar="TEXT", help="of a generated image; or that of CONCEPT, to be checked")
+    what.add_argument("--image", type=input_path, metavar="FILE", help="the image of CONCEPT, to be checked and shown")
     what.add_argument("--seed", type=natural, default=42, metavar="N", help="of a generated image (42)")
     help_csv = "edits with the columns of StyleDiffusion's files; images are inverted where that is not done yet"
     what.add_argument("--csv", type=input_path, metavar="FILE", help=help_csv)
@@ -129,7 +127,8 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     facts = model_facts(config)
     edits = _edits(options, facts.num_stages)
     files = concept_files(options.concept, facts.placeholder or PLACEHOLDER)
-    Request(concepts=files).for_model(facts)  # which checks them
+    if files:
+        Request(concepts=files, ddim_steps=1).for_model(facts)  # which checks them
     source, concept = options.prompt, None
     if options.inverted is not None:
         from ldm.editing.invert import PROMPT, change_of

@@ -89,10 +89,8 @@ class Parser(argparse.ArgumentParser):
         """Return the options, and refuse unknown ones."""
         options, unknown = self.parse_known_args(argv)
         if unknown and getattr(options, "prompt", None) is not None and os.path.exists(unknown[0]):
-            self.error(
-                f"unknown argument '{unknown[0]}', which is a file: put the prompt in quotes, or the shell writes the "
-                "names of files for a *."
-            )
+            reason = "put the prompt in quotes, or the shell writes the names of files for a *"
+            self.error(f"unknown argument '{unknown[0]}', which is a file: {reason}.")
         if unknown:
             self.refuse(unknown[0])
         return options

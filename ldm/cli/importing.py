@@ -27,8 +27,7 @@ def run(argv: Sequence[str] | None = None, prog: str | None = None) -> list[str]
     parser.add_argument("--key", metavar="NAME", help="which embedding, where there are several")
     help_rows = "the vectors of a file are stages, the end of sampling first, and not consecutive tokens"
     parser.add_argument("--rows_are_stages", action="store_true", help=help_rows)
-    help_placeholder = "what it is called in prompts (its own name, or '*')"
-    parser.add_argument("--placeholder", metavar="TEXT", help=help_placeholder)
+    parser.add_argument("--placeholder", metavar="TEXT", help="what it is called in prompts (its own name, or '*')")
     help_caption = "captions that it was learned in; CatVersion's adapters do not say their class word"
     parser.add_argument("--caption", nargs="+", metavar="TEXT", help=help_caption)
     parser.add_argument("--force", action="store_true", help="overwrite the file if it is there")

@@ -40,8 +40,7 @@ def add_inversion_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--clip", type=input_path, metavar="DIR", help=help_clip)
     help_mode = "affine (c * gamma + beta, the released code) or replace (the paper's formula) (affine)"
     group.add_argument("--value_mode", choices=("affine", "replace"), default="affine", metavar="HOW", help=help_mode)
-    help_seed = "of the networks' first weights (0)"
-    group.add_argument("--start_seed", type=natural, default=0, metavar="N", help=help_seed)
+    group.add_argument("--start_seed", type=natural, default=0, metavar="N", help="of the networks' first weights (0)")
 
 
 def build_parser(prog: str | None) -> Parser:
@@ -56,8 +55,7 @@ def build_parser(prog: str | None) -> Parser:
     how.add_argument("--import", dest="networks", type=path, metavar="FILE", help=help_import)
     files = parser.add_argument_group("model and files")
     add_model_flags(files)
-    help_out = "the concept's file (outputs/IMAGE-METHOD.safetensors)"
-    files.add_argument("--out", type=path, metavar="FILE", help=help_out)
+    files.add_argument("--out", type=path, metavar="FILE", help="the concept's file (outputs/IMAGE-METHOD.safetensors)")
     files.add_argument("--force", action="store_true", help="overwrite the file if it is there")
     help_mask = "write also where a word of the prompt is: FILE-WORD-foreground.png and -background.png"
     files.add_argument("--mask", action="append", default=[], metavar="WORD", help=help_mask)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -30,8 +29,7 @@ def add_model_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--config", metavar="NAME|YAML", help=help_config)
     help_ckpt = f".ckpt, .safetensors or diffusers folder (demo: {MODELS['demo'].ckpt}, sd: {MODELS['sd'].ckpt})"
     group.add_argument("--ckpt", type=path, metavar="FILE", help=help_ckpt)
-    help_dtype = f"of the weights: {', '.join(DTYPES)} (float32)"
-    group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=help_dtype)
+    group.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=f"of the weights: {', '.join(DTYPES)} (float32)")
     help_device = "cpu, cuda, cuda:1 or mps (PROSPECT_DEVICE, or the fastest there is)"
     group.add_argument("--device", type=device, metavar="NAME", help=help_device)
     help_allow = "packages of your own whose classes the configuration may name"
@@ -59,11 +57,11 @@ def configuration(name: str, learning: bool = False) -> str:
         return shipped(name)
     file = shipped(f"configs/{name}.yaml")
     if not os.path.exists(file):
+        from ldm.config import nearest
+
         folder = ROOT / "configs"
         known = [*MODELS, *(path.relative_to(folder).with_suffix("").as_posix() for path in folder.glob("*/*.yaml"))]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"give a YAML file, {' or '.join(MODELS)}."
-        raise ValueError(f"There is no configuration '{name}'; {hint}")
+        raise ValueError(f"There is no configuration '{name}'{nearest(name, known)}")
     return file
 
 

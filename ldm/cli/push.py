@@ -23,8 +23,7 @@ def run(argv: Sequence[str] | None = None, prog: str | None = None) -> list[str]
     parser.add_argument("--private", action="store_true", help="make the new repository a private one")
     parser.add_argument("--license", default="creativeml-openrail-m", metavar="ID", help="(creativeml-openrail-m)")
     parser.add_argument("--base_model", metavar="ID", help="the base model's name on the hub")
-    help_images = "samples for the model card"
-    parser.add_argument("--images", nargs="+", type=input_path, default=[], metavar="FILE", help=help_images)
+    parser.add_argument("--images", nargs="+", type=input_path, default=[], metavar="FILE", help="samples for the card")
     parser.add_argument("--outdir", type=path, metavar="DIR", help="write the repository into this folder instead")
     return parser.run(_push, argv)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,7 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     texts = what.add_mutually_exclusive_group()
     help_prompt = "what to show, * standing for the concept; given several times, an image of each and a grid"
     add_field_flag(texts, Request, "prompt", action="append", help=help_prompt)
-    help_prompts = (
-        "text with a prompt in each line, {} standing for the concept; or YAML: a list of prompts or of {argument: "
-        "value, …}"
-    )
+    help_prompts = "a prompt in each line, {} standing for the concept; or YAML: prompts, or {argument: value, …}"
     texts.add_argument("--prompts", type=path, metavar="FILE", help=help_prompts)
     add_field_flag(what, Request, "negative_prompt")
     add_stage_flags(what)
@@ -53,8 +50,7 @@ def build_parser(docstring: str | None, editing: bool | None, prog: str | None =
     help_concept = "learned embedding, or hf:user/name[@revision]; several: '<vase>=FILE', each named in the prompt"
     what.add_argument("--concept", action="append", metavar="[NAME=]FILE", help=help_concept)
     add_field_flag(what, Request, "any_base")
-    help_from = "repeat this image; other flags change it"
-    what.add_argument("--from", dest="source", type=path, metavar="PNG", help=help_from)
+    what.add_argument("--from", dest="source", type=path, metavar="PNG", help="repeat this image; more flags change it")
 
     how = parser.add_argument_group("how")
     fast = f"{FAST['sampler']} with {FAST['ddim_steps']} steps: two fifths of the U-Net calls of the default"
@@ -161,7 +157,7 @@ def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], fac
     Raises:
         ValueError: an unknown argument, or a value that cannot be used; with the remedy.
     """
-    names = [field.name for field in fields(Request)]
+    names = list(Request.__dataclass_fields__)
     columns = _columns(options)
     given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     flags = {**(FAST if options.fast else {}), **given, **columns[0]}
@@ -183,17 +179,15 @@ def build_requests(options: argparse.Namespace, recorded: Mapping[str, Any], fac
         for row in rows:
             if isinstance(row.get("prompt"), str):
                 row["prompt"] = row["prompt"].replace("{}", called)
-    repeated = {name: recorded[name] for name in names if name in recorded and name != "preset"}
-    return [_request(options.source, recorded, repeated, row | flags).for_model(facts) for row in rows]
+    return [_request(options.source, recorded, row | flags).for_model(facts) for row in rows]
 
 
-def _request(
-    source: Path | None, recorded: Mapping[str, Any], repeated: Mapping[str, Any], given: dict[str, Any]
-) -> Request:
+def _request(source: Path | None, recorded: Mapping[str, Any], given: dict[str, Any]) -> Request:
     if "preset" in recorded and "prospect_words" not in given and len({"prompt", "preset"} & given.keys()) == 1:
         raise ValueError(f"'{source}' was made with a preset; to change it, give --prompt and --preset, or --stages.")
-    changed = {"preset": "prospect_words", "sampler": "spacing"}  # what a flag brings with it
-    replaced = {changed[name] for name in changed if given.get(name) is not None}
+    own = {"preset": "prospect_words", "sampler": "spacing"}  # what a flag brings with it
+    replaced = {"preset", *(own[name] for name in own if given.get(name) is not None)}
+    repeated = {name: recorded[name] for name in Request.__dataclass_fields__ if name in recorded}
     arguments = {name: value for name, value in repeated.items() if name not in replaced} | given
     if arguments.get("prospect_words") is not None or arguments.get("layer_words") is not None:
         arguments.setdefault("prompt", PLACEHOLDER)

@@ -83,10 +83,8 @@ def build_parser(prog: str | None = None) -> Parser:
     data = parser.add_argument_group("model and images")
     help_model = "base model: .ckpt, .safetensors or a diffusers folder"
     data.add_argument("--actual_resume", type=shipped, metavar="CKPT", help=help_model)
-    help_data = "folder with the images to learn from, or one image"
-    data.add_argument("--data_root", type=shipped, metavar="PATH", help=help_data)
-    help_start = "start from these learned embeddings"
-    data.add_argument("--embedding_manager_ckpt", type=shipped, metavar="FILE", help=help_start)
+    data.add_argument("--data_root", type=shipped, metavar="PATH", help="folder with images to learn from, or an image")
+    data.add_argument("--embedding_manager_ckpt", type=shipped, metavar="FILE", help="start from learned embeddings")
     data.add_argument("--placeholder_tokens", nargs="+", metavar="TOKEN", help="the token that is learned ('*')")
     data.add_argument("--init_word", metavar="WORD", help="word(s) whose embedding the learning starts from")
     help_caption = "captions to learn in, with * for the token; what they name is not learned ('*')"
@@ -96,14 +94,12 @@ def build_parser(prog: str | None = None) -> Parser:
     log.add_argument("-n", "--name", help="name of the run")
     log.add_argument("-f", "--postfix", default="", help="appended to the name")
     log.add_argument("-l", "--logdir", type=HOME, metavar="DIR", default="logs", help="where log folders are (logs)")
-    help_project = "log into exactly this folder, which is new or empty"
-    log.add_argument("-p", "--project", type=HOME, metavar="DIR", help=help_project)
+    log.add_argument("-p", "--project", type=HOME, metavar="DIR", help="log into exactly this folder, new or empty")
     help_name = "begin the name with the data folder's (true)"
     log.add_argument("--datadir_in_name", **(SWITCH | {"default": True}), help=help_name)
 
     trainer = parser.add_argument_group("trainer (handed to pytorch_lightning.Trainer)")
-    help_gpus = "CUDA devices by number; translated to accelerator and devices"
-    trainer.add_argument("--gpus", metavar="0,1,", help=help_gpus)
+    trainer.add_argument("--gpus", metavar="0,1,", help="CUDA devices by number; translated to accelerator and devices")
     help_lr = "multiply the learning rate by batch size, devices and accumulation (true)"
     trainer.add_argument("--scale_lr", **(SWITCH | {"default": None}), help=help_lr)
     for name, how in TRAINER_FLAGS.items():

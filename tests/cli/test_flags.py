@@ -69,17 +69,13 @@ def test_any_terminal_takes_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_log_messages_are_escaped_and_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     screen, root = io.StringIO(), logging.getLogger()
     monkeypatch.setattr(sys, "stderr", screen)
-    before = root.handlers[:], root.level
-    root.handlers.clear()
-    try:
-        log_to_terminal(talkative=["talkative"])
-        logging.getLogger("talkative").info("the prompt '%s'", "\x1b[31m star")
-        logging.getLogger("silent").info("nothing")
-        for _ in range(2):
-            logging.getLogger("silent").warning("two\nlines")
-    finally:
-        root.handlers[:], _ = before
-        root.setLevel(before[1])
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    log_to_terminal(talkative=["talkative"])
+    logging.getLogger("talkative").info("the prompt '%s'", "\x1b[31m star")
+    logging.getLogger("silent").info("nothing")
+    for _ in range(2):
+        logging.getLogger("silent").warning("two\nlines")
     assert screen.getvalue() == "the prompt '\\x1b[31m star'\ntwo\nlines\n"
 
 

@@ -34,7 +34,7 @@ MISTAKES = {
     "generate --contents a": "unknown argument '--contents'; did you mean --content?",
     "generate --prompt a --ckpt no.ckpt": "There is no file 'no.ckpt', given with --ckpt; check the path.",
     "generate --prompt a --config no.yaml": "'no.yaml'; check the path given with --config",
-    "generate --prompt a --config dmo": "There is no configuration 'dmo'; did you mean demo?",
+    "generate --prompt a --config dmo": "There is no configuration 'dmo'; did you mean 'demo'?",
     "generate --prompt a --config sd": "Stable Diffusion's weights, 'models/sd/sd-v1-4.ckpt', are not there; put them",
     "generate --prompt a --concept <v>=no.pt": "There is no file 'no.pt', given with --concept; check the path.",
     "generate --prompt a --concept hf:toy": "'hf:toy' must be hf:user/name, or hf:user/name@revision.",
@@ -50,7 +50,7 @@ MISTAKES = {
     "demo --concept no.pt": "There is no file 'no.pt', given with --concept; check the path.",
     "learn": "Say which images to learn from: --data_root",
     "learn nowhere": "There is no file 'nowhere', given with --data_root; check the path.",
-    f"learn {IMAGES} --base demo demo/tii": "There is no configuration 'demo/tii'; did you mean demo/ti?",
+    f"learn {IMAGES} --base demo demo/tii": "There is no configuration 'demo/tii'; did you mean 'demo/ti'?",
     f"learn {IMAGES} --base sd": "weights, 'models/sd/sd-v1-4.ckpt', are not there; put them there, or give --actual_",
     f"learn {IMAGES} --precision 17": "argument --precision: invalid choice: '17' (choose from",
     "learn -r nowhere": "There is no file 'nowhere', given with -r; check the path.",
@@ -66,7 +66,7 @@ MISTAKES = {
     f"invert {IMAGES}/dotted-star.png --prompt a --ckpt no.ckpt": "There is no file 'no.ckpt', given with --ckpt",
     "edit no.pt --target a": "There is no file 'no.pt', given with CONCEPT; check the path.",
     "edit --csv no.csv": "There is no CSV file 'no.csv'; check the path given with --csv.",
-    "page --config nowhere": "There is no configuration 'nowhere'; give a YAML file, demo or sd.",
+    "page --config nowhere": "There is no configuration 'nowhere'; known: demo, sd,",
     "page --ckpt no.ckpt": "There is no file 'no.ckpt', given with --ckpt; check the path.",
 }
 

@@ -26,7 +26,7 @@ from ldm.cli import sample
 from ldm.cli.export import run as export
 from ldm.cli.sample import build_parser, run
 from ldm.conditioning.presets import load_presets, preset, presets_beside
-from ldm.embeddings import Concept, load_concept, save_concept, save_stages
+from ldm.embeddings import Concept, load_concept, save_concept
 from ldm.files import tensors
 from ldm.generate import load_model_from_config, main, read_parameters
 from ldm.methods.neti import NeTIMapper, NeTISettings
@@ -133,24 +133,17 @@ def test_one_run_builds_one_model_and_reads_each_file_once(
 # What is written
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    first = txt2img("--prompt", "a star", "--seed", 7, "--outdir", tmp_path)
-    before = first[0].read_bytes()
-    second = txt2img("--prompt", "a star", "--seed", 7, "--outdir", tmp_path, "--steps", 2)
-    assert [path.name for path in first + second] == ["a-star-7.png", "a-star-7-2.png"]
-    assert first[0].read_bytes() == before != second[0].read_bytes()
-
-
-def test_several_images_come_as_a_grid_and_alone(tmp_path: Path) -> None:
+def test_several_images_come_as_a_grid_and_alone_and_overwrite_nothing(tmp_path: Path) -> None:
     flags = ("--prompt", "a star", "--seed", 7, "--n_samples", 2, "--n-iter", 2, "--outdir", tmp_path)
     paths = txt2img(*flags)
     assert [path.name for path in paths] == ["a-star-7-grid.png", *(f"a-star-{seed}.png" for seed in (7, 8, 9, 10))]
     grid, *alone = map(pixels, paths)
     assert (grid == np.block([[[alone[0]], [alone[1]]], [[alone[2]], [alone[3]]]])).all()
-    again = txt2img("--from", paths[3], "--outdir", tmp_path)
-    assert np.abs(pixels(again[0]) - alone[2]).max() <= 1 < np.abs(alone[2] - alone[0]).max()
+    (again,) = txt2img("--from", paths[3], "--outdir", tmp_path)
+    assert np.abs(pixels(again) - alone[2]).max() <= 1 < np.abs(alone[2] - alone[0]).max()
     row = txt2img(*flags, "--n_rows", 1)[0]
     assert read_parameters(row)["n_rows"] == 1 and (pixels(row) == np.concatenate(alone)).all()
+    assert (again.name, row.name) == ("a-star-9-2.png", "a-star-7-grid-2.png") and (pixels(paths[0]) == grid).all()
 
 
 # Ctrl-C
@@ -306,12 +299,6 @@ def test_a_concept_in_the_home_folder(tmp_path: Path, concept_file: Path, monkey
     assert read_parameters(image)["concepts"] == {"<v>": str(concept_file)}
 
 
-def test_a_folder_of_stage_files_is_a_concept(tmp_path: Path, concept_file: Path) -> None:
-    save_stages(load_concept(concept_file), tmp_path, "star")
-    files = [txt2img("--prompt", "a *", "--concept", f"*={c}", "--outdir", tmp_path) for c in (concept_file, tmp_path)]
-    assert (pixels(files[0][0]) == pixels(files[1][0])).all()
-
-
 def test_stages(tmp_path: Path) -> None:
     flags = ("--stages", "0=a dotted star", "1=3", "3=", "4-7=*", "--stages", "8-=a mug", "--outdir", tmp_path)
     path = txt2img(*flags)[0]
@@ -349,12 +336,12 @@ def test_prompts_and_seeds_come_as_a_labelled_grid(
     names = [f"a-{shape}-{seed}.png" for shape in ("star", "heart") for seed in (7, 3, 4)]
     assert [path.name for path in (grid, *alone)] == ["a-star-prompts.png", *names]
     assert read_parameters(grid) == {"cells": [names[:3], names[3:]]}
-    sheet = Image.open(grid)
-    left, top, side = sheet.width - 3 * (32 + 7), 28, 32
+    sheet, side = np.asarray(Image.open(grid), np.int64), 32
+    left = sheet.shape[1] - 3 * (side + 7)
     for i, path in enumerate(alone):
-        x, y = left + i % 3 * (side + 7), top + i // 3 * (side + 7)
-        assert (np.asarray(sheet.crop((x, y, x + side, y + side)), np.int64) == pixels(path)).all()
-    assert (np.asarray(sheet.crop((0, 0, left, sheet.height))) < 128).any()  # labels
+        x, y = left + i % 3 * (side + 7), 28 + i // 3 * (side + 7)
+        assert (sheet[y : y + side, x : x + side] == pixels(path)).all()
+    assert (sheet[:, :left] < 128).any()  # labels
     (single,) = txt2img("--prompt", "a heart", "--seed", 3, "--outdir", tmp_path / "b")
     assert (pixels(single) == pixels(alone[4])).all()
     capsys.readouterr()
@@ -380,17 +367,6 @@ def test_a_concept_is_called_what_its_file_says(tmp_path: Path, concept_file: Pa
         flags = [flag for file in files for flag in ("--concept", file)]
         record = read_parameters(txt2img("--prompt", prompt, *flags, "--steps", 1, "--outdir", tmp_path)[0])
         assert sorted(record["concepts"]) == names
-
-
-def test_words_that_the_small_model_does_not_know(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    txt2img("--prompt", "A shiny dog, on a <cat> beach", "--negative_prompt", "blurry", "--outdir", tmp_path)
-    known = (ROOT / "models/demo/tokenizer/words.txt").read_text().splitlines()[0]
-    assert caplog.messages[-1] == (
-        f"This model does not know 'dog', 'beach', 'blurry'; it knows {', '.join(known.split())}."
-    )
-    caplog.clear()
-    txt2img("--prompt", "a RED <toy>", "--concept", f"<toy>={DOTTED}", "--stages", "0=*", "--outdir", tmp_path)
-    assert not any("does not know" in message for message in caplog.messages)
 
 
 def test_guidance_by_stage(tmp_path: Path) -> None:
@@ -438,17 +414,6 @@ def test_a_preset_means_the_same_stages_wherever_it_is_asked_for(tmp_path: Path)
         workflow = export([*flags, "--preset", "layout", "--prompt", "a *", *more])[-1].read_text()
         stages = {int(stage) for stage in re.findall(r"embedding:s-(\d)", workflow)}
         assert stages == set((windows or load_presets(None))["layout"])
-
-
-def test_a_preset_is_for_one_concept(tmp_path: Path, concept_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    flags = ["--concept", f"<a>={concept_file}", "--concept", f"<b>={concept_file}", "--preset", "layout"]
-    record = read_parameters(txt2img(*flags, "--prompt", "a <b> star", "--outdir", tmp_path)[0])
-    windows = presets_beside(ROOT / MODEL)
-    assert record["prospect_words"] == preset("layout", "a <b> star", placeholder="<b>", windows=windows)
-    assert [message.partition(";")[0] for message in caplog.messages] == [
-        "--preset takes layout from '<b>' alone",
-        "The concept '<a>' has no effect: write <a> into the prompt where it belongs.",
-    ]
 
 
 # Other methods
@@ -521,78 +486,55 @@ GENERATING: dict[str, Cases] = {
         ("--steps 1", "Say what to show: --prompt TEXT, or --prompts FILE."),
         (f"{MAKE} --preset style --stages 0=b", "not allowed with argument"),
         (f"{MAKE} --prompts x.txt", "not allowed with argument --prompt"),
-        (
-            f"{MAKE} --stages preset:style 0=b",
-            "'preset:style' must be RANGE=TEXT, of the stages 0",
-        ),
+        (f"{MAKE} --stages preset:style 0=b", "'preset:style' must be RANGE=TEXT, of the stages 0"),
         (f"{MAKE} --stages 1-3=a 3-=b", "gives stage 3 twice; let '3-=b' leave it out"),
         (f"{MAKE} --stages 3-1=a", "'3-1=a' must be RANGE=TEXT, of the stages 0 (the end of sampling) to 9"),
         (f"{MAKE} --stages 0=10", "a stage number in 0..9, or None, not 10"),
         (f"{MAKE} --seed 1-", "'1-' is neither a seed (42) nor a range of up to 1000 (42-45)"),
-        (f"{MAKE} --seed 1-2000", "nor a range of up to 1000"),
         (f"{MAKE} --seed 1-600 1-600", "1200 images are too many for one command"),
         (f"{MAKE} --seed 9223372036854775808", "seed must be in 0.."),
-        (f"{MAKE} --steps many", "argument --steps: invalid int value: 'many'"),
         (f"{MAKE} --scale 2.5,10:1", "scale has no stages 10; they are 0..9"),
-        (f"{MAKE} --layer_words a b", "layer_words has 2 entries, but this model has 7 layers; entry 0 is the first"),
         (f"{MAKE} --layer_words 0 1 2 3 4 5 7", "layer_words[6] must be a text, a layer number in 0..6"),
         (f"{MAKE} --truncation 129", "truncation must be in 0..128, not 129."),
         (f"{MAKE} --device tpu", "'tpu' is none of cpu, mps, cuda"),
         (f"{MAKE} --device cuda:7", "is not usable here; usable:"),
         (f"{MAKE} --outdir {{bad}}/text.png/below", "is a file; give a folder with --outdir"),
         (f"{MAKE} --outdir {{bad}}/{'x' * 256}/below", "xxx…': the name is too long; shorten it."),
-        (f"{MAKE} --config {{bad}}/folder.yaml", "is a folder"),
-        (f"{MAKE} --config {{bad}}/empty.yaml", "makes no images from text: 'model:' needs"),
         (f"{MAKE} --config {{bad}}/allowing.yaml", "Unknown section 'allow_targets'"),
         (f"{MAKE} --config configs/demo/text.yaml", "makes no images from text"),
-        (f"{MAKE} --ckpt {{bad}}/nan.safetensors", "not finite in float32; download"),
         (f"{MAKE} --ckpt {{bad}}/cut-middle.ckpt", "; download it again"),
-        (f"{MAKE} --ckpt {{bad}}/sd2.safetensors", "holds Stable Diffusion 2"),
     ],
     "prompts": [
         (f"--prompts {{bad}}/{file}", sentence)
         for file, sentence in {
             "nowhere.txt": "check the path given with --prompts",
-            "folder.yaml": "is a folder",
             "noise.png": "is not UTF-8 text (line 1); save it as UTF-8.",
             "star.yaml": "a text that begins with * needs quotes",
             "words-laughs.yaml": "aliases",
-            "object.yaml": "is not a readable YAML file",
             "scalar.yaml": "holds no prompts; write one in each line, or a YAML list of prompts",
             "words-unknown.yaml": "there is no argument 'sead'; did you mean 'seed'?",
             "words-typed.yaml": "ddim_steps must be a whole number, not 'few'",
-            "words-prompt.yaml": "prompt must be a text, not 3; in YAML, put it in quotes",
-            "words-concept-types.yaml": "concepts must be {name: file}",
             "words-nine.yaml": "has 9 entries, but this model has 10 stages",
         }.items()
     ],
     "concepts": [
         (f"{CONCEPT}x.png", "is a folder; it must have the stage files"),
-        (f"{CONCEPT}text.ckpt", "is a text file; use"),
         (f"{CONCEPT}wide.safetensors", "has width 768 (base model: unknown), but this model's text encoder has width"),
         (f"{CONCEPT}several.safetensors", "the file holds 2 embeddings (<a>, <b>); use one of a single"),
-        (f"{CONCEPT}nan-concept.safetensors", "infinite or NaN values"),
-        (f"{CONCEPT}lora.safetensors", "holds a LoRA and no embedding"),
         (f"{CONCEPT}other-base.safetensors", "'sd-v1-4.ckpt'"),
         (f"{MAKE} --concept a=b --concept a=c", "give every concept a name of its own"),
         (f"{MAKE} --concept a=", "The concept 'a' has no file here"),
-        (f"{MAKE} --concept <*>={{bad}}/good.safetensors", "The placeholder '<*>' must not contain '*'"),
         (f"{CONCEPT}good.safetensors --config configs/demo/diffusion.yaml", "no personalization_config"),
     ],
     "--from": [
         (f"--from {{bad}}/{file}.png", sentence)
         for file, sentence in {
             "noise": "has no ProSpect parameters",
-            "text": "is no image that Pillow can read",
-            "bomb": "has too many pixels",
-            "x": "is a folder",
             "record-foreign": "was made with the model 'sd-v1-4.ckpt'; give it with --ckpt",
             "record-edited": "scripts/img2img.py edits an image",
             "record-deep-json": "has no readable ProSpect parameters",
             "record-config-typed": "has no readable config (a dict); give it with --config",
             "record-steps-typed": "ddim_steps must be a whole number, not 'many'",
-            "record-scale-nan": "scale must be in 0..1000",
-            "record-endless": "n_iter must be in 1..1000000",
         }.items()
     ],
 }
@@ -600,10 +542,8 @@ EDITING: Cases = [
     (MAKE, "scripts/img2img.py edits an image, --content FILE"),
     (f"{EDIT}{STAR} --strength 1.01", "strength must be in 0..1, not 1.01"),
     (f"{EDIT}{STAR} --resize fit", "Unknown resize 'fit'"),
-    (f"{EDIT}{{bad}}/x.png", "is a folder"),
     (f"{EDIT}{{bad}}/loop.png", "There is no file"),
     (f"{EDIT}{{bad}}/checksum.png", "checksum.png' cannot be read"),
-    (f"{EDIT}{{bad}}/bomb.png", "has too many pixels; scale it down first"),
     (f"{EDIT}{{bad}}/float.tiff", "floating point numbers"),
 ]
 
@@ -623,9 +563,7 @@ def test_debug_shows_the_trace() -> None:
 ACCEPTED: list[tuple[bool, str]] = [
     (False, f"{MAKE} --scale 0 --eta 1 --seed 9223372036854775807"),
     (False, f"{MAKE} --ckpt {{bad}}/whole-old.ckpt"),
-    (False, f"{CONCEPT}inversion.pt --config configs/demo/finetune.yaml"),
     (True, f"{EDIT}{STAR} --strength 0"),
-    (True, f"{EDIT}{{bad}}/pixel.png"),
     (True, f"{EDIT}{{bad}}/really-a-png.jpg"),
     (True, f"{EDIT}{{bad}}/line.png --resize pad"),
 ]
@@ -636,12 +574,3 @@ def test_what_is_taken_though_it_looks_odd(editing: bool, flags: str, bad: Path,
     paths = run([*words(flags, bad), "--outdir", str(tmp_path)], editing=editing)
     with Image.open(paths[0]) as image:
         assert image.size == (32, 32)
-
-
-@pytest.mark.parametrize(("flags", "warned"), [("star", 1), ("*", 0), ("* --stages 0=* 1-=a", 0)])
-def test_a_concept_that_no_text_names(
-    flags: str, warned: int, bad: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    argv = words(f"{MAKE.removesuffix('*')}{flags} --concept {{bad}}/good.safetensors", bad)
-    run([*argv, "--outdir", str(tmp_path)])
-    assert [message.startswith("The concept '*' has no effect") for message in caplog.messages] == [True] * warned
