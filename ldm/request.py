@@ -379,7 +379,21 @@ def mentions(text: str, placeholder: str) -> bool:
     return placeholder_pattern([placeholder]).search(text) is not None
 
 
+def texts_of(prompt: str, words: Words | None) -> list[str]:
+    """Return a prompt as each entry of `prospect_words` makes it: texts take the place of `*`."""
+    return [prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None]]
+
+
 # --- values ----------------------------------------------------------------------------------------------------
+
+
+def read_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> int | float:
+    """Return a number as Python's own; raises `ValueError` where it is none, or out of range."""
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        wanted = f"in {low}..{high}" if is_number else f"a {'whole ' if whole else ''}number"
+        raise ValueError(f"{name} must be {wanted}, not {shown(value)}.")
+    return int(value) if whole else float(value)
 
 
 def shown(value: object) -> str:

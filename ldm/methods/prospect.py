@@ -86,10 +86,12 @@ class ProSpect(GeneratorBlock):
 
     @torch.no_grad()
     def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
-        vectors = tensors.get(VECTORS)
-        if vectors is None or vectors.shape != (self.num_stages, self.word.shape[-1]):
-            found = "no stage vectors" if vectors is None else f"{len(vectors)} stages of width {vectors.shape[1]}"
-            raise ValueError(f"it has {found}; this run learns {self.num_stages} of width {self.word.shape[-1]}.")
+        vectors, width = tensors[VECTORS], self.word.shape[-1]
+        if vectors.shape != (self.num_stages, width):
+            stages, own = vectors.shape
+            raise ValueError(
+                f"it has {stages} stages of width {own}; this run learns {self.num_stages} of width {width}."
+            )
         was_training = self.training
         self.eval()
         difference = vectors.to(self.word.device) - self(self.word)
@@ -97,14 +99,12 @@ class ProSpect(GeneratorBlock):
         self.train(was_training)
 
 
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+def check_vectors(tensors: Tensors) -> None:
     """Raise `ValueError` unless a concept holds what ProSpect learns: `vectors`, floats of shape (S, D)."""
-    found = [f"{tensor.dtype} of {tuple(tensor.shape)}" for tensor in tensors.values()]
-    vectors = tensors.get(VECTORS)
-    if vectors is None or len(found) > 1:
-        raise ValueError(f"a ProSpect embedding is one tensor of vectors, not {', '.join(tensors) or 'nothing'}.")
-    if vectors.ndim != 2 or 0 in vectors.shape or not vectors.is_floating_point():
-        raise ValueError(f"an embedding has floats of shape (stages, width), not {found[0]}.")
+    vectors = tensors.get(VECTORS, torch.empty(0))
+    if len(tensors) != 1 or vectors.ndim != 2 or 0 in vectors.shape or not vectors.is_floating_point():
+        found = ", ".join(f"{name} {x.dtype} {tuple(x.shape)}" for name, x in list(tensors.items())[:4]) or "none"
+        raise ValueError(f"its tensors ({found}) are no stage vectors, floats of shape (stages, width).")
 
 
 @torch.no_grad()

@@ -270,6 +270,7 @@ class EmbeddingManager(nn.Module):
         if self.learned is None:
             raise ValueError("Nothing is learned here, so nothing can start from a concept; give initializer_words.")
         try:
+            find_method(self.learned.method).check(concept.tensors)
             self.learned.start_from(concept.tensors, concept.metadata)
         except ValueError as error:
             raise ValueError(f"The embedding to start from cannot be used: {error}") from error

@@ -1,6 +1,5 @@
 """Inversion: what must hold without the reference, and what an inversion keeps when it is stopped."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -28,10 +27,10 @@ from ldm.editing.inversion import (
     record,
     step_of,
 )
-from ldm.editing.invert import PSNR, Subject, change_of, describe, edit_image, invert_image, make_learner
-from ldm.editing.request import Edit
+from ldm.editing.invert import PSNR, Subject, change_of, edit_image, invert_image, make_learner
+from ldm.editing.request import Edit, InversionOptions
 from ldm.embeddings import Concept, load_concept, save_concept
-from ldm.methods.inversion import FIRST, START
+from ldm.methods.base import FIRST, START
 from ldm.methods.null_text import NullText
 from ldm.methods.stylediffusion import MappingNetwork, StyleDiffusion, modulate
 from ldm.models.diffusion.ddim import ddim
@@ -106,7 +105,7 @@ def test_an_unchanged_learner_follows_plain_guidance(demo: LatentDiffusion, lear
 
     sweep = sweep_of(demo, learner)
     if learner is StyleDiffusion:
-        sweep.learner.change = lambda values, timesteps: lambda context, t: context  # type: ignore[method-assign]
+        sweep.learner.kind = lambda values, timesteps: lambda context, t: context  # type: ignore[method-assign]
     timesteps = sweep.way.timesteps
     at, below = levels(timesteps, demo.host_alphas_cumprod)
     denoise = guided(demo, sweep.cond, sweep.uncond, OPTIONS.guidance_scale)
@@ -114,15 +113,13 @@ def test_an_unchanged_learner_follows_plain_guidance(demo: LatentDiffusion, lear
     torch.testing.assert_close(follow(sweep), expected, rtol=0, atol=1e-4)
 
 
-def test_learning_reconstructs_better(demo: LatentDiffusion) -> None:
-    """What is learned brings the end nearer to the image than guidance alone."""
-    options = dataclasses.replace(OPTIONS, steps=6, inner_steps=12, guidance_scale=5.0)
-    for method in ("stylediffusion", "null-text", "text"):
-        found = invert_image(demo, STAR, PROMPT, method, options, progress=False)
-        few = dataclasses.replace(options, inner_steps=1)
-        assert float(found.metadata[PSNR]) > float(
-            invert_image(demo, STAR, PROMPT, method, few, progress=False).metadata[PSNR]
-        )
+@pytest.mark.parametrize("method", ["stylediffusion", "null-text", "text"])
+def test_learning_reconstructs_better(demo: LatentDiffusion, method: str) -> None:
+    """What is learned brings the end nearer to the image the longer it is learned."""
+    given = [InversionOptions(steps=3, guidance_scale=5.0, inner_steps=inner) for inner in (1, 8)]
+    found = [invert_image(demo, STAR, PROMPT, method, options, progress=False) for options in given]
+    shorter, longer = (float(concept.metadata[PSNR]) for concept in found)
+    assert longer > shorter + 0.1
 
 
 @pytest.mark.parametrize("method", ["stylediffusion", "null-text"])
@@ -160,8 +157,6 @@ def test_concepts_are_files(demo: LatentDiffusion, concepts: dict[str, Concept],
         assert change.timesteps == (751, 501, 251, 1)
         context = demo.get_unconditional(PROMPT).at(0)
         assert isinstance(change(context, 251), Context)
-        with pytest.raises(ValueError, match="nothing was learned for timestep 250"):
-            change(context, 250)
     assert concepts["stylediffusion"].tensors["gamma_beta"].shape == (4, 64, 128)
     assert concepts["null-text"].tensors["contexts"].shape == (4, 32, 128)
 
@@ -198,8 +193,8 @@ def test_pytorchs_defaults_change_nothing(demo: LatentDiffusion, concepts: dict[
 def test_a_damaged_unfinished_inversion(demo: LatentDiffusion, tmp_path: Path) -> None:
     unfinished = tmp_path / "u.safetensors"
     subject = Subject(demo, STAR, PROMPT)
-    learner, said = make_learner(subject, "null-text", OPTIONS)
+    _, said = make_learner(subject, "null-text", OPTIONS)
     for tensors in ({}, {"z": torch.zeros(1)}, {"z": torch.zeros(1), "contexts.0": torch.zeros(2)}):
-        save_file({"x": torch.zeros(1)} | tensors, unfinished, describe(subject, learner, OPTIONS) | said)
+        save_file({"x": torch.zeros(1)} | tensors, unfinished, said)
         with pytest.raises(ValueError, match="u.safetensors' keeps an unfinished inversion that is damaged; delete it"):
             invert_image(demo, STAR, PROMPT, "null-text", OPTIONS, unfinished, progress=False)

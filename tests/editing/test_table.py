@@ -45,7 +45,7 @@ def test_cells_of_the_reference(tmp_path: Path) -> None:
     [
         ({"tau_v": "half"}, "tau_v must be a Python literal such as"),
         ({"tau_v": "__import__('os')"}, "tau_v must be a Python literal"),
-        ({"edit_type": "Swap"}, "edit_type must be one of"),
+        ({"edit_type": "Swap"}, "kind must be one of replace, refine, not 'Swap'"),
         ({"eq_params": "[('a','b'),(1,)]"}, "eq_params must be"),
         ({"eq_params": "5"}, "eq_params must be"),
         ({"eq_params": "[([1],),(2,)]"}, "eq_params must be"),
@@ -56,7 +56,7 @@ def test_cells_of_the_reference(tmp_path: Path) -> None:
         ({"tau_c": "-" * 50_000 + "1"}, "tau_c must be a Python literal"),
         ({"tau_c": "[]"}, "a grid of 0 edits; give 1 to 1000"),
         (dict.fromkeys(("tau_v", "tau_c", "tau_s", "tau_u"), str([0.1] * 300)), "a grid of 8100000000 edits"),
-        ({"blend_word": "[1,2]"}, "blend must be words of the source and words of the target, not 1"),
+        ({"blend_word": "[1,2]"}, "blend must be words of the source and words of the target, not 1, 2"),
     ],
 )
 def test_bad_cells(cells: dict[str, str], message: str) -> None:
@@ -72,8 +72,8 @@ def test_ranges_and_missing_columns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no column case_number, image_path"):
         read_rows(file)
     for cells, message in (
-        ({"case_number": "9" * 5000, "image_path": "x"}, "line 2: case_number must be a whole number, not '.{60}…'"),
-        ({"case_number": "1"}, "line 2: it names no image_path"),
+        ({"case_number": "9" * 5000, "image_path": "x"}, "line 2: case_number must be a whole number, .* not '9{60}…'"),
+        ({"case_number": "1"}, "line 2: .* image_path an image's, not '1' and ''"),
     ):
         with pytest.raises(ValueError, match=message):
             read_rows(write(tmp_path, row(**cells)))
@@ -100,7 +100,7 @@ def test_rows_are_isolated_and_resumed(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines()[0] == "case 1: there already"
     assert stamps == [path.stat().st_mtime_ns for path in made]
     for change, message in (
-        (["--inner_steps", "2"], "concepts/1.safetensors' was inverted with another inner_steps; use another --outdir"),
+        (["--inner_steps", "2"], "was inverted with another inner_steps (1, not 2); use another --outdir, or delete '"),
         (["--method", "null-text"], "was inverted with another method"),
     ):
         with pytest.raises(SystemExit):
