@@ -212,7 +212,8 @@ class PromptReader:
         if len(body) > room:
             rest = self._spell(body[room:][:240])  # of which a message has 60 letters
             self._warn(f"The prompt is longer than {room} tokens; cut off: {shown(rest)}")
-        return self._close(body[:room])
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id  # which also is padding
+        return [start, *body[:room], *[end] * (self.max_length - 1 - len(body[:room]))]
 
     def _learned(self, placeholder: str, stage: int) -> list[int]:
         """Return the slots of a placeholder in a stage, one for each consecutive learned token."""
@@ -233,12 +234,6 @@ class PromptReader:
     def _warn_unlearned(self) -> None:
         self._warn("Nothing is learned or loaded for '*', so it is read as an ordinary character.")
 
-    def _close(self, body: list[int]) -> list[int]:
-        """Add the start mark, the end mark, and padding (which is the end mark in Stable Diffusion v1)."""
-        end = self.tokenizer.eos_token_id
-        tokens = [self.tokenizer.bos_token_id, *body, end]
-        return tokens + [end] * (self.max_length - len(tokens))
-
     def _legacy_slots(self, prompt: str, words: list[str | int | None] | None) -> list[list[int]]:
         """Return slots of all stages by the reference's rule, to repeat results made with it.
 
@@ -257,21 +252,13 @@ class PromptReader:
             return self._learned(PLACEHOLDER, stage) if is_learned else [star]
 
         resolved: list[list[int]] = []
-        for stage in range(self.num_stages):
-            entry = None if words is None else words[stage]
-            if entry is None:
-                resolved.append(learned(stage))
-            elif isinstance(entry, str):
-                pieces = entry.split(" ")
-                end = [self.tokenizer.eos_token_id]
-                slots_of = [learned(stage) if p == PLACEHOLDER else (self._ids(p) or end)[:1] for p in pieces]
-                resolved.append(list(chain.from_iterable(slots_of)))
-            else:
+        end = [self.tokenizer.eos_token_id]
+        for stage, entry in enumerate([None] * self.num_stages if words is None else words):
+            if isinstance(entry, int):
                 resolved.append(resolved[entry] if entry < stage else learned(entry))
-        stages = []
-        for replacement in resolved:
-            slots: list[int] = []
-            for token in ids:
-                slots.extend(replacement if token == star else [token])
-            stages.append(slots[: self.max_length])
-        return stages
+                continue
+            pieces = (PLACEHOLDER if entry is None else entry).split(" ")
+            slots = (learned(stage) if p == PLACEHOLDER else (self._ids(p) or end)[:1] for p in pieces)
+            resolved.append(list(chain.from_iterable(slots)))
+        stages = ([own if token == star else [token] for token in ids] for own in resolved)
+        return [list(chain.from_iterable(slots))[: self.max_length] for slots in stages]

@@ -243,10 +243,8 @@ def from_reference(parameters: Tensors, encoding: Tensors, config: Any) -> tuple
             "init_word": str(config["data"]["super_category_token"]),
         }
     except (KeyError, TypeError, ValueError, StopIteration, ZeroDivisionError) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise ValueError(
-            f"it is no mapper of NeTI that can be read ({reason}); use another copy of the file."
-        ) from error
+        reason = f"it is no mapper of NeTI that can be read ({type(error).__name__} {error})"
+        raise ValueError(f"{reason}; use another copy of the file.") from error
     load_mapper(tensors, metadata)
     return tensors, metadata
 

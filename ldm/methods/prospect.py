@@ -103,8 +103,8 @@ def check_vectors(tensors: Tensors) -> None:
     """Raise `ValueError` unless a concept holds what ProSpect learns: `vectors`, floats of shape (S, D)."""
     vectors = tensors.get(VECTORS, torch.empty(0))
     if len(tensors) != 1 or vectors.ndim != 2 or 0 in vectors.shape or not vectors.is_floating_point():
-        found = ", ".join(f"{name} {x.dtype} {tuple(x.shape)}" for name, x in list(tensors.items())[:4]) or "none"
-        raise ValueError(f"its tensors ({found}) are no stage vectors, floats of shape (stages, width).")
+        found = ", ".join(f"{name} ({x.dtype} of {tuple(x.shape)})" for name, x in list(tensors.items())[:4])
+        raise ValueError(f"an embedding is one tensor of vectors, not {found}; these are floats (stages, width).")
 
 
 @torch.no_grad()

@@ -43,14 +43,12 @@ def test_cells_of_the_reference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ({"tau_v": "half"}, "tau_v must be a Python literal such as"),
-        ({"tau_v": "__import__('os')"}, "tau_v must be a Python literal"),
+        ({"tau_v": "__import__('os')"}, "tau_v must be a Python literal such as"),
         ({"edit_type": "Swap"}, "kind must be one of replace, refine, not 'Swap'"),
         ({"eq_params": "[('a','b'),(1,)]"}, "eq_params must be"),
         ({"eq_params": "5"}, "eq_params must be"),
         ({"eq_params": "[([1],),(2,)]"}, "eq_params must be"),
         ({"eq_params": "[('dog',),(True,)]"}, "The weight of 'dog' must be a number, not True"),
-        ({"tau_c": "[2,]"}, "tau_c must be in 0..1"),
         ({"tau_c": "9" * 400}, "tau_c must be in 0..1"),
         ({"tau_c": "[" * 5000}, "tau_c must be a Python literal such as .*, not '.{60}…'"),
         ({"tau_c": "-" * 50_000 + "1"}, "tau_c must be a Python literal"),
