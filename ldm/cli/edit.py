@@ -136,13 +136,14 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     edits = edits_of(options)
     concept = None
     if options.inverted is not None:
-        from ldm.editing.invert import PROMPT, change_of, refuse_changed
+        from ldm.editing.invert import PROMPT, change_of, changes
         from ldm.embeddings import load_concept
 
         concept = load_concept(options.inverted)
         change_of(concept)
-        remedy = "every image is inverted by itself: scripts/invert.py IMAGE --prompt …"
-        refuse_changed(concept.metadata, options.image, options.prompt, {"steps": options.steps}, remedy)
+        if other := changes(concept.metadata, options.image, options.prompt, {"steps": options.steps}):
+            remedy = "every image is inverted by itself: scripts/invert.py IMAGE --prompt …"
+            raise ValueError(f"The concept was inverted with another {other}; {remedy}")
     source = options.prompt if concept is None else concept.metadata[PROMPT]
     for edit in edits:
         edit.check(source, len(edit.prospect_words or [None]))
@@ -282,13 +283,12 @@ def is_finished(folder: Path, row: Row, edits: Sequence[Edit], options: argparse
     """
     concept = concept_file(folder, row)
     if concept.exists():
-        from ldm.editing.invert import refuse_changed
+        from ldm.editing.invert import changes
         from ldm.files.tensors import read_file
 
-        remedy = f"use another --outdir, or delete '{concept}'"
-        refuse_changed(
-            read_file(concept, wanted=lambda _: False).metadata, row.image, row.prompt, vars(options), remedy
-        )
+        said = read_file(concept, wanted=lambda _: False).metadata
+        if other := changes(said, row.image, row.prompt, vars(options)):
+            raise ValueError(f"'{concept}' was inverted with another {other}; use another --outdir, or delete it.")
     records = records_of(folder / row_stem(row), edits)
     there = {file: _shows(file) for file in records if file.exists()}
     for file, shows in there.items():

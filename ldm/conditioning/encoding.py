@@ -5,6 +5,7 @@ Shapes: B batch, S stages, L tokens, D width of the text transformer, N rows of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ class PromptConditioning(Conditioning):
         return self._latest[1]
 
 
-class JoinedPrompts(Conditioning):
+class JoinedPrompts(Conditioning, ABC):
     """Prompts whose contexts become one, the same object as before while none of theirs changes."""
 
     def __init__(self, parts: Sequence[Conditioning], batch_size: int) -> None:
@@ -120,8 +121,8 @@ class JoinedPrompts(Conditioning):
         self._parts = parts
         self._latest: tuple[list[Context], Context] | None = None
 
-    def join(self, contexts: Sequence[Context]) -> Context:
-        raise NotImplementedError
+    @abstractmethod
+    def join(self, contexts: Sequence[Context]) -> Context: ...
 
     def at(self, t: int | Tensor) -> Context:
         contexts = [part.at(t) for part in self._parts]

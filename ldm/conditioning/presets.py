@@ -164,11 +164,9 @@ def joint(
             raise ValueError(f"Stages {outside} are outside 0..{num_stages - 1}.")
         inside[attribute] = set(chosen)
     if left := [attribute for attribute in concepts if not inside[attribute] and attribute not in (stages or {})]:
-        raise ValueError(
-            f"None of the {num_stages} stages is left for {' and '.join(left)}: a window (of ten) may fall between few "
-            "stages, and content gives way to material and style; choose its stages yourself "
-            f"(stages={{'{left[0]}': […]}}, or --word for each stage)."
-        )
+        reason = "a window of ten may fall between few, and content gives way to material and style"
+        remedy = f"choose its stages yourself (stages={{'{left[0]}': […]}}, or --word for each stage)"
+        raise ValueError(f"None of {num_stages} stages is left for {' and '.join(left)}: {reason}; {remedy}.")
 
     def text(stage: int) -> str:
         wanted = dict.fromkeys(concepts.values(), False)

@@ -27,7 +27,7 @@ from ldm.editing.inversion import Progress, Sweep, Trajectory, follow, inversion
 from ldm.editing.masks import average_maps, mask_of
 from ldm.editing.request import METHODS, Edit, InversionOptions
 from ldm.embeddings import Concept
-from ldm.files.base_model import describe_base, refuse_other_base
+from ldm.files.base_model import refuse_other_base
 from ldm.files.embedding_formats import read_modules
 from ldm.files.images import fit, to_pil, to_tensor
 from ldm.files.tensors import read_file
@@ -38,7 +38,7 @@ from ldm.methods.null_text import NullText, TextInversion
 from ldm.methods.stylediffusion import StyleDiffusion, networks_from
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import seeded_generators
-from ldm.request import check_prompt, shown
+from ldm.request import Request, shown
 from ldm.util import usual_torch
 
 logger = logging.getLogger(__name__)
@@ -66,14 +66,10 @@ class Subject:
     def __init__(
         self, model: DiffusionModel, content: Content, prompt: str, height: int | None = None, width: int | None = None
     ) -> None:
-        check_prompt(prompt)
-        facts = facts_of(model)
-        self.model, self.prompt = model, prompt
+        asked = Request(prompt=prompt, height=height, width=width, ddim_steps=1)
+        self.model, self.prompt, self.size = model, prompt, asked.for_model(facts_of(model)).size
         whole = open_content(content)
         self.hash = content_hash(whole)
-        self.size = (height or facts.height, width or facts.width)
-        if any(side % facts.size_unit for side in self.size):
-            raise ValueError(f"height and width must be multiples of {facts.size_unit}, not {self.size}.")
         self.image: Image.Image = fit(whole, self.size[1], self.size[0], "crop")
         self.z_0 = image_latents(model, self.image)
         # plain text, whatever is loaded
@@ -324,26 +320,20 @@ def check_belongs(concept: Concept, model: DiffusionModel, any_base: bool = Fals
         refuse_other_base(concept.metadata, model.base_model, "The concept")
     tokens, width = change.values.shape[1] // (2 if change.branch == "values" else 1), change.values.shape[2]
     fits = (tokens, width, z.shape[:2]) == (encoder.max_length, encoder.width, (1, model.channels))
-    unit = facts.size_unit // facts.factor
-    fits = fits and z.shape == concept.tensors[FIRST].shape and not any(side % unit for side in z.shape[2:])
+    unit, other = facts.size_unit // facts.factor, concept.tensors[FIRST]
+    fits = fits and z.shape == other.shape and not any(side % unit for side in z.shape[2:])
     if not fits or change.timesteps[0] >= model.num_timesteps:
-        raise ValueError(
-            f"The concept has {tokens} tokens of width {width}, latents {tuple(z.shape)} and timesteps up to "
-            f"{change.timesteps[0]}, which this model cannot read ({encoder.max_length} of {encoder.width}, "
-            f"{model.channels} channels, {model.num_timesteps} timesteps): it is damaged, or was learned for another "
-            f"base model, {describe_base(concept.metadata)}."
-        )
+        found = f"{tokens} tokens of width {width}, latents {(*z.shape,)} and timesteps up to {change.timesteps[0]}"
+        wanted = f"{encoder.max_length} of {encoder.width}, {model.channels} channels, {model.num_timesteps} timesteps"
+        raise ValueError(f"The concept has {found}, which this model ({wanted}) cannot read; invert the image anew.")
 
 
-def refuse_changed(
-    said: Mapping[str, str], content: Content | None, prompt: str | None, given: Mapping[str, object], remedy: str
-) -> None:
-    """Raise `ValueError` where an image was inverted that is another one, with another prompt or other settings.
+def changes(said: Mapping[str, str], content: Content | None, prompt: str | None, given: Mapping[str, object]) -> str:
+    """Return how an inversion differs from one that is asked for: what it has, and what it should have.
 
     Args:
         said: metadata of the concept.
         given: flags of `scripts/invert.py` by their names. None, and flags that are not here, may be anything.
-        remedy: the end of the sentence.
     """
     try:
         was = dict(json.loads(said[OPTIONS]))
@@ -357,9 +347,8 @@ def refuse_changed(
         now["method"] = METHODS[str(given["method"])]
     if given.get("method") == "stylediffusion":
         now |= {"value_mode": given["value_mode"], "start_seed": str(given["start_seed"])}
-    if other := [name for name, value in now.items() if value is not None and was.get(name) != value]:
-        both = ", ".join(f"{name} ({shown(was.get(name))}, not {shown(now[name])})" for name in other)
-        raise ValueError(f"The concept was inverted with another {both}; {remedy}.")
+    other = [name for name, value in now.items() if value is not None and was.get(name) != value]
+    return ", ".join(f"{name} ({shown(was.get(name))}, not {shown(now[name])})" for name in other)
 
 
 @usual_torch()

@@ -128,10 +128,7 @@ class Edit:
         check_words_in(self.word_taus or {}, texts, "tau_c")
         for text in texts if self.kind == "replace" else ():
             if len(source.split(" ")) != len(text.split(" ")):
-                raise ValueError(
-                    f"kind replace needs as many words in both prompts, but '{source}' has {len(source.split(' '))} "
-                    f"and '{text}' has {len(text.split(' '))}; use kind refine."
-                )
+                raise ValueError(f"kind replace needs as many words in '{source}' as in '{text}'; use kind refine.")
 
 
 def _check_switches(options: object, *names: str) -> None:
@@ -180,7 +177,5 @@ def check_words_in(words: Collection[str], texts: Sequence[str], flag: str) -> N
     """Raise `ValueError` for words that none of some prompts has, with those that they have."""
     there = dict.fromkeys(word for text in texts for word in text.split(" "))
     if lacking := [word for word in words if word not in there]:
-        raise ValueError(
-            f"{flag}: {', '.join(map(repr, lacking))} is no word of the prompt '{texts[0]}'; its words are "
-            f"{', '.join(map(repr, filter(None, there)))}."
-        )
+        unknown, known = (", ".join(map(repr, filter(None, listed))) for listed in (lacking, there))
+        raise ValueError(f"{flag}: {unknown} is no word of the prompt '{texts[0]}'; its words are {known}.")

@@ -5,6 +5,7 @@ Shapes: N denoising steps, in their order; L tokens, D width of the text transfo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -61,14 +62,14 @@ class Start:
     heads: int = 12
 
 
-class LearnedModule(nn.Module):
+class LearnedModule(nn.Module, ABC):
     """Base of what is learned; a subclass also is a `LearnedTokens` or a `LearnedPrefix`."""
 
     method: str  # the name in a concept's metadata
 
+    @abstractmethod
     def to_concept(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors and the metadata that a concept keeps; without dropout or any other randomness."""
-        raise NotImplementedError
 
     def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
         """Continue from a concept's tensors, which this method's `check` has seen.
@@ -82,7 +83,7 @@ class LearnedModule(nn.Module):
 # --- learned of one image --------------------------------------------------------------------------------------
 
 
-class StepChange:
+class StepChange(ABC):
     """A change of the context for each denoising step, learned of one image.
 
     Args:
@@ -101,8 +102,9 @@ class StepChange:
         """Return what was learned for timestep t."""
         return self.values[self.timesteps.index(t)]
 
+    @abstractmethod
     def __call__(self, context: Context, t: int) -> Context:
-        raise NotImplementedError
+        """Return the context that is read at timestep t, one of `timesteps`."""
 
     def to(self, device: torch.device | str) -> StepChange:
         return type(self)(self.values.to(device), self.timesteps)
@@ -131,16 +133,16 @@ class StepChange:
         return cls(tensors[cls.tensor], timesteps)
 
 
-class Learner(nn.Module):
+class Learner(nn.Module, ABC):
     """Parameters that are optimised step by step so that denoising follows an image's own path back."""
 
     kind: type[StepChange]  # what they are read as
     reads_maps = False  # whether the loss compares attention maps, too
 
+    @abstractmethod
     def begin(self, step: int, first_time: bool) -> list[nn.Parameter]:
         """Return the parameters of a step; the first time they start from the step before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self, step: int) -> Tensor:
         """Return what a step has learned, as it is kept in a concept, with gradients."""
-        raise NotImplementedError

@@ -16,7 +16,7 @@ from ldm.modules.attention import CrossAttention, FeedForward
 from ldm.util import without_weights
 
 
-class GeneratorBlock(LearnedModule):
+class GeneratorBlock(nn.Module):
     """The reference's transformer block from the initial word's embedding (1, D) to S vectors (S, D).
 
     x = e + A1(LN1(e)); x = x + A2(LN2(x), context e); S·D outputs = FF(LN3(x)), without a residual around FF. The
@@ -41,7 +41,7 @@ class GeneratorBlock(LearnedModule):
         return self.ff(self.norm3(x)).view(self.num_stages, -1)  # (S, D)
 
 
-class ProSpect(GeneratorBlock):
+class ProSpect(GeneratorBlock, LearnedModule):
     """The generator block on the initial word: S vectors for a placeholder.
 
     Args:
@@ -88,10 +88,8 @@ class ProSpect(GeneratorBlock):
     def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
         vectors, width = tensors[VECTORS], self.word.shape[-1]
         if vectors.shape != (self.num_stages, width):
-            stages, own = vectors.shape
-            raise ValueError(
-                f"it has {stages} stages of width {own}; this run learns {self.num_stages} of width {width}."
-            )
+            own = f"{self.num_stages} of width {width}"
+            raise ValueError(f"it has {len(vectors)} stages of width {vectors.shape[1]}; this run learns {own}.")
         was_training = self.training
         self.eval()
         difference = vectors.to(self.word.device) - self(self.word)

@@ -98,7 +98,10 @@ def test_rows_are_isolated_and_resumed(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines()[0] == "case 1: there already"
     assert stamps == [path.stat().st_mtime_ns for path in made]
     for change, message in (
-        (["--inner_steps", "2"], "was inverted with another inner_steps (1, not 2); use another --outdir, or delete '"),
+        (
+            ["--inner_steps", "2"],
+            "concepts/1.safetensors' was inverted with another inner_steps (1, not 2); use",
+        ),
         (["--method", "null-text"], "was inverted with another method"),
     ):
         with pytest.raises(SystemExit):
