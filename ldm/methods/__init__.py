@@ -25,8 +25,10 @@ METHODS: dict[str, Method] = {
     "neti": Method(neti.check_mapper, neti.load_mapper, neti.learn_mapper),
     "catversion": Method(catversion.check_prefix, catversion.load_prefix, catversion.learn_prefix),
 }
-for _change in (stylediffusion.LearnedValues, null_text.NullContexts, null_text.TextContexts):
-    METHODS[_change.method] = Method(_change.check, _change.load, _inverted)
+METHODS |= {
+    change.method: Method(change.check, change.load, _inverted)
+    for change in (stylediffusion.LearnedValues, null_text.NullContexts, null_text.TextContexts)
+}
 
 
 def find_method(name: str) -> Method:

@@ -34,19 +34,12 @@ class CatVersionPrefix(LearnedModule):
     method = "catversion"
 
     def __init__(
-        self,
-        text_layers: tuple[int, ...] = TEXT_LAYERS,
-        heads: int = HEADS,
-        head_width: int = HEAD_WIDTH,
-        length: int = 1,
-        logit_bias: float = 1.0,
-        generator: torch.Generator | None = None,
+        self, text_layers: tuple[int, ...], heads: int, head_width: int, length: int, logit_bias: float
     ) -> None:
         super().__init__()
-        self.text_layers, self.logit_bias = tuple(text_layers), logit_bias
+        self.text_layers, self.logit_bias = text_layers, logit_bias
         # (text layers, K and V, P, heads, d)
-        start = torch.randn(len(text_layers), 2, length, heads, head_width, generator=generator)
-        self.prefix = nn.Parameter(start)
+        self.prefix = nn.Parameter(torch.randn(len(text_layers), 2, length, heads, head_width))
 
     @property
     def width(self) -> int:

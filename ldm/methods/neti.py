@@ -78,7 +78,7 @@ class NeTIMapper(LearnedModule):
     num_rows = 1
     w: Tensor
 
-    def __init__(self, settings: NeTISettings, generator: torch.Generator | None = None) -> None:
+    def __init__(self, settings: NeTISettings) -> None:
         super().__init__()
         self.settings = settings
         self.num_layers, self.width = settings.num_layers, settings.width
@@ -87,7 +87,7 @@ class NeTIMapper(LearnedModule):
         self.input_layer: nn.Module = nn.Identity()
         if settings.positional_encoding:
             scale = torch.tensor([settings.sigma_t, settings.sigma_l])
-            self.register_buffer("w", torch.randn(FREQUENCIES, 2, generator=generator) * scale)
+            self.register_buffer("w", torch.randn(FREQUENCIES, 2) * scale)
             self.input_layer = nn.Linear(2 * FREQUENCIES, anchors)
             self._centre_anchors(self.input_layer)
         self.net = nn.Sequential(
