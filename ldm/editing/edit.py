@@ -30,8 +30,8 @@ from ldm.methods.base import StepChange
 from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
-from ldm.models.diffusion.sampling import draw_noise, guided, seeded_generators
-from ldm.request import MAX_SCALE, Words, read_number
+from ldm.models.diffusion.sampling import GuidanceScale, draw_noise, guided, seeded_generators
+from ldm.request import Request, Words
 from ldm.util import usual_torch
 
 AREA = 4  # self-attention is exchanged up to a quarter of the latents' positions: 32² of 64²
@@ -136,7 +136,7 @@ def denoise_pair(
     branches: Branches,
     plan: Plan,
     timesteps: Sequence[int],
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     progress: bool = True,
     report: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -204,15 +204,15 @@ def edit_generated(
         ValueError: the edit does not fit the prompt, or a number is out of range.
     """
     facts = facts_of(model)
-    scale = facts.scale if guidance_scale is None else read_number("guidance_scale", guidance_scale, 0, MAX_SCALE)
-    steps = int(read_number("steps", steps, 1, model.num_timesteps, whole=True))
-    shape = (1, model.channels, facts.height // facts.factor, facts.width // facts.factor)
-    x_T = draw_noise(seeded_generators([seed]), shape, model.device)
-    timesteps = inversion_timesteps(steps, model.num_timesteps)[::-1].tolist()
+    asked = Request(prompt=prompt, prospect_words=words, ddim_steps=steps, scale=guidance_scale, seed=seed)
+    asked = asked.for_model(facts)
+    shape = (1, model.channels, *(side // facts.factor for side in asked.size))
+    x_T = draw_noise(seeded_generators([asked.seed]), shape, model.device)
+    timesteps = inversion_timesteps(asked.ddim_steps, model.num_timesteps)[::-1].tolist()
     plan = plan_edit(model, prompt, edit, timesteps, x_T, words)
     branches = Branches(
         model.get_learned_conditioning([prompt], words),
         model.get_learned_conditioning([edit.target], edit.prospect_words),
         model.get_unconditional(),
     )
-    return Edited.of(model, denoise_pair(model, x_T, branches, plan, timesteps, scale, progress))
+    return Edited.of(model, denoise_pair(model, x_T, branches, plan, timesteps, asked.guidance_scale, progress))

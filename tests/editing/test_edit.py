@@ -215,7 +215,7 @@ REFUSED: dict[str, tuple[Callable[[LatentDiffusion, Concept], object], str]] = {
     "weights as a list": (edit_with(weights=[1]), "weights must be .word: number., not a list"),
     "a generated image's scale": (
         lambda m, _: edit_generated(m, "a", Edit("b"), guidance_scale=math.nan),
-        "guidance_scale must be in 0..1000, not nan",
+        "scale must be in 0..1000, not nan",
     ),
     "no prompt": (damaged(**{PROMPT_KEY: ""}), "does not say its prompt; invert the image anew"),
     "no scale": (damaged(**{SCALE: "nan"}), "does not say its guidance_scale"),
