@@ -34,7 +34,7 @@ from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling import Callback, Sampler, draw_noise, seeded_generators
 from ldm.models.first_stage import DiagonalGaussianDistribution
-from ldm.request import FAST, PLACEHOLDER, ModelFacts, Request, Words, check_negative_prompt, model_facts, texts_of
+from ldm.request import FAST, PLACEHOLDER, ModelFacts, Request, Words, check_negative_prompt, model_facts
 from ldm.util import pick_device, usual_torch
 
 if TYPE_CHECKING:
@@ -353,13 +353,12 @@ def _warn_of_names(request: Request, model: DiffusionModel, prompt: str, words: 
     loaded, rows = ({}, {}) if manager is None else (manager.loaded, manager.rows())
     learned_as = {name: concept.metadata.get("placeholder", name) for name, concept in loaded.items() if name in rows}
     asked_for = [name for name in request.concepts or () if name in rows or name not in loaded]
-    named = texts_of(prompt, words)
-    warn_of_unused(asked_for, named, learned_as)
+    warn_of_unused(asked_for, prompt, words, learned_as)
     texts = [prompt, request.negative_prompt, *(word for word in words or () if isinstance(word, str))]
     warn_of_unknown(model.cond_stage_model.known_words, texts, loaded)
     for name, concept in loaded.items():
         if name not in rows:
-            warn_of_class(name, concept.metadata.get("captions", "").splitlines(), named)
+            warn_of_class(name, concept.metadata.get("captions", "").splitlines(), prompt, words)
 
 
 def _words_read(request: Request, model: DiffusionModel, prompt: str, words: Words | None) -> dict[str, Any]:

@@ -393,7 +393,8 @@ def read_number(name: str, value: Any, low: float, high: float, whole: bool = Fa
     if not is_number or not low <= value <= high:
         wanted = f"in {low}..{high}" if is_number else f"a {'whole ' if whole else ''}number"
         raise ValueError(f"{name} must be {wanted}, not {shown(value)}.")
-    return int(value) if whole else float(value)
+    # NumPy's float32(0.7) was written as 0.7; its double is 0.699999988
+    return int(value) if whole else float(str(value) if hasattr(value, "dtype") else value)
 
 
 def shown(value: object) -> str:

@@ -43,7 +43,7 @@ def test_other_things_are_refused(bad: object) -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"must be .*, not of shape \(3, 4\)"):
+    with pytest.raises(ValueError, match="must be"):
         as_conditioning(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="3 timesteps were given for 2 prompts"):
         as_conditioning(stages()).at(torch.tensor([1, 2, 3]))

@@ -136,14 +136,11 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     edits = edits_of(options)
     concept = None
     if options.inverted is not None:
-        from ldm.editing.invert import PROMPT, change_of, changes
+        from ldm.editing.invert import PROMPT, change_of
         from ldm.embeddings import load_concept
 
         concept = load_concept(options.inverted)
         change_of(concept)
-        if other := changes(concept.metadata, options.image, options.prompt, {"steps": options.steps}):
-            remedy = "every image is inverted by itself: scripts/invert.py IMAGE --prompt …"
-            raise ValueError(f"The concept was inverted with another {other}; {remedy}")
     source = options.prompt if concept is None else concept.metadata[PROMPT]
     for edit in edits:
         edit.check(source, len(edit.prospect_words or [None]))
@@ -153,7 +150,10 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     if concept is None:
         steps = 50 if options.steps is None else options.steps
         return sheet.generated(source, edits, options.seed, steps, options.guidance_scale)
-    return sheet.inverted(concept, edits, options.image, options.any_base)
+    from ldm.editing.invert import check_belongs
+
+    check_belongs(concept, model, options.image, options.prompt, options.steps, options.any_base)
+    return sheet.inverted(concept, edits, options.image)
 
 
 def edits_of(options: argparse.Namespace) -> list[Edit]:
@@ -189,15 +189,13 @@ class Edits:
     def __init__(self, model: Any, folder: Path, stem: str, report: Callable[[int, Any], None] | None = None) -> None:
         self.model, self.folder, self.stem, self.report = model, folder, stem, report
 
-    def inverted(self, concept: Any, edits: Sequence[Edit], image: Path | None, any_base: bool = False) -> list[Path]:
+    def inverted(self, concept: Any, edits: Sequence[Edit], image: Path | None) -> list[Path]:
         """Edit an inverted image; the grid shows it, as the autoencoder and the inversion see it, and the edits."""
-        from ldm.editing.invert import check_belongs, edit_image, original, rebuilt
+        from ldm.editing.invert import edit_image, original, rebuilt
 
-        check_belongs(concept, self.model, any_base)
         before = {} if image is None else {"image": original(concept, image)}
         before["autoencoder"] = rebuilt(self.model, concept)
-        given: dict[str, Any] = {"progress": self.report is None, "report": self.report, "any_base": any_base}
-        made = (edit_image(self.model, concept, edit, **given) for edit in edits)
+        made = (edit_image(self.model, concept, e, progress=self.report is None, report=self.report) for e in edits)
         return self._write(edits, made, before)
 
     def generated(self, prompt: str, edits: Sequence[Edit], seed: int, steps: int, scale: float | None) -> list[Path]:
@@ -283,12 +281,9 @@ def is_finished(folder: Path, row: Row, edits: Sequence[Edit], options: argparse
     """
     concept = concept_file(folder, row)
     if concept.exists():
-        from ldm.editing.invert import changes
-        from ldm.files.tensors import read_file
+        from ldm.editing.invert import refuse_changed
 
-        said = read_file(concept, wanted=lambda _: False).metadata
-        if other := changes(said, row.image, row.prompt, vars(options)):
-            raise ValueError(f"'{concept}' was inverted with another {other}; use another --outdir, or delete it.")
+        refuse_changed(concept, row.image, row.prompt, vars(options))
     records = records_of(folder / row_stem(row), edits)
     there = {file: _shows(file) for file in records if file.exists()}
     for file, shows in there.items():
@@ -330,12 +325,14 @@ def concept_file(folder: Path, row: Row) -> Path:
 
 def edit_row(model: Any, row: Row, edits: Sequence[Edit], folder: Path, options: argparse.Namespace) -> list[Path]:
     """Invert a row's image, where that is not done yet, and edit it; returns the files written."""
+    from ldm.editing.invert import check_belongs
     from ldm.embeddings import load_concept, save_new_concept
 
     check_paths({"image_path": [row.image]})
     file = concept_file(folder, row)
     if file.exists():
         concept = load_concept(file)
+        check_belongs(concept, model, row.image, row.prompt, options.steps)
     else:
         concept = invert_options(model, row.image, row.prompt, options, file)
         save_new_concept(concept, file)

@@ -27,20 +27,21 @@ from ldm.cli.flags import (
     script_parser,
 )
 from ldm.cli.models import add_model_flags, check_weights, load_model, model_setup
-from ldm.editing.request import METHODS, InversionOptions, check_words_in
+from ldm.editing.request import InversionOptions, check_words_in
 from ldm.files.texts import slug
 from ldm.files.writing import check_new_file, check_writable
 from ldm.request import check_prompt
 
 logger = logging.getLogger(__name__)
 
+METHODS = ("stylediffusion", "null-text", "text")
 UNFINISHED = ".unfinished"  # behind the name of a concept's file, while it is learned
 
 
 def add_inversion_flags(group: argparse._ActionsContainer) -> None:
     """Add what says how an image is inverted."""
     help_method = "stylediffusion (learned values), null-text, or text (learned contexts) (stylediffusion)"
-    add_flag(group, "--method", choices=[*METHODS], default="stylediffusion", metavar="NAME", help=help_method)
+    add_flag(group, "--method", choices=METHODS, default=METHODS[0], metavar="NAME", help=help_method)
     for name, flag in (("steps", ""), ("inner_steps", ""), ("guidance_scale", "--scale"), ("epochs", "")):
         add_field_flag(group, InversionOptions, name, flag)
     add_field_flag(group, InversionOptions, "half_maps")
@@ -136,7 +137,7 @@ def invert_options(model: Any, image: Path, prompt: str, options: argparse.Names
         return import_networks(model, image, prompt, options.source, clip, guidance_scale=how.guidance_scale)
     size = (getattr(options, "height", None), getattr(options, "width", None))
     start: dict[str, Any] = {}
-    if options.method == "stylediffusion":
+    if options.method == METHODS[0]:
         start = {"clip": clip, "value_mode": options.value_mode, "seed": options.start_seed}
     try:
         return invert_image(model, image, prompt, options.method, how, unfinished(out), size, **start)

@@ -141,15 +141,16 @@ def as_conditioning(cond: Cond, num_timesteps: int = 1000) -> Conditioning:
     """Return a `Conditioning` from what LDM code passes around: a tensor (B, L, D), or a list of S of them.
 
     Raises:
-        TypeError: something else.
+        TypeError, ValueError: something else.
     """
     if isinstance(cond, Conditioning):
         return cond
     if isinstance(cond, Context):
         return Conditioning(lambda _: cond, cond.k.shape[-3], 1, num_timesteps)
-    if isinstance(cond, Tensor) and cond.ndim == 3:
+    if isinstance(cond, Tensor):
+        if cond.ndim != 3:
+            raise ValueError(f"A conditioning tensor must be (B, L, D), not {tuple(cond.shape)}.")
         return as_conditioning(Context.of(cond), num_timesteps)
     if isinstance(cond, Sequence) and cond and all(isinstance(x, Tensor) and x.ndim == 3 for x in cond):
         return Conditioning(lambda stage: Context.of(cond[stage]), cond[0].shape[0], len(cond), num_timesteps)
-    given = f"of shape {tuple(cond.shape)}" if isinstance(cond, Tensor) else f"a {type(cond).__name__}"
-    raise TypeError(f"Conditioning must be a tensor (B, L, D) or a list of them, not {given}.")
+    raise TypeError(f"Conditioning must be a tensor (B, L, D) or a list of them, not {type(cond).__name__}.")

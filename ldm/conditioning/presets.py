@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ldm.conditioning.stages import matching_stage
 from ldm.request import PLACEHOLDER, PRESETS, mentions, placeholder_pattern
@@ -48,15 +47,13 @@ def load_presets(path: str | Path | None) -> Windows:
     """
     if path is None:
         return Windows()
-    content: Any = read_yaml_content(path, "--presets", "file of presets")
-    known = isinstance(content, dict) and content.keys() <= set(PRESETS)
-    if not known or not all(map(_is_window, content.values())):
-        raise ValueError(f"The presets '{path}' must give lists of stages 0..9 for {', '.join(PRESETS)}.")
+    content = read_yaml_content(path, "--presets", "file of presets")
+    if not isinstance(content, dict) or not set(content) <= set(PRESETS):
+        raise ValueError(f"The presets '{path}' must give lists of stages for {', '.join(PRESETS)}.")
+    for attribute, stages in content.items():
+        if not isinstance(stages, list) or not stages or not all(type(s) is int and 0 <= s <= 9 for s in stages):
+            raise ValueError(f"The preset '{attribute}' in '{path}' must be a list of stages 0..9.")
     return Windows(content, str(path))
-
-
-def _is_window(stages: object) -> bool:
-    return isinstance(stages, list) and bool(stages) and all(type(s) is int and 0 <= s <= 9 for s in stages)
 
 
 def presets_beside(ckpt: str | Path) -> Windows:

@@ -43,17 +43,17 @@ def foreign_syntax(text: str) -> str | None:
     return match[0] if match else None
 
 
-def warn_of_unused(concepts: Collection[str], texts: Sequence[str], learned_as: Mapping[str, str]) -> None:
+def warn_of_unused(concepts: Collection[str], prompt: str, words: Words | None, learned_as: Mapping[str, str]) -> None:
     """Warn of concepts that no text names, if they were asked for, or if a text calls them what their file does.
 
     Args:
         concepts: placeholders that were asked for.
-        texts: of the prompt in all stages (`texts_of`).
+        words: as `check_words` takes them.
         learned_as: for everything that is loaded: placeholder -> the one in its file.
     """
     names = dict.fromkeys((*concepts, *learned_as))
     pattern = placeholder_pattern([*names, *learned_as.values()])
-    named = set(pattern.findall(" ".join(texts))) if names else set()
+    named = set(pattern.findall(" ".join(texts_of(prompt, words)))) if names else set()
     for name in (name for name in names if name not in named):
         own = learned_as.get(name, name)
         if own in named and own not in learned_as:
@@ -71,9 +71,9 @@ def class_words(captions: Sequence[str]) -> list[str]:
     return sorted((re.sub(r"^(an?|the) ", "", caption, flags=re.IGNORECASE) for caption in captions), key=len)
 
 
-def warn_of_class(name: str, captions: Sequence[str], texts: Sequence[str]) -> None:
+def warn_of_class(name: str, captions: Sequence[str], prompt: str, words: Words | None) -> None:
     """Warn where no text names what a concept without a placeholder (CatVersion) was learned as, in these captions."""
-    classes = class_words(captions)
+    classes, texts = class_words(captions), texts_of(prompt, words)
     if classes and not any(mentions(text.lower(), word.lower()) for text in texts for word in classes):
         logger.warning(
             "The concept '%s' changes what '%s' means, which the prompt does not name; write that word into it.",

@@ -25,7 +25,7 @@ from ldm.editing.edit import Branches, Edited, denoise_pair, plan_edit, read_tok
 from ldm.editing.image import clip_features, image_latents, patch_features, psnr
 from ldm.editing.inversion import Progress, Sweep, Trajectory, follow, inversion_timesteps, learn_path, record
 from ldm.editing.masks import average_maps, mask_of
-from ldm.editing.request import METHODS, Edit, InversionOptions
+from ldm.editing.request import Edit, InversionOptions
 from ldm.embeddings import Concept
 from ldm.files.base_model import refuse_other_base
 from ldm.files.embedding_formats import read_modules
@@ -43,6 +43,7 @@ from ldm.util import usual_torch
 
 logger = logging.getLogger(__name__)
 
+METHODS = {"stylediffusion": "stylediffusion", "null-text": "null-text", "text": "text-inversion"}
 PROMPT, IMAGE, SCALE, SIZE = (f"inversion.{key}" for key in ("prompt", "image_hash", "guidance_scale", "size"))
 METHOD, MODE, SEED = (f"inversion.{key}" for key in ("method", "value_mode", "seed"))
 FEATURES, OPTIONS, PSNR, AUTOENCODER = (
@@ -313,19 +314,35 @@ def import_networks(
     return to_concept(subject, learner, way, described, follow(Sweep(model, way, learner, *subject.contexts(), given)))
 
 
-def check_belongs(concept: Concept, model: DiffusionModel, any_base: bool = False) -> None:
-    """Raise `ValueError` where a concept is no inversion, or for another base model."""
+def check_belongs(
+    concept: Concept,
+    model: DiffusionModel,
+    content: Content | None = None,
+    prompt: str | None = None,
+    steps: int | None = None,
+    any_base: bool = False,
+) -> None:
+    """Raise `ValueError` where a concept is no inversion, for another model, or of another image, prompt or steps."""
     change, z, encoder, facts = change_of(concept), concept.tensors[START], model.cond_stage_model, facts_of(model)
     if not any_base:
         refuse_other_base(concept.metadata, model.base_model, "The concept")
     tokens, width = change.values.shape[1] // (2 if change.branch == "values" else 1), change.values.shape[2]
     fits = (tokens, width, z.shape[:2]) == (encoder.max_length, encoder.width, (1, model.channels))
-    unit, other = facts.size_unit // facts.factor, concept.tensors[FIRST]
-    fits = fits and z.shape == other.shape and not any(side % unit for side in z.shape[2:])
+    unit, z_0 = facts.size_unit // facts.factor, concept.tensors[FIRST]
+    fits = fits and z.shape == z_0.shape and not any(side % unit for side in z.shape[2:])
     if not fits or change.timesteps[0] >= model.num_timesteps:
         found = f"{tokens} tokens of width {width}, latents {(*z.shape,)} and timesteps up to {change.timesteps[0]}"
         wanted = f"{encoder.max_length} of {encoder.width}, {model.channels} channels, {model.num_timesteps} timesteps"
         raise ValueError(f"The concept has {found}, which this model ({wanted}) cannot read; invert the image anew.")
+    if other := changes(concept.metadata, content, prompt, {"steps": steps}):
+        remedy = "every image is inverted by itself: scripts/invert.py IMAGE --prompt …"
+        raise ValueError(f"The concept was inverted with another {other}; {remedy}")
+
+
+def refuse_changed(file: Path, content: Content, prompt: str, given: Mapping[str, object]) -> None:
+    """Raise `ValueError` where a concept's file differs from an inversion that is asked for; see `changes`."""
+    if other := changes(read_file(file, wanted=lambda _: False).metadata, content, prompt, given):
+        raise ValueError(f"'{file}' was inverted with another {other}; use another --outdir, or delete it.")
 
 
 def changes(said: Mapping[str, str], content: Content | None, prompt: str | None, given: Mapping[str, object]) -> str:
@@ -371,7 +388,7 @@ def edit_image(
     Raises:
         ValueError: the concept is for another model, or the edit does not fit its prompt.
     """
-    check_belongs(concept, model, any_base)
+    check_belongs(concept, model, any_base=any_base)
     change, prompt = change_of(concept).to(model.device), concept.metadata[PROMPT]
     x_T = concept.tensors[START].to(model.device)
     plan = plan_edit(model, prompt, edit, change.timesteps, x_T)

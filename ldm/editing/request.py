@@ -18,7 +18,6 @@ Span = float | tuple[float, float]  # a share of all steps from the first on, or
 Pair = tuple[tuple[str, ...], tuple[str, ...]]  # words of the source prompt, words of the target
 KINDS = ("replace", "refine")
 TAUS = ("tau_v", "tau_c", "tau_s", "tau_u")
-METHODS = {"stylediffusion": "stylediffusion", "null-text": "null-text", "text": "text-inversion"}  # and of a concept
 
 MOST_EDITS = 1000  # of a grid of taus
 # Least and greatest value of each number; the learning rate ends after 100 steps.

@@ -9,7 +9,8 @@ from nicegui.elements.mixins.value_element import ValueElement
 
 from ldm.cli.edit import tau_name
 from ldm.cli.flags import arguments_of
-from ldm.editing.request import KINDS, METHODS, TAUS, Edit, InversionOptions
+from ldm.editing.invert import METHODS
+from ldm.editing.request import KINDS, TAUS, Edit, InversionOptions
 from ldm.page import parts, uploads
 from ldm.page.editing import EditJob, InversionJob, start_edit, start_inversion
 from ldm.page.engine import Job

@@ -14,8 +14,8 @@ from PIL import Image
 from ldm.cli.edit import Edits, pair, span
 from ldm.cli.images import new_file
 from ldm.editing.inversion import Progress
-from ldm.editing.invert import AUTOENCODER, PROMPT, PSNR, check_belongs, invert_image, rebuilt, word_masks
-from ldm.editing.request import KINDS, METHODS, TAUS, Edit, InversionOptions, grid_of
+from ldm.editing.invert import AUTOENCODER, METHODS, PROMPT, PSNR, check_belongs, invert_image, rebuilt, word_masks
+from ldm.editing.request import KINDS, TAUS, Edit, InversionOptions, grid_of
 from ldm.embeddings import Concept, load_concept, save_new_concept
 from ldm.files.texts import slug
 from ldm.page.engine import Engine, Job

@@ -110,7 +110,7 @@ def test_the_class_word_is_kept_by_an_import(tmp_path: Path) -> None:
 def test_a_prompt_without_the_class_word_is_reported(
     captions: str, text: str, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    warn_of_class("<c>", captions.splitlines(), [text])
+    warn_of_class("<c>", captions.splitlines(), text, None)
     assert any("means, which the prompt does not name" in message for message in caplog.messages) is warned
 
 
