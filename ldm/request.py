@@ -355,6 +355,11 @@ def mentions(text: str, placeholder: str) -> bool:
     return placeholder_pattern([placeholder]).search(text) is not None
 
 
+def texts_of(prompt: str, words: Words | None) -> list[str]:
+    """Return a prompt as each entry of `prospect_words` makes it: texts take the place of `*`."""
+    return [prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None]]
+
+
 # --- values ----------------------------------------------------------------------------------------------------
 
 

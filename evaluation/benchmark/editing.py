@@ -20,7 +20,7 @@ from evaluation.benchmark.measure import Contender, measure, table
 from evaluation.benchmark.models import build_model
 from ldm.conditioning.context import Context
 from ldm.editing.control import MapStore
-from ldm.editing.edit import Branches, Plan, Prompts, denoise_pair, plan_edit
+from ldm.editing.edit import Branches, Plan, denoise_pair, plan_edit
 from ldm.editing.inversion import Step, Sweep, move, predict, record, step_of
 from ldm.editing.request import Edit, InversionOptions
 from ldm.methods.stylediffusion import FEATURE_TOKENS, LearnedValues, StyleDiffusion, inner_iterations
@@ -138,8 +138,7 @@ class Bench:
     def _plan(self) -> tuple[Plan, list[int]]:
         timesteps = self.way.timesteps[::-1].tolist()
         edit = Edit(TARGET, blend=(("star",), ("star",)), tau_v=1)
-        prompts = Prompts(self.model.prompt_reader(), PROMPT, None, edit)
-        return plan_edit(self.model, prompts, timesteps, self.way.path[-1]), timesteps
+        return plan_edit(self.model, PROMPT, edit, timesteps, self.way.path[-1]), timesteps
 
     def edit(self) -> Tensor:
         learner, (plan, timesteps) = self.learner(), self._plan()

@@ -26,7 +26,7 @@ from evaluation.benchmark.models import meta_model
 from evaluation.benchmark.ours import Sampling, TrainingStep
 from evaluation.benchmark.switches import DEFAULTS, Work
 from evaluation.statistics import table
-from ldm.editing.edit import Branches, Prompts, denoise_pair, plan_edit
+from ldm.editing.edit import Branches, denoise_pair, plan_edit
 from ldm.editing.request import Edit
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
@@ -109,7 +109,7 @@ def editing_peak(model: LatentDiffusion, resolution: int = 512) -> int:
     with fused_attention(), PeakMemory(model) as memory:
         side = resolution // model.first_stage_model.downsampling
         x = torch.empty(1, model.channels, side, side, device="meta")
-        plan = plan_edit(model, Prompts(model.prompt_reader(), "a thing", None, edit), timesteps, x)
+        plan = plan_edit(model, "a thing", edit, timesteps, x)
         branches = Branches(*(model.get_unconditional(text) for text in ("a thing", "a thing", "")))
         model.decode_first_stage(denoise_pair(model, x, branches, plan, timesteps, 7.5, progress=False))
     return memory.peak

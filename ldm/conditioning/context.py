@@ -47,10 +47,8 @@ class Context(NamedTuple):
         """Join along the batch; a part without layers is repeated for the layers of the others."""
         layers = max((part.k.shape[0] for part in parts if part.k.ndim == 4), default=0)
 
-        def join(tensors: Sequence[Tensor]) -> Tensor:
-            if layers:
-                tensors = [x if x.ndim == 4 else x.expand(layers, *x.shape) for x in tensors]
-            return torch.cat(list(tensors), dim=-3)
+        def join(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([x.expand(layers, *x.shape) if layers and x.ndim == 3 else x for x in tensors], dim=-3)
 
         k = join([part.k for part in parts])
         shared = all(part.v is part.k for part in parts)
@@ -60,8 +58,7 @@ class Context(NamedTuple):
 class Projected(NamedTuple):
     """A context as the keys and values (B, heads, L, d) of each cross-attention layer, in order of execution.
 
-    They depend on the prompt only, so they are kept while the bucket stays the same. `k` and `v` are the context's
-    own, for whoever wants to see what the U-Net is told.
+    They depend on the prompt only, so they are kept while the bucket stays the same. `k` and `v` are the context's own.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -82,8 +79,8 @@ class Conditioning:
     """A batch of prompts over time, with `num_buckets` distinct contexts.
 
     Args:
-        encode: bucket (int) -> Context of the whole batch. Called once per bucket and remembered. None where a
-            subclass has a method for it.
+        encode: bucket (int) -> Context of the whole batch, called once for each; None in subclasses with their own
+            `at` and `of_bucket`.
         batch_size: B.
         num_buckets: number of equal parts that the T timesteps are cut into; 1 for a plain prompt.
     """
@@ -95,14 +92,9 @@ class Conditioning:
         num_buckets: int = 1,
         num_timesteps: int = 1000,
     ) -> None:
-        self._given_encode = encode
-        self.batch_size = batch_size
-        self.num_buckets = num_buckets
-        self.num_timesteps = num_timesteps
+        self._encode = encode
+        self.batch_size, self.num_buckets, self.num_timesteps = batch_size, num_buckets, num_timesteps
         self._memo: dict[int, Context] = {}
-
-    def _encode(self, bucket: int) -> Context:
-        return self._given_encode(bucket)  # type: ignore[misc]  # a subclass without one has its own `_encode`
 
     def bucket(self, t: Timestep) -> Timestep:
         """Return the part of time that raw DDPM timestep t (int or (B,)) lies in; equal bucket, equal context."""
@@ -118,7 +110,7 @@ class Conditioning:
 
     def of_bucket(self, bucket: int) -> Context:
         if bucket not in self._memo:
-            self._memo[bucket] = self._encode(bucket)
+            self._memo[bucket] = self._encode(bucket)  # type: ignore[misc]  # None only where this is overridden
         return self._memo[bucket]
 
     def at(self, t: int | Tensor) -> Context:

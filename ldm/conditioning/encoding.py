@@ -5,7 +5,9 @@ Shapes: B batch, S stages, L tokens, D width of the text transformer, N rows of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,24 +18,22 @@ from ldm.conditioning.stages import timesteps_of
 from ldm.util import to_device
 
 
-class SlotEncoder:
+class SlotEncoder(NamedTuple):
     """Encodes token slots with what was learned or loaded at one moment.
 
     Args:
         encode: slots (N, L), timesteps (1 or N,), learned, number of first tokens without a learned one -> context.
     """
 
-    def __init__(self, encode: Callable[[Tensor, Tensor, Learned, int], Context], learned: Learned) -> None:
-        self._encode, self.learned = encode, learned
+    encode: Callable[[Tensor, Tensor, Learned, int], Context]
+    learned: Learned
 
     def __call__(self, slots: Tensor, t: Tensor, plain: int = 0) -> Context:
-        return self._encode(slots, t, self.learned, plain)
+        return self.encode(slots, t, self.learned, plain)
 
     def joins(self, other: SlotEncoder) -> bool:
         """Return whether the rows of both can be encoded in one batch: prompts of `other` read nothing else."""
-        if self._encode != other._encode:
-            return False
-        if self.learned.prefixes != other.learned.prefixes:
+        if self.encode != other.encode or self.learned.prefixes != other.learned.prefixes:
             return False
         if not other.learned.tokens:  # plain prompts, which need no contexts of their own for the layers
             return self.learned.num_layers == 1
@@ -70,15 +70,22 @@ class PromptConditioning(Conditioning):
         self._latest: tuple[tuple[int, ...], Context] | None = None
 
     def at(self, t: int | Tensor) -> Context:
-        if torch.is_grad_enabled():
-            return self._encoder(self.rows(t), self._timesteps(t), self._plain)
-        if not self._changes:
+        if not torch.is_grad_enabled() and not self._changes:
             return super().at(t)
-        return self._encoder(self.rows(t), t, self._plain) if isinstance(t, Tensor) else self._of_timestep(t)
+        if torch.is_grad_enabled() or isinstance(t, Tensor):
+            timesteps = t if isinstance(t, Tensor) else self._timesteps(t)
+            return self._encoder(self.rows(t), timesteps, self._plain)
+        return self._of_timestep(t)
 
     def of_bucket(self, bucket: int) -> Context:
-        # with gradients nothing is remembered: the learned vectors change from step to step
-        return self._encode(bucket) if torch.is_grad_enabled() else super().of_bucket(bucket)
+        if torch.is_grad_enabled() or self._changes:  # nothing is remembered: vectors change from step to step
+            return self.at(timesteps_of(bucket, self.num_buckets, self.num_timesteps).start)
+        if bucket not in self._memo:
+            if self._distinct is None:
+                encode_together(self)
+            contexts, place = self._distinct  # type: ignore[misc]  # which has been filled
+            self._memo[bucket] = contexts.map(lambda x: x[..., place[bucket], :, :])
+        return self._memo[bucket]
 
     def differs(self, t: int, other: int) -> list[bool]:
         return (self._host_slots[self.bucket(t)] != self._host_slots[self.bucket(other)]).any(1).tolist()
@@ -91,18 +98,8 @@ class PromptConditioning(Conditioning):
         stage = self.bucket(t)
         return self.slots[stage.to(self.slots.device), torch.arange(self.batch_size, device=self.slots.device)]
 
-    def _timesteps(self, t: int | Tensor) -> Tensor:
-        return t if isinstance(t, Tensor) else torch.full((1,), t, device=self.slots.device)
-
-    def _encode(self, stage: int) -> Context:
-        # a method: a function that holds `self` would keep the contexts in memory until the garbage collector comes
-        if torch.is_grad_enabled():
-            t = timesteps_of(stage, self.num_buckets, self.num_timesteps).start
-            return self._encoder(self.slots[stage], self._timesteps(t), self._plain)
-        if self._distinct is None:
-            encode_together(self)
-        contexts, place = self._distinct  # type: ignore[misc]  # which has been filled
-        return contexts.map(lambda x: x[..., place[stage], :, :])
+    def _timesteps(self, t: int) -> Tensor:
+        return torch.full((1,), t, device=self.slots.device)
 
     def _of_timestep(self, t: int) -> Context:
         """Return the context of a timestep that has one of its own; prompts that are equal are encoded once."""
@@ -116,7 +113,38 @@ class PromptConditioning(Conditioning):
         return self._latest[1]
 
 
-class LayeredPrompt(Conditioning):
+class JoinedPrompts(Conditioning, ABC):
+    """Prompts whose contexts become one, the same object as before while none of theirs changes."""
+
+    def __init__(self, parts: Sequence[Conditioning], batch_size: int) -> None:
+        super().__init__(None, batch_size, parts[0].num_buckets, parts[0].num_timesteps)
+        self._parts = parts
+        self._latest: tuple[list[Context], Context] | None = None
+
+    @abstractmethod
+    def join(self, contexts: Sequence[Context]) -> Context: ...
+
+    def at(self, t: int | Tensor) -> Context:
+        contexts = [part.at(t) for part in self._parts]
+        if self._latest is None or any(new is not old for new, old in zip(contexts, self._latest[0], strict=True)):
+            self._latest = contexts, self.join(contexts)
+        return self._latest[1]
+
+    def of_bucket(self, bucket: int) -> Context:
+        return self.at(timesteps_of(bucket, self.num_buckets, self.num_timesteps).start)
+
+
+class Rows(JoinedPrompts):
+    """Several prompts as one batch, in their order: a source beside its edit."""
+
+    def __init__(self, *parts: Conditioning) -> None:
+        super().__init__(parts, sum(part.batch_size for part in parts))
+
+    def join(self, contexts: Sequence[Context]) -> Context:
+        return Context.cat(*contexts)
+
+
+class LayeredPrompt(JoinedPrompts):
     """Prompts that differ from U-Net layer to U-Net layer (P+).
 
     Args:
@@ -124,22 +152,28 @@ class LayeredPrompt(Conditioning):
     """
 
     def __init__(self, layers: Sequence[tuple[Conditioning, int]]) -> None:
-        first = layers[0][0]
-        super().__init__(None, first.batch_size, first.num_buckets, first.num_timesteps)
-        self._layers = layers
-        self._latest: tuple[list[Context], Context] | None = None
+        super().__init__([prompt for prompt, _ in layers], layers[0][0].batch_size)
+        self._read = [layer for _, layer in layers]
+
+    def join(self, contexts: Sequence[Context]) -> Context:
+        pairs = [context.layer(layer) for context, layer in zip(contexts, self._read, strict=True)]
+        k = torch.stack([k for k, _ in pairs])
+        return Context(k, k if all(k is v for k, v in pairs) else torch.stack([v for _, v in pairs]))
+
+
+class Modulated(Conditioning):
+    """A prompt whose context a learned change replaces at some timesteps."""
+
+    def __init__(
+        self, cond: Conditioning, change: Callable[[Context, int], Context], timesteps: Collection[int]
+    ) -> None:
+        super().__init__(None, cond.batch_size, 1, cond.num_timesteps)
+        self._cond, self._change, self._timesteps = cond, change, timesteps
 
     def at(self, t: int | Tensor) -> Context:
-        contexts = [prompt.at(t) for prompt, _ in self._layers]
-        if self._latest is None or any(new is not old for new, old in zip(contexts, self._latest[0], strict=True)):
-            pairs = [context.layer(layer) for context, (_, layer) in zip(contexts, self._layers, strict=True)]
-            k = torch.stack([k for k, _ in pairs])
-            v = k if all(k is v for k, v in pairs) else torch.stack([v for _, v in pairs])
-            self._latest = contexts, Context(k, v)
-        return self._latest[1]
-
-    def of_bucket(self, bucket: int) -> Context:
-        return self.at(timesteps_of(bucket, self.num_buckets, self.num_timesteps).start)
+        t = int(t)
+        context = self._cond.at(t)
+        return self._change(context, t) if t in self._timesteps else context
 
 
 def encode_together(*conditionings: Conditioning) -> None:

@@ -1,4 +1,4 @@
-"""Interfaces of the learned parts of a prompt: learned tokens, learned prefixes, and changes of the finished context.
+"""Interfaces of the learned parts of a prompt: learned tokens and learned prefixes.
 
 A method of personalisation is one of these (docs/extending.md). The frozen model knows no method; it asks for the
 vectors of a timestep, and methods whose answers change at other places of time say so by their `bucket`.
@@ -13,8 +13,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from ldm.conditioning.context import Context
 
 
 class TokenVectors(NamedTuple):
@@ -71,15 +69,6 @@ class LearnedPrefix(Protocol):
         """Return text layer -> (K, V), each (P, heads, d)."""
 
 
-class ValueModulation(Protocol):
-    """A change of the finished context, most often of its values: StyleDiffusion, null-text inversion."""
-
-    timesteps: tuple[int, ...]
-
-    def __call__(self, context: Context, t: int) -> Context:
-        """Return the context that is read at timestep t, one of `timesteps`."""
-
-
 @dataclass(frozen=True, eq=False)
 class Learned:
     """Everything learned that prompts read at one moment; what is loaded later does not change it.
@@ -109,22 +98,18 @@ class Learned:
 
     def vectors(self, t: Tensor) -> TokenVectors | None:
         """Return the table of all learned vectors at timesteps t (B,); None where there is none."""
-        return TokenVectors.cat([self._vectors(tokens, t) for tokens in self.tokens]) if self.tokens else None
-
-    def _vectors(self, tokens: LearnedTokens, t: Tensor) -> TokenVectors:
-        if self.truncation is None or not truncates(tokens):
-            return tokens.vectors(t)
-        return tokens.vectors(t, self.truncation)  # type: ignore[call-arg]
+        cut = [] if self.truncation is None else [self.truncation]
+        parts = [tokens.vectors(t, *cut) if truncates(tokens) else tokens.vectors(t) for tokens in self.tokens]
+        return TokenVectors.cat(parts) if parts else None
 
     @property
     def prefix(self) -> Mapping[int, tuple[Tensor, Tensor]]:
         """Text layer -> keys and values (P, heads, d) of all prefixes, one behind the other."""
-        stacked: dict[int, tuple[Tensor, Tensor]] = {}
+        found: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for prefix in self.prefixes:
-            for layer, (k, v) in prefix.key_values().items():
-                before = stacked.get(layer)
-                stacked[layer] = (k, v) if before is None else (torch.cat([before[0], k]), torch.cat([before[1], v]))
-        return stacked
+            for layer, pair in prefix.key_values().items():
+                found.setdefault(layer, []).append(pair)
+        return {layer: (torch.cat([k for k, _ in p]), torch.cat([v for _, v in p])) for layer, p in found.items()}
 
     @property
     def logit_bias(self) -> float | Mapping[int, Sequence[float]]:

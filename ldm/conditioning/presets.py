@@ -43,7 +43,7 @@ def load_presets(path: str | Path | None) -> Windows:
     """Return the windows of a YAML file {attribute: [stages of ten]}, or for None and for what it omits the paper's.
 
     Raises:
-        ValueError: no such file, an unknown attribute, or something else than a list of stages 0..9.
+        ValueError: no such file, or something else in it.
     """
     if path is None:
         return Windows()
@@ -85,7 +85,7 @@ def preset_words(
         windows: of the model, from `presets_beside`; None is the paper's.
 
     Raises:
-        ValueError: see `preset`.
+        ValueError: see `joint`.
     """
     windows = Windows() if windows is None else windows
     chosen = [*(name for name in concepts if mentions(prompt, name)), *concepts, PLACEHOLDER][0]
@@ -117,22 +117,13 @@ def preset(
     Args:
         attribute: content, layout, material or style.
         stages: stages that carry the placeholder, instead of the window's.
-        num_stages: S; windows, which are tenths, are scaled to it.
-        windows: attribute -> tenths; the paper's, or `model.presets`, which are measured if a file says so.
+        num_stages, windows: as for `joint`.
 
     Raises:
-        ValueError: unknown attribute, a stage outside 0..S-1, or a window in which none of few stages has its middle.
+        ValueError: see `joint`.
     """
-    own = preset_stages(attribute, num_stages, windows)
-    if stages is None and not own:
-        tenths = ", ".join(map(str, windows[attribute]))
-        raise ValueError(
-            f"The preset '{attribute}' is stages {tenths} of ten, and none of this concept's {num_stages} has its "
-            "middle there; choose its stages yourself (stages=…, or --word for each stage)."
-        )
-    stages = own if stages is None else stages
-    _check_stages(stages, num_stages)
-    return [with_only(prompt, {placeholder: stage in stages}) for stage in range(num_stages)]
+    chosen = None if stages is None else {attribute: stages}
+    return joint({attribute: placeholder}, prompt, chosen, num_stages, windows)
 
 
 def joint(
@@ -151,7 +142,8 @@ def joint(
     Args:
         concepts: attribute -> placeholder. A placeholder that the prompt does not have is appended in its stages.
         stages: attribute -> stages that carry its placeholder, instead of the window's.
-        num_stages, windows: as for `preset`.
+        num_stages: S; windows, which are tenths, are scaled to it.
+        windows: attribute -> tenths; the paper's, or `model.presets`, which are measured if a file says so.
 
     Raises:
         ValueError: no attribute, an unknown one, a stage outside 0..S-1, or an attribute that is left without a stage.
@@ -164,16 +156,14 @@ def joint(
             inside["content"] -= inside[attribute]
     for attribute, chosen in (stages or {}).items():
         if attribute not in concepts:
-            raise ValueError(
-                f"stages names '{attribute}', for which there is no concept; there are {', '.join(concepts)}."
-            )
+            raise ValueError(f"stages names '{attribute}', for which there is no concept.")
+        if outside := [s for s in chosen if not 0 <= s < num_stages]:
+            raise ValueError(f"Stages {outside} are outside 0..{num_stages - 1}.")
         inside[attribute] = set(chosen)
-        _check_stages(chosen, num_stages)
     if left := [attribute for attribute in concepts if not inside[attribute] and attribute not in (stages or {})]:
-        raise ValueError(
-            f"No stage is left for {' and '.join(left)}, since content gives way to material and style and few stages "
-            f"may miss a window; give stages={{'{left[0]}': […]}}."
-        )
+        reason = "a window of ten may fall between few, and content gives way to material and style"
+        remedy = f"choose its stages yourself (stages={{'{left[0]}': […]}}, or --word for each stage)"
+        raise ValueError(f"None of {num_stages} stages is left for {' and '.join(left)}: {reason}; {remedy}.")
 
     def text(stage: int) -> str:
         wanted = dict.fromkeys(concepts.values(), False)
@@ -189,11 +179,6 @@ def preset_stages(attribute: str, num_stages: int, windows: Mapping[str, Sequenc
     if attribute not in PRESET_STAGES:
         raise ValueError(f"Unknown preset '{attribute}'; there are {', '.join(PRESET_STAGES)}.")
     return [s for s in range(num_stages) if matching_stage(s, num_stages, 10) in windows[attribute]]
-
-
-def _check_stages(stages: Sequence[int], num_stages: int) -> None:
-    if outside := [s for s in stages if not 0 <= s < num_stages]:
-        raise ValueError(f"Stages {outside} are outside 0..{num_stages - 1}.")
 
 
 def with_only(prompt: str, inside: Mapping[str, bool]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -23,6 +23,7 @@ from ldm.request import (
     mentions,
     placeholder_pattern,
     shown,
+    texts_of,
 )
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ def foreign_syntax(text: str) -> str | None:
     return match[0] if match else None
 
 
-def warn_of_unused(
-    concepts: Collection[str], prompt: str, words: Words | None, learned_as: Mapping[str, str] | None = None
-) -> None:
+def warn_of_unused(concepts: Collection[str], prompt: str, words: Words | None, learned_as: Mapping[str, str]) -> None:
     """Warn of concepts that no text names, if they were asked for, or if a text calls them what their file does.
 
     Args:
@@ -52,10 +51,9 @@ def warn_of_unused(
         words: as `check_words` takes them.
         learned_as: for everything that is loaded: placeholder -> the one in its file.
     """
-    learned_as = learned_as or {}
-    text = " ".join(prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None])
     names = dict.fromkeys((*concepts, *learned_as))
-    named = set(placeholder_pattern([*names, *learned_as.values()]).findall(text)) if names else set()
+    pattern = placeholder_pattern([*names, *learned_as.values()])
+    named = set(pattern.findall(" ".join(texts_of(prompt, words)))) if names else set()
     for name in (name for name in names if name not in named):
         own = learned_as.get(name, name)
         if own in named and own not in learned_as:
@@ -74,14 +72,8 @@ def class_words(captions: Sequence[str]) -> list[str]:
 
 
 def warn_of_class(name: str, captions: Sequence[str], prompt: str, words: Words | None) -> None:
-    """Warn where no text names what a concept without a placeholder (CatVersion) was learned as.
-
-    Args:
-        name: of the concept.
-        captions: that it was learned in.
-    """
-    classes = class_words(captions)
-    texts = [prompt.replace(PLACEHOLDER, word) if isinstance(word, str) else prompt for word in words or [None]]
+    """Warn where no text names what a concept without a placeholder (CatVersion) was learned as, in these captions."""
+    classes, texts = class_words(captions), texts_of(prompt, words)
     if classes and not any(mentions(text.lower(), word.lower()) for text in texts for word in classes):
         logger.warning(
             "The concept '%s' changes what '%s' means, which the prompt does not name; write that word into it.",
@@ -167,7 +159,7 @@ class PromptReader:
         """Return slots (S, B, L) for B prompts, each with the same `words`.
 
         Raises:
-            ValueError: see `check_words`; or a prompt is not a string.
+            ValueError: see `check_words` and `check_prompt`.
         """
         for prompt in prompts:
             check_prompt(prompt)
@@ -191,8 +183,8 @@ class PromptReader:
     def words_in(self, prompt: str, words: Words | None = None, stage: int = 0) -> list[tuple[str, list[int]]]:
         """Return the words of a prompt in a stage, split at single spaces, each with its slots; nothing is cut off."""
         entry = None if words is None else check_words(words, self.num_stages)[stage]
-        text = prompt.replace(PLACEHOLDER, entry) if isinstance(entry, str) else prompt
-        own = entry if isinstance(entry, int) else None
+        (text,) = texts_of(prompt, [entry])
+        own = None if isinstance(entry, str) else entry
         return [(word, self._body(word, own, stage)) for word in text.split(" ")]
 
     def _body(self, text: str, entry: str | int | None, stage: int) -> list[int]:
@@ -208,15 +200,10 @@ class PromptReader:
         return [self._words_read(prompt, entry, stage) for stage, entry in enumerate(entries)]
 
     def _words_read(self, prompt: str, entry: str | int | None, stage: int) -> int | None:
-        room, count = self.max_length - 2, 0
-        for piece in stage_pieces(prompt, entry, stage, self._pattern, self.placeholders):
-            words = [self._learned(*piece)] if isinstance(piece, tuple) else map(self._ids, piece.split())
-            for tokens in words:
-                room -= len(tokens)
-                if room < 0:
-                    return count
-                count += 1
-        return None
+        pieces = stage_pieces(prompt, entry, stage, self._pattern, self.placeholders)
+        words = ([self._learned(*p)] if isinstance(p, tuple) else map(self._ids, p.split()) for p in pieces)
+        ends = accumulate(len(tokens) for tokens in chain.from_iterable(words))
+        return next((count for count, end in enumerate(ends) if end > self.max_length - 2), None)
 
     def _slots(self, prompt: str, words: list[str | int | None] | None, stage: int) -> list[int]:
         """Return the L slots of one prompt in one stage, the whole text tokenised by BPE."""
@@ -225,7 +212,8 @@ class PromptReader:
         if len(body) > room:
             rest = self._spell(body[room:][:240])  # of which a message has 60 letters
             self._warn(f"The prompt is longer than {room} tokens; cut off: {shown(rest)}")
-        return self._close(body[:room])
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id  # which also is padding
+        return [start, *body[:room], *[end] * (self.max_length - 1 - len(body[:room]))]
 
     def _learned(self, placeholder: str, stage: int) -> list[int]:
         """Return the slots of a placeholder in a stage, one for each consecutive learned token."""
@@ -246,12 +234,6 @@ class PromptReader:
     def _warn_unlearned(self) -> None:
         self._warn("Nothing is learned or loaded for '*', so it is read as an ordinary character.")
 
-    def _close(self, body: list[int]) -> list[int]:
-        """Add the start mark, the end mark, and padding (which is the end mark in Stable Diffusion v1)."""
-        end = self.tokenizer.eos_token_id
-        tokens = [self.tokenizer.bos_token_id, *body, end]
-        return tokens + [end] * (self.max_length - len(tokens))
-
     def _legacy_slots(self, prompt: str, words: list[str | int | None] | None) -> list[list[int]]:
         """Return slots of all stages by the reference's rule, to repeat results made with it.
 
@@ -270,21 +252,13 @@ class PromptReader:
             return self._learned(PLACEHOLDER, stage) if is_learned else [star]
 
         resolved: list[list[int]] = []
-        for stage in range(self.num_stages):
-            entry = None if words is None else words[stage]
-            if entry is None:
-                resolved.append(learned(stage))
-            elif isinstance(entry, str):
-                pieces = entry.split(" ")
-                end = [self.tokenizer.eos_token_id]
-                slots_of = [learned(stage) if p == PLACEHOLDER else (self._ids(p) or end)[:1] for p in pieces]
-                resolved.append(list(chain.from_iterable(slots_of)))
-            else:
+        end = [self.tokenizer.eos_token_id]
+        for stage, entry in enumerate([None] * self.num_stages if words is None else words):
+            if isinstance(entry, int):
                 resolved.append(resolved[entry] if entry < stage else learned(entry))
-        stages = []
-        for replacement in resolved:
-            slots: list[int] = []
-            for token in ids:
-                slots.extend(replacement if token == star else [token])
-            stages.append(slots[: self.max_length])
-        return stages
+                continue
+            pieces = (PLACEHOLDER if entry is None else entry).split(" ")
+            slots = (learned(stage) if p == PLACEHOLDER else (self._ids(p) or end)[:1] for p in pieces)
+            resolved.append(list(chain.from_iterable(slots)))
+        stages = ([own if token == star else [token] for token in ids] for own in resolved)
+        return [list(chain.from_iterable(slots))[: self.max_length] for slots in stages]

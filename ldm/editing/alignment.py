@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.editing.request import Span, span_of
+from ldm.editing.request import Span
 
 
 @dataclass(frozen=True)
@@ -149,19 +149,22 @@ def cross_schedule(target: PromptTokens, steps: int, tau: Span, words: Mapping[s
     schedule = torch.zeros(steps + 1, target.length)
     everywhere = list(range(target.length))
     for places, span in [(everywhere, tau), *((target.places_of(w), s) for w, s in (words or {}).items())]:
-        start, end = (int(share * (steps + 1)) for share in span_of(span))
+        edited = _steps(steps + 1, span)
         schedule[:, places] = 0
-        schedule[start:end, places] = 1
+        schedule[edited.start : edited.stop, places] = 1
     return schedule
 
 
 def self_steps(steps: int, tau: Span) -> range:
     """Return the steps in which self-attention is exchanged, of N."""
-    start, end = (int(steps * share) for share in span_of(tau))
-    return range(start, end)
+    return _steps(steps, tau)
 
 
 def value_steps(steps: int, tau: Span) -> range:
-    """Return the steps in which the edited prompt has the learned values, of N; nothing is rounded."""
-    start, end = (math.ceil(share * steps) for share in span_of(tau))
-    return range(start, end)
+    """Return the steps in which the edited prompt has the learned values, of N: those that begin within tau."""
+    return _steps(steps, tau, math.ceil)
+
+
+def _steps(count: int, span: Span, whole: Callable[[float], int] = int) -> range:
+    start, end = span if isinstance(span, tuple) else (0.0, span)
+    return range(whole(start * count), whole(end * count))

@@ -7,13 +7,13 @@ Shapes: B rows of the U-Net's batch, heads, Q queries, L tokens (of self-attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.modules.attention import Site
-from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 CrossEdit = Callable[[Tensor, Tensor], Tensor]  # maps of source and target (heads, Q, L) -> the target's new ones
 
@@ -81,19 +81,16 @@ def edit_attention(rules: Rules, probabilities: Tensor, site: Site, step: int) -
     return probabilities
 
 
-def map_layers(unet: UNetModel, factor: int = 4) -> tuple[int, ...]:
-    """Return the attention layers, not in the middle, whose maps are `factor` times smaller than the latents.
+def layers_of(model: DiffusionModel, z: Tensor) -> tuple[int, ...]:
+    """Return the attention layers, not in the middle, whose maps say where words are, for latents z (…, H, W).
 
-    In Stable Diffusion v1 and for factor 4 these are 4, 5, 7, 8 and 9: the 16² maps of a 64² latent.
+    Maps are 4 times smaller than latents, or less where they would be under 8 a side. In Stable Diffusion v1 these are
+    layers 4, 5, 7, 8 and 9: the 16² maps of a 64² latent.
     """
-    places = enumerate(unet.attention_places)
-    return tuple(layer for layer, (place, own) in places if own == factor and place != "mid")
-
-
-def map_factor(unet: UNetModel, size: Sequence[int]) -> int:
-    """Return how much smaller than latents of a size (H, W) maps of words are: 4, or less for maps under 8 a side."""
-    factors = sorted({own for place, own in unet.attention_places if place != "mid"}, reverse=True)
-    return next((factor for factor in factors if factor <= 4 and min(size) // factor >= 8), factors[-1])
+    places = model.model.diffusion_model.attention_places
+    factors = sorted({own for place, own in places if place != "mid"}, reverse=True)
+    factor = next((f for f in factors if f <= 4 and min(z.shape[-2:]) // f >= 8), factors[-1])
+    return tuple(layer for layer, (place, own) in enumerate(places) if own == factor and place != "mid")
 
 
 @dataclass
@@ -138,13 +135,11 @@ class AttentionControl:
 
     def __init__(self, rules: Sequence[Rules], timesteps: Sequence[int], store: MapStore | None = None) -> None:
         self.rules, self.store = rules, store
-        self._step: Mapping[int, int] = {int(t): step for step, t in enumerate(timesteps)}
+        self._step = {int(t): step for step, t in enumerate(timesteps)}
 
     def wants(self, site: Site, queries: int) -> bool:
-        step = self._step[site.t]
-        return self.rules[step].edits(site, step, queries) or (
-            self.store is not None and self.store.wants(site, queries)
-        )
+        step, store = self._step[site.t], self.store
+        return self.rules[step].edits(site, step, queries) or (store is not None and store.wants(site, queries))
 
     def __call__(self, probabilities: Tensor, site: Site) -> Tensor:
         step = self._step[site.t]

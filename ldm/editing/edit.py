@@ -5,7 +5,7 @@ Two rows are denoised side by side, the source and its edit. Shapes: C H W laten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,52 +15,29 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ldm.conditioning.context import Conditioning
-from ldm.conditioning.encoding import encode_together
+from ldm.conditioning.encoding import Modulated, Rows, encode_together
 from ldm.conditioning.prompts import PromptReader
-from ldm.conditioning.rows import Modulated, Rows
 from ldm.conditioning.stages import stage_of
 from ldm.editing import alignment
 from ldm.editing.alignment import PromptTokens
 from ldm.editing.blend import LocalBlend
-from ldm.editing.control import AttentionControl, MapStore, Rules, refine, replace, reweight
-from ldm.editing.inversion import inversion_timesteps, layers_of, levels
-from ldm.editing.request import Edit, Pair, read_number
+from ldm.editing.control import AttentionControl, MapStore, Rules, layers_of, refine, replace, reweight
+from ldm.editing.inversion import inversion_timesteps, levels
+from ldm.editing.request import Edit, Pair
 from ldm.files.images import to_pil
 from ldm.generate import facts_of
 from ldm.methods.base import StepChange
 from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.finite import FirstBad, refuse_bad_latents
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
-from ldm.models.diffusion.sampling import draw_noise, guided, seeded_generators
-from ldm.request import MAX_SCALE, Words
+from ldm.models.diffusion.sampling import GuidanceScale, draw_noise, guided, seeded_generators
+from ldm.request import Request, Words
 from ldm.util import usual_torch
 
 AREA = 4  # self-attention is exchanged up to a quarter of the latents' positions: 32² of 64²
 
 
 # --- what an edit does to attention ----------------------------------------------------------------------------
-
-
-class Prompts(NamedTuple):
-    """Reads both prompts of an edit as tokens.
-
-    Args:
-        reader: with everything that is loaded.
-        source, words: the source's prompt and its prospect_words.
-    """
-
-    reader: PromptReader
-    source: str
-    words: Words | None
-    edit: Edit
-
-    def tokens(self, stage: int) -> tuple[PromptTokens, PromptTokens]:
-        """Return the tokens of source and target in a stage."""
-        target = self._read(self.edit.target, self.edit.prospect_words, stage)
-        return self._read(self.source, self.words, stage), target
-
-    def _read(self, text: str, words: Words | None, stage: int) -> PromptTokens:
-        return read_tokens(self.reader, text, words, stage, self.edit.compat)
 
 
 def read_tokens(
@@ -99,32 +76,34 @@ class Plan(NamedTuple):
     blend: LocalBlend | None
 
 
-def plan_edit(model: DiffusionModel, prompts: Prompts, timesteps: Sequence[int], z: Tensor) -> Plan:
+def plan_edit(
+    model: DiffusionModel, source: str, edit: Edit, timesteps: Sequence[int], z: Tensor, words: Words | None = None
+) -> Plan:
     """Return what an edit does at timesteps (N,), decreasing, for latents like z (…, H, W).
+
+    Args:
+        source, words: the source's prompt and its prospect_words.
 
     Raises:
         ValueError: words that are in no prompt, or cannot be exchanged.
     """
-    edit, steps = prompts.edit, len(timesteps)
-    edit.check(prompts.source, model.num_stages)
+    edit.check(source, model.num_stages)
+    steps, positions, reader = len(timesteps), z.shape[-2] * z.shape[-1], model.prompt_reader()
     stages = [stage_of(int(t), model.num_stages, model.num_timesteps) for t in timesteps]
-    tokens = {stage: prompts.tokens(stage) for stage in set(stages)}
-    rules = {s: rules_for(edit, *pair, steps, z.shape[-2] * z.shape[-1]) for s, pair in tokens.items()}
+    prompts = (source, words), (edit.target, edit.prospect_words)
+    tokens = {s: [read_tokens(reader, *prompt, s, edit.compat) for prompt in prompts] for s in set(stages)}
+    rules = {s: rules_for(edit, pair[0], pair[1], steps, positions) for s, pair in tokens.items()}
+
+    def places_of(words: Pair) -> list[Tensor]:  # where they stand, for each step (2, L)
+        masks = {s: [prompt.mask(own) for prompt, own in zip(pair, words, strict=True)] for s, pair in tokens.items()}
+        return [torch.stack(masks[stage]) for stage in stages]
+
     blend = store = None
     if edit.blend is not None:
-        places = {name: _places(pair, tokens) for name, pair in (("b", edit.blend), ("s", edit.subtract)) if pair}
-        chosen = {name: [of_stage[stage] for stage in stages] for name, of_stage in places.items()}
-        blend = LocalBlend(chosen["b"], chosen.get("s"), int(0.2 * steps), edit.threshold, edit.threshold)
+        subtract = None if edit.subtract is None else places_of(edit.subtract)
+        blend = LocalBlend(places_of(edit.blend), subtract, int(0.2 * steps), edit.threshold, edit.threshold)
         store = MapStore(layers_of(model, z), rows=2)
     return Plan(AttentionControl([rules[stage] for stage in stages], timesteps, store), blend)
-
-
-def _places(words: Pair, tokens: Mapping[int, tuple[PromptTokens, PromptTokens]]) -> dict[int, Tensor]:
-    """Return where the words' tokens stand in each stage, (2, L)."""
-    return {
-        stage: torch.stack([prompt.mask(own) for prompt, own in zip(pair, words, strict=True)])
-        for stage, pair in tokens.items()
-    }
 
 
 # --- denoising -------------------------------------------------------------------------------------------------
@@ -138,19 +117,16 @@ class Branches(NamedTuple):
     uncond: Conditioning
 
     def changed(self, change: StepChange | None, value_steps: range = range(0)) -> Branches:
-        """Return the same with what was learned of an image.
-
-        Args:
-            value_steps: in which the edit reads learned values, too.
-        """
+        """Return the same with what was learned of an image; the edit reads learned values in `value_steps`."""
         if change is None:
             return self
         if change.branch == "unconditional":
-            return self._replace(uncond=Modulated(self.uncond, change))
-        source, target = Modulated(self.source, change), self.target
-        if change.branch == "values":
-            target = Modulated(target, change, change.timesteps[value_steps.start : value_steps.stop])
-        return Branches(source, target, self.uncond)
+            return self._replace(uncond=Modulated(self.uncond, change, change.timesteps))
+        changed = self._replace(source=Modulated(self.source, change, change.timesteps))
+        if change.branch == "source":
+            return changed
+        learned = change.timesteps[value_steps.start : value_steps.stop]
+        return changed._replace(target=Modulated(self.target, change, learned))
 
 
 @torch.no_grad()
@@ -160,7 +136,7 @@ def denoise_pair(
     branches: Branches,
     plan: Plan,
     timesteps: Sequence[int],
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     progress: bool = True,
     report: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -171,7 +147,7 @@ def denoise_pair(
         report: called after each step with its number and the latents.
     """
     encode_together(branches.source, branches.target, branches.uncond)
-    cond, uncond = Rows([branches.source, branches.target]), Rows([branches.uncond, branches.uncond])
+    cond, uncond = Rows(branches.source, branches.target), Rows(branches.uncond, branches.uncond)
     denoise = guided(model, cond, uncond, guidance_scale, plan.control)
     watch, store = FirstBad(), plan.control.store
     increasing = np.asarray(timesteps)[::-1]
@@ -201,10 +177,10 @@ class Edited(NamedTuple):
     source: Image.Image
     latents: Tensor
 
-
-def decoded(model: DiffusionModel, latents: Tensor) -> Edited:
-    source, image = map(to_pil, model.decode_first_stage(latents))
-    return Edited(image, source, latents)
+    @classmethod
+    def of(cls, model: DiffusionModel, latents: Tensor) -> Edited:
+        source, image = map(to_pil, model.decode_first_stage(latents))
+        return cls(image, source, latents)
 
 
 @usual_torch()
@@ -228,15 +204,15 @@ def edit_generated(
         ValueError: the edit does not fit the prompt, or a number is out of range.
     """
     facts = facts_of(model)
-    scale = facts.scale if guidance_scale is None else read_number("guidance_scale", guidance_scale, 0, MAX_SCALE)
-    steps = int(read_number("steps", steps, 1, model.num_timesteps, whole=True))
-    shape = (1, model.channels, facts.height // facts.factor, facts.width // facts.factor)
-    x_T = draw_noise(seeded_generators([seed]), shape, model.device)
-    timesteps = inversion_timesteps(steps, model.num_timesteps)[::-1].tolist()
-    plan = plan_edit(model, Prompts(model.prompt_reader(), prompt, words, edit), timesteps, x_T)
+    asked = Request(prompt=prompt, prospect_words=words, ddim_steps=steps, scale=guidance_scale, seed=seed)
+    asked = asked.for_model(facts)
+    shape = (1, model.channels, *(side // facts.factor for side in asked.size))
+    x_T = draw_noise(seeded_generators([asked.seed]), shape, model.device)
+    timesteps = inversion_timesteps(asked.ddim_steps, model.num_timesteps)[::-1].tolist()
+    plan = plan_edit(model, prompt, edit, timesteps, x_T, words)
     branches = Branches(
         model.get_learned_conditioning([prompt], words),
         model.get_learned_conditioning([edit.target], edit.prospect_words),
         model.get_unconditional(),
     )
-    return decoded(model, denoise_pair(model, x_T, branches, plan, timesteps, scale, progress))
+    return Edited.of(model, denoise_pair(model, x_T, branches, plan, timesteps, asked.guidance_scale, progress))

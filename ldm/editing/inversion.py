@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ldm.conditioning.context import Conditioning, Context
-from ldm.editing.control import MapStore, map_factor, map_layers
+from ldm.editing.control import MapStore, layers_of
 from ldm.editing.request import InversionOptions
-from ldm.methods.inversion import Learner
+from ldm.methods.base import Learner
 from ldm.methods.stylediffusion import inner_iterations
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import AtTimestep, Denoiser, guided
@@ -92,12 +92,6 @@ def record(
     return Trajectory(path, timesteps, [store.at(int(t)) for t in timesteps] if store else [])
 
 
-def layers_of(model: DiffusionModel, z: Tensor) -> tuple[int, ...]:
-    """Return the layers whose maps say where words are, for latents z (…, H, W)."""
-    unet = model.model.diffusion_model
-    return map_layers(unet, map_factor(unet, z.shape[-2:]))
-
-
 # --- one denoising step ----------------------------------------------------------------------------------------
 
 
@@ -157,26 +151,23 @@ class Sweep:
     ) -> None:  # fmt: skip
         self.model, self.way, self.learner, self.options = model, way, learner, options
         self.cond, self.uncond = cond, uncond
+        self.is_uncond = learner.kind.branch == "unconditional"  # what is learned
         self.layers = layers_of(model, way.path[0]) if options.attention_loss and learner.reads_maps else ()
 
     def fixed(self, step: Step) -> Tensor | None:
         """Return the prediction of the branch that is not learned, made once for a step; None without guidance."""
-        if self.options.guidance_scale == 1 and self.learner.branch != "unconditional":
+        if self.options.guidance_scale == 1 and not self.is_uncond:
             return None
         with torch.no_grad():
-            other = self.cond if self.learner.branch == "unconditional" else self.uncond
-            return predict(self.model, step.z, step.t, other)
+            return predict(self.model, step.z, step.t, self.cond if self.is_uncond else self.uncond)
 
     def behind(self, step: Step, fixed: Tensor | None, hook: AttentionHook | None = None) -> Tensor:
         """Return the latents (1, C, H, W) behind a step, with what is learned now."""
-        values = self.learner.values(step.number)[None]
-        own = self.learner.change(values, (step.t,))(self.cond, step.t)
-        learned = predict(self.model, step.z, step.t, own, hook)
-        if fixed is None:
-            return move(step.z, learned, step.level, step.below)
-        is_uncond = self.learner.branch == "unconditional"
-        eps_uncond, eps_cond = (learned, fixed) if is_uncond else (fixed, learned)
-        eps = eps_uncond + self.options.guidance_scale * (eps_cond - eps_uncond)
+        change = self.learner.kind(self.learner.values(step.number)[None], (step.t,))
+        eps = predict(self.model, step.z, step.t, change(self.cond, step.t), hook)
+        if fixed is not None:
+            uncond, cond = (eps, fixed) if self.is_uncond else (fixed, eps)
+            eps = uncond + self.options.guidance_scale * (cond - uncond)
         return move(step.z, eps, step.level, step.below)
 
     def loss(self, step: Step, fixed: Tensor | None) -> Loss:

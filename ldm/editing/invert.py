@@ -11,53 +11,45 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.checkpoint import save_state_dict
 from ldm.conditioning.context import Context
 from ldm.conditioning.encoding import encode_together
 from ldm.editing.alignment import value_steps
-from ldm.editing.edit import Branches, Edited, Prompts, decoded, denoise_pair, plan_edit, read_tokens
+from ldm.editing.edit import Branches, Edited, denoise_pair, plan_edit, read_tokens
 from ldm.editing.image import clip_features, image_latents, patch_features, psnr
-from ldm.editing.inversion import (
-    Progress,
-    Sweep,
-    Trajectory,
-    follow,
-    inversion_timesteps,
-    learn_path,
-    record,
-)
-from ldm.editing.masks import average_maps, background, mask_of
+from ldm.editing.inversion import Progress, Sweep, Trajectory, follow, inversion_timesteps, learn_path, record
+from ldm.editing.masks import average_maps, mask_of
 from ldm.editing.request import Edit, InversionOptions
 from ldm.embeddings import Concept
-from ldm.files.base_model import describe_base, refuse_other_base
+from ldm.files.base_model import refuse_other_base
 from ldm.files.embedding_formats import read_modules
 from ldm.files.images import fit, to_pil, to_tensor
 from ldm.files.tensors import read_file
 from ldm.generate import Content, content_hash, facts_of, open_content
 from ldm.methods import find_method
-from ldm.methods.base import StepChange
-from ldm.methods.inversion import FIRST, START, TIMESTEPS, Learner
+from ldm.methods.base import FIRST, START, TIMESTEPS, Learner, StepChange
 from ldm.methods.null_text import NullText, TextInversion
 from ldm.methods.stylediffusion import StyleDiffusion, networks_from
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import seeded_generators
-from ldm.request import check_prompt
+from ldm.request import Request, shown
 from ldm.util import usual_torch
 
 logger = logging.getLogger(__name__)
 
 METHODS = {"stylediffusion": "stylediffusion", "null-text": "null-text", "text": "text-inversion"}
 PROMPT, IMAGE, SCALE, SIZE = (f"inversion.{key}" for key in ("prompt", "image_hash", "guidance_scale", "size"))
+METHOD, MODE, SEED = (f"inversion.{key}" for key in ("method", "value_mode", "seed"))
 FEATURES, OPTIONS, PSNR, AUTOENCODER = (
     f"inversion.{key}" for key in ("features", "options", "psnr", "autoencoder_psnr")
 )
-_NUMBER = r"\d{1,4}(\.\d{1,20})?"
+_SAID = ((PROMPT, ".+"), (SCALE, r"\d{1,4}(\.\d{1,20})?"), (SIZE, r"[1-9]\d{0,4}x[1-9]\d{0,4}"))  # what an edit needs
 POOR = 3.0  # dB below the autoencoder's own reconstruction
 
 
@@ -75,14 +67,10 @@ class Subject:
     def __init__(
         self, model: DiffusionModel, content: Content, prompt: str, height: int | None = None, width: int | None = None
     ) -> None:
-        check_prompt(prompt)
-        facts = facts_of(model)
-        self.model, self.prompt = model, prompt
+        asked = Request(prompt=prompt, height=height, width=width, ddim_steps=1)
+        self.model, self.prompt, self.size = model, prompt, asked.for_model(facts_of(model)).size
         whole = open_content(content)
         self.hash = content_hash(whole)
-        self.size = (height or facts.height, width or facts.width)
-        if any(side % facts.size_unit for side in self.size):
-            raise ValueError(f"height and width must be multiples of {facts.size_unit}, not {self.size}.")
         self.image: Image.Image = fit(whole, self.size[1], self.size[0], "crop")
         self.z_0 = image_latents(model, self.image)
         # plain text, whatever is loaded
@@ -129,23 +117,23 @@ def make_learner(
         method: stylediffusion, null-text or text.
         clip, value_mode, seed: of StyleDiffusion: see `features_of` and `StyleDiffusion`; the seed draws M_0.
     """
-    model = subject.model
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not '{method}'.")
+    if method == "null-text" and options.guidance_scale == 1:
+        raise ValueError("null-text learns what guidance leads away from; give a guidance_scale other than 1.")
+    model, described = subject.model, {}
     if method == "stylediffusion":
         encoder = model.cond_stage_model
         features, name = features_of(subject.image, encoder.width, clip)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeded_generators([seed])[0].initial_seed())
             learner: Learner = StyleDiffusion(options.steps, features, encoder.max_length, value_mode)
-        described = {FEATURES: name, "inversion.value_mode": value_mode, "inversion.seed": str(seed)}
-        return learner.to(model.device), described
-    if method == "null-text" and options.guidance_scale == 1:
-        raise ValueError("null-text learns what guidance leads away from; give a guidance_scale other than 1.")
-    cond, uncond = subject.contexts()
-    start = uncond if method == "null-text" else cond
-    kind = NullText if method == "null-text" else TextInversion
-    return kind(options.steps, start.k).to(model.device), {}
+        described = {FEATURES: name, MODE: value_mode, SEED: str(seed)}
+    else:
+        cond, uncond = subject.contexts()
+        is_null = method == "null-text"
+        learner = (NullText if is_null else TextInversion)(options.steps, (uncond if is_null else cond).k)
+    return learner.to(model.device), describe(subject, learner, options) | described
 
 
 @usual_torch()
@@ -177,7 +165,6 @@ def invert_image(
         raise ValueError("An inversion does not converge in half precision; load the model with dtype float32.")
     subject = Subject(model, content, prompt, *size)
     learner, described = make_learner(subject, method, options, **start)
-    described = describe(subject, learner, options) | described
     resumed = None if unfinished is None else read_unfinished(Path(unfinished), learner, described, model.device)
     maps = learner.reads_maps and options.attention_loss
     way = record(model, subject.z_0, subject.cond, options.steps, maps, options.half_maps)
@@ -203,7 +190,7 @@ def describe(subject: Subject, learner: Learner, options: InversionOptions) -> d
     timesteps = inversion_timesteps(options.steps, subject.model.num_timesteps)[::-1]
     return {
         **subject.model.base_model,
-        "inversion.method": learner.method,
+        METHOD: learner.kind.method,
         PROMPT: subject.prompt,
         IMAGE: subject.hash,
         SIZE: f"{subject.size[1]}x{subject.size[0]}",
@@ -221,17 +208,18 @@ def read_unfinished(path: Path, learner: Learner, described: dict[str, str], dev
     """
     if not path.exists():
         return None
+    content: Any
     content, metadata, _ = read_file(path)
     other = [key for key, value in described.items() if metadata.get(key) != value]
-    if other or not isinstance(content, dict):
-        names = ", ".join(key.removeprefix("inversion.") for key in other) or "content"
+    if other:
+        names = ", ".join(key.removeprefix("inversion.") for key in other)
         raise ValueError(f"'{path}' keeps an unfinished inversion with another {names}; delete it to start anew.")
     try:
         tensors = {name: tensor.to(device) for name, tensor in content.items()}
         z = tensors.pop("z")
         learner.load_state_dict(tensors)
         return Progress(int(metadata["progress.epoch"]), int(metadata["progress.step"]), z)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"'{path}' keeps an unfinished inversion that is damaged; delete it to start anew.") from error
 
 
@@ -248,8 +236,8 @@ def to_concept(subject: Subject, learner: Learner, way: Trajectory, described: d
             *(rebuilt, own - rebuilt, own),
         )
     described = described | {PSNR: f"{rebuilt:.2f}", AUTOENCODER: f"{own:.2f}"}
-    tensors = {learner.learned: values.cpu(), START: way.path[-1].cpu(), FIRST: subject.z_0.cpu()}
-    return Concept(tensors, described, learner.method)
+    tensors = {learner.kind.tensor: values.cpu(), START: way.path[-1].cpu(), FIRST: subject.z_0.cpu()}
+    return Concept(tensors, described, learner.kind.method)
 
 
 def original(concept: Concept, content: Content) -> Image.Image:
@@ -277,7 +265,7 @@ def word_masks(
     average = average_maps(model, z_0, model.get_unconditional(prompt), steps)
     tokens = read_tokens(model.prompt_reader(), prompt)
     masks = {word: mask_of(average, tokens, word) for word in words}
-    return {word: (mask, background(mask)) for word, mask in masks.items()}
+    return {word: (mask, ImageOps.invert(mask)) for word, mask in masks.items()}
 
 
 # --- with a concept --------------------------------------------------------------------------------------------
@@ -294,12 +282,10 @@ def change_of(concept: Concept) -> StepChange:
             f"This concept ({concept.method}) was learned for a placeholder; to edit an image, invert it first: "
             "scripts/invert.py IMAGE --prompt …"
         )
-    change = find_method(concept.method).load(concept.tensors, concept.metadata)
-    assert isinstance(change, StepChange)
-    for key, pattern in ((PROMPT, ".+"), (SCALE, _NUMBER), (SIZE, r"[1-9]\d{0,4}x[1-9]\d{0,4}")):
+    for key, pattern in _SAID:
         if not re.fullmatch(pattern, concept.metadata.get(key, ""), re.DOTALL):
             raise ValueError(f"The concept does not say its {key.partition('.')[2]}; invert the image anew.")
-    return change
+    return cast(StepChange, find_method(concept.method).load(concept.tensors, concept.metadata))
 
 
 @usual_torch()
@@ -317,14 +303,13 @@ def import_networks(
     given = InversionOptions(steps=len(networks), **options)
     subject = Subject(model, content, prompt)
     features, name = features_of(subject.image, model.cond_stage_model.width, clip)
-    first = networks[0]
-    expected = (features.shape[1], 2 * model.cond_stage_model.max_length)
-    if (first.conv_start.in_channels, first.conv_start.out_channels) != expected:
-        raise ValueError(f"'{path}' is for another model: it has networks of {first.conv_start}, not of {expected}.")
+    first, expected = networks[0].conv_start, (features.shape[1], 2 * model.cond_stage_model.max_length)
+    if (first.in_channels, first.out_channels) != expected:
+        raise ValueError(f"'{path}' is for another model: it has networks of {first}, not of {expected}.")
     learner = StyleDiffusion(len(networks), features, model.cond_stage_model.max_length)
     learner.networks = torch.nn.ModuleList(networks)
     learner.to(model.device)
-    described = describe(subject, learner, given) | {FEATURES: name, "inversion.value_mode": "affine"}
+    described = describe(subject, learner, given) | {FEATURES: name, MODE: "affine"}
     way = record(model, subject.z_0, subject.cond, given.steps)
     return to_concept(subject, learner, way, described, follow(Sweep(model, way, learner, *subject.contexts(), given)))
 
@@ -337,52 +322,50 @@ def check_belongs(
     steps: int | None = None,
     any_base: bool = False,
 ) -> None:
-    """Raise `ValueError` where a concept is for another image, prompt, number of steps, or base model."""
-    change, described = change_of(concept), concept.metadata
+    """Raise `ValueError` where a concept is no inversion, for another model, or of another image, prompt or steps."""
+    change, z, encoder, facts = change_of(concept), concept.tensors[START], model.cond_stage_model, facts_of(model)
     if not any_base:
-        refuse_other_base(described, model.base_model, "The concept")
-    _, length, width = change.values.shape
-    encoder = model.cond_stage_model
-    length = length // 2 if change.branch == "values" else length
-    if (length, width) != (encoder.max_length, encoder.width) or concept.tensors[START].shape[1] != model.channels:
-        raise ValueError(
-            f"The concept has {length} tokens of width {width}, but this model's text encoder has {encoder.max_length} "
-            f"of {encoder.width}: it was learned for another base model, {describe_base(described)}."
-        )
-    facts = facts_of(model)
-    unit, latents = facts.size_unit // facts.factor, concept.tensors[START].shape
-    if latents != concept.tensors[FIRST].shape or latents[0] != 1 or any(side % unit for side in latents[2:]):
-        raise ValueError(f"The concept has latents {tuple(latents)}, which this model cannot denoise.")
-    if max(change.timesteps) >= model.num_timesteps:
-        raise ValueError(f"The concept has the timestep {max(change.timesteps)} of {model.num_timesteps}.")
-    if content is not None and (found := content_hash(open_content(content))) != described.get(IMAGE):
-        raise ValueError(
-            f"The concept is of another image ({described.get(IMAGE, 'unknown')}, not {found}); every image has to be "
-            "inverted by itself: scripts/invert.py IMAGE --prompt …"
-        )
-    if prompt is not None and prompt != described.get(PROMPT):
-        raise ValueError(f"The concept was learned with the prompt '{described.get(PROMPT)}', not '{prompt}'.")
-    if steps is not None and steps != len(change.timesteps):
-        raise ValueError(f"The concept was learned with {len(change.timesteps)} steps, not {steps}; omit them.")
+        refuse_other_base(concept.metadata, model.base_model, "The concept")
+    tokens, width = change.values.shape[1] // (2 if change.branch == "values" else 1), change.values.shape[2]
+    fits = (tokens, width, z.shape[:2]) == (encoder.max_length, encoder.width, (1, model.channels))
+    unit, z_0 = facts.size_unit // facts.factor, concept.tensors[FIRST]
+    fits = fits and z.shape == z_0.shape and not any(side % unit for side in z.shape[2:])
+    if not fits or change.timesteps[0] >= model.num_timesteps:
+        found = f"{tokens} tokens of width {width}, latents {(*z.shape,)} and timesteps up to {change.timesteps[0]}"
+        wanted = f"{encoder.max_length} of {encoder.width}, {model.channels} channels, {model.num_timesteps} timesteps"
+        raise ValueError(f"The concept has {found}, which this model ({wanted}) cannot read; invert the image anew.")
+    if other := changes(concept.metadata, content, prompt, {"steps": steps}):
+        remedy = "every image is inverted by itself: scripts/invert.py IMAGE --prompt …"
+        raise ValueError(f"The concept was inverted with another {other}; {remedy}")
 
 
 def refuse_changed(file: Path, content: Content, prompt: str, given: Mapping[str, object]) -> None:
-    """Raise `ValueError` where a concept's file is of another image or prompt, or was learned with other settings.
+    """Raise `ValueError` where a concept's file differs from an inversion that is asked for; see `changes`."""
+    if other := changes(read_file(file, wanted=lambda _: False).metadata, content, prompt, given):
+        raise ValueError(f"'{file}' was inverted with another {other}; use another --outdir, or delete it.")
+
+
+def changes(said: Mapping[str, str], content: Content | None, prompt: str | None, given: Mapping[str, object]) -> str:
+    """Return how an inversion differs from one that is asked for: what it has, and what it should have.
 
     Args:
-        given: flags of `scripts/invert.py` by their names; those that are None may be anything.
+        said: metadata of the concept.
+        given: flags of `scripts/invert.py` by their names. None, and flags that are not here, may be anything.
     """
-    said = read_file(file, wanted=lambda _: False).metadata
-    method = METHODS[str(given["method"])]
-    was = json.loads(said.get(OPTIONS, "{}")) | {"prompt": said.get(PROMPT), "image": said.get(IMAGE)}
-    was |= {"method": said.get("prospect.method")}
-    now: dict[str, object] = {"prompt": prompt, "image": content_hash(open_content(content)), "method": method}
-    now |= {name: given[name] for name in asdict(InversionOptions()) if given.get(name) is not None}
-    if method == "stylediffusion":
-        was |= {"value_mode": said.get("inversion.value_mode"), "start_seed": said.get("inversion.seed")}
+    try:
+        was = dict(json.loads(said[OPTIONS]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        was = {}
+    was |= {"prompt": said.get(PROMPT), "image": said.get(IMAGE), "method": said.get(METHOD)}
+    was |= {"value_mode": said.get(MODE), "start_seed": said.get(SEED)}
+    now: dict[str, object] = {name: given.get(name) for name in asdict(InversionOptions())} | {"prompt": prompt}
+    now["image"] = None if content is None else content_hash(open_content(content))
+    if "method" in given:
+        now["method"] = METHODS[str(given["method"])]
+    if given.get("method") == "stylediffusion":
         now |= {"value_mode": given["value_mode"], "start_seed": str(given["start_seed"])}
-    if other := ", ".join(name for name, value in now.items() if was.get(name) != value):
-        raise ValueError(f"'{file}' was inverted with another {other}; use another --outdir, or delete it.")
+    other = [name for name, value in now.items() if value is not None and was.get(name) != value]
+    return ", ".join(f"{name} ({shown(was.get(name))}, not {shown(now[name])})" for name in other)
 
 
 @usual_torch()
@@ -393,20 +376,22 @@ def edit_image(
     learned: bool = True,
     progress: bool = True,
     report: Callable[[int, Tensor], None] | None = None,
+    any_base: bool = False,
 ) -> Edited:
     """Edit the image that a concept was made of.
 
     Args:
         learned: without it, Prompt-to-Prompt alone upon the path of the inversion.
         report: called after each step with its number and the latents.
+        any_base: also a concept that was learned for another base model.
 
     Raises:
         ValueError: the concept is for another model, or the edit does not fit its prompt.
     """
-    check_belongs(concept, model)
+    check_belongs(concept, model, any_base=any_base)
     change, prompt = change_of(concept).to(model.device), concept.metadata[PROMPT]
     x_T = concept.tensors[START].to(model.device)
-    plan = plan_edit(model, Prompts(model.prompt_reader(), prompt, None, edit), change.timesteps, x_T)
+    plan = plan_edit(model, prompt, edit, change.timesteps, x_T)
     branches = Branches(
         model.get_unconditional(prompt),
         model.get_learned_conditioning([edit.target], edit.prospect_words),
@@ -414,4 +399,4 @@ def edit_image(
     )
     branches = branches.changed(change if learned else None, value_steps(len(change.timesteps), edit.tau_v))
     scale = float(concept.metadata[SCALE])
-    return decoded(model, denoise_pair(model, x_T, branches, plan, change.timesteps, scale, progress, report))
+    return Edited.of(model, denoise_pair(model, x_T, branches, plan, change.timesteps, scale, progress, report))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ldm.conditioning.context import Conditioning
 from ldm.editing.alignment import PromptTokens
-from ldm.editing.control import MapStore
-from ldm.editing.inversion import ddim_invert, inversion_timesteps, layers_of
+from ldm.editing.control import MapStore, layers_of
+from ldm.editing.inversion import ddim_invert, inversion_timesteps
+from ldm.editing.request import check_words_in
 from ldm.models.diffusion.latent_diffusion import DiffusionModel
 from ldm.models.diffusion.sampling import guided
 
@@ -47,17 +48,10 @@ def mask_of(average: Tensor, tokens: PromptTokens, word: str, compat: bool = Fal
     Raises:
         ValueError: the word is not in the prompt, or nothing attends to it.
     """
-    places = tokens.places_of(word)
-    if not places:
-        raise ValueError(f"'{word}' is no word of the prompt; its words are {', '.join(map(repr, tokens.words))}.")
-    places = [tokens.words.index(word) + 1] if compat else places
+    check_words_in([word], [" ".join(tokens.words)], "The mask")
+    places = [tokens.words.index(word) + 1] if compat else tokens.places_of(word)
     strength = average[..., places].sum(dim=-1).cpu()
     if not strength.max() > 0:
         raise ValueError(f"The mask of '{word}' is empty: nothing attends to it; name another word.")
     grey = (255 * strength / strength.max()).numpy().astype(np.uint8)
     return Image.fromarray(grey).resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BICUBIC)
-
-
-def background(foreground: Image.Image) -> Image.Image:
-    """Return 255 minus a mask."""
-    return foreground.point(lambda value: 255 - value)

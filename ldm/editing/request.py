@@ -9,10 +9,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
-from ldm.request import PLACEHOLDER, Words, check_prompt, check_words, shown
+from ldm.request import Words, check_prompt, check_words, read_number, shown, texts_of
 
 Span = float | tuple[float, float]  # a share of all steps from the first on, or from the first to the second
 Pair = tuple[tuple[str, ...], tuple[str, ...]]  # words of the source prompt, words of the target
@@ -20,14 +20,9 @@ KINDS = ("replace", "refine")
 TAUS = ("tau_v", "tau_c", "tau_s", "tau_u")
 
 MOST_EDITS = 1000  # of a grid of taus
-# Least and greatest value of each number, and what is added to the sentence that says so.
-_RANGES = {
-    "steps": (1, 100, " (the learning rate ends there)"),
-    "guidance_scale": (1, 1000, ""),
-    "inner_steps": (1, 100_000, ""),
-    "epochs": (1, 1000, ""),
-    "epsilon": (0, 1000, ""),
-}
+# Least and greatest value of each number; the learning rate ends after 100 steps.
+_RANGES = {"steps": (1, 100), "guidance_scale": (1, 1000), "inner_steps": (1, 100_000), "epochs": (1, 1000)}
+_RANGES |= {"epsilon": (0, 1000)}
 
 
 @dataclass(frozen=True)
@@ -53,11 +48,10 @@ class InversionOptions:
     half_maps: bool = False
 
     def __post_init__(self) -> None:
-        for name, (low, high, remark) in _RANGES.items():
-            whole = name in ("steps", "inner_steps", "epochs")
-            object.__setattr__(self, name, read_number(name, getattr(self, name), low, high, whole, remark))
-        for name in ("attention_loss", "half_maps"):
-            _check_switch(name, getattr(self, name))
+        for name, (low, high) in _RANGES.items():
+            whole = isinstance(getattr(InversionOptions, name), int)
+            object.__setattr__(self, name, read_number(name, getattr(self, name), low, high, whole))
+        _check_switches(self, "attention_loss", "half_maps")
 
 
 @dataclass(frozen=True)
@@ -105,60 +99,41 @@ class Edit:
         for name in ("word_taus", "weights"):
             if not isinstance(given := getattr(self, name) or {}, Mapping):
                 raise ValueError(f"{name} must be {{word: number}}, not {shown(given)}.")
+            self._set(name, dict(given))
         self._set("word_taus", {w: read_span(f"tau_c of '{w}'", s) for w, s in (self.word_taus or {}).items()})
+        for word, weight in (self.weights or {}).items():
+            read_number(f"The weight of {shown(word)}", weight, -1e6, 1e6)
         for name in ("blend", "subtract"):
             self._set(name, _pair(name, getattr(self, name)))
-        self._set("weights", dict(self.weights or {}))
-        for word, weight in (self.weights or {}).items():
-            if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-                raise ValueError(f"The weight of {shown(word)} must be a number, not {shown(weight)}.")
         self._set("threshold", read_number("threshold", self.threshold, 0, 1))
-        _check_switch("compat", self.compat)
+        _check_switches(self, "compat")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def texts(self, num_stages: int) -> list[str]:
         """Return the target in each stage; one text where all are alike."""
-        if self.prospect_words is None:
-            return [self.target]
-        entries = check_words(self.prospect_words, num_stages)
-        return [self.target.replace(PLACEHOLDER, e) if isinstance(e, str) else self.target for e in entries]
+        words = None if self.prospect_words is None else check_words(self.prospect_words, num_stages)
+        return texts_of(self.target, words)
 
     def check(self, source: str, num_stages: int = 10) -> None:
         """Raise `ValueError` unless all words are those of the prompts, and as many of them as `kind` needs."""
         texts = self.texts(num_stages)
         for name, pair in (("blend", self.blend), ("subtract", self.subtract)):
-            if pair is not None:
-                check_words_in(pair[0], [source], f"{name}, of the source")
-                check_words_in(pair[1], texts, f"{name}, of the target")
+            of_source, of_target = pair or ((), ())
+            check_words_in(of_source, [source], f"{name}, of the source")
+            check_words_in(of_target, texts, f"{name}, of the target")
         check_words_in(self.weights or {}, texts, "weight")
         check_words_in(self.word_taus or {}, texts, "tau_c")
         for text in texts if self.kind == "replace" else ():
             if len(source.split(" ")) != len(text.split(" ")):
-                raise ValueError(
-                    f"kind replace needs as many words in both prompts, but '{source}' has {len(source.split(' '))} "
-                    f"and '{text}' has {len(text.split(' '))}; use kind refine."
-                )
+                raise ValueError(f"kind replace needs as many words in '{source}' as in '{text}'; use kind refine.")
 
 
-def read_number(name: str, value: Any, low: float, high: float, whole: bool = False, remark: str = "") -> int | float:
-    """Return a number as Python's own.
-
-    Raises:
-        ValueError: it is none, or out of range.
-    """
-    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if not is_number:
-        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, not {shown(value)}.")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in {low}..{high}{remark}, not {shown(value)}.")
-    return int(value) if whole else float(value)
-
-
-def _check_switch(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, not {shown(value)}.")
+def _check_switches(options: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(value := getattr(options, name), bool):
+            raise ValueError(f"{name} must be true or false, not {shown(value)}.")
 
 
 def read_span(name: str, value: object) -> Span:
@@ -167,26 +142,25 @@ def read_span(name: str, value: object) -> Span:
     Raises:
         ValueError: something else.
     """
-    ends: list[Any] = list(value) if isinstance(value, (tuple, list)) else [0, value]
-    ends = [0, *ends] if len(ends) == 1 else ends
-    if len(ends) != 2 or not all(isinstance(end, Real) and not isinstance(end, bool) for end in ends):
-        raise ValueError(f"{name} must be a number in 0..1, or a pair of them, not {shown(value)}.")
-    if not 0 <= ends[0] <= ends[1] <= 1:
-        raise ValueError(f"{name} must be in 0..1, the start before the end, not {', '.join(map(shown, ends))}.")
+    given: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value]
+    ends = [0, *given] if len(given) == 1 else given
+    are_numbers = len(ends) == 2 and all(isinstance(end, Real) and not isinstance(end, bool) for end in ends)
+    if not are_numbers or not 0 <= ends[0] <= ends[1] <= 1:
+        found = ", ".join(map(shown, given[:3]))
+        raise ValueError(f"{name} must be in 0..1, or two such numbers, the start before the end, not {found}.")
     start, end = map(float, ends)
     return (start, end) if start else end
 
 
-def _pair(name: str, value: object) -> Pair | None:
+def _pair(name: str, value: Any) -> Pair | None:
     if value is None:
         return None
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} must be words of the source and words of the target, not {shown(value)}.")
-    source, target = ((words,) if isinstance(words, str) else words for words in value)
-    for words in (source, target):
-        if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"{name} must be words of the source and words of the target, not {shown(words)}.")
-    return tuple(source), tuple(target)
+    lists = [(w,) if isinstance(w, str) else w for w in value] if isinstance(value, (tuple, list)) else []
+    are_words = [isinstance(words, (tuple, list)) and all(isinstance(w, str) for w in words) for words in lists]
+    if are_words != [True, True]:
+        given = ", ".join(map(shown, lists[:3])) or shown(value)
+        raise ValueError(f"{name} must be words of the source and words of the target, not {given}.")
+    return tuple(lists[0]), tuple(lists[1])
 
 
 def grid_of(target: str, **given: Any) -> list[Edit]:
@@ -202,12 +176,5 @@ def check_words_in(words: Collection[str], texts: Sequence[str], flag: str) -> N
     """Raise `ValueError` for words that none of some prompts has, with those that they have."""
     there = dict.fromkeys(word for text in texts for word in text.split(" "))
     if lacking := [word for word in words if word not in there]:
-        raise ValueError(
-            f"{flag}: {', '.join(map(repr, lacking))} is no word of the prompt '{texts[0]}'; its words are "
-            f"{', '.join(map(repr, filter(None, there)))}."
-        )
-
-
-def span_of(span: Span) -> tuple[float, float]:
-    """Return the two ends of a span."""
-    return span if isinstance(span, tuple) else (0.0, span)
+        unknown, known = (", ".join(map(repr, filter(None, listed))) for listed in (lacking, there))
+        raise ValueError(f"{flag}: {unknown} is no word of the prompt '{texts[0]}'; its words are {known}.")

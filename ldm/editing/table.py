@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.editing.request import Edit, grid_of
+from ldm.editing.request import TAUS, Edit, grid_of
 from ldm.files.texts import read_table
 from ldm.request import shown
 
 COLUMNS = ("case_number", "prompt", "image_path")
-EDITING = ("target", "blend_word", "eq_params", "tau_v", "tau_c", "tau_s", "tau_u", "edit_type")
-KIND_OF = {"Replacement": "replace", "Refinement": "refine", "replace": "replace", "refine": "refine"}
+KIND_OF = {"Replacement": "replace", "Refinement": "refine"}  # by StyleDiffusion's names; ours are taken, too
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,12 @@ class Row:
         """
         if not self.cells.get("target"):
             return []
-        given: dict[str, Any] = {name: tau for name in EDITING[3:7] if (tau := self._literal(name)) is not None}
-        if (kind := self.cells.get("edit_type")) and kind not in KIND_OF:
-            raise ValueError(f"edit_type must be one of {', '.join(KIND_OF)}, not {shown(kind)}.")
-        blend, weights = self._literal("blend_word"), self._literal("eq_params")
-        if weights is not None:
-            weights = _weights(weights, self.cells["eq_params"])
-        return grid_of(self.cells["target"], kind=KIND_OF[kind or "Replacement"], blend=blend, weights=weights, **given)
+        given: dict[str, Any] = {name: tau for name in TAUS if (tau := self._literal(name)) is not None}
+        if kind := self.cells.get("edit_type"):
+            given["kind"] = KIND_OF.get(kind, kind)
+        if (pairs := self._literal("eq_params")) is not None:
+            given["weights"] = _weights(pairs, self.cells["eq_params"])
+        return grid_of(self.cells["target"], blend=self._literal("blend_word"), **given)
 
     def _literal(self, column: str) -> Any:
         text = (self.cells.get(column) or "").strip()
@@ -80,10 +78,9 @@ def read_rows(path: str | Path, first: int | None = None, end: int | None = None
 
 
 def _row(path: Path, line: int, cells: dict[str, str]) -> Row:
-    number = cells["case_number"].strip()
-    if not re.fullmatch(r"\d{1,9}", number):
-        raise ValueError(f"'{path}', line {line}: case_number must be a whole number, not {shown(number)}.")
-    if not cells["image_path"].strip():
-        raise ValueError(f"'{path}', line {line}: it names no image_path.")
-    beside = path.parent / cells["image_path"]
-    return Row(int(number), cells["prompt"], beside if os.path.exists(beside) else Path(cells["image_path"]), cells)
+    number, image = cells["case_number"].strip(), cells["image_path"]
+    if not re.fullmatch(r"\d{1,9}", number) or not image.strip():
+        wanted = "case_number must be a whole number, and image_path an image's"
+        raise ValueError(f"'{path}', line {line}: {wanted}, not {shown(number)} and {shown(image)}.")
+    beside = path.parent / image
+    return Row(int(number), cells["prompt"], beside if os.path.exists(beside) else Path(image), cells)

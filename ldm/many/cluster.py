@@ -33,8 +33,7 @@ def connected(address: str) -> Iterator[Any]:
     """Ray, connected to the cluster `address`: "local" (made for as long as this lasts), "auto" or HOST:PORT.
 
     Raises:
-        ImportError: Ray is not installed.
-        ConnectionError: nothing answers there.
+        ImportError, ConnectionError: Ray is not installed, or nothing answers there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = address == "local"
@@ -106,17 +105,17 @@ class Sent(NamedTuple):
         if stamp_of(path) == self.stamp:
             return path
         place = CACHE / "sent" / hashlib.sha256(repr(self[:2]).encode()).hexdigest()[:16] / path.name
-        if stamp_of(place, times=False) != tuple((name, size, 0) for name, size, _ in self.stamp):
+        if not all((place / name).is_file() for name, _, _ in self.stamp):
             for name, content in ray.get(self.content).items():
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
                 replace_bytes(place / name, content)  # whole, also where two tasks write it
         return place
 
 
-def stamp_of(path: Path, times: bool = True) -> tuple[tuple[str, int, int], ...]:
+def stamp_of(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Return (name, size, time of change) of each file; of a missing path, nothing."""
     stats = {name: file.stat() for name, file in _files(path).items()}
-    return tuple((name, stat.st_size, stat.st_mtime_ns if times else 0) for name, stat in stats.items())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -132,7 +131,7 @@ def send(ray: Any, path: Path) -> Sent:
 
 
 def learn_on(ray: Any, jobs: Sequence[Job], setting: Setting, out: Path, gpu_share: float) -> Iterator[Learned]:
-    """Do as `pool.learn_locally` does, on a cluster.
+    """Do as `learn_locally` does, on a cluster.
 
     A run lies in `out` on machines that see this folder, and resumes there, else in the machine's own cache.
     """

@@ -76,9 +76,9 @@ def run(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _learn(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ldm.many.contact_sheet import write_sheet
+    from ldm.many.contact_sheet import write_sheet, write_table
     from ldm.many.jobs import Setting, finished, read_jobs, unfinished
-    from ldm.many.learn import learn_many, write_table
+    from ldm.many.learn import learn_many
 
     given = {"init_word": options.init_word, "method": options.method, "steps": options.max_steps}
     jobs = read_jobs(options.images.absolute(), {name: value for name, value in given.items() if value})

@@ -1,7 +1,9 @@
-"""A contact sheet of learned concepts: the image learned from, the concept alone, and each preset."""
+"""Results of all concepts together: a table, and a contact sheet of images."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,36 @@ from ldm.config import load_config
 from ldm.data.personalized import find_images
 from ldm.files.images import fit, label_grid, open_image
 from ldm.files.records import save_png
+from ldm.files.writing import replace_text
 from ldm.generate import load_model_from_config, main
-from ldm.many.jobs import Job, Setting, finished
+from ldm.many.jobs import Job, Learned, Setting, finished
 from ldm.request import PRESETS
 
+COLUMNS = ("name", "image", "method", "steps", "seconds", "result")  # of `concepts.csv`
 STEPS = 25
 
 
-def write_sheet(jobs: Sequence[Job], setting: Setting, out: Path) -> Path | None:
-    """Write `concepts.png`: a row for each concept that is there. Returns None where there is none.
+def write_table(jobs: Sequence[Job], results: Sequence[Learned], out: Path) -> str:
+    """Write `concepts.csv`, and return it as a text for the terminal."""
+    learned = {found.job.name: found for found in results}
+    rows = [COLUMNS]
+    for job in jobs:
+        found = learned.get(job.name)
+        seconds = f"{found.seconds:.0f}" if found and found.seconds else ""
+        told = (found.error or "learned") if found else "learned before"
+        rows.append((job.name, str(job.image), job.method or "", str(job.steps or ""), seconds, told))
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    replace_text(out / "concepts.csv", text.getvalue())
+    widths = [max(len(row[i]) for row in rows) for i in (0, 4)]
+    return "\n".join(f"{row[0]:{widths[0]}}  {row[4]:>{widths[1]}}  {row[5]}" for row in rows)
 
-    A preset's prompt names the initial word, with the learned token before it in the preset's stages.
+
+def write_sheet(jobs: Sequence[Job], setting: Setting, out: Path) -> Path | None:
+    """Write `concepts.png`: for each concept the image learned from, the concept alone, and each preset.
+
+    Returns None where there is no concept. A preset's prompt names the initial word, with the learned token before it
+    in the preset's stages.
     """
     if not jobs:
         return None

@@ -80,10 +80,6 @@ class Learned:
     error: str = ""
 
 
-class Changed(ValueError):
-    """A concept's run was started with other settings."""
-
-
 # --- what to learn -------------------------------------------------------------------------------------------------
 
 
@@ -102,13 +98,13 @@ def read_jobs(images: Path, defaults: Mapping[str, Any] | None = None) -> list[J
         jobs = _read_csv(images)
     elif images.is_dir():
         found = [path for path in sorted(images.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        alone = [path for path in sorted(images.iterdir()) if path.is_file()] and not found
-        found += find_images(images) if alone else []
+        found = found or find_images(images)
         jobs = [Job(path, path.name if path.is_dir() else path.stem) for path in found]
     else:
-        raise ValueError(f"'{images}' is neither a folder nor a .csv file; give a folder of folders with images.")
+        jobs = []
     if not jobs:
-        raise ValueError(f"There is nothing to learn in '{images}'; put a folder with images there for each concept.")
+        remedy = "give a folder with a folder of images for each concept, or a .csv file"
+        raise ValueError(f"There is nothing to learn in '{images}'; {remedy}.")
     jobs = [replace(job, **{k: v for k, v in (defaults or {}).items() if getattr(job, k) is None}) for job in jobs]
     _check(jobs, images)
     return jobs
@@ -125,10 +121,8 @@ def _check(jobs: Sequence[Job], images: Path) -> None:
         own = unicodedata.normalize("NFC", job.name.casefold())
         for name in (own, f"{own}.json", f"{own}.log"):  # what lies in `runs`
             if (other := seen.setdefault(name, job)) is not job:
-                raise ValueError(
-                    f"'{other.image}' and '{job.image}' are called '{other.name}' and '{job.name}', which are the same "
-                    "files; rename one of them."
-                )
+                both = f"'{other.name}' of '{other.image}' and '{job.name}' of '{job.image}'"
+                raise ValueError(f"{both} are the same files; rename one of them.")
 
 
 def _read_csv(path: Path) -> list[Job]:
@@ -142,45 +136,43 @@ def _read_csv(path: Path) -> list[Job]:
 
 def _job(row: dict[str, str], path: Path, line: int) -> Job:
     """Return the job in a line of a CSV."""
-    values = {key: value.strip() for key, value in row.items() if value.strip()}
-    where = f"'{path}', line {line}"
-    if "image" not in values:
-        raise ValueError(f"{where}: it names no image.")
-    steps = values.get("steps", "1")
+    values: dict[str, Any] = {key: value.strip() for key, value in row.items() if value.strip()}
+    where, steps = f"'{path}', line {line}", values.get("steps", "1")
     if not re.fullmatch(r"0*[1-9]\d{0,8}", steps):
         raise ValueError(f"{where}: steps must be a whole number of at least 1, not {shown(steps)}.")
-    image = path.parent / Path(values["image"]).expanduser()
-    if not os.path.exists(image):
-        raise ValueError(f"{where}: there is no '{image!s:.300}'.")
-    name = values.get("name", image.name if image.is_dir() else image.stem)
-    return Job(image, name, values.get("init_word"), values.get("method"), int(steps) if "steps" in values else None)
+    image = path.parent / Path(values.get("image", "")).expanduser()
+    if "image" not in values or not os.path.exists(image):
+        raise ValueError(f"{where}: there is no image '{values.get('image', '')!s:.300}'.")
+    own = {"image": image, "name": values.get("name", image.name if image.is_dir() else image.stem)}
+    return Job(**values | own | ({"steps": int(steps)} if "steps" in values else {}))
 
 
 def unfinished(jobs: Sequence[Job], setting: Setting, out: Path) -> list[Job]:
     """Return the jobs that are still to be done, and note what each is.
 
     Raises:
-        Changed: a concept that was learned, or started, had other images or settings, or a file is someone else's.
-        ValueError: a folder without an image.
+        ValueError: a concept that was learned, or started, had other images or settings, a file is someone else's, or a
+            folder has no image.
     """
-    for file in (out / name for name in RESULTS):
-        if file.exists() and not (out / "runs").is_dir():
-            raise Changed(f"'{file}' is there already and was not written by this command; use another --out.")
+    theirs = [] if (out / "runs").is_dir() else [out / name for name in RESULTS]
+    theirs += [finished(out, job) for job in jobs if not noted(out, job).is_file()]
+    if theirs := [file for file in theirs if file.exists()]:
+        raise ValueError(f"'{theirs[0]}' is there already and was not written by this command; use another --out.")
+    shared = {
+        "base": [hashlib.sha256(path.read_bytes()).hexdigest() for path in setting.base],
+        "overrides": list(setting.overrides),
+        "base_model": base_model_of(setting.ckpt)[FINGERPRINT],
+    }
     asked: dict[str, Any] = {}
-    base_model = base_model_of(setting.ckpt)[FINGERPRINT]
     for job in jobs:
-        digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in find_images(job.image)))
+        images = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in find_images(job.image)))
         values = {key: value for key, value in asdict(job).items() if key != "image"}
-        bases = [hashlib.sha256(path.read_bytes()).hexdigest() for path in setting.base]
-        asked[job.name] = values | {"images": digest.hexdigest(), "base": bases, "overrides": list(setting.overrides)}
-        asked[job.name]["base_model"] = base_model
-        note, there = noted(out, job), finished(out, job)
-        if there.exists() and not note.is_file():
-            raise Changed(f"'{there}' is there already and was not learned by this command; use another --out.")
-        if note.is_file() and _note(note) != asked[job.name]:
-            raise Changed(
+        asked[job.name] = values | {"images": images.hexdigest()} | shared
+        if (note := noted(out, job)).is_file() and _note(note) != asked[job.name]:
+            remedy = f"'{finished(out, job)}', '{run_of(out, job)}', '{log_of(out, job)}' and '{note}'"
+            raise ValueError(
                 f"'{job.name}' was started in '{out}' with other images or settings; use another --out, or remove "
-                f"'{there}', '{run_of(out, job)}', '{log_of(out, job)}' and '{note}'."
+                f"{remedy}."
             )
     (out / "runs").mkdir(parents=True, exist_ok=True)
     for job in jobs:

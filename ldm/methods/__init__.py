@@ -18,15 +18,16 @@ def _inverted(*_: Any, **__: Any) -> NoReturn:
 
 
 METHODS: dict[str, Method] = {
-    "prospect": Method(prospect.check_tensors, table.load_table, prospect.ProSpect),
-    "textual-inversion": Method(prospect.check_tensors, table.load_table, partial(table.learn_table, stages=1)),
+    "prospect": Method(prospect.check_vectors, table.load_table, prospect.ProSpect),
+    "textual-inversion": Method(prospect.check_vectors, table.load_table, partial(table.learn_table, stages=1)),
     "xti": Method(table.check_table, table.load_table, partial(table.learn_table, stages=1, layers=True)),
     "table": Method(table.check_table, table.load_table, table.learn_table),
     "neti": Method(neti.check_mapper, neti.load_mapper, neti.learn_mapper),
     "catversion": Method(catversion.check_prefix, catversion.load_prefix, catversion.learn_prefix),
-    "stylediffusion": Method(stylediffusion.check_values, stylediffusion.load_values, _inverted),
-    "null-text": Method(null_text.check_contexts, null_text.load_null, _inverted),
-    "text-inversion": Method(null_text.check_contexts, null_text.load_text, _inverted),
+}
+METHODS |= {
+    change.method: Method(change.check, change.load, _inverted)
+    for change in (stylediffusion.LearnedValues, null_text.NullContexts, null_text.TextContexts)
 }
 
 
@@ -38,9 +39,9 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    if "." in name:
-        found = get_class(name)
-        if not callable(getattr(found, "check", None)) or not callable(getattr(found, "load", None)):
-            raise ValueError(f"'{name}' is no method: it has no check and no load.")
-        return Method(found.check, found.load, found)  # type: ignore[attr-defined]
-    raise ValueError(f"it was learned by the method '{name}', which is unknown here; known: {', '.join(METHODS)}.")
+    if "." not in name:
+        raise ValueError(f"it was learned by the method '{name}', which is unknown here; known: {', '.join(METHODS)}.")
+    found: Any = get_class(name)
+    if not callable(getattr(found, "check", None)) or not callable(getattr(found, "load", None)):
+        raise ValueError(f"'{name}' is no method: it has no check and no load.")
+    return Method(found.check, found.load, found)

@@ -34,19 +34,12 @@ class CatVersionPrefix(LearnedModule):
     method = "catversion"
 
     def __init__(
-        self,
-        text_layers: tuple[int, ...] = TEXT_LAYERS,
-        heads: int = HEADS,
-        head_width: int = HEAD_WIDTH,
-        length: int = 1,
-        logit_bias: float = 1.0,
-        generator: torch.Generator | None = None,
+        self, text_layers: tuple[int, ...], heads: int, head_width: int, length: int, logit_bias: float
     ) -> None:
         super().__init__()
-        self.text_layers, self.logit_bias = tuple(text_layers), logit_bias
+        self.text_layers, self.logit_bias = text_layers, logit_bias
         # (text layers, K and V, P, heads, d)
-        start = torch.randn(len(text_layers), 2, length, heads, head_width, generator=generator)
-        self.prefix = nn.Parameter(start)
+        self.prefix = nn.Parameter(torch.randn(len(text_layers), 2, length, heads, head_width))
 
     @property
     def width(self) -> int:
@@ -56,11 +49,9 @@ class CatVersionPrefix(LearnedModule):
     def check_fits(self, text_layers: int, heads: int) -> None:
         """Raise `ValueError` unless a text transformer has the layers and heads of this prefix."""
         if max(self.text_layers) >= text_layers or self.prefix.shape[3] != heads:
-            layers = ", ".join(map(str, self.text_layers))
-            raise ValueError(
-                f"This concept ({self.method}) is for text layers {layers} of {self.prefix.shape[3]} heads, but this "
-                f"model has {text_layers} layers of {heads}: it was learned for another base model."
-            )
+            own = f"text layers {', '.join(map(str, self.text_layers))} of {self.prefix.shape[3]} heads"
+            theirs = f"this model has {text_layers} layers of {heads}: it was learned for another base model"
+            raise ValueError(f"This concept ({self.method}) is for {own}, but {theirs}.")
 
     def key_values(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Return text layer -> (K, V), each (P, heads, d)."""
@@ -72,11 +63,7 @@ class CatVersionPrefix(LearnedModule):
     @torch.no_grad()
     def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
         other = load_prefix(tensors, metadata)
-        if (other.prefix.shape, other.text_layers, other.logit_bias) != (
-            self.prefix.shape,
-            self.text_layers,
-            self.logit_bias,
-        ):
+        if (other.prefix.shape, other.to_concept()[1]) != (self.prefix.shape, self.to_concept()[1]):
             raise ValueError("its prefix has other layers, sizes or logit bias than this run's.")
         self.prefix.copy_(other.prefix)
 
@@ -89,8 +76,8 @@ def learn_prefix(start: Start, length: int = 1, layers: int = 3, logit_bias: flo
 
 def check_prefix(tensors: Tensors) -> None:
     """Raise `ValueError` unless a concept holds `prefix`, floats of shape (text layers, 2, P, heads, width)."""
-    prefix = tensors.get(PREFIX)
-    if prefix is None or len(tensors) > 1 or prefix.ndim != 5 or prefix.shape[1] != 2 or 0 in prefix.shape:
+    prefix = tensors.get(PREFIX, torch.empty(0))
+    if len(tensors) != 1 or prefix.ndim != 5 or prefix.shape[1] != 2 or 0 in prefix.shape:
         raise ValueError(f"its tensors ({', '.join(tensors) or 'none'}) are no CatVersion prefix.")
 
 
@@ -99,19 +86,17 @@ def load_prefix(tensors: Tensors, metadata: Metadata) -> CatVersionPrefix:
     """Return the frozen prefix of a concept.
 
     Raises:
-        ValueError: the layers or the logit bias are missing or do not fit.
+        ValueError: its layers or logit bias are missing or do not fit.
     """
-    if (values := tensors.get(PREFIX)) is None:
-        raise ValueError("it holds no prefix of CatVersion.")
+    values = tensors[PREFIX]
     try:
-        layers = tuple(int(layer) for layer in metadata[LAYERS].split(","))
-        bias = float(metadata[LOGIT_BIAS])
-        if not math.isfinite(bias):
-            raise ValueError(bias)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"it does not say its text layers and logit bias ({LAYERS}, {LOGIT_BIAS}).") from error
-    if len(layers) != len(values) or len(set(layers)) != len(layers) or min(layers) < 0:
-        raise ValueError(f"it has keys and values for {len(values)} text layers, but names {metadata[LAYERS]}.")
+        layers, bias = tuple(map(int, metadata[LAYERS].split(","))), float(metadata[LOGIT_BIAS])
+        fits = len(layers) == len(set(layers)) == len(values) and min(layers) >= 0 and math.isfinite(bias)
+    except (KeyError, ValueError):
+        fits = False
+    if not fits:
+        count = f"those of {len(values)} layers"
+        raise ValueError(f"it does not say its text layers and logit bias, {count} ({LAYERS}, {LOGIT_BIAS}).")
     prefix = CatVersionPrefix(layers, values.shape[3], values.shape[4], values.shape[2], bias)
     with torch.no_grad():
         prefix.prefix.copy_(values)
@@ -125,10 +110,8 @@ def from_adapter(flat: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: a length that such a prefix does not have.
     """
     if flat.ndim != 1 or not len(flat) or len(flat) % FLAT:
-        raise ValueError(
-            f"its prefix of shape {tuple(flat.shape)} is not a multiple of {FLAT} values: it is for another text "
-            "transformer than that of Stable Diffusion v1."
-        )
+        what = f"its prefix of shape {tuple(flat.shape)} is not a multiple of {FLAT} values"
+        raise ValueError(f"{what}: it is for another text transformer than that of Stable Diffusion v1.")
     values = flat.view(-1, len(TEXT_LAYERS), 2, HEADS, HEAD_WIDTH).permute(1, 2, 0, 3, 4)
     return {PREFIX: values}, _describe(TEXT_LAYERS, 1.0)
 

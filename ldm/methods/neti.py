@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning.learned import TokenVectors
 from ldm.methods.base import LearnedModule, Metadata, Start, Tensors
+from ldm.request import read_number
 from ldm.util import usual_torch
 
 HIDDEN = 128
@@ -24,10 +25,9 @@ BYPASS_STRENGTH = 0.2  # of the textual bypass, in units of the hidden state's n
 NORMS = ("joint", "token")
 SETTINGS = "neti.settings"  # in a concept's metadata
 
-# Least and greatest value of each number; of these, `_OPEN` may be None.
+# Least and greatest value of each number.
 _SIZES = {"num_layers": (1, 1000), "width": (1, 1 << 16), "num_anchors": (1, 1000), "target_norm": (0, 1e6)}
 _SIZES |= {"sigma_t": (0, 1e6), "sigma_l": (0, 1e6), "nested_dropout": (0, 1)}
-_OPEN = ("target_norm", "nested_dropout")
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,9 @@ class NeTISettings:
 
     def __post_init__(self) -> None:
         for name, (low, high) in _SIZES.items():
-            value = getattr(self, name)
-            is_whole = isinstance(getattr(type(self), name), int)
-            if value is None and name in _OPEN:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
-                raise ValueError(f"{name} must be a {'whole ' if is_whole else ''}number, not {value!r:.40}.")
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be in {low}..{high}, not {value!r:.40}.")
-        if self.num_anchors < 1 or 1000 % self.num_anchors:
+            if getattr(self, name) is not None or name not in ("target_norm", "nested_dropout"):
+                read_number(name, getattr(self, name), low, high, whole=isinstance(getattr(NeTISettings, name), int))
+        if 1000 % self.num_anchors:
             raise ValueError(f"num_anchors must divide 1000, not {self.num_anchors}; 10 is usual.")
         if self.normalize not in NORMS:
             raise ValueError(f"normalize must be one of {', '.join(NORMS)}, not '{self.normalize}'.")
@@ -84,7 +78,7 @@ class NeTIMapper(LearnedModule):
     num_rows = 1
     w: Tensor
 
-    def __init__(self, settings: NeTISettings, generator: torch.Generator | None = None) -> None:
+    def __init__(self, settings: NeTISettings) -> None:
         super().__init__()
         self.settings = settings
         self.num_layers, self.width = settings.num_layers, settings.width
@@ -93,7 +87,7 @@ class NeTIMapper(LearnedModule):
         self.input_layer: nn.Module = nn.Identity()
         if settings.positional_encoding:
             scale = torch.tensor([settings.sigma_t, settings.sigma_l])
-            self.register_buffer("w", torch.randn(FREQUENCIES, 2, generator=generator) * scale)
+            self.register_buffer("w", torch.randn(FREQUENCIES, 2) * scale)
             self.input_layer = nn.Linear(2 * FREQUENCIES, anchors)
             self._centre_anchors(self.input_layer)
         self.net = nn.Sequential(
@@ -142,7 +136,7 @@ class NeTIMapper(LearnedModule):
             return y
         if self.settings.normalize == "joint":
             return norm * F.normalize(y, dim=-1)
-        e, rest = y.split([self.settings.width, y.shape[-1] - self.settings.width], dim=-1)
+        e, rest = y[..., : self.width], y[..., self.width :]
         return torch.cat([norm * F.normalize(e, dim=-1), rest], dim=-1)
 
     def draw_kept(self, batch: int) -> Tensor:
@@ -185,7 +179,7 @@ class NeTIMapper(LearnedModule):
         elif truncation is not None and self.truncates:
             kept = torch.full_like(layer, len(range(HIDDEN)[:truncation]))
         y = self(t.repeat(self.num_layers), layer, kept).view(self.num_layers, batch, 1, -1)
-        e, r = y.split([self.settings.width, y.shape[-1] - self.settings.width], dim=-1)
+        e, r = y[..., : self.width], y[..., self.width :]
         return TokenVectors(e, BYPASS_STRENGTH * F.normalize(r, dim=-1) if self.settings.output_bypass else None)
 
 
@@ -249,10 +243,8 @@ def from_reference(parameters: Tensors, encoding: Tensors, config: Any) -> tuple
             "init_word": str(config["data"]["super_category_token"]),
         }
     except (KeyError, TypeError, ValueError, StopIteration, ZeroDivisionError) as error:
-        reason = f"{type(error).__name__} {error}" if not isinstance(error, ValueError) else error
-        raise ValueError(
-            f"it is no mapper of NeTI that can be read ({reason}); use another copy of the file."
-        ) from error
+        reason = f"it is no mapper of NeTI that can be read ({type(error).__name__} {error})"
+        raise ValueError(f"{reason}; use another copy of the file.") from error
     load_mapper(tensors, metadata)
     return tensors, metadata
 
@@ -262,10 +254,8 @@ def load_mapper(tensors: Tensors, metadata: Metadata) -> NeTIMapper:
     """Return the frozen mapper of a concept.
 
     Raises:
-        ValueError: the settings are missing or do not fit the tensors.
+        ValueError: its settings are missing or do not fit the tensors.
     """
-    if SETTINGS not in metadata:
-        raise ValueError(f"it holds no mapper of NeTI (it does not say its {SETTINGS}).")
     try:
         values = json.loads(metadata[SETTINGS])
         if lacking := ", ".join(field.name for field in fields(NeTISettings) if field.name not in values):

@@ -16,7 +16,7 @@ from ldm.modules.attention import CrossAttention, FeedForward
 from ldm.util import without_weights
 
 
-class GeneratorBlock(LearnedModule):
+class GeneratorBlock(nn.Module):
     """The reference's transformer block from the initial word's embedding (1, D) to S vectors (S, D).
 
     x = e + A1(LN1(e)); x = x + A2(LN2(x), context e); S·D outputs = FF(LN3(x)), without a residual around FF. The
@@ -41,7 +41,7 @@ class GeneratorBlock(LearnedModule):
         return self.ff(self.norm3(x)).view(self.num_stages, -1)  # (S, D)
 
 
-class ProSpect(GeneratorBlock):
+class ProSpect(GeneratorBlock, LearnedModule):
     """The generator block on the initial word: S vectors for a placeholder.
 
     Args:
@@ -86,10 +86,10 @@ class ProSpect(GeneratorBlock):
 
     @torch.no_grad()
     def start_from(self, tensors: Tensors, metadata: Metadata) -> None:
-        vectors = tensors.get(VECTORS)
-        if vectors is None or vectors.shape != (self.num_stages, self.word.shape[-1]):
-            found = "no stage vectors" if vectors is None else f"{len(vectors)} stages of width {vectors.shape[1]}"
-            raise ValueError(f"it has {found}; this run learns {self.num_stages} of width {self.word.shape[-1]}.")
+        vectors, width = tensors[VECTORS], self.word.shape[-1]
+        if vectors.shape != (self.num_stages, width):
+            own = f"{self.num_stages} of width {width}"
+            raise ValueError(f"it has {len(vectors)} stages of width {vectors.shape[1]}; this run learns {own}.")
         was_training = self.training
         self.eval()
         difference = vectors.to(self.word.device) - self(self.word)
@@ -97,14 +97,12 @@ class ProSpect(GeneratorBlock):
         self.train(was_training)
 
 
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+def check_vectors(tensors: Tensors) -> None:
     """Raise `ValueError` unless a concept holds what ProSpect learns: `vectors`, floats of shape (S, D)."""
-    found = [f"{tensor.dtype} of {tuple(tensor.shape)}" for tensor in tensors.values()]
-    vectors = tensors.get(VECTORS)
-    if vectors is None or len(found) > 1:
-        raise ValueError(f"a ProSpect embedding is one tensor of vectors, not {', '.join(tensors) or 'nothing'}.")
-    if vectors.ndim != 2 or 0 in vectors.shape or not vectors.is_floating_point():
-        raise ValueError(f"an embedding has floats of shape (stages, width), not {found[0]}.")
+    vectors = tensors.get(VECTORS, torch.empty(0))
+    if len(tensors) != 1 or vectors.ndim != 2 or 0 in vectors.shape or not vectors.is_floating_point():
+        found = ", ".join(f"{name} ({x.dtype} of {tuple(x.shape)})" for name, x in list(tensors.items())[:4])
+        raise ValueError(f"an embedding is one tensor of vectors, not {found}; these are floats (stages, width).")
 
 
 @torch.no_grad()

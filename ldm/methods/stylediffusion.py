@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.context import Context
-from ldm.methods.base import Metadata, StepChange, Tensors
-from ldm.methods.inversion import Learner, check_inversion, read_timesteps
+from ldm.methods.base import Learner, StepChange
 
-GAMMA_BETA = "gamma_beta"  # the tensor of a concept
 FEATURE_TOKENS = 197  # of CLIP's ViT-B/16 at 224 pixels: 14² patches and the class
 VALUE_MODES = ("affine", "replace")
 
@@ -43,7 +41,7 @@ class MappingNetwork(nn.Module):
 class LearnedValues(StepChange):
     """Values c · γ + β in place of c, for each step (N, 2 L, D): γ, then β."""
 
-    branch = "values"
+    method, tensor, branch = "stylediffusion", "gamma_beta", "values"
 
     def __call__(self, context: Context, t: int) -> Context:
         return modulate(context, self.of_step(t))
@@ -59,14 +57,14 @@ class StyleDiffusion(Learner):
     """The mapping networks M_0 … M_{N-1} of an image, one for each denoising step.
 
     Args:
+        steps: N.
         features: E(x), of the image (1, T, D).
         length: L.
         value_mode: `affine`, the released code: values c · γ + β; or `replace`, the paper's formula: M(E(x)) alone.
         start: M_0 before training; None draws it.
     """
 
-    method, branch, learned = "stylediffusion", "values", GAMMA_BETA
-    reads_maps = True
+    kind, reads_maps = LearnedValues, True
 
     def __init__(
         self,
@@ -98,27 +96,10 @@ class StyleDiffusion(Learner):
         found = self.networks[step](self.features)[0]
         return found if self.value_mode == "affine" else torch.cat([torch.zeros_like(found), found])
 
-    def change(self, values: Tensor, timesteps: tuple[int, ...]) -> LearnedValues:
-        return LearnedValues(values, timesteps)
-
 
 def inner_iterations(step: int, first: int = 100) -> int:
     """Return how often step i is optimised: ceil(100 · exp(-0.1 i))."""
     return math.ceil(first * math.exp(-0.1 * step))
-
-
-def check_values(tensors: Tensors) -> None:
-    """Raise `ValueError` unless a concept holds `gamma_beta` (N, 2 L, D) and latents."""
-    check_inversion(tensors, GAMMA_BETA, "StyleDiffusion inversion")
-
-
-def load_values(tensors: Tensors, metadata: Metadata) -> LearnedValues:
-    """Return the learned values of a concept.
-
-    Raises:
-        ValueError: its timesteps do not fit.
-    """
-    return LearnedValues(tensors[GAMMA_BETA], read_timesteps(tensors, metadata, GAMMA_BETA))
 
 
 def networks_from(states: Sequence[Mapping[str, Tensor]]) -> list[MappingNetwork]:

@@ -100,19 +100,12 @@ def learn_table(
 
 def check_table(tensors: Tensors) -> None:
     """Raise `ValueError` unless a concept holds `table`, floats of shape (stages, layers, tokens, width)."""
-    table = tensors.get(TABLE)
-    if table is None or len(tensors) > 1 or table.ndim != 4 or 0 in table.shape or not table.is_floating_point():
+    table = tensors.get(TABLE, torch.empty(0))
+    if len(tensors) != 1 or table.ndim != 4 or 0 in table.shape or not table.is_floating_point():
         raise ValueError(f"its tensors ({', '.join(tensors) or 'none'}) are no table (stages, layers, tokens, width).")
 
 
 def load_table(tensors: Tensors, metadata: Metadata) -> Table:
-    """Return the frozen table of a concept of stage vectors (S, D), or of a table (S, layers, n, D).
-
-    Raises:
-        ValueError: it has neither.
-    """
-    if (vectors := tensors.get(VECTORS)) is not None:
-        return Table(vectors[:, None, None]).requires_grad_(False)
-    if TABLE not in tensors:
-        raise ValueError("it holds no learned vectors, but a module of another method.")
-    return Table(tensors[TABLE]).requires_grad_(False)
+    """Return the frozen table of a concept of stage vectors (S, D), or of a table (S, layers, n, D)."""
+    values = tensors[VECTORS][:, None, None] if VECTORS in tensors else tensors[TABLE]
+    return Table(values).requires_grad_(False)

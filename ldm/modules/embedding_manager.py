@@ -237,6 +237,7 @@ class EmbeddingManager(nn.Module):
             logger.warning("The embedding to start from was learned for the base model %s, not for %s.", theirs, ours)
         assert self.learned is not None
         try:
+            find_method(self.learned.method).check(concept.tensors)
             self.learned.start_from(concept.tensors, concept.metadata)
         except ValueError as error:
             raise ValueError(f"The embedding to start from cannot be used: {error}") from error

@@ -68,15 +68,14 @@ def test_the_legacy_rule_splits_at_spaces(reader: PromptReader, entry: str, expe
     assert len(row) == 77
 
 
-def test_the_legacy_rule_lets_a_long_prompt_lose_its_end_mark(reader: PromptReader) -> None:
+def test_the_legacy_rule_at_its_ends(
+    reader: PromptReader, tokenizer: CLIPTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A long prompt loses its end mark; without a learned star it is read as a character."""
     slots = reader.read(["* dog"], ["a " * 90] * 10, legacy_word_tokens=True)
     assert slots.shape == (10, 1, 77) and EOS not in slots[0, 0, :76].tolist()[1:] and slots[0, 0, -1] == A
-
-
-def test_the_legacy_rule_without_a_learned_star(tokenizer: CLIPTokenizer, caplog: pytest.LogCaptureFixture) -> None:
     row = PromptReader(tokenizer, {}, 10).read(["a *"], legacy_word_tokens=True)[0, 0].tolist()
-    assert row[:4] == [BOS, A, STAR, EOS]
-    assert "Nothing is learned or loaded for '*'" in caplog.text
+    assert row[:4] == [BOS, A, STAR, EOS] and "Nothing is learned or loaded for '*'" in caplog.text
 
 
 # prospect_words: what is taken
@@ -84,34 +83,14 @@ def test_the_legacy_rule_without_a_learned_star(tokenizer: CLIPTokenizer, caplog
 
 def test_each_kind_of_entry(reader: PromptReader) -> None:
     words = ["dog", "a * dog", 9, np.int64(8), None, "*", 0, "* and *", "", "dog"]
-    slots = [body(reader, "a * on", words, stage) for stage in range(10)]
-    assert slots == [
-        [A, DOG, ON],
-        [A, A, -2, DOG, ON],
-        [A, -10, ON],
-        [A, -9, ON],
-        [A, -5, ON],
-        [A, -6, ON],
-        [A, -1, ON],
-        [A, -8, 537, -8, ON],
-        [A, ON],
-        [A, DOG, ON],
-    ]
-
-
-def test_every_star_of_the_prompt_is_replaced(reader: PromptReader) -> None:
-    assert body(reader, "* and a *", ["dog"] * 10) == [DOG, 537, A, DOG]
+    read = [[DOG], [A, -2, DOG], [-10], [-9], [-5], [-6], [-1], [-8, 537, -8], [], [DOG]]
+    assert [body(reader, "a * on", words, stage) for stage in range(10)] == [[A, *own, ON] for own in read]
 
 
 def test_an_integer_is_the_learned_vector_of_that_stage_in_any_order(reader: PromptReader) -> None:
-    slots = reader.read(["*"], list(range(9, -1, -1)))
-    assert slots[:, 0, 1].tolist() == [-10, -9, -8, -7, -6, -5, -4, -3, -2, -1]
-
-
-def test_one_list_serves_a_batch(reader: PromptReader) -> None:
-    slots = reader.read(["a * on", "", "*"], ["dog"] * 10)
-    assert slots.shape == (10, 3, 77)
-    assert [row[1:4].tolist() for row in slots[0]] == [[A, DOG, ON], [EOS] * 3, [DOG, EOS, EOS]]
+    slots = reader.read(["* and a *", ""], list(range(9, -1, -1)))
+    assert set(slots[:, 1, 1:].flatten().tolist()) == {EOS}
+    assert slots[:, 0, 1].tolist() == slots[:, 0, 4].tolist() == [-10, -9, -8, -7, -6, -5, -4, -3, -2, -1]
 
 
 def test_other_numbers_of_stages_and_lengths(tokenizer: CLIPTokenizer) -> None:
@@ -144,10 +123,9 @@ def test_a_star_beside_anything_is_a_placeholder(reader: PromptReader, prompt: s
     assert body(reader, "*", [prompt] * 10) == expected, "and in an entry"
 
 
-@pytest.mark.parametrize("prompt", ["a  dog", " a dog", "a dog ", "a\tdog", "a\ndog", "A Dog", "a \t\n  DOG"])
+@pytest.mark.parametrize("prompt", ["a  dog", " a dog ", "a\tdog", "A Dog", "a \t\n  DOG"])
 def test_white_space_and_case_do_not_matter(reader: PromptReader, prompt: str) -> None:
-    assert body(reader, prompt) == [A, DOG]
-    assert body(reader, "*", [prompt] * 10) == [A, DOG]
+    assert body(reader, prompt) == body(reader, "*", [prompt] * 10) == [A, DOG]
 
 
 def test_a_word_that_is_several_tokens_is_kept_whole(reader: PromptReader, tokenizer: CLIPTokenizer) -> None:
@@ -158,11 +136,7 @@ def test_a_word_that_is_several_tokens_is_kept_whole(reader: PromptReader, token
 
 def test_an_emoji_is_its_bytes(reader: PromptReader) -> None:
     smile = [172, 253, 247, 480]  # F0 9F 99 82 in CLIP's order of bytes, the last one ending a word
-    assert body(reader, "🙂") == smile
     assert body(reader, "a 🙂* dog") == [A, *smile, -1, DOG]
-
-
-def test_the_empty_prompt(reader: PromptReader) -> None:
     assert body(reader, "") == body(reader, "   ") == []
 
 
@@ -174,11 +148,7 @@ def test_several_placeholders_are_all_replaced(tokenizer: CLIPTokenizer) -> None
     reader = PromptReader(tokenizer, rows, 10)
     assert body(reader, "a * on <cat> on <cat>-2", stage=3) == [A, -4, ON, -14, ON, -21], "the longest name counts"
     assert body(reader, "*", ["<cat> on *"] * 10, stage=3) == [-14, ON, -4]
-
-
-def test_an_entry_speaks_of_the_star_only(tokenizer: CLIPTokenizer) -> None:
-    reader = PromptReader(tokenizer, {"*": single(range(10)), "<cat>": single(range(10, 20))}, 10)
-    assert body(reader, "* on <cat>", [7] * 10, stage=2) == [-8, ON, -13]
+    assert body(reader, "* on <cat>", [7] * 10, stage=2) == [-8, ON, -13], "an entry speaks of the star only"
 
 
 def test_a_placeholder_that_is_a_word_stays_out_of_other_words(tokenizer: CLIPTokenizer) -> None:
@@ -204,15 +174,13 @@ def test_more_than_75_tokens_keep_the_end_mark_and_quote_what_was_cut(
 
 
 def test_a_long_entry_is_cut_in_its_stage_only(reader: PromptReader, caplog: pytest.LogCaptureFixture) -> None:
-    slots = reader.read(["* dog"], ["a " * 80] + ["cat"] * 9)
+    slots = reader.read(["* dog *"], ["a " * 80] + ["cat"] * 9)
     assert slots[0, 0].tolist() == [BOS] + [A] * 75 + [EOS]
-    assert slots[1, 0, :4].tolist() == [BOS, CAT, DOG, EOS]
+    assert slots[1, 0, :5].tolist() == [BOS, CAT, DOG, CAT, EOS]
     assert "a a a a a dog" in caplog.text
-
-
-def test_a_cut_placeholder_is_named(reader: PromptReader, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.clear()
     reader.read(["a " * 75 + "dog *"])
-    assert "'dog *'" in caplog.text
+    assert "'dog *'" in caplog.text, "a placeholder that is cut off is named"
 
 
 def test_words_without_a_star_in_the_prompt(reader: PromptReader, caplog: pytest.LogCaptureFixture) -> None:
@@ -230,26 +198,18 @@ def test_a_star_that_nothing_is_learned_for(tokenizer: CLIPTokenizer, caplog: py
     assert caplog.messages == [], "no star is left"
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("a (red:1.4) dog", "(red:1.4)"),
-        ("a (big red: 2) dog", "(big red: 2)"),
-        ("a <lora:style:0.8> dog", "<lora:style:0.8>"),
-        ("a <LoRA:style> dog", "<LoRA:style>"),
-    ],
-)
 def test_weights_of_other_programs_are_read_as_letters_and_said(
-    reader: PromptReader, caplog: pytest.LogCaptureFixture, text: str, found: str
+    reader: PromptReader, caplog: pytest.LogCaptureFixture
 ) -> None:
-    slots = body(reader, text)
-    assert len(slots) > 4
-    sentence = f"'{found}' is read as letters: weights and extra networks of other programs mean nothing here."
-    assert caplog.messages == [sentence]
-    body(reader, "*", [text] * 10)
-    assert caplog.messages == [sentence] * 2
-    body(reader, "at (12:30), (see: no), (red) a:1.4 <style> (" + "a" * 100_000)
-    assert not any("read as letters" in message for message in caplog.messages[2:])
+    foreign = ("(red:1.4)", "(big red: 2)", "<lora:style:0.8>", "<LoRA:style>")
+    for found in foreign:
+        assert len(body(reader, f"a {found} dog")) > 4
+        body(reader, "*", [f"a {found} dog"] * 10)
+    sentence = "'{}' is read as letters: weights and extra networks of other programs mean nothing here."
+    assert caplog.messages == [sentence.format(found) for found in foreign for _ in range(2)]
+    caplog.clear()
+    body(reader, "at (12:30), (see: no), (red) a:1.4 <style> (" + "a" * 20_000)
+    assert not any("read as letters" in message for message in caplog.messages)
 
 
 def test_words_for_which_there_is_room(reader: PromptReader) -> None:

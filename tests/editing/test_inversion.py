@@ -1,6 +1,5 @@
 """Inversion: what must hold without the reference, and what an inversion keeps when it is stopped."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -14,28 +13,17 @@ from torch import Tensor
 
 from ldm.conditioning.context import Context
 from ldm.editing import inversion
-from ldm.editing.control import MapStore
 from ldm.editing.image import image_latents, psnr
-from ldm.editing.inversion import (
-    Sweep,
-    Trajectory,
-    ddim_invert,
-    follow,
-    inversion_timesteps,
-    layers_of,
-    levels,
-    predict,
-    record,
-    step_of,
-)
-from ldm.editing.invert import PSNR, Subject, change_of, describe, edit_image, invert_image, make_learner
-from ldm.editing.request import Edit
+from ldm.editing.inversion import Sweep, ddim_invert, follow, inversion_timesteps, levels, record
+from ldm.editing.invert import PSNR, Subject, change_of, edit_image, invert_image, make_learner
+from ldm.editing.request import Edit, InversionOptions
 from ldm.embeddings import Concept, load_concept, save_concept
-from ldm.methods.inversion import FIRST, START
+from ldm.methods.base import FIRST, START
 from ldm.methods.null_text import NullText
-from ldm.methods.stylediffusion import MappingNetwork, StyleDiffusion, modulate
+from ldm.methods.stylediffusion import StyleDiffusion, modulate
 from ldm.models.diffusion.ddim import ddim
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.sampling import guided
 
 
 @pytest.mark.parametrize("steps", [1, 7, 30, 50])
@@ -56,41 +44,6 @@ def test_what_does_not_depend_on_latents_is_inverted_exactly(demo: LatentDiffusi
     torch.testing.assert_close(path[1], expected)
 
 
-def test_sizes() -> None:
-    learner = StyleDiffusion(30, torch.randn(1, 197, 768))
-    assert sum(p.numel() for p in learner.parameters()) == 2_356_200
-    assert sum(p.numel() for p in MappingNetwork().parameters()) == 78_540
-
-
-@torch.no_grad()
-def test_values_that_change_nothing(demo: LatentDiffusion) -> None:
-    """With gamma 1 and beta 0 predictions and maps are the plain prompt's."""
-    context = demo.get_unconditional(PROMPT).at(0)
-    same = modulate(context, torch.cat([torch.ones_like(context.v[0]), torch.zeros_like(context.v[0])]))
-    z, stores = torch.randn(1, 4, 16, 16), [MapStore(layers_of(demo, torch.zeros(1, 4, 16, 16))) for _ in range(2)]
-    first, second = (predict(demo, z, 500, c, store) for c, store in zip((context, same), stores, strict=True))
-    assert torch.equal(first, second)
-    assert all(torch.equal(a, b) for a, b in zip(stores[0].at(), stores[1].at(), strict=True))
-
-
-def sweep_of(demo: LatentDiffusion, learner: type) -> Sweep:
-    subject = Subject(demo, STAR, PROMPT)
-    way = record(demo, subject.z_0, subject.cond, 4, maps=True)
-    cond, uncond = subject.contexts()
-    made = StyleDiffusion(4, torch.randn(1, 197, 128), 32) if learner is StyleDiffusion else learner(4, uncond.k)
-    return Sweep(demo, way, made, cond, uncond, OPTIONS)
-
-
-def test_gradients_reach_the_current_step_only(demo: LatentDiffusion) -> None:
-    sweep = sweep_of(demo, StyleDiffusion)
-    sweep.learner.begin(1, True)
-    step = step_of(demo, sweep.way, 1, sweep.way.path[-2])
-    sweep.loss(step, sweep.fixed(step)).total.backward()
-    reached = [any(p.grad is not None for p in network.parameters()) for network in sweep.learner.networks]
-    assert reached == [False, True, False, False]
-    assert all(p.grad is None for p in demo.parameters())
-
-
 def test_the_paper_s_formula_replaces_values(demo: LatentDiffusion) -> None:
     learner = StyleDiffusion(2, torch.randn(1, 197, 128), 32, "replace")
     context = demo.get_unconditional(PROMPT).at(0)
@@ -99,30 +52,29 @@ def test_the_paper_s_formula_replaces_values(demo: LatentDiffusion) -> None:
     assert found.k is context.k
 
 
-@pytest.mark.parametrize("learner", [StyleDiffusion, NullText])
-def test_an_unchanged_learner_follows_plain_guidance(demo: LatentDiffusion, learner: type) -> None:
+@pytest.mark.parametrize("kind", [StyleDiffusion, NullText])
+def test_an_unchanged_learner_follows_plain_guidance(demo: LatentDiffusion, kind: type) -> None:
     """With nothing learned, following the path is sampling with guidance from its end."""
-    from ldm.models.diffusion.sampling import guided
-
-    sweep = sweep_of(demo, learner)
-    if learner is StyleDiffusion:
-        sweep.learner.change = lambda values, timesteps: lambda context, t: context  # type: ignore[method-assign]
-    timesteps = sweep.way.timesteps
-    at, below = levels(timesteps, demo.host_alphas_cumprod)
-    denoise = guided(demo, sweep.cond, sweep.uncond, OPTIONS.guidance_scale)
-    expected = ddim(denoise, sweep.way.path[-1], timesteps, at, below, np.zeros(4))
+    subject = Subject(demo, STAR, PROMPT)
+    way = record(demo, subject.z_0, subject.cond, 4)
+    cond, uncond = subject.contexts()
+    learner = StyleDiffusion(4, torch.randn(1, 197, 128), 32) if kind is StyleDiffusion else NullText(4, uncond.k)
+    sweep = Sweep(demo, way, learner, cond, uncond, OPTIONS)
+    if kind is StyleDiffusion:
+        learner.kind = lambda values, timesteps: lambda context, t: context  # type: ignore[method-assign]
+    at, below = levels(way.timesteps, demo.host_alphas_cumprod)
+    denoise = guided(demo, cond, uncond, OPTIONS.guidance_scale)
+    expected = ddim(denoise, way.path[-1], way.timesteps, at, below, np.zeros(4))
     torch.testing.assert_close(follow(sweep), expected, rtol=0, atol=1e-4)
 
 
-def test_learning_reconstructs_better(demo: LatentDiffusion) -> None:
-    """What is learned brings the end nearer to the image than guidance alone."""
-    options = dataclasses.replace(OPTIONS, steps=6, inner_steps=12, guidance_scale=5.0)
-    for method in ("stylediffusion", "null-text", "text"):
-        found = invert_image(demo, STAR, PROMPT, method, options, progress=False)
-        few = dataclasses.replace(options, inner_steps=1)
-        assert float(found.metadata[PSNR]) > float(
-            invert_image(demo, STAR, PROMPT, method, few, progress=False).metadata[PSNR]
-        )
+@pytest.mark.parametrize("method", ["stylediffusion", "text"])
+def test_learning_reconstructs_better(demo: LatentDiffusion, method: str) -> None:
+    """What is learned brings the end nearer to the image the longer it is learned."""
+    given = [InversionOptions(steps=3, guidance_scale=5.0, inner_steps=inner) for inner in (1, 8)]
+    found = [invert_image(demo, STAR, PROMPT, method, options, progress=False) for options in given]
+    shorter, longer = (float(concept.metadata[PSNR]) for concept in found)
+    assert longer > shorter + 0.1
 
 
 @pytest.mark.parametrize("method", ["stylediffusion", "null-text"])
@@ -152,26 +104,19 @@ def test_stopped_and_resumed(
 
 
 def test_concepts_are_files(demo: LatentDiffusion, concepts: dict[str, Concept], tmp_path: Path) -> None:
+    subject = Subject(demo, STAR, PROMPT)
+    way = record(demo, subject.z_0, subject.cond, 4)
     for method, concept in concepts.items():
         save_concept(concept, tmp_path / f"{method}.safetensors")
         found = load_concept(tmp_path / f"{method}.safetensors")
         assert found.identity == concept.identity and found.metadata.items() >= concept.metadata.items()
+        assert torch.equal(found.tensors[FIRST], image_latents(demo, subject.image))
+        torch.testing.assert_close(found.tensors[START], way.path[-1], rtol=0, atol=1e-4)
         change = change_of(found)
         assert change.timesteps == (751, 501, 251, 1)
-        context = demo.get_unconditional(PROMPT).at(0)
-        assert isinstance(change(context, 251), Context)
-        with pytest.raises(ValueError, match="nothing was learned for timestep 250"):
-            change(context, 250)
+        assert isinstance(change(demo.get_unconditional(PROMPT).at(0), 251), Context)
     assert concepts["stylediffusion"].tensors["gamma_beta"].shape == (4, 64, 128)
     assert concepts["null-text"].tensors["contexts"].shape == (4, 32, 128)
-
-
-def test_start_and_image_are_kept(demo: LatentDiffusion, concepts: dict[str, Concept]) -> None:
-    subject = Subject(demo, STAR, PROMPT)
-    way: Trajectory = record(demo, subject.z_0, subject.cond, 4)
-    for concept in concepts.values():
-        assert torch.equal(concept.tensors[FIRST], image_latents(demo, subject.image))
-        torch.testing.assert_close(concept.tensors[START], way.path[-1], rtol=0, atol=1e-4)
 
 
 def test_psnr() -> None:
@@ -179,8 +124,8 @@ def test_psnr() -> None:
     assert psnr(image + 0.2, image) == pytest.approx(20.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["stylediffusion", "null-text"])
-def test_pytorchs_defaults_change_nothing(demo: LatentDiffusion, concepts: dict[str, Concept], method: str) -> None:
+def test_pytorchs_defaults_change_nothing(demo: LatentDiffusion, concepts: dict[str, Concept]) -> None:
+    method = "stylediffusion"
     edit = Edit("a dotted blue star", blend=("star", "star"))
     expected = edit_image(demo, concepts[method], edit, progress=False).image
     torch.set_default_dtype(torch.float64)
@@ -198,8 +143,8 @@ def test_pytorchs_defaults_change_nothing(demo: LatentDiffusion, concepts: dict[
 def test_a_damaged_unfinished_inversion(demo: LatentDiffusion, tmp_path: Path) -> None:
     unfinished = tmp_path / "u.safetensors"
     subject = Subject(demo, STAR, PROMPT)
-    learner, said = make_learner(subject, "null-text", OPTIONS)
+    _, said = make_learner(subject, "null-text", OPTIONS)
     for tensors in ({}, {"z": torch.zeros(1)}, {"z": torch.zeros(1), "contexts.0": torch.zeros(2)}):
-        save_file({"x": torch.zeros(1)} | tensors, unfinished, describe(subject, learner, OPTIONS) | said)
+        save_file({"x": torch.zeros(1)} | tensors, unfinished, said)
         with pytest.raises(ValueError, match="u.safetensors' keeps an unfinished inversion that is damaged; delete it"):
             invert_image(demo, STAR, PROMPT, "null-text", OPTIONS, unfinished, progress=False)

@@ -43,20 +43,18 @@ def test_cells_of_the_reference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ({"tau_v": "half"}, "tau_v must be a Python literal such as"),
-        ({"tau_v": "__import__('os')"}, "tau_v must be a Python literal"),
-        ({"edit_type": "Swap"}, "edit_type must be one of"),
+        ({"tau_v": "__import__('os')"}, "tau_v must be a Python literal such as"),
+        ({"edit_type": "Swap"}, "kind must be one of replace, refine, not 'Swap'"),
         ({"eq_params": "[('a','b'),(1,)]"}, "eq_params must be"),
         ({"eq_params": "5"}, "eq_params must be"),
         ({"eq_params": "[([1],),(2,)]"}, "eq_params must be"),
         ({"eq_params": "[('dog',),(True,)]"}, "The weight of 'dog' must be a number, not True"),
-        ({"tau_c": "[2,]"}, "tau_c must be in 0..1"),
         ({"tau_c": "9" * 400}, "tau_c must be in 0..1"),
         ({"tau_c": "[" * 5000}, "tau_c must be a Python literal such as .*, not '.{60}…'"),
         ({"tau_c": "-" * 50_000 + "1"}, "tau_c must be a Python literal"),
         ({"tau_c": "[]"}, "a grid of 0 edits; give 1 to 1000"),
         (dict.fromkeys(("tau_v", "tau_c", "tau_s", "tau_u"), str([0.1] * 300)), "a grid of 8100000000 edits"),
-        ({"blend_word": "[1,2]"}, "blend must be words of the source and words of the target, not 1"),
+        ({"blend_word": "[1,2]"}, "blend must be words of the source and words of the target, not 1, 2"),
     ],
 )
 def test_bad_cells(cells: dict[str, str], message: str) -> None:
@@ -72,8 +70,8 @@ def test_ranges_and_missing_columns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no column case_number, image_path"):
         read_rows(file)
     for cells, message in (
-        ({"case_number": "9" * 5000, "image_path": "x"}, "line 2: case_number must be a whole number, not '.{60}…'"),
-        ({"case_number": "1"}, "line 2: it names no image_path"),
+        ({"case_number": "9" * 5000, "image_path": "x"}, "line 2: case_number must be a whole number, .* not '9{60}…'"),
+        ({"case_number": "1"}, "line 2: .* image_path an image's, not '1' and ''"),
     ):
         with pytest.raises(ValueError, match=message):
             read_rows(write(tmp_path, row(**cells)))
@@ -104,7 +102,7 @@ def test_rows_are_isolated_and_resumed(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines()[0] == "case 1: there already"
     assert stamps == [path.stat().st_mtime_ns for path in made]
     for change, message in (
-        (["--inner_steps", "2"], "concepts/1.safetensors' was inverted with another inner_steps; use another --outdir"),
+        (["--inner_steps", "2"], "concepts/1.safetensors' was inverted with another inner_steps (1, not 2); use "),
         (["--method", "null-text"], "was inverted with another method"),
     ):
         with pytest.raises(SystemExit):
@@ -154,7 +152,6 @@ REFUSED = [
     (edit, "", "Say what to edit, CONCEPT"),
     (edit, "--prompt a", "Say what to edit, CONCEPT"),
     (edit, "missing.safetensors --target a", "There is no file 'missing.safetensors', given with CONCEPT"),
-    (edit, "--prompt a --target b --tau_c 2", "tau_c must be in 0..1"),
     (edit, "--prompt a --target b --tau_c x", "neither a number nor START:END"),
     (edit, "--prompt a --target b --blend dog", "must be OLD:NEW"),
     (edit, "--prompt a --target b --weight dog", "must be WORD=X"),
@@ -165,7 +162,6 @@ REFUSED = [
     (invert, f"{STAR} --prompt a --mask dog", "--mask: 'dog' is no word"),
     (invert, f"{STAR} --prompt a --out x.png", "must end in .safetensors"),
     (invert, f"{STAR} --prompt a --import x.pth", "--import needs what the networks read"),
-    (invert, f"{STAR} --prompt a --steps 0", "steps must be in 1..100"),
     (invert, f"{STAR} --prompt a --method ddim", "invalid choice: 'ddim'"),
 ]
 

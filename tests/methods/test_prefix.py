@@ -1,6 +1,5 @@
 """CatVersion's concepts: refused files, two at once, the class word, and files as the reference names them."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,28 +59,23 @@ def test_adapters_that_are_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_one_key_of_an_adapter_is_enough(tmp_path: Path) -> None:
-    for key, values in adapter(lambda i: torch.arange(4608.0)).items():
-        torch.save({key: values}, tmp_path / "pytorch_adapter.bin")
-        assert load_concept(tmp_path).tensors["prefix"][0, 0, 0, 0, 1] == 1
-
-
-def test_a_damaged_adapter(tmp_path: Path) -> None:
     file = tmp_path / "pytorch_adapter.bin"
+    for key, values in adapter(lambda i: torch.arange(4608.0)).items():
+        torch.save({key: values}, file)
+        assert load_concept(tmp_path).tensors["prefix"][0, 0, 0, 0, 1] == 1
     file.write_bytes((SHIPPED / file.name).read_bytes()[:9000])
     with pytest.raises(EmbeddingError, match="cut off"):
         load_concept(tmp_path)
-    shutil.copy(SHIPPED / "adapter_config.json", tmp_path)
-    file.unlink()
-    with pytest.raises(EmbeddingError, match="is a folder"):
-        load_concept(tmp_path)
+    with pytest.raises(EmbeddingError, match="are no CatVersion prefix"):
+        Concept({"table": torch.zeros(1, 7, 1, 128)}, {}, "catversion")
 
 
 @pytest.mark.parametrize(
     ("metadata", "shape", "message"),
     [
         ({}, (2, 2, 1, 4, 32), "does not say its text layers and logit bias"),
-        ({LAYERS: "2", BIAS: "1.0"}, (2, 2, 1, 4, 32), "names 2"),
-        ({LAYERS: "1,1", BIAS: "1.0"}, (2, 2, 1, 4, 32), "names 1,1"),
+        ({LAYERS: "2", BIAS: "1.0"}, (2, 2, 1, 4, 32), "does not say .* those of 2 layers"),
+        ({LAYERS: "1,1", BIAS: "1.0"}, (2, 2, 1, 4, 32), "does not say .* those of 2 layers"),
         ({LAYERS: "9,10", BIAS: "1.0"}, (2, 2, 1, 4, 32), "for text layers 9, 10 of 4 heads, but this model has 3"),
         ({LAYERS: "1,2", BIAS: "1.0"}, (2, 2, 1, 2, 64), "for text layers 1, 2 of 2 heads"),
         ({LAYERS: "1,2", BIAS: "1.0"}, (2, 2, 1, 12, 64), "has width 768, but this model's text encoder has 128"),
@@ -94,19 +88,6 @@ def test_prefixes_that_do_not_fit_the_model(
     with pytest.raises(ValueError, match=message):
         model.embedding_manager.load(concept)
     assert not model.embedding_manager.loaded
-
-
-def test_a_prefix_of_another_base_model(model: LatentDiffusion) -> None:
-    concept = small(base_model="other", base_model_fingerprint="0" * 16)
-    with pytest.raises(ValueError, match="base model"):
-        model.embedding_manager.load(concept)
-
-
-def test_tensors_of_another_method_are_no_prefix() -> None:
-    with pytest.raises(EmbeddingError, match="are no CatVersion prefix"):
-        Concept({"table": torch.zeros(1, 7, 1, 128)}, {}, "catversion")
-    with pytest.raises(EmbeddingError, match="'catvision', which is unknown"):
-        Concept({"prefix": torch.zeros(2, 2, 1, 4, 32)}, {}, "catvision")
 
 
 def test_the_class_word_is_kept_by_an_import(tmp_path: Path) -> None:
