@@ -61,7 +61,7 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} {MANAGER}.method=xti {MANAGER}.norm=word", "norm has no effect with the method 'xti'"),
         (f"{LEARN} --placeholder_tokens <*>", "The placeholder '<*>' must not contain '*'"),
         (f"{LEARN} --init_word a\udcffb", "initializer_words: 'a\\xffb' is not UTF-8"),
-        ("-r {bad}/nowhere -t", "Nothing to resume"),
+        ("-r {bad}/nowhere -t", "given with -r; check the path"),
         ("-r {bad}/whole.ckpt -t", "is no checkpoint of a training run (it holds no optimizer_states, global_step)"),
         ("-r {bad}/good.safetensors -t", "Nothing to resume"),
     ],

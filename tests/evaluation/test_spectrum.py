@@ -162,7 +162,7 @@ PRESETS = "--write-presets"
         (command, [PRESETS, "README.md/presets.yaml"], "'README.md'"),
         (command, [PRESETS, MODEL], "does not hold presets, and would be lost"),
         (command, [PRESETS, "models/demo/presets.yaml"], "is there already; use --force"),
-        (command, [PRESETS, "docs"], "'docs' is a folder; name a file"),
+        (command, [PRESETS, "docs"], "'docs' is a folder; name another file"),
         *((command, [PRESETS, "p.yaml", *x], "needs concepts of") for x in (["--concepts", 0], ["--prompt", ""])),
     ],
 )

@@ -167,6 +167,7 @@ def test_the_script_as_a_user_runs_it(untouched, model, concepts, tmp_path: Path
     assert imported == {"__future__", "sys", "pathlib", "typing", "torch", "safetensors", "diffusers"}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "base")])
+    capsys.readouterr()
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out == "star.png\n"
     assert psnr(ours(model, concepts, "*", HEARTS)[0], Image.open("star.png")) >= 40

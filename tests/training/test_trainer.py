@@ -97,7 +97,7 @@ OUTSIDE = [
 def test_a_configuration_writes_into_its_run_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, value in OUTSIDE:
         given = value if isinstance(value, list) else value.format(tmp_path)
-        with pytest.raises(ConfigError, match="victim' is outside the log folder .* --allow_outside"):
+        with pytest.raises(ConfigError, match="is outside the log folder .* --allow_outside"):
             check_inside({name: given}, tmp_path / "run")
     check_inside(
         {"x": {"monitor": "val/loss", "filename": "a/b", "sub_dir": "a", "dirpath": f"{tmp_path}/a"}}, tmp_path
