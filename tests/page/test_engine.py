@@ -18,7 +18,7 @@ PROMPT = "a large * heart on a black background"
 
 
 def finished(job: ImageJob) -> ImageJob:
-    wait_for(lambda: job.is_over, 60)
+    wait_for(lambda: not job.is_running, 60)
     return job
 
 
@@ -68,7 +68,7 @@ def test_jobs_do_not_run_at_once_and_hear_only_their_own_warnings(engine: Engine
     second = engine.submit(Request(prompt="a * star", ddim_steps=1))
     assert second.state == "waiting"
     finished(second)
-    assert first.is_over and not first.messages
+    assert not first.is_running and not first.messages
     unlearned = "Nothing is learned or loaded for '*', so it is read as an ordinary character."
     assert second.messages == [("warning", unlearned)]
 
@@ -97,7 +97,7 @@ def test_concepts_are_those_beside_the_model_and_those_that_were_learned(engine:
     learned = tmp_path / "logs" / "page" / "cup-2026" / "checkpoints" / "embeddings.safetensors"
     learned.parent.mkdir(parents=True)
     learned.write_bytes(b"")
-    names = engine.concept_names(["up/loaded.bin"])
+    names = engine.concepts(["up/loaded.bin"])
     assert list(names.values()) == [
         "loaded", "checkered-circle", "dotted-star", "ringed-triangle", "striped-heart", "cup-2026"
     ]  # fmt: skip

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ldm.conditioning.presets import Windows, preset
-from ldm.page.form import Form, Lane
+from ldm.page.form import Form
 from ldm.request import ModelFacts, Request
 
 FACTS = ModelFacts()
@@ -109,25 +109,20 @@ def settings() -> Form:
 @pytest.mark.parametrize("make", [form, two_lanes, one_own_text, tokens, settings])
 def test_a_record_restores_the_form(make: object) -> None:
     made = make()  # type: ignore[operator]
-    found = Form(prompt="other", lanes=[Lane("*", "other", {1})], own={3: "other"}, settings={"seed": 1})
-    found.restore(recorded(made.request()), FACTS)
-    assert found == made
+    assert Form.restored(recorded(made.request()), FACTS) == made
 
 
 def test_the_record_of_a_preset_restores_the_preset() -> None:
     made = form("star")
     made.set_preset(made.lanes[0], "material", Windows())
     asked = Request(prompt="*", prospect_words=preset("material", PROMPT), concepts=made.request().concepts, seed=7)
-    found = Form()
-    found.restore(recorded(asked, preset="material", preset_prompt=PROMPT), FACTS)
-    assert found == made
+    assert Form.restored(recorded(asked, preset="material", preset_prompt=PROMPT), FACTS) == made
 
 
 def test_a_strangers_record_is_checked_and_costs_no_time() -> None:
     concepts = {f"<{number}>": "a.safetensors" for number in range(100)}
-    found = Form()
-    found.restore({"prompt": "*", "prospect_words": [" ".join(concepts)] * 10, "concepts": concepts}, FACTS)
-    assert len(found.lanes) == 100
+    record = {"prompt": "*", "prospect_words": [" ".join(concepts)] * 10, "concepts": concepts}
+    assert len(Form.restored(record, FACTS).lanes) == 100
     wrong: list[tuple[dict[str, object], str]] = [
         ({"prompt": "a", "seed": -1}, "seed must be in"),
         (
@@ -138,5 +133,4 @@ def test_a_strangers_record_is_checked_and_costs_no_time() -> None:
     ]
     for record, sentence in wrong:
         with pytest.raises(ValueError, match=sentence):
-            found.restore(record, FACTS)
-    assert len(found.lanes) == 100  # nothing of a wrong one is taken
+            Form.restored(record, FACTS)

@@ -15,9 +15,10 @@ from nicegui.testing import User, user_simulation
 from runs import wait_for
 
 from ldm.generate import read_parameters
-from ldm.page import learn_tab, learning
+from ldm.page import learning
 from ldm.page.app import build
-from ldm.page.editing import InversionJob
+from ldm.page.compare import CompareForm
+from ldm.page.edit import EditForm, InversionJob
 from ldm.page.engine import Engine
 from ldm.page.learning import LearnForm
 from ldm.page.session import Session
@@ -161,7 +162,7 @@ def test_an_image_comes_with_previews_and_restores_the_form(engine: Engine) -> N
         user.find(marker="generate").trigger("click")
         job = session(user).job
         assert job is not None
-        await until(lambda: job.is_over)
+        await until(lambda: not job.is_running)
         await user.should_see("Done in", retries=20)
         await user.should_see("The preset 'material' is stages 3, 4, 5, 6, 7 of 10, from models/demo/presets.yaml.")
         record = read_parameters(job.files[0])
@@ -197,7 +198,7 @@ def test_mistakes_are_answered_with_the_librarys_sentence(engine: Engine) -> Non
         one(user, "negative_prompt").value = ""
         one(user, "prompt").value = "word " * 60
         user.find(marker="generate").trigger("click")
-        await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
+        await until(lambda: not session(user).job.is_running)  # type: ignore[union-attr]
         await user.should_see("The prompt is longer than 30 tokens; cut off: 'rd word", retries=20)
 
     drive(engine, script)
@@ -233,7 +234,7 @@ def test_other_files_go_where_they_belong(engine: Engine) -> None:
         await until(lambda: session(user).form.settings.get("content_dir"), 5)
         await user.should_see("cat.png")
         user.find(marker="generate").trigger("click")
-        await until(lambda: session(user).job.is_over)  # type: ignore[union-attr]
+        await until(lambda: not session(user).job.is_running)  # type: ignore[union-attr]
         record = read_parameters(session(user).job.files[0])  # type: ignore[union-attr]
         assert record["content_hash"] and set(record["concepts"]) == {"*", "<star>"}
         assert session(user).form.text(9) == "a large heart on a black background <star>"
@@ -243,7 +244,7 @@ def test_other_files_go_where_they_belong(engine: Engine) -> None:
 
 def test_an_image_of_ours_restores_the_form_wherever_it_is_dropped(engine: Engine) -> None:
     ours = [engine.submit(Request(prompt="a star", ddim_steps=1, seed=seed)) for seed in (5, 6, 7)]
-    wait_for(lambda: ours[-1].is_over)
+    wait_for(lambda: not ours[-1].is_running)
 
     async def script(user: User) -> None:
         for tab, job in zip(("Learn", "Edit", "Export"), ours, strict=True):
@@ -251,7 +252,11 @@ def test_an_image_of_ours_restores_the_form_wherever_it_is_dropped(engine: Engin
             await hand_in(user, "drop", ("ours.png", job.files[0].read_bytes()))
             await until(lambda job=job: one(user, "seed").value == str(job.request.seed), 5)
             assert session(user).tab == "Generate" and one(user, "prompt").value == "a star"
-        assert not session(user).form.lanes and not session(user).learn.images and session(user).edit.image is None
+        assert (
+            not session(user).form.lanes
+            and not session(user).of(LearnForm).images
+            and session(user).of(EditForm).image is None
+        )
 
     drive(engine, script)
 
@@ -269,7 +274,7 @@ def test_two_tabs_do_not_mix_and_a_reload_keeps_the_form(engine: Engine) -> None
             which.find(marker="generate").trigger("click")
         mine, yours = session(user).job, session(other).job
         assert mine is not None and yours is not None and yours.state in ("waiting", "running")
-        await until(lambda: mine.is_over and yours.is_over)
+        await until(lambda: not (mine.is_running or yours.is_running))
         assert read_parameters(mine.files[0])["preset_prompt"] == MARKUP
         assert read_parameters(yours.files[0])["preset_prompt"] == "yours"
         await user.should_see("Made in this tab", retries=20)
@@ -293,7 +298,7 @@ def test_stop_ends_the_image_and_the_next_one_comes(engine: Engine) -> None:
         step = job.step
         await user.should_see("Stop", retries=20)
         user.find(marker="stop").trigger("click")
-        await until(lambda: job.is_over)
+        await until(lambda: not job.is_running)
         assert job.state == "stopped" and job.step <= step + 2
         one(user, "ddim_steps").value = 1
         await user.should_see("Stopped after step", retries=20)
@@ -318,7 +323,7 @@ def test_what_is_learned_is_shown_used_and_resumed(engine: Engine, monkeypatch: 
         await until(lambda: one(user, "learn-steps").value == 300, 5)
         one(user, "learn-init_word").value = "star"
         user.find(marker="learn").trigger("click")
-        form = session(user).learn
+        form = session(user).of(LearnForm)
         assert form.run is not None
         await until(lambda: re.search(r"Learning · step \d+ of 300", _texts(user)), 10)
         user.find(marker="learn-stop").trigger("click")
@@ -339,26 +344,25 @@ def test_a_run_of_another_tab_or_page_is_shown_stopped_and_resumed(
 ) -> None:
     """Also where the page was killed: what the run was given lies beside it, and its lock says whether it runs."""
     monkeypatch.setattr(learning, "PROGRAM", (sys.executable, str(Path(__file__).with_name("learner.py"))))
-    left = learn_tab.start(LearnForm([REFERENCE], "cup", steps=300), engine)
-    engine.runs.clear()
+    left = LearnForm([REFERENCE], "cup", steps=300).start(engine.setup)
 
     async def script(user: User) -> None:
         await until(lambda: left.step, 10)
         user.find("Learn").click()
         await user.should_see(f"{left.folder.name} · running")
         user.find(marker="unfinished").trigger("click")
-        form = session(user).learn
+        form = session(user).of(LearnForm)
         await until(lambda: re.search(r"Learning · step \d+ of 300", _texts(user)), 10)
         user.find(marker="learn-stop").trigger("click")
         await until(lambda: re.search(r"Stopped · step \d+ of 300", _texts(user)), 10)
         assert left.process is not None and left.process.wait(10) == 130
-        assert [(run.folder, run.is_running) for run in learning.unfinished(learn_tab.LOGDIR)] == [(left.folder, False)]
+        assert [(run.folder, run.is_running) for run in learning.unfinished()] == [(left.folder, False)]
         one(user, "learn-steps").value = 23
         user.find(marker="learn-resume").trigger("click")
         assert left.is_running  # so no tab starts it twice
         await until(lambda: "Complete · step 23 of 23" in _texts(user), 10)
-        assert learning.unfinished(learn_tab.LOGDIR) == [] and form.run in engine.runs.values()
-        [image] = (learning.given(left.folder) / "images").iterdir()
+        assert learning.unfinished() == [] and form.run in engine.runs.values()
+        [image] = (left.given / "images").iterdir()
         assert image.read_bytes() == REFERENCE.read_bytes()
 
     drive(engine, script)
@@ -373,10 +377,10 @@ def test_a_run_that_fails_ends_with_its_own_sentence(engine: Engine) -> None:
     async def script(user: User) -> None:
         user.find("Learn").click()
         await hand_in(user, "learn-upload", ("cup.png", REFERENCE.read_bytes()))
-        await until(lambda: session(user).learn.images, 5)
+        await until(lambda: session(user).of(LearnForm).images, 5)
         engine.setup["ckpt"] = "models/nowhere.safetensors"
         user.find(marker="learn").trigger("click")
-        form = session(user).learn
+        form = session(user).of(LearnForm)
         await until(lambda: form.run is not None and not form.run.is_running, 120)
         assert form.run is not None and form.run.error.startswith("There is no file 'models/nowhere.safetensors'")
         await user.should_see(form.run.error, retries=40)
@@ -394,18 +398,17 @@ def test_a_grid_is_made_and_a_cell_is_loaded(engine: Engine) -> None:
         assert one(user, "columns-values").value == "42-45"
         one(user, "columns-values").value = "3\n4"
         user.find(marker="compare").trigger("click")
-        run = session(user).compare.run
+        run = session(user).of(CompareForm).run
         assert run is not None
-        await until(lambda: run.file is not None)
+        await until(lambda: run.files)
         await user.should_see("4 of 4 images", retries=20)
         user.find(marker="grid-1-1").trigger("click")
         assert (session(user).form.request().seed, session(user).form.lanes[0].preset) == (4, "layout")
         assert marked_stages(user) == [7, 8, 9]
-        assert run.file is not None
-        sheet = run.file.read_bytes()
-        session(user).compare.rows = ("Steps", "1")
+        sheet = run.files[0].read_bytes()
+        one(user, "rows-values").value = "style"
         await hand_in(user, "drop", ("grid.png", sheet))
-        await until(lambda: session(user).compare.rows == ("Preset", "all stages\nlayout"), 5)
+        await until(lambda: one(user, "rows-values").value == "all stages\nlayout", 5)
         one(user, "rows-values").value = "style"
         await user.open("/")  # again, in the same tab
         await user.should_see("Stages", retries=30)
@@ -418,13 +421,13 @@ async def invert(user: User) -> InversionJob:
     """Invert the reference image in two steps, as fast as that goes."""
     user.find("Edit").click()
     await hand_in(user, "edit-upload", ("star.png", REFERENCE.read_bytes()))
-    await until(lambda: session(user).edit.image, 5)
+    await until(lambda: session(user).of(EditForm).image, 5)
     one(user, "edit-prompt").value = "a dotted star"
     one(user, "edit-steps").value, one(user, "edit-inner_steps").value = 2, 1
     user.find(marker="invert").trigger("click")
-    job = session(user).edit.inversion
+    job = session(user).of(EditForm).inversion
     assert job is not None
-    await until(lambda: job.is_over)
+    await until(lambda: not job.is_running)
     assert (job.state, job.error) == ("done", "")
     return job
 
@@ -447,14 +450,14 @@ def test_an_image_is_inverted_and_edited_where_the_words_are(engine: Engine) -> 
         one(user, "edit-blend").value = "star:heart"
         one(user, "edit-tau_c").value = "0.2 0.8"
         user.find(marker="edit").trigger("click")
-        form = session(user).edit
-        await until(lambda: form.job is not None and form.job.is_over)
+        form = session(user).of(EditForm)
+        await until(lambda: form.job is not None and not form.job.is_running)
         assert form.job is not None and (form.job.state, form.job.step) == ("done", 4)
         for caption in ("where 'star' is", "v0.5 c0.2 s0.6 u0", "v0.5 c0.8 s0.6 u0"):
             await user.should_see(caption, retries=20)
         assert [path.suffix for path in form.job.files] == [".png"] * 3  # the edits and their grid
         form.target, form.taus["tau_c"] = "", "0.6"
-        await hand_in(user, "drop", ("edit.png", form.job.files[0].read_bytes()))
+        await hand_in(user, "drop", ("edit.png", form.job.files[1].read_bytes()))
         await until(lambda: one(user, "edit-target").value == "a dotted heart", 5)
         await until(lambda: (one(user, "edit-tau_c").value, one(user, "edit-blend").value) == ("0.2", "star:heart"), 5)
 
@@ -471,8 +474,10 @@ def test_an_inversion_that_is_dropped_is_edited_elsewhere(engine: Engine) -> Non
         await until(lambda: session(other).tab == "Edit" and one(other, "edit-prompt").value == "a dotted star", 5)
         one(other, "edit-target").value = "a dotted heart"
         other.find(marker="edit").trigger("click")
-        await until(lambda: session(other).edit.job is not None and session(other).edit.job.is_over)
-        assert session(other).edit.job.state == "done" and not session(user).edit.job
+        await until(
+            lambda: session(other).of(EditForm).job is not None and not session(other).of(EditForm).job.is_running
+        )
+        assert session(other).of(EditForm).job.state == "done" and not session(user).of(EditForm).job
 
     drive(engine, script)
 
