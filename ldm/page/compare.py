@@ -21,7 +21,7 @@ from ldm.files.images import image_info, label_grid
 from ldm.files.records import PNG_KEY, save_png
 from ldm.page import parts
 from ldm.page.engine import Engine, ImageJob, Job
-from ldm.page.form import Form, Lane
+from ldm.page.form import Form, Lane, as_number
 from ldm.page.generate import GenerateTab
 from ldm.page.session import Session
 from ldm.request import PRESETS, SAMPLERS
@@ -146,14 +146,8 @@ def read_stages(text: str, num_stages: int) -> set[int]:
     return found
 
 
-def _setting(name: str, kind: type) -> Vary:
-    def vary(form: Form, text: str, known: Known) -> None:
-        try:
-            form.settings[name] = kind(text)
-        except ValueError:
-            raise ValueError(f"{name} must be a number, not '{text}'.") from None
-
-    return vary
+def _setting(name: str) -> Vary:
+    return lambda form, text, known: form.settings.update({name: as_number(text)})
 
 
 # In the order in which they change a form: the prompt and the concept before their stages.
@@ -162,10 +156,10 @@ KINDS: dict[str, Vary] = {
     "Concept": _concept,
     "Preset": _preset,
     "Stages": _stages,
-    "Seed": _setting("seed", int),
-    "Guidance scale": _setting("scale", float),
-    "Steps": _setting("ddim_steps", int),
-    "Sampler": _setting("sampler", str),
+    "Seed": _setting("seed"),
+    "Guidance scale": _setting("scale"),
+    "Steps": _setting("ddim_steps"),
+    "Sampler": _setting("sampler"),
 }
 
 

@@ -69,22 +69,6 @@ class InversionJob(Job):
         save_new_concept(found, self.files[0], force=True)
 
 
-def opened(file: Path, engine: Engine) -> InversionJob | None:
-    """Return the inversion that an uploaded file is; None for a concept of another kind.
-
-    Raises:
-        ValueError: it is no concept, or one for another model.
-    """
-    with uploads.as_the_user_calls_it(file):
-        concept = load_concept(file)
-        if concept.method not in METHODS.values():
-            return None
-        check_belongs(concept, engine.model)
-    made = InversionJob(state="done", files=[file], prompt=concept.metadata[PROMPT], method=concept.method)
-    made.rebuilt, made.concept = rebuilt(engine.model, concept), concept
-    return made
-
-
 @dataclass(eq=False)
 class EditJob(Job):
     """Edits an inverted image; several taus are a grid, the first of the files.
@@ -305,10 +289,15 @@ class EditTab:
         Raises:
             ValueError: the file is no concept, or one for another model.
         """
-        inversion = opened(file, self.engine)
-        if inversion is not None:
-            self.form.inversion, self.form.prompt, self.session.tab = inversion, inversion.prompt, "Edit"
-        return inversion is not None
+        with uploads.as_the_user_calls_it(file):
+            concept = load_concept(file)
+            if concept.method not in METHODS.values():
+                return False
+            check_belongs(concept, self.engine.model)
+        image = rebuilt(self.engine.model, concept)
+        self.form.inversion = InversionJob(state="done", files=[file], concept=concept, rebuilt=image)
+        self.form.prompt, self.session.tab = concept.metadata[PROMPT], "Edit"
+        return True
 
     def _show_image(self) -> None:
         self._image.clear()

@@ -124,19 +124,16 @@ class ImageJob(Job):
             self.count_step(more=f" · t {t} · stage {stage}")
 
         try:
-            image = generate_image(self.request, model, after, progress=False)
+            self.image = generate_image(self.request, model, after, progress=False)
+            self.outcome = f"Done in {time.monotonic() - start:.1f} s"
         except Interrupted as stop:
-            self._take(stop.image, engine)
+            self.image = stop.image
             raise Stopped from stop
-        self.outcome = f"Done in {time.monotonic() - start:.1f} s"
-        self._take(image, engine)
-
-    def _take(self, image: Image.Image, engine: Engine) -> None:
-        if self.keep:
-            self.files = save_images(image, {}, engine.setup, engine.outdir)
-        else:
-            self.preview = inline(image)
-        self.image = image
+        finally:
+            if self.image is not None and self.keep:
+                self.files = save_images(self.image, {}, engine.setup, engine.outdir)
+            elif self.image is not None:
+                self.preview = inline(self.image)
 
 
 class Stopped(KeyboardInterrupt):
@@ -158,6 +155,7 @@ class Engine:
         self.model, self.setup, self.outdir, self.trust = model, dict(setup), outdir, trust
         self.facts = facts_of(model)
         self.windows = model.presets if isinstance(model.presets, Windows) else Windows(model.presets)
+        self.most_tokens = int(model.cond_stage_model.max_length) - 2  # of a text that are read, without start and end
         self.preview = Preview(model)
         self.uploads = Path(tempfile.mkdtemp(prefix="prospect-page-"))
         self.runs: dict[Path, Learning] = {}  # log folder -> the latest that learns there
@@ -194,11 +192,6 @@ class Engine:
         name = Path(concept).stem
         path = Path(self.setup["ckpt"]).parent / "references" / name / f"{name}.png"
         return path if path.is_file() else None
-
-    @property
-    def most_tokens(self) -> int:
-        """How many tokens of a text are read."""
-        return int(self.model.cond_stage_model.max_length) - 2  # without its start and its end
 
     def tokens(self, text: str, placeholders: Sequence[str] = ()) -> int:
         """How many tokens a text is; a concept counts as one."""

@@ -9,6 +9,7 @@ from nicegui import ui
 
 from ldm.cli.flags import arguments_of
 from ldm.page import parts
+from ldm.page.form import as_number
 from ldm.page.session import Session
 from ldm.request import CHOICES, RANGES, Request
 
@@ -77,18 +78,12 @@ class Fields:
     def _take(self, name: str, value: Any) -> None:
         if value == self._shown(name):
             return  # it is what `refresh` has written
-        if name in TYPED or (isinstance(value, float) and value.is_integer()):
-            value = _whole(value)
+        if name in TYPED:
+            value = as_number(value)
+        elif isinstance(value, float) and value.is_integer():
+            value = int(value)
         if value == self.default_of(name) or (value is None and SPECS[name].default is None):
             self.session.form.settings.pop(name, None)  # left empty, it is the model's
         else:
             self.session.form.settings[name] = value
         self._changed()
-
-
-def _whole(value: float | str) -> int | float | str:
-    """A value as a whole number, if it is one; otherwise the library says what is wrong."""
-    try:
-        return int(value)
-    except ValueError:
-        return value

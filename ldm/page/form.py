@@ -5,8 +5,8 @@ The form knows no browser. It becomes a `Request`, and it is restored from the r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import chain, count, groupby, product
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from ldm.conditioning.presets import Windows, preset_stages, with_only
 from ldm.files.hub import refuse_unfetched
+from ldm.files.texts import slug
 from ldm.request import PLACEHOLDER, PRESETS, ModelFacts, Request, Words
 
 # Fields that the prompt, the lanes and the timeline decide; all others are settings.
@@ -64,7 +65,7 @@ class Form:
 
     def add_concept(self, file: str) -> Lane:
         """Add a lane, called `*` or, where that is taken, like the file; all stages read it."""
-        name = re.sub(r"\W+", "-", Path(file).stem).strip("-")[:MOST_NAME] or "concept"
+        name = slug(Path(file).stem)[:MOST_NAME]
         names = chain([PLACEHOLDER, f"<{name}>"], (f"<{name}-{number}>" for number in count(2)))
         taken = {lane.placeholder for lane in self.lanes}
         self.lanes.append(Lane(next(name for name in names if name not in taken), file, self.every_stage))
@@ -187,3 +188,11 @@ class Form:
         self.own = {stage: text for stage, text in texts.items() if text not in known}
         for lane in self.lanes:
             lane.stages = {stage for stage, text in texts.items() if known.get(text, {}).get(lane.placeholder)}
+
+
+def as_number(text: str) -> int | float | str:
+    """A text as the number that it is; where it is none, the request says so."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

@@ -263,7 +263,7 @@ class GenerateTab:
         self._watch.poll()
 
     def _open_again(self, file: Path) -> None:
-        with parts.problems(self._problem):
+        with parts.problems():
             self.open(file)
 
     def _show_history(self) -> None:

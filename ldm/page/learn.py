@@ -71,11 +71,8 @@ class LearnTab:
     def take(self, paths: list[Path]) -> None:
         """Add images to learn from; of those that are none the library's sentence is shown."""
         for path in paths:
-            try:
+            with parts.problems():
                 uploads.check_image(path)
-            except ValueError as error:
-                parts.say(error)
-            else:
                 self.form.images.append(path)
         if self.form.images and not self.form.name:
             self.form.name = self.form.images[0].stem

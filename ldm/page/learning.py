@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import ConfigError, load_config
 from ldm.embeddings import EmbeddingError, load_concept
+from ldm.files.texts import slug
 from ldm.files.writing import is_locked, lock
 
 PACKAGES = Path(__file__).parents[2]  # where the process finds this program
@@ -206,9 +206,8 @@ class LearnForm:
             raise ValueError("Choose the images to learn from first.")
         if not self.steps or self.steps < 1:
             raise ValueError("Steps must be a whole number of at least 1.")
-        stem = re.sub(r"\W+", "-", self.name).strip("-")[:60] or "concept"
         self.steps = int(self.steps)  # which a number's input has made a fraction
-        run = Learning(LOGDIR / f"{stem}-{datetime.now():%Y-%m-%dT%H-%M-%S}", self.steps)
+        run = Learning(LOGDIR / f"{slug(self.name or 'concept')}-{datetime.now():%Y-%m-%dT%H-%M-%S}", self.steps)
         images = run.given / "images"
         images.mkdir(parents=True)
         for number, path in enumerate(self.images):

@@ -32,13 +32,14 @@ def say(message: object, kind: Literal["negative", "info"] = "negative") -> None
 
 
 @contextmanager
-def problems(label: ui.label) -> Iterator[None]:
-    """Show the sentence of what cannot be done, or that there is none."""
-    label.set_text("")
+def problems(label: ui.label | None = None) -> Iterator[None]:
+    """Show the sentence of what cannot be done: in a label, which is empty otherwise, or for as long as it takes."""
+    if label is not None:
+        label.set_text("")
     try:
         yield
     except (ValueError, OSError) as error:
-        label.set_text(str(error))
+        say(error) if label is None else label.set_text(str(error))
 
 
 @cache

@@ -31,10 +31,8 @@ def upload(folder: Path, take: Take, mark: str, multiple: bool = True) -> ui.upl
     async def taken(event: MultiUploadEventArguments) -> None:
         event.sender.run_method("reset")
         paths = await keep(event.files, folder)
-        try:
+        with parts.problems():
             take(paths)
-        except ValueError as error:
-            parts.say(error)
 
     made = ui.upload(
         multiple=multiple,
