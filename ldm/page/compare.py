@@ -115,9 +115,7 @@ def _concept(form: Form, text: str, known: Known) -> None:
 
 def _preset(form: Form, text: str, known: Known) -> None:
     name = text.lower()
-    if name not in (*PRESETS, ALL, "all"):
-        raise ValueError(f"Unknown preset '{text}'; there are {ALL}, {', '.join(PRESETS)}.")
-    form.set_preset(_first(form, "Presets"), name if name in PRESETS else None, known.engine.windows)
+    form.set_preset(_first(form, "Presets"), None if name in (ALL, "all") else name, known.engine.windows)
 
 
 def _stages(form: Form, text: str, known: Known) -> None:
@@ -279,11 +277,7 @@ class CompareTab:
         self._inputs.append((choice, values))
 
     def open(self, file: Path) -> None:
-        """Restore a saved grid: what it varies, and the form of its first cell.
-
-        Raises:
-            ValueError: its record cannot be used.
-        """
+        """Restore a saved grid: what it varies, and the form of its first cell."""
         axes, record = read_sheet(str(image_info(file)[GRID_KEY]))
         self.generate.show_form(Form.restored(record, self.session.engine.facts))
         for (choice, values), axis in zip(self._inputs, axes, strict=True):

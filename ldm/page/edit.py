@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nicegui import ui
 from nicegui.elements.mixins.value_element import ValueElement
@@ -36,7 +35,6 @@ TITLES = {
 MEANINGS = {
     name: " ".join(text.split()) for kind in (InversionOptions, Edit) for name, text in arguments_of(kind).items()
 }
-T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -137,7 +135,7 @@ class EditForm:
         try:
             record = json.loads(text)
             edit = Edit(**{name: record[name] for name in names if name in record})
-        except (TypeError, AttributeError, RecursionError, ValueError) as error:
+        except (TypeError, RecursionError, ValueError) as error:
             raise ValueError("The edit's record cannot be read; use another copy of the image.") from error
         self.target, self.kind, self.blend = edit.target, edit.kind, ":".join(map(",".join, edit.blend or ()))
         self.weights = " ".join(f"{word}={weight:g}" for word, weight in (edit.weights or {}).items())
@@ -169,9 +167,12 @@ class EditForm:
             raise ValueError("Invert the image first.")
         if not self.target.strip():
             raise ValueError("Give the prompt of the edited image.")
-        given: dict[str, Any] = {name: [read(span, tau) for tau in text.split()] for name, text in self.taus.items()}
-        given["blend"] = read(pair, self.blend) if self.blend.strip() else None
-        given["weights"] = dict(read(weight, text) for text in self.weights.split())
+        try:
+            given: dict[str, Any] = {name: [span(tau) for tau in text.split()] for name, text in self.taus.items()}
+            given["blend"] = pair(self.blend.strip()) if self.blend.strip() else None
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(str(error)) from None
+        given["weights"] = dict(weight(text) for text in self.weights.split())
         edits = grid_of(self.target, kind=self.kind, **{name: value for name, value in given.items() if value})
         for edit in edits:
             edit.check(self.inversion.concept.metadata[PROMPT], engine.facts.num_stages)
@@ -180,14 +181,6 @@ class EditForm:
 
 def usual_scale(engine: Engine) -> float:
     return min(InversionOptions.guidance_scale, engine.facts.scale)
-
-
-def read(kind: Callable[[str], T], text: str) -> T:
-    """Read a text as the command line does."""
-    try:
-        return kind(text.strip())
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(str(error)) from None
 
 
 def weight(text: str) -> tuple[str, float]:
@@ -265,30 +258,18 @@ class EditTab:
         self.take(job.files[-1:])
 
     def take(self, paths: list[Path]) -> None:
-        """Edit another image.
-
-        Raises:
-            ValueError: the file is no image.
-        """
+        """Edit another image."""
         uploads.check_image(paths[0])
         self.form.image, self.form.inversion = paths[0], None
         self._show_image()
 
     def open(self, file: Path) -> None:
-        """Restore the form of an edited image.
-
-        Raises:
-            ValueError: its record cannot be used.
-        """
+        """Restore the form of an edited image."""
         self.form.restore(str(image_info(file)[PNG_KEY]))
         self.session.tab = "Edit"
 
     def open_concept(self, file: Path) -> bool:
-        """Take over an inversion; returns whether the concept is one.
-
-        Raises:
-            ValueError: the file is no concept, or one for another model.
-        """
+        """Take over an inversion; returns whether the concept is one."""
         with uploads.as_the_user_calls_it(file):
             concept = load_concept(file)
             if concept.method not in METHODS.values():

@@ -35,18 +35,8 @@ class ExportForm:
     license: str = "creativeml-openrail-m"
 
 
-@dataclass(frozen=True)
-class Package:
-    """A zip file, what is in it, and what its reader should know."""
-
-    title: str
-    content: bytes
-    names: list[str]
-    warnings: list[str]
-
-
-def package(session: Session) -> Package:
-    """Return the zip of what `scripts/export_embedding.py` writes.
+def package(session: Session) -> tuple[str, bytes, list[str], list[str]]:
+    """Return the name and the bytes of the zip of what `prospect export` writes, the names in it, and warnings.
 
     Raises:
         ValueError: there is no concept, a name that cannot be used, or what else `Export` refuses.
@@ -65,7 +55,7 @@ def package(session: Session) -> Package:
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in paths:
                 archive.write(path, f"{export.name}/{path.name}")
-    return Package(export.name, stream.getvalue(), [path.name for path in paths], warnings)
+    return export.name, stream.getvalue(), [path.name for path in paths], warnings
 
 
 def usual_name(lane: Lane) -> str:
@@ -134,9 +124,9 @@ class ExportTab:
         """Hand everything over as a zip."""
         self._contents.clear()
         with parts.problems(self._problem), self._contents:
-            made = package(self.session)
-            for warning in made.warnings:
+            title, content, names, warnings = package(self.session)
+            for warning in warnings:
                 ui.label(warning).classes("message warning")
-            for name in made.names:
+            for name in names:
                 ui.label(name).classes("file-name")
-            ui.download.content(made.content, f"{made.title}.zip")
+            ui.download.content(content, f"{title}.zip")

@@ -184,11 +184,7 @@ class GenerateTab:
         self.refresh()
 
     def take_concepts(self, paths: list[Path]) -> None:
-        """Add uploaded concepts to the form.
-
-        Raises:
-            ValueError: one of the files is no concept.
-        """
+        """Add uploaded concepts to the form."""
         files = uploads.concept_files(paths)
         self.session.uploaded += files
         for file in files:
@@ -209,11 +205,7 @@ class GenerateTab:
             parts.button("Remove", partial(self.take_content, []), "quiet small")
 
     def take_content(self, paths: list[Path]) -> None:
-        """Start from an image, or (no path) from noise.
-
-        Raises:
-            ValueError: the file is no image.
-        """
+        """Start from an image, or (no path) from noise."""
         if paths:
             uploads.check_image(paths[0])
             self.session.form.settings["content_dir"], self.session.tab = str(paths[0]), "Generate"
@@ -246,11 +238,7 @@ class GenerateTab:
         parts.show_messages(self._messages, job.messages)
 
     def open(self, file: Path) -> None:
-        """Restore the form of an image, and show it.
-
-        Raises:
-            ValueError: its record cannot be used.
-        """
+        """Restore the form of an image, and show it."""
         form = Form.restored(read_parameters(file), self.engine.facts)
         if not self._watch.is_running:
             self.session.job = ImageJob(state="opened", outcome=str(file), files=[file], request=form.request())

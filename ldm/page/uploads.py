@@ -22,11 +22,11 @@ from ldm.page import parts
 
 MOST_BYTES = 256 << 20  # the reference's pickled concepts have 126 MB
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-Take = Callable[[list[Path]], None]
+Take = Callable[[list[Path]], None]  # raises the `ValueError` of a file that it cannot use
 
 
 def upload(folder: Path, take: Take, mark: str, multiple: bool = True) -> ui.upload:
-    """Add a hidden upload: its files are kept below `folder`, and `take` has them or says what is wrong with them."""
+    """Add a hidden upload: its files are kept below `folder`, and `take` has them, or what is wrong is shown."""
 
     async def taken(event: MultiUploadEventArguments) -> None:
         event.sender.run_method("reset")
