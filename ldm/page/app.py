@@ -91,11 +91,8 @@ class _Page:
                     ui.tab(name)
             with ui.element("div").classes("where"):
                 ui.label(f"{engine.title} · {engine.model.device}").classes("soft")
-                dark = ui.button(icon="contrast", on_click=self._switch_dark)
+                dark = ui.button(icon="contrast", on_click=lambda: setattr(self.session, "dark", not self.session.dark))
                 dark.props('flat round dense aria-label="Light or dark"')
-
-    def _switch_dark(self) -> None:
-        self.session.dark = not self.session.dark
 
     def _take(self, paths: list[Path]) -> None:
         """An image of ours restores its form, another one is to be edited or learned from, other files are concepts."""

@@ -49,13 +49,11 @@ class Axis:
 
     @property
     def values(self) -> list[str]:
-        """The values; `42-45` is a range of seeds.
+        """The values, of which `42-45` is a range of seeds; one more than a grid can have, if there are so many.
 
         Raises:
-            ValueError: there is no value, or an unknown kind.
+            ValueError: there is none.
         """
-        if self.kind not in KINDS:
-            raise ValueError(f"A grid varies {', '.join(KINDS)}, not '{self.kind}'.")
         lines = (line.strip() for line in self.text.splitlines() if line.strip())
         values = (value for line in lines for value in (_seeds(line) if self.kind == "Seed" else [line]))
         found = list(islice(values, MOST_CELLS + 1))
@@ -125,21 +123,16 @@ def _stages(form: Form, text: str, known: Known) -> None:
 
 
 def read_stages(text: str, num_stages: int) -> set[int]:
-    """Read `7-3`, `9`, `9-7, 2`, `all stages` or `none` as a set of stages.
-
-    Raises:
-        ValueError: it is something else, or names a stage that there is not.
-    """
+    """Read `7-3`, `9`, `9-7, 2`, `all stages` or `none` as a set of stages."""
     if text.lower() in (ALL, "all"):
         return set(range(num_stages))
     found: set[int] = set()
     for part in [] if text.lower() == NONE else text.split(","):
         match = re.fullmatch(r"\s*(\d{1,4})\s*(?:[-–]\s*(\d{1,4})\s*)?", part)
-        if match is None:
-            raise ValueError(f"Stages are written as 7-3, 9, {ALL} or {NONE}, not '{text}'.")
-        low, high = sorted((int(match[1]), int(match[2] or match[1])))
+        low, high = sorted((int(match[1]), int(match[2] or match[1]))) if match else (0, num_stages)
         if high >= num_stages:
-            raise ValueError(f"Stage {high} is outside 0..{num_stages - 1}.")
+            most = num_stages - 1
+            raise ValueError(f"Stages are written as 7-3, 9, {ALL} or {NONE}, and at most {most}, not '{text}'.")
         found |= set(range(low, high + 1))
     return found
 
@@ -207,9 +200,10 @@ class Comparison(Job):
                 self.messages += [said for said in job.messages if said[0] != "info" and said not in self.messages]
                 self.step += job.image is not None
         self.state = "done"
-        images = [[self.jobs[i, j].image for j in range(len(line))] for i, line in enumerate(self.forms)]
-        whole = [[image for image in line if image is not None] for line in images]
-        if whole == images:
+        images = [job.image for job in self.jobs.values() if job.image is not None]
+        if len(images) == self.steps:
+            width = len(self.forms[0])
+            whole = [images[i : i + width] for i in range(0, self.steps, width)]
             file = new_file(engine.outdir / f"{self.rows.kind}-{self.columns.kind}".lower().replace(" ", "-"))
             save_sheet(whole, self.rows, self.columns, file)
             self.files = [file]
@@ -230,8 +224,9 @@ def read_sheet(text: str) -> tuple[list[Axis], dict[str, Any]]:
     """
     try:
         record = json.loads(text)
-        axes = [Axis(kind, "\n".join(values)) for kind, *values in (record["rows"], record["columns"])]
-        return [Axis(axis.kind, "\n".join(axis.values)) for axis in axes], dict(record["cells"][0][0])
+        found = (Axis(kind, "\n".join(texts)) for kind, *texts in (record["rows"], record["columns"]) if kind in KINDS)
+        rows, columns = (replace(axis, text="\n".join(axis.values)) for axis in found)  # not more than a grid can have
+        return [rows, columns], dict(record["cells"][0][0])
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise ValueError("The grid's record cannot be read; use another copy of the image.") from error
 
@@ -311,7 +306,7 @@ class CompareTab:
         if run is not self._built:
             self._build_grid(run)
         for place, job in run.jobs.items():
-            if job.image is not None and (cell := self._empty.pop(place, None)) is not None:
+            if job.image and not job.is_running and (cell := self._empty.pop(place, None)) is not None:
                 with cell:
                     parts.shown(job.preview, cell.props["title"])
 

@@ -149,10 +149,8 @@ class EditForm:
         Raises:
             ValueError: something is missing or cannot be used.
         """
-        if self.image is None:
-            raise ValueError("Choose the image to edit first.")
-        if not self.prompt.strip():
-            raise ValueError("Say what the image shows: words of this prompt are what an edit exchanges.")
+        if self.image is None or not self.prompt.strip():
+            raise ValueError("Choose the image to edit, and say what it shows: an edit exchanges words of this prompt.")
         scale = usual_scale(engine) if self.guidance_scale is None else self.guidance_scale
         options = InversionOptions(int(self.steps or 0), scale, inner_steps=int(self.inner_steps or 0))
         return InversionJob(image=self.image, prompt=self.prompt, method=self.method, options=options)
@@ -163,10 +161,8 @@ class EditForm:
         Raises:
             ValueError: there is no inversion, a text cannot be read, or words are not in the prompts.
         """
-        if self.inversion is None or self.inversion.concept is None:
-            raise ValueError("Invert the image first.")
-        if not self.target.strip():
-            raise ValueError("Give the prompt of the edited image.")
+        if self.inversion is None or self.inversion.concept is None or not self.target.strip():
+            raise ValueError("Invert the image first, and give the prompt of the edited one.")
         try:
             given: dict[str, Any] = {name: [span(tau) for tau in text.split()] for name, text in self.taus.items()}
             given["blend"] = pair(self.blend.strip()) if self.blend.strip() else None
@@ -221,9 +217,9 @@ class EditTab:
     def _build_inversion(self) -> None:
         with parts.section("1. Invert an image", "learn what reconstructs it"):
             self._image = ui.element("div").classes("line")
-            upload = uploads.upload(self.engine.uploads, self.take, "edit-upload", multiple=False)
+            place = (self.engine.uploads, self.take, "edit-upload")
             with ui.element("div").classes("line"):
-                uploads.button("Choose an image", upload, "Choose an image to edit")
+                uploads.button("Choose an image", *place, multiple=False, label="Choose an image to edit")
                 parts.button("Take the one of Generate", self._take_generated)
             self._field(ui.input("What the image shows"), "prompt")
             with ui.element("div").classes("fields"):

@@ -92,7 +92,6 @@ class Job:
 
     def do(self, engine: Engine) -> None:
         """Do the work, in the engine's thread."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)

@@ -71,19 +71,10 @@ def _use(session: Session, stages: int) -> Use:
         placeholders = tuple(request.concepts or ())
         words = preset_words(request.preset, prompt, placeholders, stages, session.engine.windows)
         prompt = PLACEHOLDER
-    height, width = request.size
-    return Use(
-        prompt,
-        words,
-        sampler=request.sampler,
-        steps=request.ddim_steps,
-        scale=request.guidance_scale,
-        seed=request.seed,
-        width=width,
-        height=height,
-        negative_prompt=request.negative_prompt,
-        rescale=request.rescale,
-    )
+    same = {
+        name: getattr(request, name) for name in ("sampler", "seed", "width", "height", "negative_prompt", "rescale")
+    }
+    return Use(prompt, words, steps=request.ddim_steps, scale=request.guidance_scale, **same)
 
 
 class ExportTab:

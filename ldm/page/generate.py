@@ -50,11 +50,11 @@ class GenerateTab:
 
     def _build_stages(self) -> None:
         with parts.section("Stages", "which stages read the concept, and what text"):
-            upload = uploads.upload(self.engine.uploads, self.take_concepts, "concept-upload")
             with ui.element("div").classes("line concepts-line"):
                 self._concepts = ui.element("div").classes("concepts")
                 self._add = parts.button("Add a concept", self._add_concept).mark("add-concept")
-                uploads.button("Upload…", upload, "Upload a concept file")
+                place = (self.engine.uploads, self.take_concepts, "concept-upload")
+                uploads.button("Upload…", *place, label="Upload a concept file")
             self.timeline = Timeline(self.session, self._changed)
 
     def _build_settings(self) -> None:
@@ -68,8 +68,9 @@ class GenerateTab:
             self._by_stage = parts.button("Guidance by stage", self._switch_scales, "chip").mark("scales")
             with ui.expansion("Start from an image").classes("more"):
                 self._content = ui.element("div").classes("line")
-                upload = uploads.upload(self.engine.uploads, self.take_content, "content-upload", multiple=False)
-                uploads.button("Choose an image", upload)
+                uploads.button(
+                    "Choose an image", self.engine.uploads, self.take_content, "content-upload", multiple=False
+                )
                 with ui.element("div").classes("fields"):
                     for name in EDITING:
                         self._fields.add(name)

@@ -42,9 +42,8 @@ class LearnTab:
     def _build_images(self) -> None:
         with parts.section("Images", "one, or a few of the same thing"):
             self._images = ui.element("div").classes("tiles")
-            upload = uploads.upload(self.engine.uploads, self.take, "learn-upload")
             with ui.element("div").classes("line"):
-                self._choose = uploads.button("Choose images", upload)
+                self._choose = uploads.button("Choose images", self.engine.uploads, self.take, "learn-upload")
                 ui.label("or drop them here").classes("soft")
 
     def _build_concept(self) -> None:

@@ -10,13 +10,13 @@ import csv
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -58,7 +58,7 @@ class Learning:
 
     folder: Path
     steps: int
-    process: subprocess.Popen[bytes] | None = None
+    process: Popen[bytes] | None = None
     stopping: bool = False
 
     @property
@@ -123,14 +123,7 @@ class Learning:
         env = os.environ | {"PYTHONPATH": paths}
         with self.output.open("wb") as stream:
             lock(stream)  # for as long as the process lives, to which Ctrl-C in the terminal comes through the page
-            self.process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=env,
-            )
+            self.process = Popen(words, stdin=DEVNULL, stdout=stream, stderr=STDOUT, start_new_session=True, env=env)
         (self.given / "pid").write_text(str(self.process.pid))
         return self
 
@@ -202,10 +195,8 @@ class LearnForm:
         Raises:
             ValueError: there is no image, a number that cannot be used, or no configuration for learning.
         """
-        if not self.images:
-            raise ValueError("Choose the images to learn from first.")
-        if not self.steps or self.steps < 1:
-            raise ValueError("Steps must be a whole number of at least 1.")
+        if not self.images or not self.steps or self.steps < 1:
+            raise ValueError("Choose the images to learn from, and at least one step.")
         self.steps = int(self.steps)  # which a number's input has made a fraction
         run = Learning(LOGDIR / f"{slug(self.name or 'concept')}-{datetime.now():%Y-%m-%dT%H-%M-%S}", self.steps)
         images = run.given / "images"

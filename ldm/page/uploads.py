@@ -44,8 +44,9 @@ def upload(folder: Path, take: Take, mark: str, multiple: bool = True) -> ui.upl
     return made.classes("offscreen").props("aria-hidden=true tabindex=-1").mark(mark)
 
 
-def button(text: str, hidden: ui.upload, label: str = "") -> ui.element:
-    """A button that opens the browser's choice of files for a hidden upload."""
+def button(text: str, folder: Path, take: Take, mark: str, multiple: bool = True, label: str = "") -> ui.element:
+    """A button that opens the browser's choice of files, for an upload of its own."""
+    hidden = upload(folder, take, mark, multiple)
     made = parts.button(text, None, label=label or text)
     return made.on("click", js_handler=f"() => getElement({hidden.id}).$refs.qRef.pickFiles()")
 
