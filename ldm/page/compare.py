@@ -199,14 +199,17 @@ class Comparison(Job):
                 self.error = self.error or job.error
                 self.messages += [said for said in job.messages if said[0] != "info" and said not in self.messages]
                 self.step += job.image is not None
-        self.state = "done"
         images = [job.image for job in self.jobs.values() if job.image is not None]
         if len(images) == self.steps:
             width = len(self.forms[0])
-            whole = [images[i : i + width] for i in range(0, self.steps, width)]
-            file = new_file(engine.outdir / f"{self.rows.kind}-{self.columns.kind}".lower().replace(" ", "-"))
-            save_sheet(whole, self.rows, self.columns, file)
-            self.files = [file]
+            try:
+                file = new_file(engine.outdir / f"{self.rows.kind}-{self.columns.kind}".lower().replace(" ", "-"))
+                lines = [images[i : i + width] for i in range(0, self.steps, width)]
+                save_sheet(lines, self.rows, self.columns, file)
+                self.files = [file]
+            except OSError as error:  # a full disk
+                self.error = str(error)
+        self.state = "done"
 
 
 def save_sheet(images: Sequence[Sequence[Image.Image]], rows: Axis, columns: Axis, path: Path) -> None:
