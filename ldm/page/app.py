@@ -6,25 +6,23 @@ import logging
 from pathlib import Path
 
 from nicegui import app, ui
-from nicegui.events import ValueChangeEventArguments
 
-from ldm.page import uploads
-from ldm.page.compare_tab import CompareTab
-from ldm.page.edit_tab import EditTab
-from ldm.page.editing import opened
+from ldm.files.images import image_info
+from ldm.files.records import PNG_KEY
+from ldm.page import compare, edit, uploads
 from ldm.page.engine import Engine
-from ldm.page.export_tab import ExportTab
-from ldm.page.generate_tab import GenerateTab
+from ldm.page.export import ExportTab
+from ldm.page.generate import GenerateTab
 from ldm.page.guard import OWN, OwnHostOnly
-from ldm.page.learn_tab import LearnTab
+from ldm.page.learn import LearnTab
 from ldm.page.session import Session
-from ldm.page.view import TABS, View
 
 CSS = Path(__file__).with_name("page.css")
 FAVICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20"><rect width="20" height="20" rx="5" fill="#5b4bd6"/>'
     '<path d="M10 4v12M4.8 7l10.4 6M4.8 13l10.4-6" stroke="#fff" stroke-width="2.4" stroke-linecap="round"/></svg>'
 )
+TABS = ("Generate", "Learn", "Compare", "Edit", "Export")
 # A file that is dropped anywhere goes to the hidden upload.
 _DROP = """
 for (const kind of ['dragover', 'drop']) window.addEventListener(kind, (e) => {
@@ -56,30 +54,31 @@ def build(engine: Engine) -> None:
         await ui.context.client.connected()
         if not ui.context.client.has_socket_connection:
             return  # it was fetched, and not opened
-        sessions = app.storage.tab
-        if "session" not in sessions:
-            sessions["session"] = Session.start(engine)
-        _Page(View(sessions["session"]))
+        if "session" not in app.storage.tab:
+            app.storage.tab["session"] = Session.start(engine)
+        _Page(app.storage.tab["session"])
 
 
 class _Page:
-    def __init__(self, view: View) -> None:
-        self.view, self.session = view, view.session
-        self._dark = ui.dark_mode(self.session.dark)
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        ui.dark_mode().bind_value_from(session, "dark")
         ui.colors(primary="#5b4bd6")
         self._build_header()
-        with ui.tab_panels(view.tabs, value=self.session.tab).props("keep-alive").classes("panels"):
+        with ui.tab_panels(self._tabs, value=session.tab).classes("panels") as panels:
             with ui.tab_panel("Generate"):
-                self._generate = GenerateTab(view)
+                self._generate = GenerateTab(session)
             with ui.tab_panel("Learn"):
-                self._learn = LearnTab(view)
+                self._learn = LearnTab(session, self._generate)
             with ui.tab_panel("Compare"):
-                CompareTab(view)
+                self._compare = compare.CompareTab(session, self._generate)
             with ui.tab_panel("Edit"):
-                self._edit = EditTab(view)
+                self._edit = edit.EditTab(session)
             with ui.tab_panel("Export"):
-                ExportTab(view)
-        self._build_drop()
+                export = ExportTab(session)
+        panels.on_value_change(export.refresh)  # the concepts may be others when it is opened
+        drop = uploads.upload(session.engine.uploads, self._take, "drop")
+        ui.run_javascript(_DROP % drop.id)
 
     def _build_header(self) -> None:
         engine = self.session.engine
@@ -87,48 +86,26 @@ class _Page:
             with ui.element("div").classes("brand"):
                 ui.element("span").classes("spectrum").props("aria-hidden=true")
                 ui.label("ProSpect").props("role=heading aria-level=1")
-            self.view.tabs = ui.tabs(on_change=self._tab_chosen).props("no-caps dense inline-label")
-            with self.view.tabs:
+            with ui.tabs().bind_value(self.session, "tab").props("no-caps dense inline-label") as self._tabs:
                 for name in TABS:
                     ui.tab(name)
-            self.view.tabs.value = self.session.tab
             with ui.element("div").classes("where"):
                 ui.label(f"{engine.title} · {engine.model.device}").classes("soft")
-                ui.button(icon="contrast", on_click=self._switch_dark).props(
-                    'flat round dense aria-label="Light or dark"'
-                )
-
-    def _tab_chosen(self, event: ValueChangeEventArguments) -> None:
-        self.session.tab = event.value
-
-    def _switch_dark(self) -> None:
-        self.session.dark = self._dark.value = not self._dark.value
-
-    def _build_drop(self) -> None:
-        upload = uploads.upload(self.session.engine.uploads, self._take, multiple=True).mark("drop")
-        ui.run_javascript(_DROP % upload.id)
-
-    def _take_concepts(self, paths: list[Path]) -> None:
-        inversion = opened(paths[0], self.session.engine) if len(paths) == 1 else None
-        if inversion is None:
-            self._generate.take_concepts(paths)
-        else:
-            self.session.edit.inversion, self.session.edit.prompt = inversion, inversion.prompt
-        self.view.show("Generate" if inversion is None else "Edit")
+                dark = ui.button(icon="contrast", on_click=lambda: setattr(self.session, "dark", not self.session.dark))
+                dark.props('flat round dense aria-label="Light or dark"')
 
     def _take(self, paths: list[Path]) -> None:
-        """An image of ours restores the form, another one is to be edited or learned from, other files are concepts."""
+        """An image of ours restores its form, another one is to be edited or learned from, other files are concepts."""
         if not all(map(uploads.looks_like_image, paths)):
-            self._take_concepts(paths)
+            if len(paths) > 1 or not self._edit.open_concept(paths[0]):
+                self._generate.take_concepts(paths)
             return
         for path in paths:
             uploads.check_image(path)
-        if len(paths) == 1 and self.view.is_ours(paths[0]):
-            self._generate.open(paths[0])
-        elif self.session.tab == "Learn":
-            self._learn.take(paths)
-        elif self.session.tab == "Edit":
-            self._edit.take(paths)
-        else:
-            self._generate.take_content(paths)
-            self.view.show("Generate")
+        info = image_info(paths[0]) if len(paths) == 1 else {}
+        for key, tab in ((edit.PNG_KEY, self._edit), (compare.GRID_KEY, self._compare), (PNG_KEY, self._generate)):
+            if key in info:
+                tab.open(paths[0])
+                return
+        takes = {"Learn": self._learn.take, "Edit": self._edit.take}
+        takes.get(self.session.tab, self._generate.take_content)(paths)

@@ -6,7 +6,6 @@ python scripts/page.py --config sd --ckpt models/sd/sd-v1-4.ckpt
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import socket
@@ -44,13 +43,9 @@ def run(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
             os.environ["PROSPECT_DEVICE"] = options.device  # for learning, which is a process of its own
         model = load_model(options, setup, config)
         say(f"The page is at http://{HOST}:{port}; Ctrl-C ends it.")
-        serve(Engine(model, setup, options.outdir, trust_of(options)), port, not options.no_browser)
-
-
-def trust_of(options: argparse.Namespace) -> list[str]:
-    """The flags for what configurations may do, as they were given."""
-    targets = ["--allow_targets", *options.allow_targets] if options.allow_targets else []
-    return [*targets, *(["--allow_resolvers"] if options.allow_resolvers else [])]
+        trust = ["--allow_targets", *options.allow_targets] if options.allow_targets else []
+        trust += ["--allow_resolvers"] if options.allow_resolvers else []
+        serve(Engine(model, setup, options.outdir, trust), port, not options.no_browser)
 
 
 def free_port(first: int) -> int:

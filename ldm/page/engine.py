@@ -7,13 +7,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -23,7 +22,7 @@ from ldm.conditioning.stages import stage_of
 from ldm.files.shipped import MODELS, shipped
 from ldm.generate import Interrupted, facts_of, generate_image
 from ldm.page.learning import EMBEDDINGS, Learning, usual_steps
-from ldm.page.preview import Preview
+from ldm.page.preview import Preview, inline
 from ldm.request import PLACEHOLDER, Request, placeholder_pattern
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOGS = Path("logs")
-LIBRARY = "ldm"
+LIBRARY = logging.getLogger("ldm")
 TALKATIVE = "ldm.conditioning.presets"  # says which stages a preset is, and from where
 PREVIEW_SHARE = 10  # a preview is made when this many times its own duration has passed since the last
 AnyJob = TypeVar("AnyJob", bound="Job")
@@ -44,51 +43,54 @@ class Job:
     """Something that one thread works on, and the page reads meanwhile.
 
     Args:
-        state: waiting, running, done, stopped or failed.
+        state: waiting, running, done, stopped or failed; opened: an image that was opened in place of being made.
+        progress, outcome: the status while it runs, and when it is done.
         messages: (level, sentence) of the library, in order.
-        files: what was written.
-        version: grows with every change.
+        files: what was written, a grid of them first.
     """
 
     state: str = "waiting"
     step: int = 0
     steps: int = 0
+    progress: str = "Preparing…"
+    outcome: str = "Done"
     messages: list[tuple[str, str]] = field(default_factory=list)
     error: str = ""
     files: list[Path] = field(default_factory=list)
-    version: int = 0
     stopping: bool = False
+    future: Future[None] = field(default_factory=Future)
 
     @property
-    def is_over(self) -> bool:
-        return self.state in ("done", "stopped", "failed")
+    def is_running(self) -> bool:
+        return self.state in ("waiting", "running")
 
-    def status(self, running: str, done: str, kept: Sequence[Path]) -> str:
+    @property
+    def share(self) -> float:
+        return self.step / max(1, self.steps)
+
+    @property
+    def status(self) -> str:
         """Where it is, in a line."""
-        end = "".join(f" · kept as {file}" for file in kept)
-        said = {"waiting": "Waiting for another tab's image…", "running": running, "done": done + end}
-        said["stopped"] = f"Stopped after step {self.step} of {self.steps}{end}"
+        kept = f" · kept as {self.files[0]}" if self.files else ""
+        said = {"waiting": "Waiting for another tab's image…", "running": self.progress, "opened": self.outcome}
+        said |= {"done": self.outcome + kept, "stopped": f"Stopped after step {self.step} of {self.steps}{kept}"}
         return said.get(self.state, "")
 
     def stop(self) -> None:
         """Stop before the next step; one that waits stops at once."""
         self.stopping = True
         if self.state == "waiting":
-            self.change(state="stopped")
+            self.state = "stopped"
 
-    def change(self, **values: Any) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
-        self.version += 1
-
-    def check_stop(self) -> None:
-        """Raise `Stopped` if the user has asked for it."""
+    def count_step(self, what: str = "Step", more: str = "") -> None:
+        """Count a step that is made; raises `Stopped` if the user has asked for it."""
         if self.stopping:
             raise Stopped
+        self.step += 1
+        self.progress = f"{what} {self.step} of {self.steps}{more}"
 
     def do(self, engine: Engine) -> None:
         """Do the work, in the engine's thread."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)
@@ -97,30 +99,39 @@ class ImageJob(Job):
 
     Args:
         keep: save the image.
+        preview: what the last step predicts, then an image that is not saved; a URL that holds it.
         previews: stage -> what a step in it predicts.
     """
 
     request: Request = field(default_factory=Request)
     keep: bool = True
-    timestep: int = 0
-    stage: int | None = None
-    seconds: float = 0.0
-    preview: Image.Image | None = None
-    previews: dict[int, Image.Image] = field(default_factory=dict)
+    preview: str = ""
+    previews: dict[int, str] = field(default_factory=dict)
     image: Image.Image | None = None
 
     def do(self, engine: Engine) -> None:
         """Generate; batches that are finished when it is stopped are kept, as after Ctrl-C."""
-        start = time.monotonic()
+        start, next_preview, model = time.monotonic(), 0.0, engine.model
+
+        def after(step: int, t: int, x: Tensor, x_0: Tensor) -> None:
+            nonlocal next_preview
+            stage, now = int(stage_of(t, model.num_stages, model.num_timesteps)), time.monotonic()
+            if now >= next_preview or stage not in self.previews:
+                self.preview = self.previews[stage] = inline(engine.preview(x_0))
+                next_preview = time.monotonic() + PREVIEW_SHARE * (time.monotonic() - now)
+            self.count_step(more=f" · t {t} · stage {stage}")
+
         try:
-            self.image = generate_image(self.request, engine.model, _Watch(self, engine), progress=False)
+            self.image = generate_image(self.request, model, after, progress=False)
+            self.outcome = f"Done in {time.monotonic() - start:.1f} s"
         except Interrupted as stop:
             self.image = stop.image
             raise Stopped from stop
         finally:
-            self.seconds = time.monotonic() - start
             if self.image is not None and self.keep:
                 self.files = Drawing(engine.model, engine.setup, engine.outdir).save(self.image)
+            elif self.image is not None:
+                self.preview = inline(self.image)
 
 
 class Stopped(KeyboardInterrupt):
@@ -142,6 +153,7 @@ class Engine:
         self.model, self.setup, self.outdir, self.trust = model, dict(setup), outdir, trust
         self.facts = facts_of(model)
         self.windows = model.presets
+        self.most_tokens = int(model.cond_stage_model.max_length) - 2  # of a text that are read, without start and end
         self.preview = Preview(model)
         self.uploads = Path(tempfile.mkdtemp(prefix="prospect-page-"))
         self.runs: dict[Path, Learning] = {}  # log folder -> the latest that learns there
@@ -166,26 +178,18 @@ class Engine:
         self._pool.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(self.uploads, ignore_errors=True)
 
-    def concepts(self) -> list[str]:
-        """The concept files that ship beside the checkpoint, then those that were learned here, the latest first."""
+    def concepts(self, uploaded: Sequence[str] = ()) -> dict[str, str]:
+        """File -> what it is called: `uploaded`, those beside the checkpoint, those learned here, the latest first."""
         beside = sorted((Path(self.setup["ckpt"]).parent / "concepts").glob("*.safetensors"))
         learned = [*LOGS.glob(f"*/{EMBEDDINGS}"), *LOGS.glob(f"*/*/{EMBEDDINGS}")]
-        return [str(path) for path in (*beside, *sorted(learned, key=lambda path: -path.stat().st_mtime))]
-
-    def concept_names(self, uploaded: Sequence[str] = ()) -> dict[str, str]:
-        """File -> what it is called: `concepts`, and those that were uploaded."""
-        return {file: concept_name(Path(file)) for file in (*uploaded, *self.concepts())}
+        learned.sort(key=lambda path: -path.stat().st_mtime)
+        return {str(path): concept_name(path) for path in (*map(Path, uploaded), *beside, *learned)}
 
     def reference_of(self, concept: str) -> Path | None:
         """The image that a concept was learned from, where it ships beside the checkpoint."""
         name = Path(concept).stem
         path = Path(self.setup["ckpt"]).parent / "references" / name / f"{name}.png"
         return path if path.is_file() else None
-
-    @property
-    def most_tokens(self) -> int:
-        """How many tokens of a text are read."""
-        return int(self.model.cond_stage_model.max_length) - 2  # without its start and its end
 
     def tokens(self, text: str, placeholders: Sequence[str] = ()) -> int:
         """How many tokens a text is; a concept counts as one."""
@@ -201,52 +205,36 @@ class Engine:
             ValueError: the model cannot do it.
         """
         request = request.for_model(self.facts)
-        job = ImageJob(request=request, keep=keep, steps=request.n_iter * request.denoising_steps)
-        return self.queue(job)
+        return self.queue(ImageJob(request=request, keep=keep, steps=request.n_iter * request.denoising_steps))
 
     def queue(self, job: AnyJob) -> AnyJob:
         """Do a job when those before it are over; returns it."""
-        self._pool.submit(self._work, job)
+        job.future = self._pool.submit(self._work, job)
         return job
 
     def _work(self, job: Job) -> None:
         if job.stopping:
             return
-        job.change(state="running")
-        with heard(job):
-            try:
-                job.do(self)
-                job.change(state="done")
-            except Stopped:
-                job.change(state="stopped")
-            except MENDABLE as error:
-                job.change(state="failed", error=str(error))
-            except Exception as error:
-                logger.exception("A job of the page failed.")
-                job.change(state="failed", error=f"{type(error).__name__}: {error}")
-
-
-class _Watch:
-    """The callback of a generation: counts, shows and stops."""
-
-    def __init__(self, job: ImageJob, engine: Engine) -> None:
-        self.job, self.engine = job, engine
-        self._count, self._next = 0, 0.0
-
-    def __call__(self, step: int, t: int, x: Tensor, x_0: Tensor) -> None:
-        job, model = self.job, self.engine.model
-        job.check_stop()
-        self._count += 1
-        stage = int(stage_of(t, model.num_stages, model.num_timesteps))
-        now = time.monotonic()
-        if now >= self._next or stage not in job.previews:
-            job.preview = job.previews[stage] = self.engine.preview(x_0)
-            cost = time.monotonic() - now
-            self._next = time.monotonic() + PREVIEW_SHARE * cost
-        job.change(step=self._count, timestep=t, stage=stage)
+        job.state, state, ear = "running", "failed", _Ear(job)
+        LIBRARY.addHandler(ear)
+        try:
+            job.do(self)
+            state = "done"
+        except Stopped:
+            state = "stopped"
+        except MENDABLE as error:
+            job.error = str(error)
+        except Exception as error:
+            logger.exception("A job of the page failed.")
+            job.error = f"{type(error).__name__}: {error}"
+        finally:
+            LIBRARY.removeHandler(ear)
+            job.state = state
 
 
 class _Ear(logging.Handler):
+    """Adds what the library logs in this thread to the messages of a job."""
+
     def __init__(self, job: Job) -> None:
         super().__init__(logging.INFO)
         self.job, self.thread = job, threading.get_ident()
@@ -256,20 +244,8 @@ class _Ear(logging.Handler):
         shown = record.levelno >= logging.WARNING or record.name == TALKATIVE
         if shown and record.thread == self.thread and said not in self.job.messages:
             self.job.messages.append(said)
-            self.job.change()
 
 
 def concept_name(path: Path) -> str:
     """What a concept is called: its file, or of a run its folder."""
     return path.parents[1].name if path.name == EMBEDDINGS.name else path.stem
-
-
-@contextmanager
-def heard(job: Job) -> Iterator[None]:
-    """Add what the library logs in this thread to the messages of a job."""
-    ear = _Ear(job)
-    logging.getLogger(LIBRARY).addHandler(ear)
-    try:
-        yield
-    finally:
-        logging.getLogger(LIBRARY).removeHandler(ear)

@@ -5,9 +5,8 @@ The form knows no browser. It becomes a `Request`, and it is restored from the r
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import chain, count, groupby, product
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 
 from ldm.conditioning.presets import Windows, preset_stages, with_only
 from ldm.files.hub import refuse_unfetched
+from ldm.files.texts import slug
 from ldm.request import PLACEHOLDER, PRESETS, ModelFacts, Request, Words
 
 # Fields that the prompt, the lanes and the timeline decide; all others are settings.
 DERIVED = ("prompt", "prospect_words", "preset", "concepts")
 MOST_LANES = 6
 MOST_NAME = 30  # characters of a placeholder
-Entry = str | int  # a text, or the stage whose learned token stands for `*`
 
 
 @dataclass
@@ -44,14 +43,14 @@ class Form:
 
     Args:
         num_stages: S of the model.
-        own: stage -> what it reads in place of the prompt.
+        own: stage -> what it reads in place of the prompt: a text, or the stage whose learned token stands for `*`.
         settings: fields of `Request` that differ from their defaults.
     """
 
     num_stages: int = 10
     prompt: str = ""
     lanes: list[Lane] = field(default_factory=list)
-    own: dict[int, Entry] = field(default_factory=dict)
+    own: dict[int, str | int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,20 +58,14 @@ class Form:
         return set(range(self.num_stages))
 
     @property
-    def scales(self) -> list[float] | None:
+    def scales(self) -> Sequence[float] | None:
         """The guidance scale of each stage; None where one holds for all."""
         found = self.settings.get("scale")
-        return list(found) if isinstance(found, Sequence) else None
-
-    def set_scales(self, scales: Sequence[float] | None) -> None:
-        """Give each stage a guidance scale of its own, or (None) all the model's."""
-        self.settings.pop("scale", None)
-        if scales is not None:
-            self.settings["scale"] = tuple(scales)
+        return found if isinstance(found, Sequence) else None
 
     def add_concept(self, file: str) -> Lane:
         """Add a lane, called `*` or, where that is taken, like the file; all stages read it."""
-        name = re.sub(r"\W+", "-", Path(file).stem).strip("-")[:MOST_NAME] or "concept"
+        name = slug(Path(file).stem)[:MOST_NAME]
         names = chain([PLACEHOLDER, f"<{name}>"], (f"<{name}-{number}>" for number in count(2)))
         taken = {lane.placeholder for lane in self.lanes}
         self.lanes.append(Lane(next(name for name in names if name not in taken), file, self.every_stage))
@@ -99,10 +92,10 @@ class Form:
             return self.prompt
         return with_only(self.prompt, {lane.placeholder: stage in lane.stages for lane in self.lanes})
 
-    def groups(self) -> list[list[int]]:
-        """Runs of stages that read the same, the start of generation first."""
-        stages = sorted(range(self.num_stages), reverse=True)
-        keyed = groupby(stages, key=lambda stage: (self.text(stage), isinstance(self.own.get(stage), int)))
+    def groups(self, selected: Collection[int] = ()) -> list[list[int]]:
+        """Runs of stages that read the same and are all selected or all not, the start of generation first."""
+        stages = reversed(range(self.num_stages))
+        keyed = groupby(stages, key=lambda s: (self.text(s), isinstance(self.own.get(s), int), s in selected))
         return [list(run) for _, run in keyed]
 
     def _is_plain(self) -> bool:
@@ -123,7 +116,7 @@ class Form:
             return Request(prompt=self.prompt, preset=self.lanes[0].preset, **given)
         if self._is_plain() and not self.own:
             return Request(prompt=self.prompt, **given)
-        if any(isinstance(entry, int) for entry in self.own.values()):
+        if any(isinstance(own, int) for own in self.own.values()):
             return Request(prompt=self.prompt, prospect_words=self._entries(), **given)
         texts = [self.text(stage) for stage in range(self.num_stages)]
         return Request(prompt=PLACEHOLDER, prospect_words=texts, **given)
@@ -147,66 +140,59 @@ class Form:
 
         return [entry(stage) for stage in range(self.num_stages)]
 
-    def assign(self, other: Form) -> None:
-        """Take over everything of another form."""
-        for spec in fields(self):
-            setattr(self, spec.name, copy.deepcopy(getattr(other, spec.name)))
-
-    def restore(self, record: Mapping[str, Any], facts: ModelFacts) -> None:
-        """Take over the record of an image, of this program or of its command line; or nothing of it.
+    @classmethod
+    def restored(cls, record: Mapping[str, Any], facts: ModelFacts) -> Form:
+        """Return the form of an image by its record, of this program or of its command line.
 
         Raises:
             ValueError: a value cannot be used, by this model or at all.
         """
-        known = {name.name for name in fields(Request)}
-        given = {name: value for name, value in record.items() if name in known - {"preset"}}
-        request = Request(**given)
+        known = {spec.name for spec in fields(Request)} - {"preset"}
+        request = Request(**{name: value for name, value in record.items() if name in known})
         request.for_model(facts)
         refuse_unfetched(request.concepts)
-        concepts = {name: str(file) for name, file in (request.concepts or {}).items()}
-        self.lanes = [Lane(name, file, self.every_stage) for name, file in concepts.items()]
-        self.settings = {
+        form = cls(facts.num_stages, request.prompt)
+        form.lanes = [Lane(name, str(file), form.every_stage) for name, file in (request.concepts or {}).items()]
+        form.settings = {
             spec.name: getattr(request, spec.name)
             for spec in fields(Request)
             if spec.name not in DERIVED and getattr(request, spec.name) != spec.default
         }
-        self.own, self.prompt = {}, request.prompt
         if request.prospect_words is not None:
-            self._restore_words(request.prompt, request.prospect_words, record.get("preset_prompt"))
+            form._restore_words(request.prospect_words, record.get("preset_prompt"))
         preset = record.get("preset")
-        if preset in PRESETS and len(self.lanes) == 1 and not self.own:
-            self.lanes[0].preset = preset
+        if preset in PRESETS and len(form.lanes) == 1 and not form.own:
+            form.lanes[0].preset = preset
+        return form
 
-    def _restore_words(self, prompt: str, words: Words, preset_prompt: object) -> None:
+    def _restore_words(self, words: Words, preset_prompt: object) -> None:
         """Find the prompt and the lanes' stages that give these words, as far as there are such."""
-        if any(word is None or isinstance(word, int) for word in words):
-            self.own = {stage: word for stage, word in enumerate(words) if isinstance(word, int)}
-            self.own |= {s: prompt.replace(PLACEHOLDER, word) for s, word in enumerate(words) if isinstance(word, str)}
+        texts = {s: self.prompt.replace(PLACEHOLDER, word) for s, word in enumerate(words) if isinstance(word, str)}
+        if len(texts) < len(words):
+            self.own = texts | {stage: word for stage, word in enumerate(words) if isinstance(word, int)}
             return
-        texts = [prompt.replace(PLACEHOLDER, str(word)) for word in words]
-        candidates = [preset_prompt] if isinstance(preset_prompt, str) else list(dict.fromkeys(texts))
-        found = [(self._explained(base, texts), base) for base in candidates]
-        self.own, self.prompt = min(found, key=lambda pair: len(pair[0]))  # the first of equals
-        self._set_stages(self.prompt, texts)
+        count = len(self.lanes)
+        # a stranger's image may name a hundred
+        choices = product((True, False), repeat=count) if count <= MOST_LANES else [(True,) * count]
+        inside = [
+            {lane.placeholder: is_in for lane, is_in in zip(self.lanes, choice, strict=True)} for choice in choices
+        ]
 
-    def _explained(self, base: str, texts: Sequence[str]) -> dict[int, Entry]:
-        """The stages whose text is not `base` with some of the concepts."""
-        variants = {_reading(base, inside) for inside in self._choices()}
-        return {stage: text for stage, text in enumerate(texts) if text not in variants}
+        def readings(base: str) -> dict[str, dict[str, bool]]:
+            """Text -> the concepts in it, of all texts that are `base` with some of the concepts."""
+            return {with_only(base, chosen) if chosen else base: chosen for chosen in reversed(inside)}
 
-    def _set_stages(self, base: str, texts: Sequence[str]) -> None:
-        for stage, text in enumerate(texts):
-            matching = [inside for inside in self._choices() if _reading(base, inside) == text]
-            for lane in self.lanes:
-                if not matching or not matching[0][lane.placeholder]:
-                    lane.stages.discard(stage)
-
-    def _choices(self) -> Iterable[dict[str, bool]]:
-        names = [lane.placeholder for lane in self.lanes]
-        if len(names) > MOST_LANES:  # a stranger's image may name a hundred
-            return [dict.fromkeys(names, True)]
-        return (dict(zip(names, chosen, strict=True)) for chosen in product((True, False), repeat=len(names)))
+        bases = [preset_prompt] if isinstance(preset_prompt, str) else dict.fromkeys(texts.values())
+        found = [(base, readings(base)) for base in bases]
+        self.prompt, known = min(found, key=lambda pair: sum(text not in pair[1] for text in texts.values()))
+        self.own = {stage: text for stage, text in texts.items() if text not in known}
+        for lane in self.lanes:
+            lane.stages = {stage for stage, text in texts.items() if known.get(text, {}).get(lane.placeholder)}
 
 
-def _reading(base: str, inside: Mapping[str, bool]) -> str:
-    return with_only(base, inside) if inside else base
+def as_number(text: str) -> int | float | str:
+    """A text as the number that it is; where it is none, the request says so."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

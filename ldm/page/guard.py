@@ -9,12 +9,17 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OWN = ("127.0.0.1", "localhost", "::1")
-# Vue compiles templates in the browser, which is what the two `unsafe` are for.
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' ws://127.0.0.1:* ws://localhost:*; "
-    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
-)
+ADDED = {
+    # Vue compiles templates in the browser, which is what the two `unsafe` are for.
+    "Content-Security-Policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' ws://127.0.0.1:* ws://localhost:*; "
+        "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
 REFUSAL = "This page answers only to this machine's own name: open http://127.0.0.1 with its port.\n"
 
 
@@ -33,27 +38,14 @@ class OwnHostOnly:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        if not is_own(headers.get("host", ""), headers.get("origin")):
-            await self._refuse(scope, receive, send)
-            return
-
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
-                added = MutableHeaders(scope=message)
-                added["Content-Security-Policy"] = POLICY
-                added["Referrer-Policy"] = "no-referrer"
-                added["Cross-Origin-Resource-Policy"] = "same-origin"
-                added["X-Content-Type-Options"] = "nosniff"
+                MutableHeaders(scope=message).update(ADDED)
             await send(message)
 
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            if not is_own(headers.get("host", ""), headers.get("origin")):
+                await PlainTextResponse(REFUSAL, status_code=403)(scope, receive, send)
+                return
         await self.app(scope, receive, send_with_policy)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        await PlainTextResponse(REFUSAL, status_code=403)(scope, receive, send)

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import ConfigError, load_config
 from ldm.embeddings import EmbeddingError, load_concept
+from ldm.files.texts import slug
 from ldm.files.writing import is_locked, lock
 
 PACKAGES = Path(__file__).parents[2]  # where the process finds this program
 PROGRAM = (sys.executable, "-m", "ldm.cli.main", "learn")
+LOGDIR = Path("logs") / "page"
 EMBEDDINGS = Path("checkpoints") / "embeddings.safetensors"
 STAGE_LOSS = "train/loss_stage_"
 # Training variants: name -> the configuration that lies beside the base one, '' for the base alone.
@@ -40,12 +44,7 @@ USUAL_STEPS = 300  # where a configuration says none
 IN_A_CAPTION = "CatVersion"  # is learned in a caption that names the class
 STOPPED = (130, -signal.SIGINT)  # exit codes after Ctrl-C, which has come while it trained or before
 MOST_ERROR = 600  # characters of what a process said at last
-GIVEN, OUTPUT, PID = "given", "output.txt", "pid"
-
-
-def given(folder: Path) -> Path:
-    """Where the things lie that the page keeps for the run in a log folder, which is to be empty when it starts."""
-    return folder.parent / GIVEN / folder.name
+OFTEN = ("--log_every_n_steps", "5")
 
 
 @dataclass
@@ -59,12 +58,18 @@ class Learning:
 
     folder: Path
     steps: int
-    process: subprocess.Popen[bytes] | None = None
+    process: Popen[bytes] | None = None
+    stopping: bool = False
+
+    @property
+    def given(self) -> Path:
+        """Where the things lie that the page keeps for the run, whose own folder is to be empty when it starts."""
+        return self.folder.parent / "given" / self.folder.name
 
     @property
     def output(self) -> Path:
         """The file that holds what the process prints."""
-        return given(self.folder) / OUTPUT
+        return self.given / "output.txt"
 
     @property
     def is_running(self) -> bool:
@@ -78,7 +83,23 @@ class Learning:
         if self.concept is not None:
             with suppress(EmbeddingError):
                 saved = int(load_concept(self.concept).metadata.get("step", 0))
-        return max([saved, *(step for step, _ in losses(self.folder))])
+        return max([saved, *(step for step, _ in self.losses())])
+
+    @property
+    def share(self) -> float:
+        return self.step / max(1, self.steps)
+
+    @property
+    def status(self) -> str:
+        """Where it is, in a line."""
+        step = self.step
+        if not self.is_running:
+            state = "Failed" if self.error else "Complete" if step >= self.steps else "Stopped"
+        elif self.stopping:
+            return "Stopping after this step…"
+        else:
+            state = "Learning" if self.losses() else "Starting…"
+        return f"{state} · step {step} of {self.steps} · {self.folder}"
 
     @property
     def concept(self) -> Path | None:
@@ -95,16 +116,65 @@ class Learning:
         last = lines[-1] if lines else f"The process ended with code {self.process.returncode}."
         return last.removeprefix("prospect learn: error: ")[-MOST_ERROR:]
 
+    def start(self, words: Sequence[str]) -> Learning:
+        """Start a command that learns here; returns the run."""
+        self.given.mkdir(parents=True, exist_ok=True)
+        paths = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
+        env = os.environ | {"PYTHONPATH": paths}
+        with self.output.open("wb") as stream:
+            lock(stream)  # for as long as the process lives, to which Ctrl-C in the terminal comes through the page
+            self.process = Popen(words, stdin=DEVNULL, stdout=stream, stderr=STDOUT, start_new_session=True, env=env)
+        (self.given / "pid").write_text(str(self.process.pid))
+        return self
+
+    def resumed(self, steps: int, trust: Sequence[str] = ()) -> Learning:
+        """Resume it, up to `steps`; returns the new run."""
+        words = [*PROGRAM, "-r", str(self.folder), "--max_steps", str(steps), *OFTEN, *trust]
+        return Learning(self.folder, steps).start(words)
+
     def stop(self) -> None:
         """Let the step finish, save and end; on Windows, where no process takes Ctrl-C from another, at once."""
+        self.stopping = True
         if self.is_running:
-            pid = int((given(self.folder) / PID).read_text())
+            pid = int((self.given / "pid").read_text())
             os.kill(pid, signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
+
+    def losses(self) -> list[tuple[int, float]]:
+        """The loss by step, of all starts of the run."""
+        return [(int(row["step"]) + 1, float(row["train/loss"])) for row in self._rows() if row.get("train/loss")]
+
+    def stage_losses(self) -> dict[int, float]:
+        """The mean loss of each stage that was met, over the whole run."""
+        found: dict[int, list[float]] = {}
+        for row in self._rows():
+            for name, value in row.items():
+                if name and name.startswith(STAGE_LOSS) and value:
+                    found.setdefault(int(name.removeprefix(STAGE_LOSS)), []).append(float(value))
+        return {stage: sum(values) / len(values) for stage, values in sorted(found.items())}
+
+    def _rows(self) -> list[dict[str, str]]:
+        files = sorted((self.folder / "csv").glob("*/metrics.csv"))
+        return [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
+
+    def samples(self) -> list[Path]:
+        """The sample images, the earliest first."""
+        return sorted((self.folder / "images" / "train").glob("samples_scaled_gs-*.jpg"))
+
+
+def unfinished() -> list[Learning]:
+    """The page's runs that are running, or have not taken all their steps; the latest first."""
+    settings = {path.parents[1]: path for path in sorted(LOGDIR.glob("*/configs/*-lightning.yaml"))}
+    runs = []
+    for folder, path in sorted(settings.items(), key=lambda pair: pair[1].name, reverse=True):
+        with suppress(ConfigError):
+            steps = OmegaConf.select(_load(path, ()), "lightning.trainer.max_steps") or USUAL_STEPS
+            runs.append(Learning(folder, int(steps)))
+    return [run for run in runs if run.is_running or run.step < run.steps]
 
 
 @dataclass
 class LearnForm:
-    """What is filled in on the tab Learn, and the run that it has started.
+    """What is filled in on the tab Learn, and the run that is shown there.
 
     Args:
         init_word: the word that learning starts from; of CatVersion the class.
@@ -119,30 +189,42 @@ class LearnForm:
     steps: int | None = None
     run: Learning | None = None
 
+    def start(self, setup: Mapping[str, str], trust: Sequence[str] = ()) -> Learning:
+        """Learn what is filled in, in a new folder.
 
-def command(
-    form: LearnForm, images: Path, folder: Path, setup: Mapping[str, str], trust: Sequence[str] = ()
-) -> list[str]:
-    """Return the command that learns, as a user would type it.
+        Raises:
+            ValueError: there is no image, a number that cannot be used, or no configuration for learning.
+        """
+        if not self.images or not self.steps or self.steps < 1:
+            raise ValueError("Choose the images to learn from, and at least one step.")
+        self.steps = int(self.steps)  # which a number's input has made a fraction
+        run = Learning(LOGDIR / f"{slug(self.name or 'concept')}-{datetime.now():%Y-%m-%dT%H-%M-%S}", self.steps)
+        images = run.given / "images"
+        images.mkdir(parents=True)
+        for number, path in enumerate(self.images):
+            shutil.copyfile(path, images / f"{number}-{path.name}")
+        return run.start(self.command(images, run.folder, setup, trust))
 
-    Args:
-        images: the folder of the images.
-        folder: the log folder, which is new.
-        trust: the flags for what the configurations may do, which the page has.
+    def command(self, images: Path, folder: Path, setup: Mapping[str, str], trust: Sequence[str] = ()) -> list[str]:
+        """Return the command that learns, as a user would type it.
 
-    Raises:
-        ConfigError: the page's configuration is for generating, and there is none for learning beside it.
-    """
-    base = learning_config(Path(setup["config"]), trust)
-    bases = [str(base), *([str(base.with_name(METHODS[form.method]))] if METHODS[form.method] else [])]
-    words = [*PROGRAM, "--base", *bases, "--actual_resume", setup["ckpt"], *trust]
-    words += ["-p", str(folder), "--data_root", str(images)]
-    words += ["--max_steps", str(form.steps), "--log_every_n_steps", "5"]
-    caption, init_word = form.caption.strip(), form.init_word.strip()
-    if form.method == IN_A_CAPTION and not caption:
-        caption, init_word = f"a {init_word or 'thing'}", ""
-    words += [f"--caption={caption}"] if caption else []
-    return words + ([f"--init_word={init_word}"] if init_word else [])
+        Args:
+            images: the folder of the images.
+            folder: the log folder, which is new.
+            trust: the flags for what the configurations may do, which the page has.
+
+        Raises:
+            ConfigError: the page's configuration is for generating, and there is none for learning beside it.
+        """
+        base = learning_config(Path(setup["config"]), trust)
+        bases = [str(base), *([str(base.with_name(METHODS[self.method]))] if METHODS[self.method] else [])]
+        words = [*PROGRAM, "--base", *bases, "--actual_resume", setup["ckpt"], *trust]
+        words += ["-p", str(folder), "--data_root", str(images), "--max_steps", str(self.steps), *OFTEN]
+        caption, init_word = self.caption.strip(), self.init_word.strip()
+        if self.method == IN_A_CAPTION and not caption:
+            caption, init_word = f"a {init_word or 'thing'}", ""
+        words += [f"--caption={caption}"] if caption else []
+        return words + ([f"--init_word={init_word}"] if init_word else [])
 
 
 def learning_config(config: Path, trust: Sequence[str] = ()) -> Path:
@@ -173,62 +255,3 @@ def usual_steps(config: Path, trust: Sequence[str] = ()) -> dict[str, int]:
 
 def _load(path: Path, trust: Sequence[str]) -> DictConfig:
     return load_config(path, flag="--config", resolvers=RESOLVERS in trust)
-
-
-def start(words: Sequence[str], folder: Path, steps: int) -> Learning:
-    """Start a command that learns into `folder`."""
-    run = Learning(folder, steps)
-    run.output.parent.mkdir(parents=True, exist_ok=True)
-    known = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))}
-    with run.output.open("wb") as stream:
-        lock(stream)  # for as long as the process lives, to which Ctrl-C in the terminal comes through the page
-        run.process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=known
-        )
-    (given(folder) / PID).write_text(str(run.process.pid))
-    return run
-
-
-def unfinished(place: Path) -> list[Learning]:
-    """The runs in the folders of `place` that are running, or have not taken all their steps; the latest first."""
-    settings = {path.parents[1]: path for path in sorted(place.glob("*/configs/*-lightning.yaml"))}
-    runs = []
-    for folder, path in sorted(settings.items(), key=lambda pair: pair[1].name, reverse=True):
-        with suppress(ConfigError):
-            steps = OmegaConf.select(_load(path, ()), "lightning.trainer.max_steps") or USUAL_STEPS
-            runs.append(Learning(folder, int(steps)))
-    return [run for run in runs if run.is_running or run.step < run.steps]
-
-
-def resume(run: Learning, steps: int, trust: Sequence[str] = ()) -> Learning:
-    """Resume a run, up to `steps`."""
-    words = [*PROGRAM, "-r", str(run.folder), "--max_steps", str(steps), "--log_every_n_steps", "5", *trust]
-    return start(words, run.folder, steps)
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    """The loss by step, of all starts of a run."""
-    return [(int(row["step"]) + 1, float(row["train/loss"])) for row in _rows(folder) if row.get("train/loss")]
-
-
-def stage_losses(folder: Path) -> dict[int, float]:
-    """The mean loss of each stage that was met, over the whole run."""
-    found: dict[int, list[float]] = {}
-    for row in _rows(folder):
-        for name, value in row.items():
-            if name and name.startswith(STAGE_LOSS) and value:
-                found.setdefault(int(name.removeprefix(STAGE_LOSS)), []).append(float(value))
-    return {stage: sum(values) / len(values) for stage, values in sorted(found.items())}
-
-
-def _rows(folder: Path) -> list[dict[str, str]]:
-    rows = []
-    for path in sorted((folder / "csv").glob("*/metrics.csv")):
-        with path.open(newline="") as stream:
-            rows += list(csv.DictReader(stream))
-    return rows
-
-
-def samples(folder: Path) -> list[Path]:
-    """The sample images of a run, the earliest first."""
-    return sorted((folder / "images" / "train").glob("samples_scaled_gs-*.jpg"))

@@ -1,18 +1,22 @@
-"""Buttons, panels, images and sentences of the page, as all its tabs have them."""
+"""Buttons, panels, images and sentences of the page, as all its tabs have them, and how they follow what runs."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from nicegui import app, ui
+from nicegui.binding import BindableProperty
 from PIL import Image
 
+from ldm.page.engine import Job
+from ldm.page.learning import Learning
+from ldm.page.preview import inline
+
+AnyRun = TypeVar("AnyRun", bound=Job | Learning)
 LOOK = "outlined dense stack-label"  # of inputs
 # The element takes the focus from one that cannot be seen any more.
 TAKE_FOCUS = """setTimeout(() => {
@@ -28,13 +32,14 @@ def say(message: object, kind: Literal["negative", "info"] = "negative") -> None
 
 
 @contextmanager
-def problems(label: ui.label) -> Iterator[None]:
-    """Show the sentence of what cannot be done, or that there is none."""
-    label.set_text("")
+def problems(label: ui.label | None = None) -> Iterator[None]:
+    """Show the sentence of what cannot be done: in a label, which is empty otherwise, or for as long as it takes."""
+    if label is not None:
+        label.set_text("")
     try:
         yield
     except (ValueError, OSError) as error:
-        label.set_text(str(error))
+        say(error) if label is None else label.set_text(str(error))
 
 
 @cache
@@ -42,13 +47,6 @@ def url_of(file: Path) -> str:
     """Where the browser finds a file that the page shows."""
     # without a cache, and though there is none: the user may have deleted it, and another one may get its name
     return app.add_static_file(local_file=file, strict=False, max_cache_age=0)
-
-
-def inline(image: Image.Image) -> str:
-    """An image as a URL that holds it: a file for each preview would be gone before it is fetched."""
-    stream = io.BytesIO()
-    image.save(stream, format="PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def section(title: str, hint: str = "") -> ui.element:
@@ -61,20 +59,19 @@ def section(title: str, hint: str = "") -> ui.element:
     return panel
 
 
-def button(text: str, on_click: Callable[[], object], look: str = "quiet", label: str = "") -> ui.element:
+def columns() -> tuple[ui.element, ui.element]:
+    """Two columns to build into."""
+    with ui.element("div").classes("split even"):
+        return ui.element("div").classes("stack"), ui.element("div").classes("stack")
+
+
+def button(text: str, on_click: Callable[[], object] | None, look: str = "quiet", label: str = "") -> ui.element:
     """A native button; `label` is what a screen reader says where the text is a sign."""
-    made = ui.element("button").classes(f"button {look}").props("type=button").on("click", on_click)
+    made = ui.element("button").classes(f"button {look}").props("type=button")
+    if on_click is not None:
+        made.on("click", on_click)
     if label:
         made.props["aria-label"] = made.props["title"] = label  # not as a text that is parsed: it may hold any name
-    with made:
-        ui.label(text)
-    return made
-
-
-def file_button(text: str, upload: ui.upload, label: str = "") -> ui.element:
-    """A button that opens the browser's choice of files for an `upload`, which is hidden."""
-    made = ui.element("button").classes("button quiet").props(f'type=button aria-label="{label or text}"')
-    made.on("click", js_handler=f"() => getElement({upload.id}).$refs.qRef.pickFiles()")
     with made:
         ui.label(text)
     return made
@@ -91,26 +88,12 @@ def press(made: ui.element, is_pressed: bool, name: str = "on") -> None:
     made.props(f"aria-pressed={str(is_pressed).lower()}")
 
 
-class Switch:
-    """Buttons that start something, and the one that stops it: only the ones of use can be seen.
+def problem_label() -> ui.label:
+    return ui.label().classes("problem").props("role=alert")
 
-    The focus of a button that is hidden goes to the one in its place, for the keyboard.
-    """
 
-    def __init__(self, stop: ui.element, *starts: ui.element) -> None:
-        self._stop, self._starts, self._was_on = stop, starts, False
-        stop.set_visibility(False)
-
-    def set(self, is_on: bool) -> None:
-        """Show what fits something that runs, or does not."""
-        if is_on is self._was_on:
-            return
-        self._was_on = is_on
-        self._stop.set_visibility(is_on)
-        for start in self._starts:
-            start.set_visibility(not is_on)
-        shown = self._stop if is_on else self._starts[-1]
-        ui.run_javascript(TAKE_FOCUS % shown.id)
+def message_box() -> ui.element:
+    return ui.element("div").classes("messages").props("aria-live=polite")
 
 
 def show_messages(box: ui.element, messages: Sequence[tuple[str, str]]) -> None:
@@ -138,11 +121,62 @@ def figure(image: Image.Image | str, caption: str) -> None:
         ui.label(caption).classes("soft")
 
 
-def progress_bar() -> ui.linear_progress:
-    """A bar that follows its value at once."""
-    return ui.linear_progress(value=0, show_value=False).props('instant-feedback aria-label="Progress"')
+def offer(link: ui.link, files: Sequence[Path]) -> None:
+    """Let a link save the first of some files; without one it is not shown."""
+    link.set_visibility(bool(files))
+    if files:
+        link.props["href"], link.props["download"] = url_of(files[0]), files[0].name
 
 
-def offer(link: ui.link, file: Path) -> None:
-    """Let a link save a file."""
-    link.props["href"], link.props["download"] = url_of(file), file.name
+class Watch(Generic[AnyRun]):
+    """Looks at what runs every so often, for elements that are bound to its status, its share and whether it runs.
+
+    Args:
+        run: returns it; None before the first.
+        show: shows what else there is to see, after each change.
+        nothing: the status before the first.
+    """
+
+    is_running, status, share = BindableProperty(), BindableProperty(), BindableProperty()
+
+    def __init__(
+        self, run: Callable[[], AnyRun | None], show: Callable[[AnyRun | None], None], every: float, nothing: str = ""
+    ) -> None:
+        self._run, self._show, self._nothing = run, show, nothing
+        self.is_running, self.status, self.share = False, nothing, 0.0
+        self._seen: object = self
+        ui.timer(every, self.poll)
+
+    def status_label(self) -> ui.label:
+        return ui.label().classes("status").props("role=status").bind_text_from(self, "status")
+
+    def bar(self) -> ui.linear_progress:
+        """A bar that follows at once."""
+        made = ui.linear_progress(show_value=False).props('instant-feedback aria-label="Progress"')
+        return made.bind_value_from(self, "share").bind_visibility_from(self, "is_running")
+
+    def stop_button(self, *starts: ui.element) -> ui.element:
+        """A button that stops it, in place of those that start it; the last of them gets its focus at the end."""
+        stop = button("Stop", self.stop).bind_visibility_from(self, "is_running")
+        for start in starts:
+            start.bind_visibility_from(self, "is_running", value=False)
+        self._focus = {True: stop, False: starts[-1]}
+        return stop
+
+    def stop(self) -> None:
+        if (run := self._run()) is not None:
+            run.stop()
+        self.poll()
+
+    def poll(self) -> None:
+        run = self._run()
+        is_running = run is not None and run.is_running
+        seen = (run, is_running, self._nothing if run is None else run.status)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        self.status, self.share = seen[2], 0.0 if run is None else run.share
+        if is_running is not self.is_running:
+            self.is_running = is_running
+            ui.run_javascript(TAKE_FOCUS % self._focus[is_running].id)
+        self._show(run)

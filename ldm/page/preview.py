@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +36,13 @@ class Preview:
         return to_pil(linear_rgb(latents[0].float().cpu(), self._weights))
 
 
+def inline(image: Image.Image) -> str:
+    """An image as a URL that holds it: a file for each preview would be gone before it is fetched."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
 def linear_rgb(latents: Tensor, weights: Tensor) -> Tensor:
     """Latents (C, H, W) to RGB (3, H, W) in [-1, 1], a pixel for each latent element; `weights` is (C + 1, 3)."""
     return torch.einsum("chw,cr->rhw", latents, weights[:-1]) + weights[-1].view(3, 1, 1)
@@ -46,26 +55,24 @@ def fit_linear(model: DiffusionModel, images: Tensor | None = None) -> Tensor:
     Args:
         images: what it is fitted on, (N, 3, H, W) in [-1, 1]; None: fields of colour, coarse and fine.
     """
-    images = colour_fields(SAMPLES, SIDE) if images is None else images
+    images = colour_fields() if images is None else images
     factor = model.first_stage_model.downsampling
     encoded = [model.encode_first_stage(image[None]) for image in images]
     means = [posterior if isinstance(posterior, Tensor) else posterior.mean for posterior in encoded]
     latents = torch.cat([model.scale_factor * mean.float().cpu() for mean in means])  # (N, C, h, w)
-    wanted = F.avg_pool2d(images, factor).permute(0, 2, 3, 1).reshape(-1, 3)
-    given = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
-    given = torch.cat([given, torch.ones(len(given), 1)], dim=1)
-    return torch.linalg.lstsq(given, wanted).solution
+    given = F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0)  # (N, C + 1, h, w)
+    wanted = F.avg_pool2d(images, factor)  # (N, 3, h, w)
+    return torch.linalg.lstsq(given.movedim(1, -1).flatten(0, 2), wanted.movedim(1, -1).flatten(0, 2)).solution
 
 
-def colour_fields(count: int, side: int, seed: int = 0) -> Tensor:
-    """Return images (N, 3, side, side) in [-1, 1] of random colours, black and white: patches and gradients."""
-    generator = torch.Generator().manual_seed(seed)
+def colour_fields() -> Tensor:
+    """Return images (N, 3, H, W) in [-1, 1] of random colours, black and white: patches and gradients."""
+    generator = torch.Generator().manual_seed(0)
     fields = []
-    for i in range(count):
+    for i in range(SAMPLES):
         cells = 2 ** (1 + i // 2 % 3)  # 2, 4, 8 each way
-        mode = ("nearest", "bicubic")[i % 2]
         colours = torch.rand(1, 3, cells, cells, generator=generator) * 2 - 1
         pure = torch.rand(1, 1, cells, cells, generator=generator)
         colours = torch.where(pure < 0.15, -1.0, torch.where(pure > 0.85, 1.0, colours))
-        fields.append(F.interpolate(colours, size=(side, side), mode=mode).clamp(-1, 1))
+        fields.append(F.interpolate(colours, size=(SIDE, SIDE), mode=("nearest", "bicubic")[i % 2]).clamp(-1, 1))
     return torch.cat(fields)

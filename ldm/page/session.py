@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
-from ldm.page.compare import Comparison
-from ldm.page.editing import EditForm
 from ldm.page.engine import Engine, ImageJob
-from ldm.page.exporting import ExportForm
 from ldm.page.form import Form
 from ldm.page.learning import METHODS, LearnForm
 from ldm.request import FAST
@@ -17,24 +15,18 @@ FIRST_PROMPT = "a large * heart on a black background"  # for the small model, w
 FIRST_CONCEPT, FIRST_PRESET = "dotted-star", "material"
 FIRST_METHOD = "ProSpect, fast"  # which is as good there (docs/evidence.md)
 OTHER_PROMPT = "a photo of a cat"
-
-
-@dataclass
-class CompareForm:
-    """What is filled in on the tab Compare (the kind that varies, and its values), and the grid that is made."""
-
-    rows: tuple[str, str] = ("Preset", "")
-    columns: tuple[str, str] = ("Seed", "")
-    run: Comparison | None = None
+State = TypeVar("State")
 
 
 @dataclass
 class Session:
-    """What a tab holds.
+    """What a browser tab holds.
 
     Args:
+        job: whose image Generate shows.
         uploaded: concept files that were handed in.
         history: images that were made, the latest first.
+        tab: the one that is shown.
     """
 
     engine: Engine
@@ -42,12 +34,9 @@ class Session:
     job: ImageJob | None = None
     uploaded: list[str] = field(default_factory=list)
     history: list[Path] = field(default_factory=list)
-    learn: LearnForm = field(default_factory=LearnForm)
-    compare: CompareForm = field(default_factory=CompareForm)
-    export: ExportForm = field(default_factory=ExportForm)
-    edit: EditForm = field(default_factory=EditForm)
     tab: str = "Generate"
     dark: bool | None = None
+    states: dict[type, Any] = field(default_factory=dict)
 
     @classmethod
     def start(cls, engine: Engine) -> Session:
@@ -57,4 +46,13 @@ class Session:
         if first is not None:
             form.set_preset(form.add_concept(first), FIRST_PRESET, engine.windows)
         method = FIRST_METHOD if first is not None and FIRST_METHOD in engine.methods else next(iter(METHODS))
-        return cls(engine, form, learn=LearnForm(method=method, steps=engine.methods.get(method)))
+        return cls(engine, form, states={LearnForm: LearnForm(method=method, steps=engine.methods.get(method))})
+
+    def of(self, kind: type[State]) -> State:
+        """What one of the page's tabs keeps: the only object of its class."""
+        found: State = self.states.setdefault(kind, kind())
+        return found
+
+    def concepts(self) -> dict[str, str]:
+        """File -> what it is called, of the concepts that can be chosen."""
+        return self.engine.concepts(self.uploaded)

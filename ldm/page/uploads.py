@@ -22,18 +22,17 @@ from ldm.page import parts
 
 MOST_BYTES = 256 << 20  # the reference's pickled concepts have 126 MB
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+Take = Callable[[list[Path]], None]  # raises the `ValueError` of a file that it cannot use
 
 
-def upload(folder: Path, take: Callable[[list[Path]], None], multiple: bool = False) -> ui.upload:
-    """Add a hidden upload: its files are kept below `folder`, and `take` has them or says what is wrong with them."""
+def upload(folder: Path, take: Take, mark: str, multiple: bool = True) -> ui.upload:
+    """Add a hidden upload: its files are kept below `folder`, and `take` has them, or what is wrong is shown."""
 
     async def taken(event: MultiUploadEventArguments) -> None:
         event.sender.run_method("reset")
         paths = await keep(event.files, folder)
-        try:
+        with parts.problems():
             take(paths)
-        except ValueError as error:
-            parts.say(error)
 
     made = ui.upload(
         multiple=multiple,
@@ -42,7 +41,14 @@ def upload(folder: Path, take: Callable[[list[Path]], None], multiple: bool = Fa
         on_multi_upload=taken,
         on_rejected=lambda: parts.say(f"A file has more than {MOST_BYTES >> 20} MB; no image or concept has."),
     )
-    return made.classes("offscreen").props("aria-hidden=true tabindex=-1")
+    return made.classes("offscreen").props("aria-hidden=true tabindex=-1").mark(mark)
+
+
+def button(text: str, folder: Path, take: Take, mark: str, multiple: bool = True, label: str = "") -> ui.element:
+    """A button that opens the browser's choice of files, for an upload of its own."""
+    hidden = upload(folder, take, mark, multiple)
+    made = parts.button(text, None, label=label or text)
+    return made.on("click", js_handler=f"() => getElement({hidden.id}).$refs.qRef.pickFiles()")
 
 
 def safe_name(name: str) -> str:
@@ -53,8 +59,8 @@ def safe_name(name: str) -> str:
 
 async def keep(files: Sequence[FileUpload], folder: Path) -> list[Path]:
     """Save files together in a new folder below `folder`."""
-    place = folder / uuid4().hex
     names = [safe_name(file.name) for file in files]
+    place = folder / uuid4().hex
     paths = [place / (name if name not in names[:i] else f"{i}-{name}") for i, name in enumerate(names)]
     for file, path in zip(files, paths, strict=True):
         await file.save(path)
@@ -73,8 +79,7 @@ def as_the_user_calls_it(path: Path) -> Iterator[None]:
 def looks_like_image(path: Path) -> bool:
     """Whether a file is an image by its content, or wants to be one by its name."""
     with path.open("rb") as stream:
-        head = stream.read(512)
-    return is_image(head) or path.suffix.lower() in IMAGE_ENDINGS
+        return is_image(stream.read(512)) or path.suffix.lower() in IMAGE_ENDINGS
 
 
 def check_image(path: Path) -> None:
@@ -90,9 +95,7 @@ def concept_files(paths: Sequence[Path]) -> list[str]:
         ValueError: one of them is no concept.
     """
     if len(paths) > 1 and all(re.search(r"[-_]\d+\.\w+$", path.name) for path in paths):
-        with as_the_user_calls_it(paths[0]):
-            load_concept(paths[0].parent)
-        return [str(paths[0].parent)]
+        paths = [paths[0].parent]
     for path in paths:
         with as_the_user_calls_it(path):
             load_concept(path)

@@ -1,5 +1,6 @@
 """The page in Chromium, as a user has it before him: `make test-page`."""
 
+import contextlib
 import io
 import json
 import os
@@ -68,10 +69,9 @@ def server(folder: Path) -> Iterator[str]:
 
 
 def _answers(url: str) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         return bool(urllib.request.urlopen(url, timeout=5).status == 200)
-    except OSError:
-        return False
+    return False
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> None:
@@ -94,24 +94,21 @@ def open_page(browser: Any, server: str) -> Iterator[Callable[..., Any]]:
     """Opens pages; at the end none has asked another host for anything, or had an error."""
     contexts, wrong = [], []
 
-    def listen(page: Any) -> None:
-        page.on("console", _note_error)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: _note_foreign(request.url))
-
-    def _note_error(message: Any) -> None:
+    def note_error(message: Any) -> None:
         if message.type == "error":
             wrong.append(f"{message.text} ({message.location['url']})")
 
-    def _note_foreign(url: str) -> None:
-        if not url.startswith((server, "data:", "blob:", server.replace("http", "ws"))):
-            wrong.append(f"asked for {url}")
+    def note_foreign(request: Any) -> None:
+        if not request.url.startswith((server, "data:", "blob:", server.replace("http", "ws"))):
+            wrong.append(f"asked for {request.url}")
 
     def make(width: int = 1500, scheme: str = "light") -> Any:
         context = browser.new_context(viewport={"width": width, "height": 1000}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
-        listen(page)
+        page.on("console", note_error)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", note_foreign)
         page.goto(server)
         page.get_by_role("button", name="Generate", exact=True).wait_for()
         return page
@@ -172,15 +169,10 @@ def test_other_names_of_the_host_are_refused(server: str) -> None:
             urllib.request.urlopen(urllib.request.Request(server, headers=headers))
 
 
-def test_a_preset_marks_exactly_its_window(page: Any) -> None:
-    for name, window in (("Layout", [7, 8, 9]), ("Material", [3, 4, 5, 6, 7]), ("All stages", list(range(10)))):
+def test_cells_are_marked_by_presets_drawn_with_the_mouse_and_reached_with_the_keyboard(page: Any) -> None:
+    for name, window in (("Material", [3, 4, 5, 6, 7]), ("All stages", list(range(10))), ("Layout", [7, 8, 9])):
         page.get_by_role("button", name=name, exact=True).click()
         until(lambda window=window: marked_stages(page) == window, 5)
-
-
-def test_cells_are_drawn_with_the_mouse_and_reached_with_the_keyboard(page: Any) -> None:
-    page.get_by_role("button", name="Layout", exact=True).click()
-    until(lambda: marked_stages(page) == [7, 8, 9], 5)
     places = {stage: page.get_by_label(f"Concept 1 in stage {stage}").bounding_box() for stage in (5, 4, 3)}
     for number, box in enumerate(places.values()):
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
@@ -273,27 +265,23 @@ def test_a_concept_is_learned_used_and_resumed(page: Any) -> None:
     page.get_by_text("Done in").wait_for()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "sentence"),
-    [
-        ("page.png", b"<!doctype html>", "'page.png' is a web page, perhaps of a login"),
-        ("cut.png", REFERENCE.read_bytes()[:300], "'cut.png' "),
-        ("big.jpg", b"\x07" * 30_000_000, "'big.jpg' is no image that Pillow can read"),
-        ("photo.heic.png", b"\0\0\0\x18ftypheic" + b"\0" * 100, "is a HEIC image"),
-        ("notes.txt", b"hello", "'notes.txt' "),
-    ],
-)
-def test_wrong_files_are_answered_with_a_sentence(
-    page: Any, folder: Path, name: str, content: bytes, sentence: str, tmp_path: Path
-) -> None:
+WRONG_FILES = [
+    ("page.png", b"<!doctype html>", "'page.png' is a web page, perhaps of a login"),
+    ("cut.png", REFERENCE.read_bytes()[:300], "'cut.png' "),
+    ("photo.heic.png", b"\0\0\0\x18ftypheic" + b"\0" * 100, "is a HEIC image"),
+    ("notes.txt", b"hello", "'notes.txt' "),
+]
+
+
+def test_wrong_files_are_answered_with_a_sentence(page: Any, folder: Path, tmp_path: Path) -> None:
     before = sorted(path for path in folder.rglob("*") if path.name != "server.log")
-    if len(content) > 1_000_000:
-        page.get_by_text("Start from an image").click()
-        (tmp_path / name).write_bytes(content)
-        hand_in(page, "Choose an image", str(tmp_path / name))
-    else:
+    for name, content, sentence in WRONG_FILES:
         drop(page, name, content)
-    page.get_by_text(sentence).first.wait_for(timeout=20_000)
+        page.get_by_text(sentence).first.wait_for(timeout=20_000)
+    (tmp_path / "big.jpg").write_bytes(b"\x07" * 30_000_000)
+    page.get_by_text("Start from an image").click()
+    hand_in(page, "Choose an image", str(tmp_path / "big.jpg"))
+    page.get_by_text("'big.jpg' is no image that Pillow can read").first.wait_for(timeout=20_000)
     assert sorted(path for path in folder.rglob("*") if path.name != "server.log") == before
 
 

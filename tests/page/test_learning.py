@@ -14,14 +14,15 @@ from ldm.page.learning import LearnForm
 
 def test_the_command_that_learns_fills_the_folder_that_the_page_reads(engine: Engine, tmp_path: Path) -> None:
     form, folder = LearnForm(init_word="star", method="ProSpect, fast", steps=5), tmp_path / "run"
-    words = learning.command(form, Path("models/demo/references/dotted-star"), folder, engine.setup)
+    words = form.command(Path("models/demo/references/dotted-star"), folder, engine.setup)
+    run = learning.Learning(folder, 5)
     assert words[: len(learning.PROGRAM)] == list(learning.PROGRAM)
     small = ["data.params.batch_size=2", *(f"{LOGGER}.{text}" for text in ("batch_frequency=5", "max_images=1"))]
     ldm.cli.main.learn([*words[len(learning.PROGRAM) :], *small, f"{LOGGER}.log_images_kwargs.ddim_steps=2"])
-    assert [step for step, _ in learning.losses(folder)] == [5]
-    assert set(learning.stage_losses(folder)) <= set(range(10)) and learning.stage_losses(folder)
-    assert [path.name[:23] for path in learning.samples(folder)] == ["samples_scaled_gs-00000"]
-    assert (folder / learning.EMBEDDINGS).is_file()
+    assert [step for step, _ in run.losses()] == [5]
+    assert set(run.stage_losses()) <= set(range(10)) and run.stage_losses()
+    assert [path.name[:23] for path in run.samples()] == ["samples_scaled_gs-00000"]
+    assert run.concept is not None
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_the_command_that_learns_fills_the_folder_that_the_page_reads(engine: En
 )
 def test_a_lesson_is_a_command(engine: Engine, lesson: dict[str, str], trust: list[str], texts: list[str]) -> None:
     form = LearnForm(steps=300, **lesson)  # type: ignore[arg-type]
-    words = learning.command(form, Path("images"), Path("run"), engine.setup, trust)
+    words = form.command(Path("images"), Path("run"), engine.setup, trust)
     optional = [text for text in words if text.startswith(("--init", "--caption", "--allow")) or "neti" in text]
     assert optional == sorted(texts, key=words.index) == texts
     parsed = ldm.cli.train.parse(["-t", *words[len(learning.PROGRAM) :]])

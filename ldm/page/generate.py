@@ -10,13 +10,13 @@ from pathlib import Path
 from nicegui import ui
 from nicegui.events import ValueChangeEventArguments
 
+from ldm.files.records import read_parameters
 from ldm.page import parts, uploads
 from ldm.page.engine import ImageJob
-from ldm.page.fields import Fields
-from ldm.page.form import Lane
+from ldm.page.fields import SPECS, Fields
+from ldm.page.form import Form, Lane
+from ldm.page.session import Session
 from ldm.page.timeline import Timeline
-from ldm.page.view import View
-from ldm.request import Request
 
 POLL = 0.15  # seconds between two looks at a running job
 MAIN = ("seed", "ddim_steps", "scale", "sampler", "width", "height")
@@ -28,40 +28,36 @@ MOST_HISTORY = 24
 class GenerateTab:
     """Builds itself into the open slot."""
 
-    def __init__(self, view: View) -> None:
-        self.view, self.session, self.engine = view, view.session, view.session.engine
-        self._seen: tuple[ImageJob | None, int] | None = None
+    def __init__(self, session: Session) -> None:
+        self.session, self.engine = session, session.engine
+        self._fields = Fields(session, self._changed)
+        self._watch = parts.Watch(lambda: session.job, self._show, POLL)
         with ui.element("div").classes("split").on("keydown.ctrl.enter", self.generate) as split:
+            split.on("keydown.meta.enter", self.generate)
             with ui.element("div").classes("stack"):
                 self._build_prompt()
                 self._build_stages()
                 self._build_settings()
             with ui.element("div").classes("stack result"):
                 self._build_result()
-        split.on("keydown.meta.enter", self.generate)
-        view.follow_form(self.refresh)
         self.refresh()
-        ui.timer(POLL, self._poll)
 
     def _build_prompt(self) -> None:
         with parts.section("Prompt").classes("prompt-panel"):
             self._prompt = ui.textarea(on_change=self._write_prompt).mark("prompt").classes("prompt")
             self._prompt.props('outlined autogrow aria-label="Prompt" placeholder="What is shown; * is the concept"')
-            self._negative = ui.input("Negative prompt", on_change=self._write_negative).mark("negative_prompt")
-            self._negative.props(parts.LOOK).tooltip("Plain text that guidance leads away from.")
+            self._fields.add("negative_prompt")
 
     def _build_stages(self) -> None:
         with parts.section("Stages", "which stages read the concept, and what text"):
-            upload = uploads.upload(self.engine.uploads, self.take_concepts, multiple=True).mark("concept-upload")
             with ui.element("div").classes("line concepts-line"):
                 self._concepts = ui.element("div").classes("concepts")
                 self._add = parts.button("Add a concept", self._add_concept).mark("add-concept")
-                parts.file_button("Upload…", upload, "Upload a concept file")
-            self.timeline = Timeline(self.session.form, self.engine, self._changed)
-            self.timeline.build()
+                place = (self.engine.uploads, self.take_concepts, "concept-upload")
+                uploads.button("Upload…", *place, label="Upload a concept file")
+            self.timeline = Timeline(self.session, self._changed)
 
     def _build_settings(self) -> None:
-        self._fields = Fields(self.session.form, self.engine.facts, self._changed)
         with parts.section("Settings"):
             with ui.element("div").classes("fields"):
                 for name in MAIN:
@@ -72,26 +68,44 @@ class GenerateTab:
             self._by_stage = parts.button("Guidance by stage", self._switch_scales, "chip").mark("scales")
             with ui.expansion("Start from an image").classes("more"):
                 self._content = ui.element("div").classes("line")
-                upload = uploads.upload(self.engine.uploads, self.take_content).mark("content-upload")
-                parts.file_button("Choose an image", upload)
+                uploads.button(
+                    "Choose an image", self.engine.uploads, self.take_content, "content-upload", multiple=False
+                )
                 with ui.element("div").classes("fields"):
                     for name in EDITING:
                         self._fields.add(name)
             with ui.expansion("More").classes("more"), ui.element("div").classes("fields"):
-                for name in Request.__dataclass_fields__:
+                for name in SPECS:
                     if name not in (*MAIN, *EDITING, *ELSEWHERE):
                         self._fields.add(name)
 
+    def _build_result(self) -> None:
+        with ui.element("section").classes("panel canvas").props('aria-label="Image"'):
+            with ui.element("div").classes("picture"):
+                self._image = ui.image().props('alt="The generated image" fit=contain no-spinner no-transition')
+                empty = ui.label("The image appears here.").classes("soft empty")
+                empty.bind_visibility_from(self._image, "source", value="")
+            self._watch.bar()
+            self._watch.status_label()
+            with ui.element("div").classes("actions"):
+                go = parts.button("Generate", self.generate, "primary").mark("generate")
+                self._watch.stop_button(go).mark("stop")
+                self._save = ui.link("Save", "#").classes("button quiet").mark("save")
+            self._problem = parts.problem_label()
+            self._messages = parts.message_box()
+        with ui.element("section").classes("panel").props('aria-label="Made in this tab"'):
+            self._history = ui.element("div").classes("history")
+        self._show_history()
+
     def refresh(self) -> None:
         """Show the form, which something else has changed."""
-        form = self.session.form
-        self._prompt.value = form.prompt
-        self._negative.value = form.settings.get("negative_prompt", "")
+        self._prompt.value = self.session.form.prompt
         self._fields.refresh()
-        parts.press(self._by_stage, form.scales is not None)
+        parts.press(self._by_stage, self.session.form.scales is not None)
         self._show_concepts()
         self._show_content()
         self.timeline.rebuild()
+        self._changed()
 
     def _changed(self) -> None:
         """Say at once what cannot be done."""
@@ -105,25 +119,25 @@ class GenerateTab:
         self.timeline.refresh()
         self._changed()
 
-    def _write_negative(self, event: ValueChangeEventArguments) -> None:
-        self.session.form.settings["negative_prompt"] = event.value or ""
-        self._changed()
-
     def _switch_scales(self) -> None:
         """One guidance scale for all stages, or one for each."""
-        form, one = self.session.form, self._fields.value_of("scale")
-        form.set_scales([one] * form.num_stages if form.scales is None else None)
+        form = self.session.form
+        if form.scales is None:
+            form.settings["scale"] = (form.settings.get("scale", self.engine.facts.scale),) * form.num_stages
+        else:
+            del form.settings["scale"]
         self.refresh()
-        self._changed()
 
     def _new_seed(self) -> None:
         self.session.form.settings["seed"] = random.randrange(2**31)
         self._fields.refresh()
         self._changed()
 
+    # --- concepts and the image to start from ---------------------------------------------------------------------
+
     def _show_concepts(self) -> None:
         self._concepts.clear()
-        known = self.engine.concept_names(self.session.uploaded)
+        known = self.session.concepts()
         with self._concepts:
             for number, lane in enumerate(self.session.form.lanes, start=1):
                 self._build_concept(number, lane, {lane.file: Path(lane.file).stem} | known)
@@ -160,10 +174,9 @@ class GenerateTab:
         self.session.form.lanes.remove(lane)
         ui.run_javascript(parts.TAKE_FOCUS % self._add.id)  # before the button goes, and this handler's place with it
         self.refresh()
-        self._changed()
 
     def _add_concept(self) -> None:
-        known = list(self.engine.concept_names(self.session.uploaded))
+        known = list(self.session.concepts())
         if not known:
             parts.say("There is no concept yet; upload one, or learn one.", "info")
             return
@@ -172,17 +185,12 @@ class GenerateTab:
         self.refresh()
 
     def take_concepts(self, paths: list[Path]) -> None:
-        """Add uploaded concepts to the form.
-
-        Raises:
-            ValueError: one of the files is no concept.
-        """
+        """Add uploaded concepts to the form."""
         files = uploads.concept_files(paths)
         self.session.uploaded += files
         for file in files:
             self.session.form.add_concept(file)
-        self.refresh()
-        self._changed()
+        self.show_form(self.session.form)
 
     def _show_content(self) -> None:
         self._content.clear()
@@ -198,91 +206,54 @@ class GenerateTab:
             parts.button("Remove", partial(self.take_content, []), "quiet small")
 
     def take_content(self, paths: list[Path]) -> None:
-        """Start from an image, or (no path) from noise.
-
-        Raises:
-            ValueError: the file is no image.
-        """
+        """Start from an image, or (no path) from noise."""
         if paths:
             uploads.check_image(paths[0])
-            self.session.form.settings["content_dir"] = str(paths[0])
+            self.session.form.settings["content_dir"], self.session.tab = str(paths[0]), "Generate"
         else:
             self.session.form.settings.pop("content_dir", None)
         self._show_content()
         self._changed()
 
-    def _build_result(self) -> None:
-        with ui.element("section").classes("panel canvas").props('aria-label="Image"'):
-            with ui.element("div").classes("picture"):
-                self._image = ui.image().props('alt="The generated image" fit=contain no-spinner no-transition')
-                self._empty = ui.label("The image appears here.").classes("soft empty")
-            self._bar = parts.progress_bar()
-            self._status = ui.label().classes("status").props("role=status")
-            with ui.element("div").classes("actions"):
-                go = parts.button("Generate", self.generate, "primary").mark("generate")
-                self._switch = parts.Switch(parts.button("Stop", self.stop).mark("stop"), go)
-                self._save = ui.link("Save", "#").classes("button quiet").mark("save")
-            self._problem = ui.label().classes("problem").props("role=alert")
-            self._messages = ui.element("div").classes("messages").props("aria-live=polite")
-        with ui.element("section").classes("panel").props('aria-label="Made in this tab"'):
-            self._history = ui.element("div").classes("history")
-        self._show_history()
+    # --- the image ------------------------------------------------------------------------------------------------
 
     def generate(self) -> None:
-        job = self.session.job
-        if job is not None and not job.is_over:
+        if self._watch.is_running:
             return
         with parts.problems(self._problem):
             self.session.job = self.engine.submit(self.session.form.request())
-        self._poll()
+        self._watch.poll()
 
-    def stop(self) -> None:
-        if self.session.job is not None:
-            self.session.job.stop()
-
-    def _poll(self) -> None:
-        job = self.session.job
-        version = -1 if job is None else job.version
-        if self._seen == (job, version):
+    def _show(self, job: ImageJob | None) -> None:
+        files = [file for file in job.files[:1] if file.is_file()] if job else []
+        parts.offer(self._save, files)
+        if job is None:
             return
-        self._seen = (job, version)
-        running = job is not None and not job.is_over
-        self._switch.set(running)
-        self._bar.set_visibility(running)
-        self._save.set_visibility(job is not None and bool(job.files))
-        self._empty.set_visibility(job is None or (job.preview is None and job.image is None))
-        if job is not None:
-            self._show(job)
-
-    def _show(self, job: ImageJob) -> None:
-        self._bar.value = job.step / max(1, job.steps)
-        step = f"Step {job.step} of {job.steps} · t {job.timestep} · stage {job.stage}" if job.step else "Preparing…"
-        self._status.set_text(job.status(step, f"Done in {job.seconds:.1f} s", job.files[:1]))
         if job.error:
             self._problem.set_text(job.error)
-        if job.files and job.files[0].is_file():
-            self._show_file(job.files[0])
-            if job.files[0] not in self.session.history:
-                self.session.history = [*job.files, *self.session.history][:MOST_HISTORY]
-                self._show_history()
-        elif (image := job.image or job.preview) is not None:
-            self._image.set_source(parts.inline(image))
+        self._image.set_source(parts.url_of(files[0]) if files else job.preview or self._image.source)
+        if files and job.state != "opened" and files[0] not in self.session.history:
+            self.session.history = [*job.files, *self.session.history][:MOST_HISTORY]
+            self._show_history()
         self.timeline.show_frames(job.previews)
         parts.show_messages(self._messages, job.messages)
 
     def open(self, file: Path) -> None:
         """Restore the form of an image, and show it."""
-        if self.view.restore(file) == "Generate":
-            self._show_file(file)
-            self._status.set_text(str(file))
-            self._problem.set_text("")
-            parts.show_messages(self._messages, [])
+        form = Form.restored(read_parameters(file), self.engine.facts)
+        if not self._watch.is_running:
+            self.session.job = ImageJob(state="opened", outcome=str(file), files=[file], request=form.request())
+        self.show_form(form)
 
-    def _show_file(self, file: Path) -> None:
-        self._empty.set_visibility(False)
-        self._image.set_source(parts.url_of(file))
-        self._save.set_visibility(True)
-        parts.offer(self._save, file)
+    def show_form(self, form: Form) -> None:
+        """Show another form in place of this one."""
+        self.session.form, self.session.tab = form, "Generate"
+        self.refresh()
+        self._watch.poll()
+
+    def _open_again(self, file: Path) -> None:
+        with parts.problems():
+            self.open(file)
 
     def _show_history(self) -> None:
         self._history.clear()
@@ -291,5 +262,6 @@ class GenerateTab:
             ui.label("Made in this tab" if files else "Images that you make are kept here.").classes("soft")
             with ui.element("div").classes("thumbs"):
                 for file in files:
-                    with parts.button("", partial(self.open, file), "thumb-button", f"Restore the form of {file.name}"):
+                    act, label = partial(self._open_again, file), f"Restore the form of {file.name}"
+                    with parts.button("", act, "thumb-button", label):
                         parts.shown(parts.url_of(file), file.name)
