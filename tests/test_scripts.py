@@ -62,10 +62,7 @@ def test_mix_as_a_program(tmp_path: Path, concept_file: Path) -> None:
     assert torch.equal(mixed.vectors, expected.vectors)
     assert mixed.metadata["mixed"] == "0.75 concept.safetensors + 0.25 one.safetensors"
     result = program(*flags, "--weight", "2", "--force")
-    assert (result.returncode, result.stderr.count("\n")) == (
-        2,
-        1,
-    ) and "must be in 0..1, or 10 such numbers, not 2.0" in result.stderr
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "must be in 0..1, or 10" in result.stderr
 
 
 def test_the_diffusers_folder_is_not_overwritten(tmp_path: Path) -> None:
