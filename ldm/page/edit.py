@@ -12,7 +12,7 @@ from nicegui import ui
 from nicegui.elements.mixins.value_element import ValueElement
 from PIL import Image
 
-from ldm.cli.edit import PNG_KEY, Edits, pair, span, tau_name
+from ldm.cli.edit import PNG_KEY, edit_inverted, pair, span, tau_name
 from ldm.cli.flags import arguments_of
 from ldm.cli.images import new_file
 from ldm.editing.inversion import Progress

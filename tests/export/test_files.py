@@ -310,7 +310,7 @@ def test_names_are_file_names_everywhere() -> None:
         ("--negative_prompt *", "negative_prompt has the placeholder '*'"),
         ("--steps 0", "must be in 1..1000, not 0"),
         ("--preset mood", "Unknown preset 'mood'"),
-        ("--stages 0=x 1=11", "prospect_words[1] must be"),
+        ("--stages 0=x 1=11", "prospect_words[1] must be a text, a stage number in 0..9"),
         ("--stages 7-10=x", "'7-10=x' must be RANGE=TEXT, of the stages 0"),
         ("--ckpt none.ckpt", "There is no file 'none.ckpt', given with --ckpt"),
         ("--ckpt models/demo/model.safetensors", "' was learned for the base model 'sd-v1-4.ckpt'"),
