@@ -205,7 +205,7 @@ class _Printable(logging.Formatter):
 
 
 def log_to_terminal(level: int = logging.WARNING, talkative: Collection[str] = ()) -> None:
-    """Write log messages to standard error; of `talkative` loggers also INFO, and then none twice, as of many images."""
+    """Write log messages to standard error; of `talkative` loggers also INFO, and then no message twice."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(message)s"))
     handler.addFilter(lambda record: record.levelno >= level or record.name in talkative)
