@@ -25,6 +25,19 @@ LEARN = ["--base", str(CONFIG), "-t", "--actual_resume", str(MODEL), "--data_roo
 LEARN += ["--enable_progress_bar", "false"]
 NO_PICTURES = "lightning.callbacks.image_logger.params.disabled=true"
 LOGGER = "lightning.callbacks.image_logger.params"
+# Gives the commands of its argument (JSON) to `prospect`, and prints the exit code and the processor time of each.
+DRIVER = """\
+import json, logging, sys, time
+from ldm.cli.main import main
+for argv in json.loads(sys.argv[1]):
+    logging.getLogger().handlers.clear()
+    start = time.process_time()
+    try:
+        code = main(argv)
+    except SystemExit as ended:
+        code = ended.code
+    print(json.dumps([code or 0, time.process_time() - start]), flush=True)
+"""
 MADE_SMALL = ["data.params.batch_size=2", f"{LOGGER}.max_images=2", f"{LOGGER}.log_images_kwargs.ddim_steps=2"]
 
 

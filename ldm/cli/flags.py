@@ -151,6 +151,7 @@ def natural(text: str, least: int = 0) -> int:
 
 
 def positive(text: str) -> int:
+    """A whole number, 1 or more."""
     return natural(text, 1)
 
 
@@ -204,11 +205,7 @@ class _Printable(logging.Formatter):
 
 
 def log_to_terminal(level: int = logging.WARNING, talkative: Collection[str] = ()) -> None:
-    """Write log messages to standard error.
-
-    Args:
-        talkative: loggers of which INFO is shown, too; no message is then shown twice, as for each of many images.
-    """
+    """Write log messages to standard error; of `talkative` loggers also INFO, and then no message twice."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(message)s"))
     handler.addFilter(lambda record: record.levelno >= level or record.name in talkative)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import DRIVER
 
 from ldm.cli.main import COMMANDS, main
 
@@ -18,17 +19,6 @@ ROOT = Path(__file__).parents[2]
 STAR = "models/demo/concepts/dotted-star.safetensors"
 IMAGES = "models/demo/references/dotted-star"
 HEAVY = ("torch", "numpy", "PIL", "transformers", "pytorch_lightning", "huggingface_hub")
-DRIVER = """\
-import json, sys, time
-from ldm.cli.main import main
-for argv in json.loads(sys.argv[1]):
-    start = time.process_time()
-    try:
-        code = main(argv)
-    except SystemExit as ended:
-        code = ended.code
-    print(json.dumps([code, time.process_time() - start]), flush=True)
-"""
 MISTAKES = {
     "generat": "unknown command 'generat'; did you mean generate?",
     "generate --contents a": "unknown argument '--contents'; did you mean --content?",
