@@ -37,6 +37,7 @@ EDIT = f"{MAKE} --strength 1 --content "
 LEARNING: dict[str, Cases] = {
     "flags": [
         ("", "a configuration is needed: --base"),
+        (f"{QUICK}{MODEL}", "Say which images to learn from: --data_root"),
         ("--base x.yaml -r logs/x -n y", "-n/--name and -r/--resume exclude each other"),
         (f"{LEARN} --max_stepz 3", "unknown argument '--max_stepz'; did you mean --max_steps?"),
         (f"{LEARN} --frobnicate", "unknown argument '--frobnicate'; see --help"),
@@ -54,10 +55,7 @@ LEARNING: dict[str, Cases] = {
         (f"{LEARN} -l {{bad}}/empty.ckpt", "is a file"),
         (f"{LEARN} --init_word {{nothing}}", "has no token"),
         (f"{LEARN} --placeholder_tokens {{nothing}}", "A placeholder must be a visible text"),
-        (
-            f"{LEARN} {MANAGER}.placeholder_strings=[<x>]",
-            "which is called '<x>'",
-        ),
+        (f"{LEARN} {MANAGER}.placeholder_strings=[<x>]", "which is called '<x>'"),
         (f"{LEARN} {MANAGER}.method=xti {MANAGER}.norm=word", "norm has no effect with the method 'xti'"),
         (f"{LEARN} --placeholder_tokens <*>", "The placeholder '<*>' must not contain '*'"),
         (f"{LEARN} --init_word a\udcffb", "initializer_words: 'a\\xffb' is not UTF-8"),

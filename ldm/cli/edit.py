@@ -151,7 +151,7 @@ def _edit(options: argparse.Namespace) -> list[Path]:
     from ldm.editing.invert import check_belongs
 
     check_belongs(concept, model, options.image, options.prompt, options.steps, options.any_base)
-    return edit_inverted(model, concept, edits, stem, options.image)
+    return edit_inverted(model, concept, edits, stem, options.image, any_base=options.any_base)
 
 
 def _edits(options: argparse.Namespace, num_stages: int) -> list[Edit]:
@@ -172,6 +172,7 @@ def edit_inverted(
     stem: Path,
     image: Path | None = None,
     report: Callable[[int, Any], None] | None = None,
+    any_base: bool = False,
 ) -> list[Path]:
     """Edit an inverted image; the grid shows it, as the autoencoder and the inversion see it, and the edits.
 
@@ -183,7 +184,8 @@ def edit_inverted(
 
     before = {} if image is None else {"image": original(concept, image)}
     before["autoencoder"] = rebuilt(model, concept)
-    made = (edit_image(model, concept, edit, progress=report is None, report=report) for edit in edits)
+    how: dict[str, Any] = {"progress": report is None, "report": report, "any_base": any_base}
+    made = (edit_image(model, concept, edit, **how) for edit in edits)
     return write_edits(edits, made, stem, before)
 
 

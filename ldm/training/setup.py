@@ -128,6 +128,9 @@ def _put_flags(config: DictConfig, options: argparse.Namespace) -> None:
     for split in ("train", "validation"):
         if params and config.data.params.get(split):
             OmegaConf.update(config, f"data.params.{split}.params", params)
+    train = config.data.params.train
+    if str(train.get("target")).endswith("PersonalizedBase") and not OmegaConf.select(train, "params.data_root"):
+        raise ConfigError("Say which images to learn from: --data_root, a folder with images or one image.")
 
 
 def _readable(name: str, value: object) -> object:
