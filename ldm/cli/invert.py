@@ -33,6 +33,7 @@ def add_inversion_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--method", choices=METHODS, default=METHODS[0], metavar="NAME", help=help_method)
     for name, flag in (("steps", ""), ("inner_steps", ""), ("guidance_scale", "--scale"), ("epochs", "")):
         add_field_flag(group, InversionOptions, name, flag)
+    add_field_flag(group, InversionOptions, "half_maps")
     add_field_flag(
         group, InversionOptions, "attention_loss", "--no_attention_loss", const=False, help="do not compare maps"
     )

@@ -35,7 +35,7 @@ from ldm.request import Request
 
 CONTENT = "models/demo/references/dotted-star/dotted-star.png"
 DOTTED, MODEL = "models/demo/concepts/dotted-star.safetensors", "models/demo/model.safetensors"
-WINDOWS = "models/demo/presets.yaml"
+WINDOWS, CONFIG = "models/demo/presets.yaml", "configs/demo/finetune.yaml"
 SMALL = ["--steps", "3", "--height", "32", "--width", "32", "--device", "cpu"]
 HEART = "a large * heart on black"
 
@@ -124,10 +124,26 @@ def test_one_run_builds_one_model_and_reads_each_file_once(
     counted(ldm.generate, "instantiate_from_config", "built")
     counted(checkpoint, "fingerprint", "hashed")
     counted(tensors, "safe_open", "")
-    img2img(
-        "--content", CONTENT, "--concept", concept_file, "--prompt", "a *", "--preset", "material", "--outdir", tmp_path
-    )
-    assert sorted(seen) == sorted(["built", "hashed", MODEL, str(concept_file)])
+    names = {"content.png": CONTENT, "model.safetensors": MODEL, "presets.yaml": WINDOWS, "config.yaml": CONFIG}
+    content, model, presets, config = (shutil.copy(file, tmp_path / name) for name, file in names.items())
+    flags = ("--content", content, "--concept", concept_file, "--config", config, "--ckpt", model)
+    OPENED[:] = [""]  # from here on
+    img2img(*flags, "--prompt", "a *", "--preset", "material", "--outdir", tmp_path / "out")
+    opened = [OPENED.count(str(file)) for file in (content, presets, config, model, concept_file)]
+    OPENED.clear()
+    assert sorted(seen) == sorted(["built", "hashed", str(model), str(concept_file)])
+    assert opened == [1, 1, 1, 1, 2]  # the concept's head says how it is called
+
+
+OPENED: list[str] = []  # files that Python opens for reading, once it is not empty; other languages' are not seen
+
+
+def watch(event: str, arguments: tuple) -> None:
+    if event == "open" and OPENED and isinstance(arguments[0], (str, Path)):
+        OPENED.append("" if arguments[2] & (os.O_WRONLY | os.O_RDWR) else os.fspath(arguments[0]))
+
+
+sys.addaudithook(watch)
 
 
 # What is written
