@@ -133,10 +133,8 @@ def _check_resolvers(config: DictConfig) -> None:
             while count:
                 rest, count = _PLAIN_INTERPOLATION.subn("x", rest)
             if "${" in rest:
-                raise ConfigError(
-                    f"{key}: '{value:.80}' calls a resolver, which a configuration may not; write the value itself, "
-                    "or use --allow_resolvers if you trust it."
-                )
+                remedy = "write the value itself, or use --allow_resolvers if you trust it"
+                raise ConfigError(f"{key}: '{value:.80}' calls a resolver, which a configuration may not; {remedy}.")
 
 
 def flatten(config: DictConfig | dict[str, Any]) -> dict[str, object]:

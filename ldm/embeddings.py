@@ -160,10 +160,8 @@ class Concept:
         if len(weights) != stages or not all(0 <= number <= 1 for number in weights):
             raise EmbeddingError(f"the weight of the second must be in 0..1, or {stages} such numbers, not {weight}.")
         if self.table.shape[1:] != other.table.shape[1:]:
-            raise EmbeddingError(
-                f"concepts of {self} (base model {describe_base(self.metadata)}) and of {other} (base model "
-                f"{describe_base(other.metadata)}) cannot be mixed; use two of one method and one base model."
-            )
+            one, two = (f"{concept} (base model {describe_base(concept.metadata)})" for concept in (self, other))
+            raise EmbeddingError(f"concepts of {one} and of {two} cannot be mixed; use two of one method and model.")
         if not any_base:
             refuse_mixed_bases({"the first": self, "the second": other})
         first, second = (concept.table[concept.rows_for(stages)] for concept in (self, other))
@@ -196,11 +194,9 @@ def refuse_mixed_bases(concepts: Mapping[str, Concept]) -> None:
     """Raise `EmbeddingError` if two of the named concepts are known to be of different base models."""
     for (first, one), (second, other) in combinations(concepts.items(), 2):
         if same_base(one.metadata, other.metadata) is False:
-            raise EmbeddingError(
-                f"the concepts were learned for different base models: {first} for {describe_base(one.metadata)}, "
-                f"{second} for {describe_base(other.metadata)}; use concepts of one, or any_base=True (--any_base) for "
-                "relatives."
-            )
+            both = f"{first} for {describe_base(one.metadata)}, {second} for {describe_base(other.metadata)}"
+            remedy = "use concepts of one, or any_base=True (--any_base) for relatives"
+            raise EmbeddingError(f"the concepts were learned for different base models: {both}; {remedy}.")
 
 
 def save_concept(concept: Concept, path: str | Path, placeholder: str = "*") -> None:
@@ -420,10 +416,8 @@ def _join(folder: Path, paths: Sequence[Path]) -> Concept:
     numbers = [part.metadata.get(_STAGE) for part in parts]
     count = origin.pop(_OF, str(len(parts)))
     if numbers[0] is not None and (numbers != [str(k) for k in range(len(parts))] or count != str(len(parts))):
-        raise EmbeddingError(
-            f"'{folder}': of {count} stage files those of stages {', '.join(map(str, numbers))} are here; give all, "
-            "each once."
-        )
+        here = ", ".join(map(str, numbers))
+        raise EmbeddingError(f"'{folder}': of {count} stage files those of stages {here} are here; give each once.")
     origin.pop(_CONCEPT, None)
     return _of_table(torch.cat([part.table for part in parts]), origin)
 

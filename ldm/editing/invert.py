@@ -278,10 +278,7 @@ def change_of(concept: Concept) -> StepChange:
         ValueError: it is a concept of another kind, or does not say what editing needs.
     """
     if concept.method not in METHODS.values():
-        raise ValueError(
-            f"This concept ({concept.method}) was learned for a placeholder; to edit an image, invert it first: "
-            "scripts/invert.py IMAGE --prompt …"
-        )
+        raise ValueError(f"A concept of {concept.method} edits no image; make one: scripts/invert.py IMAGE --prompt …")
     for key, pattern in _SAID:
         if not re.fullmatch(pattern, concept.metadata.get(key, ""), re.DOTALL):
             raise ValueError(f"The concept does not say its {key.partition('.')[2]}; invert the image anew.")

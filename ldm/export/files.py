@@ -92,10 +92,8 @@ class Export:
         webui.call_timesteps(self.use.sampler, self.use.steps)  # which checks their number
         tokens = [f"{name}-{stage}" for name, of in self.named.items() for stage in range(of.num_stages)]
         if found := next(filter(None, (misread(words, tokens) for words in self._all_words)), None):
-            raise ValueError(
-                f"Other programs would read '{found}' in the prompt as a learned token; give the concept another "
-                "--name, or change the prompt."
-            )
+            remedy = "give the concept another --name, or change the prompt"
+            raise ValueError(f"Other programs would read '{found}' in the prompt as a learned token; {remedy}.")
 
     @property
     def named(self) -> dict[str, Concept]:

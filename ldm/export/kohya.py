@@ -20,10 +20,8 @@ def paths(folder: Path, name: str) -> list[Path]:
 def check_exports(concept: Concept) -> None:
     """Raise `ValueError` unless its program can read the concept."""
     if concept.table.shape[:2] != (1, len(XTI_LAYERS)):
-        raise ValueError(
-            f"kohya's XTI files have a vector for each of {len(XTI_LAYERS)} U-Net layers and none for stages; this "
-            f"concept has {concept}."
-        )
+        wanted = f"a vector for each of {len(XTI_LAYERS)} U-Net layers and none for stages"
+        raise ValueError(f"kohya's XTI files have {wanted}; this concept has {concept}.")
 
 
 def save(concept: Concept, folder: Path, name: str, placeholder: str) -> None:

@@ -29,10 +29,7 @@ def check_exports(concept: Concept) -> None:
     settings = load_mapper(concept.tensors, concept.metadata).settings
     is_joint = settings.target_norm is None or settings.normalize == "joint"
     if (settings.num_layers, settings.width) != (16, 768) or not is_joint:
-        raise ValueError(
-            "NeTI's program is for Stable Diffusion v1 and normalises both halves of the output together (joint); this "
-            "concept was learned otherwise."
-        )
+        raise ValueError("NeTI's program needs Stable Diffusion v1 and joint normalisation; this concept is otherwise.")
 
 
 def save(concept: Concept, folder: Path, name: str, placeholder: str) -> None:

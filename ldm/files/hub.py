@@ -55,10 +55,8 @@ def refuse_unfetched(concepts: object) -> None:
         repository, commit = match.groups() if match else ("", None)
         fetched = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots", commit or "-")
         if not any(fetched.glob(f"*{SUFFIXES[0]}")):
-            raise ValueError(
-                f"The image names the concept '{source}', which was not fetched before, and an image's record "
-                "fetches nothing; if you trust it, give it with --concept."
-            )
+            what = f"The image names the concept '{source}', which was not fetched before"
+            raise ValueError(f"{what}, and an image's record fetches nothing; if you trust it, give it with --concept.")
 
 
 def _wanted(repository: str, revision: str | None, source: str) -> list[str] | None:

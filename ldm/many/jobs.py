@@ -170,10 +170,8 @@ def unfinished(jobs: Sequence[Job], setting: Setting, out: Path) -> list[Job]:
         asked[job.name] = values | {"images": images.hexdigest()} | shared
         if (note := noted(out, job)).is_file() and _note(note) != asked[job.name]:
             remedy = f"'{finished(out, job)}', '{run_of(out, job)}', '{log_of(out, job)}' and '{note}'"
-            raise ValueError(
-                f"'{job.name}' was started in '{out}' with other images or settings; use another --out, or remove "
-                f"{remedy}."
-            )
+            what = f"'{job.name}' was started in '{out}' with other images or settings"
+            raise ValueError(f"{what}; use another --out, or remove {remedy}.")
     (out / "runs").mkdir(parents=True, exist_ok=True)
     for job in jobs:
         if not noted(out, job).is_file():

@@ -133,10 +133,8 @@ class Form:
                 return ""
             if text.startswith(before) and text.endswith(behind) and len(text) >= len(before + behind):
                 return text[len(before) : len(text) - len(behind)]
-            raise ValueError(
-                f"Stage {stage} reads another text than the prompt, while another stage reads the token of a certain "
-                "stage; make the prompt '*', or reset one of them."
-            )
+            what = f"Stage {stage} reads another text than the prompt, while another reads the token of a certain stage"
+            raise ValueError(f"{what}; make the prompt '*', or reset one of them.")
 
         return [entry(stage) for stage in range(self.num_stages)]
 

@@ -236,10 +236,8 @@ def learning_config(config: Path, trust: Sequence[str] = ()) -> Path:
     for path in (config, *sorted(config.parent.glob("*finetune.yaml"))):
         if "data" in _load(path, trust):
             return path
-    raise ConfigError(
-        f"'{config}' is for generating; to learn, start the page with the --config of a run, such as "
-        "configs/stable-diffusion/v1-finetune.yaml."
-    )
+    example = "configs/stable-diffusion/v1-finetune.yaml"
+    raise ConfigError(f"'{config}' is for generating; to learn, start the page with a --config such as {example}.")
 
 
 def usual_steps(config: Path, trust: Sequence[str] = ()) -> dict[str, int]:

@@ -203,10 +203,8 @@ def _check_samples(module: Any, data: DataModuleFromConfig) -> None:
         image, caption = module.image_key, module.caption_key
         shape = tuple(np.shape(sample.get(image)))
         if caption not in sample or len(shape) != 3 or shape[2] != 3:
-            raise ValueError(
-                f"The samples of {name} must hold '{caption}' and '{image}' (height, width, 3) in [-1, 1], not "
-                f"{', '.join(sample)} {shape}."
-            )
+            wanted = f"'{caption}' and '{image}' (height, width, 3) in [-1, 1]"
+            raise ValueError(f"The samples of {name} must hold {wanted}, not {', '.join(sample)} {shape}.")
         for size in shape[:2]:
             if size % unit:
                 near = max(1, round(size / unit)) * unit
@@ -236,10 +234,8 @@ def _check_is_read(module: Any, caption: str) -> None:
     asked = sum(slot < 0 for _, slots in module.prompt_reader().words_in(caption) for slot in slots)
     if not asked:
         name = module.embedding_manager.placeholder_strings[0]
-        raise ConfigError(
-            f"The caption {shown(caption)} has no place for the learned token, which is called '{name}' "
-            "(placeholder_strings); write it there (in YAML: {}, and the same placeholder_token)."
-        )
+        what = f"The caption {shown(caption)} has no place for the learned token, which is called '{name}'"
+        raise ConfigError(f"{what}; write it there (in YAML: {{}}, and placeholder_token: '{name}').")
     if int((module.get_learned_conditioning(caption).slots[0] < 0).sum()) < asked:
         raise ConfigError(f"The caption {shown(caption)} is too long, its learned token is cut off; shorten it.")
 
@@ -251,10 +247,8 @@ def _check_resumable(module: pl.LightningModule, checkpoint: Path) -> None:
     for key, own in module.state_dict().items():
         if saved.get(key, None if key in trained else own.shape) != own.shape:
             found = tuple(saved[key]) if key in saved else "missing"
-            raise ValueError(
-                f"'{checkpoint}' does not fit the configuration ({key} is {found}, not {tuple(own.shape)}); resume "
-                "with the run's own configuration, or start a new run."
-            )
+            misfit = f"'{checkpoint}' does not fit the configuration ({key} is {found}, not {tuple(own.shape)})"
+            raise ValueError(f"{misfit}; resume with the run's own configuration, or start a new run.")
 
 
 def save_configs(config: DictConfig, data: DataModuleFromConfig, module: pl.LightningModule, run: Run) -> None:

@@ -178,10 +178,8 @@ def check_inside(sections: dict[str, Any], folder: Path) -> None:
         if not (from_here or path.is_absolute() or ".." in path.parts):
             continue
         if not (path if from_here else folder / path).resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(
-                f"{name}: '{value:.80}' is outside the log folder '{folder}'; omit it, or use --allow_outside if you "
-                "trust the configuration."
-            )
+            remedy = "omit it, or use --allow_outside if you trust the configuration"
+            raise ConfigError(f"{name}: '{value:.80}' is outside the log folder '{folder}'; {remedy}.")
 
 
 def own_loggers(section: Mapping[str, Any] | None, run: Run) -> list[Logger]:

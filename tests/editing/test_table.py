@@ -156,7 +156,7 @@ REFUSED = [
     (edit, "--prompt a --target b --blend dog", "must be OLD:NEW"),
     (edit, "--prompt a --target b --weight dog", "must be WORD=X"),
     (edit, "--prompt a --target b --weight dog=2", "'dog' is no word of the prompt 'b'"),
-    (edit, "models/demo/concepts/dotted-star.safetensors --target a", "was learned for a placeholder"),
+    (edit, "models/demo/concepts/dotted-star.safetensors --target a", "edits no image; make one: scripts/invert.py"),
     (edit, "--csv missing.csv", "There is no CSV file 'missing.csv'"),
     (invert, "missing.png --prompt a", "There is no file 'missing.png'"),
     (invert, f"{STAR} --prompt a --mask dog", "--mask: 'dog' is no word"),

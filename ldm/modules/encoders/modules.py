@@ -180,17 +180,13 @@ def open_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
     # without its files, transformers 5 makes a tokenizer of two tokens instead of failing
     found = max(tokenizer.get_vocab().values()) + 1, tokenizer.bos_token, tokenizer.eos_token
     if found != (tokens, *END_MARKS):
-        raise OSError(
-            f"There is no CLIP vocabulary (vocab.json, merges.txt) of {tokens} tokens with the marks "
-            f"{' and '.join(END_MARKS)} in '{folder}'."
-        )
+        wanted = f"CLIP vocabulary (vocab.json, merges.txt) of {tokens} tokens with the marks {' and '.join(END_MARKS)}"
+        raise OSError(f"There is no {wanted} in '{folder}'.")
     made = {"".join(pair) for pair in bpe["merges"]} | set(tokenizer.all_special_tokens)
     unmade = [token for token in bpe["vocab"] if token not in made and len(token.removesuffix("</w>")) > 1]
     if unmade:
-        raise OSError(
-            f"In '{folder}', merges.txt lacks what makes {len(unmade)} tokens of vocab.json, such as '{unmade[0]}'; "
-            "copy both files again, from one place."
-        )
+        lacks = f"merges.txt lacks what makes {len(unmade)} tokens of vocab.json, such as '{unmade[0]}'"
+        raise OSError(f"In '{folder}', {lacks}; copy both files again, from one place.")
     return tokenizer
 
 
