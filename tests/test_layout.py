@@ -82,7 +82,7 @@ def test_the_root_of_ldm_is_small() -> None:
 
 
 # Not to grow. The aim for the core was 7,500 lines, for evaluation/ 2,800.
-ROOMS = {"ldm/page": 3_350, "ldm/editing": 2_200, "ldm/many": 720, "ldm": 15_100, "evaluation": 4_900}
+ROOMS = {"ldm/page": 2_940, "ldm/editing": 1_670, "ldm/many": 680, "ldm": 13_670, "evaluation": 4_610}
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -152,9 +152,9 @@ def test_guard_code_is_a_small_share() -> None:
     found, lines = sum(guards.values()), sum(text.count("\n") for text in texts.values())
     code = sum(len(code_lines(text)) for text in texts.values())
     figure(
-        "guard code in ldm/", f"{found} lines, {found / lines:.1%} of all, {found / code:.1%} of those of code", "8.8 %"
+        "guard code in ldm/", f"{found} lines, {found / lines:.1%} of all, {found / code:.1%} of those of code", "5 %"
     )
-    assert found <= 0.088 * lines  # not to grow; the aim is 5 %, sorted(guards.items(), key=lambda item: -item[1])[:12]
+    assert found <= 0.05 * lines, sorted(guards.items(), key=lambda item: -item[1])[:12]
 
 
 def test_the_stage_rule_is_written_once() -> None:

@@ -26,10 +26,12 @@ def paths(folder: Path, name: str) -> list[Path]:
 
 def check_exports(concept: Concept) -> None:
     """Raise `ValueError` unless its program can read the concept."""
+    if concept.method != "neti":
+        raise ValueError(f"A concept of {concept.method} has no file for NeTI's program: it holds no mapper of NeTI.")
     settings = load_mapper(concept.tensors, concept.metadata).settings
     is_joint = settings.target_norm is None or settings.normalize == "joint"
     if (settings.num_layers, settings.width) != (16, 768) or not is_joint:
-        raise ValueError("NeTI's program needs Stable Diffusion v1 and joint normalisation; this concept is otherwise.")
+        raise ValueError("NeTI's program is for Stable Diffusion v1 and joint normalisation, which this is not.")
 
 
 def save(concept: Concept, folder: Path, name: str, placeholder: str) -> None:

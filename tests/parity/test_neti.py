@@ -541,7 +541,7 @@ def test_its_own_files_are_written(tmp_path: Path) -> None:
     [
         (Concept(torch.ones(10, 768)), "it holds no mapper of NeTI"),
         (Concept(*NeTIMapper(NeTISettings(num_layers=7, width=128)).to_concept(), "neti"), "for Stable Diffusion v1"),
-        (Concept(*NeTIMapper(NeTISettings(target_norm=1.0, normalize="token")).to_concept(), "neti"), "(joint)"),
+        (Concept(*NeTIMapper(NeTISettings(target_norm=1.0, normalize="token")).to_concept(), "neti"), "joint"),
     ],
 )
 def test_what_its_files_cannot_hold(

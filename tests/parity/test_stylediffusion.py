@@ -420,7 +420,10 @@ def short(model: LatentDiffusion, way: Trajectory, contexts: dict[str, Context])
     return record(model, way.path[0], as_conditioning(contexts[META["prompt"]]), 2, maps=True)
 
 
-@pytest.mark.parametrize("run", sorted(META["short_runs"].keys() - {"early_eps_rule"}))
+SHORT = ["early", "guidance1", *(pytest.param(run, marks=pytest.mark.slow) for run in ("woattn", "epochs2"))]
+
+
+@pytest.mark.parametrize("run", SHORT)
 def test_short_runs(model: LatentDiffusion, short: Trajectory, contexts: dict[str, Context], run: str) -> None:
     entry, recorded = META["short_runs"][run], golden("short_runs")
     assert entry["N"] == len(short.timesteps)
