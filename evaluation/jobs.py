@@ -81,7 +81,6 @@ def measure(place: Path, function: Callable[..., Result], arguments: Mapping[str
         result = function(**arguments)
     finally:
         torch.set_num_threads(threads)
-    place.parent.mkdir(parents=True, exist_ok=True)
     with replacing(place) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **result)
 
