@@ -222,9 +222,7 @@ class EmbeddingManager(nn.Module):
         """Remove concepts that were loaded; without a placeholder, all of them."""
         for placeholder in placeholders or tuple(self.loaded):
             if placeholder not in self.loaded:
-                raise ValueError(
-                    f"No concept is loaded for '{placeholder}'; loaded: {', '.join(self.loaded) or 'none'}."
-                )
+                raise ValueError(f"No concept is loaded for '{placeholder}'; loaded: {', '.join(self.loaded)}.")
             del self.loaded[placeholder], self._modules_loaded[placeholder]
 
     def start_from(self, source: str | Path | Concept) -> None:
