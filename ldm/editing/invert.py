@@ -334,7 +334,7 @@ def check_belongs(
         wanted = f"{encoder.max_length} of {encoder.width}, {model.channels} channels, {model.num_timesteps} timesteps"
         raise ValueError(f"The concept has {found}, which this model ({wanted}) cannot read; invert the image anew.")
     if other := changes(concept.metadata, content, prompt, {"steps": steps}):
-        remedy = "every image is inverted by itself: scripts/invert.py IMAGE --prompt …"
+        remedy = "omit it, or invert the image anew: scripts/invert.py IMAGE --prompt …"
         raise ValueError(f"The concept was inverted with another {other}; {remedy}")
 
 
