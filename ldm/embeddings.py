@@ -397,8 +397,8 @@ def _choose(names: list[str], key: str | None) -> str:
     if len(names) != 1:
         listing = f" ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})" if names else ""
         raise EmbeddingError(
-            f"the file holds {len(names) or 'no'} embeddings{listing}; use one of a single one, or give its name "
-            "(key=…, or --key of scripts/import_embedding.py)."
+            f"the file holds {len(names) or 'no'} embeddings{listing}; use a file with one, or of several give the "
+            "name of one (key=…, or --key of scripts/import_embedding.py)."
         )
     return names[0]
 

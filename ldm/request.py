@@ -1,6 +1,6 @@
 """The request for an image: one dataclass that checks itself.
 
-Flags, the YAML file of `--words`, the record in a PNG and the arguments of `ldm.generate.main` all become a `Request`.
+Flags, the YAML of `--prompts`, the record in a PNG and the arguments of `ldm.generate.main` all become a `Request`.
 Nothing heavy is imported here, so that a mistake is reported before PyTorch is loaded.
 """
 

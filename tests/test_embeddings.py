@@ -93,7 +93,7 @@ def test_a_concept_refuses_what_is_no_finite_matrix() -> None:
         (torch.zeros(1, 2, 8), r"of \(1, 2, 8\)"),
         (torch.zeros(0, 8), r"of \(0, 8\)"),
         (torch.zeros(2, 8, dtype=torch.int64), "int64"),
-        ({"a": torch.zeros(2, 8)}, "one tensor of vectors, not a"),
+        ({"a": torch.zeros(2, 8)}, "one tensor of floats .stages, width., not a"),
     ):
         with pytest.raises(EmbeddingError, match=words):
             Concept(vectors, method="prospect")

@@ -104,7 +104,7 @@ def _assigned(kind: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
         word, _, value = text.rpartition("=")
         try:
             return word, kind(value if word else "")
-        except ValueError:
+        except (ValueError, argparse.ArgumentTypeError):
             raise argparse.ArgumentTypeError(f"'{text}' must be WORD=X, as in tiger=2") from None
 
     return read

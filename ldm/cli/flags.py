@@ -20,6 +20,8 @@ from ldm.files.shipped import shipped
 
 # `name: what it is`, with the lines that continue it, in the Args of a docstring
 _ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+# Flags of earlier versions, and what says the same.
+REPLACED = {"--word": ["--stages '0=TEXT'"], "--words": ["--stages '0=TEXT', or --prompts FILE"]}
 _ENDLESS = re.compile(r"(\S{300})\S+")
 # What `add_argument` is given for a field, by its annotation.
 _KINDS: dict[str, dict[str, Any]] = {
@@ -42,7 +44,8 @@ class Parser(argparse.ArgumentParser):
         self, text: str, what: str = "argument", known: Iterable[str] = (), otherwise: str = "see --help"
     ) -> NoReturn:
         """End because of an unknown argument, or command, and name the nearest known one."""
-        close = difflib.get_close_matches(text.partition("=")[0], known or self._option_string_actions, n=1)
+        name = text.partition("=")[0]
+        close = REPLACED.get(name) or difflib.get_close_matches(name, known or self._option_string_actions, n=1)
         self.error(f"unknown {what} '{text}'; {f'did you mean {close[0]}?' if close else otherwise}")
 
     @contextlib.contextmanager

@@ -30,7 +30,7 @@ from ldm.embeddings import Concept
 from ldm.files.base_model import refuse_other_base
 from ldm.files.embedding_formats import read_modules
 from ldm.files.images import fit, to_pil, to_tensor
-from ldm.files.tensors import read_file
+from ldm.files.tensors import naming, read_file
 from ldm.generate import Content, content_hash, facts_of, open_content
 from ldm.methods import find_method
 from ldm.methods.base import FIRST, START, TIMESTEPS, Learner, StepChange
@@ -296,7 +296,9 @@ def import_networks(
         clip: folder of CLIP ViT-B/16, or the features, as for the file.
         options: of `InversionOptions`, apart from the steps.
     """
-    networks = networks_from(read_modules(Path(path)))
+    states = read_modules(Path(path))
+    with naming(Path(path)):
+        networks = networks_from(states)
     given = InversionOptions(steps=len(networks), **options)
     subject = Subject(model, content, prompt)
     features, name = features_of(subject.image, model.cond_stage_model.width, clip)
@@ -332,7 +334,7 @@ def check_belongs(
         wanted = f"{encoder.max_length} of {encoder.width}, {model.channels} channels, {model.num_timesteps} timesteps"
         raise ValueError(f"The concept has {found}, which this model ({wanted}) cannot read; invert the image anew.")
     if other := changes(concept.metadata, content, prompt, {"steps": steps}):
-        remedy = "every image is inverted by itself: scripts/invert.py IMAGE --prompt …"
+        remedy = "omit it, or invert the image anew: scripts/invert.py IMAGE --prompt …"
         raise ValueError(f"The concept was inverted with another {other}; {remedy}")
 
 

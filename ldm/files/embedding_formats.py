@@ -128,7 +128,7 @@ def read_modules(path: Path) -> list[dict[str, Tensor]]:
         TensorFileError: missing, damaged, or it names code.
     """
     content = read_file(path).content
-    return [named_tensors(path, module) for module in (content if isinstance(content, list) else [content])]
+    return [named_tensors(path, module) for module in (content if content and isinstance(content, list) else [content])]
 
 
 def concept_file(path: Path) -> Path:

@@ -102,7 +102,7 @@ def check_vectors(tensors: Tensors) -> None:
     vectors = tensors.get(VECTORS, torch.empty(0))
     if len(tensors) != 1 or vectors.ndim != 2 or 0 in vectors.shape or not vectors.is_floating_point():
         found = ", ".join(f"{name} ({x.dtype} of {tuple(x.shape)})" for name, x in list(tensors.items())[:4])
-        raise ValueError(f"an embedding is one tensor of vectors, not {found}; these are floats (stages, width).")
+        raise ValueError(f"an embedding is one tensor of floats (stages, width), not {found or 'none'}.")
 
 
 @torch.no_grad()

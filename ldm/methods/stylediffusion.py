@@ -116,6 +116,6 @@ def networks_from(states: Sequence[Mapping[str, Tensor]]) -> list[MappingNetwork
             network = MappingNetwork(tokens, rows)
             network.load_state_dict(kept)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise ValueError("it holds no mapping networks of StyleDiffusion.") from error
+            raise ValueError("it holds no mapping networks of StyleDiffusion; use its .pth file.") from error
         networks.append(network.requires_grad_(False))
     return networks

@@ -221,6 +221,8 @@ class EmbeddingManager(nn.Module):
     def unload(self, *placeholders: str) -> None:
         """Remove concepts that were loaded; without a placeholder, all of them."""
         for placeholder in placeholders or tuple(self.loaded):
+            if placeholder not in self.loaded:
+                raise ValueError(f"No concept is loaded for '{placeholder}'; loaded: {', '.join(self.loaded)}.")
             del self.loaded[placeholder], self._modules_loaded[placeholder]
 
     def start_from(self, source: str | Path | Concept) -> None:
@@ -235,7 +237,8 @@ class EmbeddingManager(nn.Module):
         if same_base(concept.metadata, self.base_model) is False:
             theirs, ours = describe_base(concept.metadata), describe_base(self.base_model)
             logger.warning("The embedding to start from was learned for the base model %s, not for %s.", theirs, ours)
-        assert self.learned is not None
+        if self.learned is None:
+            raise ValueError("Nothing is learned here, so nothing can start from a concept; give initializer_words.")
         try:
             find_method(self.learned.method).check(concept.tensors)
             self.learned.start_from(concept.tensors, concept.metadata)

@@ -75,7 +75,7 @@ def build_trainer(
             **arguments,
         )
     except MISMATCHES as error:  # a value of a wrong type, or one that is given above; others Lightning explains
-        raise ConfigError(f"lightning.trainer cannot be used: {str(error).partition(chr(10))[0]}") from error
+        raise ConfigError(f"lightning.trainer cannot be used: {str(error).partition(chr(10))[0]}; omit it.") from error
     if half := CASTS_ALL.get(trainer.precision):
         raise ConfigError(
             f"precision '{trainer.precision}' would round the noise schedule and what is learned; use "

@@ -22,6 +22,7 @@ HEAVY = ("torch", "numpy", "PIL", "transformers", "pytorch_lightning", "huggingf
 MISTAKES = {
     "generat": "unknown command 'generat'; did you mean generate?",
     "generate --contents a": "unknown argument '--contents'; did you mean --content?",
+    "generate --words a.yaml": "unknown argument '--words'; did you mean --stages '0=TEXT', or --prompts FILE?",
     "generate --prompt a --ckpt no.ckpt": "There is no file 'no.ckpt', given with --ckpt; check the path.",
     "generate --prompt a --config no.yaml": "'no.yaml'; check the path given with --config",
     "generate --prompt a --config dmo": "There is no configuration 'dmo'; did you mean 'demo'?",

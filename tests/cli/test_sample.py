@@ -536,7 +536,7 @@ GENERATING: dict[str, Cases] = {
     "concepts": [
         (f"{CONCEPT}x.png", "is a folder; it must have the stage files"),
         (f"{CONCEPT}wide.safetensors", "has width 768 (base model: unknown), but this model's text encoder has width"),
-        (f"{CONCEPT}several.safetensors", "the file holds 2 embeddings (<a>, <b>); use one of a single"),
+        (f"{CONCEPT}several.safetensors", "the file holds 2 embeddings (<a>, <b>); use a file with one, or of several"),
         (f"{CONCEPT}other-base.safetensors", "'sd-v1-4.ckpt'"),
         (f"{MAKE} --concept a=b --concept a=c", "give every concept a name of its own"),
         (f"{MAKE} --concept a=", "The concept 'a' has no file here"),

@@ -148,20 +148,23 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     capsys.readouterr()
 
 
+CONCEPT = "models/demo/concepts/dotted-star.safetensors"
 REFUSED = [
     (edit, "", "Say what to edit, CONCEPT"),
     (edit, "--prompt a", "Say what to edit, CONCEPT"),
     (edit, "missing.safetensors --target a", "There is no file 'missing.safetensors', given with CONCEPT"),
     (edit, "--prompt a --target b --tau_c x", "neither a number nor START:END"),
+    (edit, "--prompt a --target b --word_tau =.2", "'=.2' must be WORD=X"),
     (edit, "--prompt a --target b --blend dog", "must be OLD:NEW"),
     (edit, "--prompt a --target b --weight dog", "must be WORD=X"),
     (edit, "--prompt a --target b --weight dog=2", "'dog' is no word of the prompt 'b'"),
-    (edit, "models/demo/concepts/dotted-star.safetensors --target a", "edits no image; make one: scripts/invert.py"),
+    (edit, f"{CONCEPT} --target a", "edits no image; make one: scripts/invert.py"),
     (edit, "--csv missing.csv", "There is no CSV file 'missing.csv'"),
     (invert, "missing.png --prompt a", "There is no file 'missing.png'"),
     (invert, f"{STAR} --prompt a --mask dog", "--mask: 'dog' is no word"),
     (invert, f"{STAR} --prompt a --out x.png", "must end in .safetensors"),
     (invert, f"{STAR} --prompt a --import x.pth", "--import needs what the networks read"),
+    (invert, f"{STAR} --prompt a --import {CONCEPT} --clip models", "star.safetensors': it holds no mapping networks"),
     (invert, f"{STAR} --prompt a --method ddim", "invalid choice: 'ddim'"),
 ]
 

@@ -182,7 +182,9 @@ def test_concepts_can_be_unloaded(embedder: FrozenCLIPEmbedder) -> None:
     manager.load({"<a>": Concept(torch.randn(2, 128)), "<b>": Concept(torch.randn(1, 128))})
     manager.unload("<a>")
     assert list(manager.rows()) == ["<b>"] and len(manager.vectors()) == 1
-    with pytest.raises(KeyError, match="<a>"):
+    with pytest.raises(ValueError, match="'<a>'; loaded: <b>"):
         manager.unload("<a>")
+    with pytest.raises(ValueError, match="Nothing is learned here"):
+        manager.start_from(Concept(torch.zeros(10, 128)))
     manager.unload()
     assert manager.rows() == {} and manager.vectors() is None
