@@ -162,7 +162,7 @@ def joint(
         inside[attribute] = set(chosen)
     if left := [attribute for attribute in concepts if not inside[attribute] and attribute not in (stages or {})]:
         reason = "a window of ten may fall between few, and content gives way to material and style"
-        remedy = f"choose its stages yourself (stages={{'{left[0]}': […]}}, or --word for each stage)"
+        remedy = f"choose its stages yourself (stages={{'{left[0]}': […]}}, or --stages)"
         raise ValueError(f"None of {num_stages} stages is left for {' and '.join(left)}: {reason}; {remedy}.")
 
     def text(stage: int) -> str:
