@@ -397,10 +397,10 @@ def read_scale(text: str, num_stages: int, default: float) -> float | list[float
     scales = [default] * num_stages
     for part in text.split(","):
         stages, colon, scale = part.rpartition(":")
-        first, _, last = stages.partition("-")
+        first, dash, last = stages.partition("-")
         try:
             value = float(scale)
-            chosen = range(int(first), int(last or first) + 1) if colon else range(num_stages)
+            chosen = range(int(first), int(last if dash else first) + 1) if colon else range(num_stages)
         except ValueError:
             remedy = "give a number, and after commas other ones for stages, such as 7.5,0-1:1"
             raise ValueError(f"scale cannot be read from {shown(text)}; {remedy}.") from None

@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 from itertools import chain
 
-from ldm.cli.flags import path, script_parser
+from ldm.cli.flags import input_path, path, script_parser
 from ldm.cli.prompts import seeds
 
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("first", type=path, help="the concept that weight 0 is")
-    parser.add_argument("second", type=path, help="the concept that weight 1 is")
+    parser.add_argument("first", type=input_path, help="the concept that weight 0 is")
+    parser.add_argument("second", type=input_path, help="the concept that weight 1 is")
     help_stages = "take these whole from the second and the others from the first, as in 0-6"
     parser.add_argument("--stages", nargs="+", type=seeds, metavar="RANGE", help=help_stages)
     parser.add_argument("--weight", type=float, default=0.5, metavar="X", help="of the second, 0 to 1 (0.5)")

@@ -162,7 +162,7 @@ LEARNING: dict[str, Cases] = {
             "not finite in float16; download it again, or use float32",
         ),
         (f"{BASE}integers.safetensors", "holds torch.int8; use a file"),
-        (QUICK + PICTURES, "Say which base model to learn against: --actual_resume FILE."),
+        (QUICK + PICTURES, "learn against: --actual_resume FILE, or model.params.ckpt_path=null"),
     ],
     "images": [
         (f"{DATA}nowhere", "nowhere', given with --data_root; check the path"),

@@ -340,6 +340,13 @@ def test_rows_of_two_learnings_are_joined(tmp_path: Path) -> None:
     assert both.metadata["mixed"] == "one.safetensors; of stages 0, 1, 2, 3, 9 other.safetensors"
 
 
+def test_concepts_that_ship_are_mixed_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"models/demo/concepts/{name}.safetensors" for name in ("dotted-star", "striped-heart")]
+    made = call("scripts/mix_concepts.py", *names, "--out", "mixed.safetensors")
+    assert made.returncode == 0, made.stderr
+
+
 def test_what_cannot_be_mixed() -> None:
     first = Concept(torch.ones(2, 4), {"base_model": "sd1.ckpt", "step": "1"})
     with pytest.raises(EmbeddingError, match=r"width 4 .*'sd1.ckpt'.* of width 8 .*'sd2.ckpt'.* cannot be mixed"):

@@ -144,6 +144,7 @@ def test_values_of_numpy_become_pythons() -> None:
         ("0:x", "cannot be read"),
         (":3", "cannot be read"),
         ("1:2:3", "cannot be read"),
+        ("7,5-:1", "cannot be read"),
         ("7,10:1", "scale has no stages 10; they are 0..9."),
         ("7,4-2:1", "scale has no stages 4-2"),
         ("7,0-99999999999:1", "scale has no stages 0-99999999999"),

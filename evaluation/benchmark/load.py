@@ -26,7 +26,7 @@ def measure_loads(
                 try:
                     runs.append(process.submit(load_once, name, size, str(checkpoint), dtype, str(device)).result())
                 except Exception as error:  # of any kind of file, in the reference's way
-                    sentence = f"'{checkpoint}' could not be opened the way of '{name}': {error}"
+                    sentence = f"'{checkpoint}' could not be opened the way of '{name}': {error!r}"
                     raise ValueError(sentence) from error
     rows = []
     for name, runs in found.items():

@@ -152,7 +152,8 @@ def _check(config: DictConfig) -> None:
     params = config.model.get("params") or OmegaConf.create()
     if "personalization_config" in params and not params.get("ckpt_path"):
         if "ckpt_path" not in params:
-            raise ConfigError("Say which base model to learn against: --actual_resume FILE.")
+            remedy = "--actual_resume FILE, or model.params.ckpt_path=null for random weights"
+            raise ConfigError(f"Say which base model to learn against: {remedy}.")
         logger.warning("No base model is given (--actual_resume): embeddings are learned against random weights.")
     done = {f"{_MANAGER}.num_vectors_per_token": params.get("prospect_stages", 10)}
     if params.get("personalization_config") is not None:
