@@ -471,7 +471,7 @@ import torch
 from ldm import checkpoint
 from ldm.checkpoint import read_state_dict
 
-checkpoint._PORTION = 2**24
+checkpoint._PORTION = 2**25
 
 def resident(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
@@ -497,8 +497,8 @@ print(json.dumps(peaks))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's memory accounts")
 def test_peak_memory(tmp_path: Path):
-    """Resident memory above the process's own, mapped pages counted, in file sizes (144 MB)."""
-    weights = {f"w{i}": torch.full((1024, 1024), float(i)) for i in range(36)}
+    """Resident memory above the process's own, mapped pages counted, in file sizes (288 MB)."""
+    weights = {f"w{i}": torch.full((1024, 1024), float(i)) for i in range(72)}
     torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
     save_state_dict(weights, tmp_path / "a.safetensors")
     del weights
@@ -520,6 +520,9 @@ def test_convert_script(tmp_path: Path, folder: Path, state: dict[str, Tensor], 
         with safe_open(target, framework="pt") as file:
             assert file.metadata()["source_sha256"] == file_hash(source)
     assert file_hash(tmp_path / "a.ckpt") == hashlib.sha256((tmp_path / "a.ckpt").read_bytes()).hexdigest()
+    for source, target in (("b/a.ckpt", "c.safetensors"), ("a.ckpt", "a.safetensors"), ("a.ckpt", "a.ckpt")):
+        with pytest.raises(SystemExit, match="2"):
+            script.main([str(tmp_path / source), str(tmp_path / target)])
 
 
 def test_random_weights_are_not_taken_for_the_public_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -179,7 +179,7 @@ MARKS = st.sampled_from(list("{}[]:,-&*!|>'\"%@`#?\\$\t\n ") + ["!!bool ", "!!in
 WHOLE = (ROOT / "configs/demo/finetune.yaml").read_text()
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(changes=st.lists(st.tuples(st.integers(0, len(WHOLE)), MARKS, st.integers(0, 3)), min_size=1, max_size=4))
 def test_any_damage_to_a_file_is_read_or_refused(
     changes: list[tuple[int, str, int]], tmp_path_factory: pytest.TempPathFactory

@@ -27,7 +27,7 @@ from ldm.request import ModelFacts, Request
 
 ROOT = Path(__file__).parents[1]
 FUZZ = settings(
-    max_examples=100,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     database=None,

@@ -29,7 +29,7 @@ def test_the_judge_reads_rendered_and_reconstructed_images():
     attributes = random_attributes(256, 77, held_out=True)
     images = render(attributes, range(256))
     assert ((judge.read(images) == attributes).float().mean(dim=0) >= 0.98).all()
-    model, some = load(CONFIG, MODEL), slice(32)
+    model, some = load(CONFIG, MODEL), slice(64)
     again = model.decode_first_stage(model.scale_factor * encode(model, images[some]))
     assert ((judge.read(again) == attributes[some]).float().mean(dim=0) >= 0.95).all()
 
